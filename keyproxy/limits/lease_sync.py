@@ -304,6 +304,14 @@ class LeaseSync:
             lease.is_wanted_until = now_mono + RECALL_SECONDS
             self.reviews.make_urgent(lease)
 
+    def forget_refusals(self, window: Window) -> None:
+        """Ask the ledger again at once: the limit of this window has changed."""
+        of_pool = self._pools.get(window.pool)
+        lease = None if of_pool is None else of_pool.leases.get((window.measure, window.selector))
+        if lease is not None:
+            lease.empty_until_mono = lease.dry_until_mono = 0.0
+            lease.heard_mono = -math.inf
+
     def expire(self, lease: Lease, now_mono: float) -> None:
         """Drop the free units of a lease that has ended by now."""
         if now_mono < lease.ends_mono:

@@ -52,11 +52,7 @@ class Store:
             settle_seconds=ledger.settle_seconds,
             server_ahead_seconds=state.ahead_seconds,
         )
-        for part in (self._ledger_database, self._usage_database):
-            part.outage, part.is_main = self.database.outage, False
-        self.usage.outage = self.claims.outage = self.database.outage
-        if ledger.backend == "postgres":
-            self.ledger.conversation.share(self.database.outage)
+        self._share_outage(has_ledger=ledger.backend == "postgres")
         self.last_used = LastUsed(self.database)
         self.identities = IdentityCache(
             self.database,
@@ -75,6 +71,7 @@ class Store:
             state,
             now,
         )
+        self._follow_windows()
         #: All background tasks that run while the store is open.
         self.lasting = (
             self.ledger.conversation.lasting,
@@ -93,6 +90,18 @@ class Store:
             self.usage.sweeping,
             self.feed.forgetting,
         )
+
+    def _follow_windows(self) -> None:
+        conversation = self.ledger.conversation
+        self.feed.window_changed = conversation.lease_sync.forget_refusals
+        self.feed.units_recalled = conversation.recall
+
+    def _share_outage(self, *, has_ledger: bool) -> None:
+        for part in (self._ledger_database, self._usage_database):
+            part.outage, part.is_main = self.database.outage, False
+        self.usage.outage = self.claims.outage = self.database.outage
+        if has_ledger:
+            self.ledger.conversation.share(self.database.outage)
 
     async def open(self) -> None:
         """Open the pools and start the background tasks, whether or not the database is available."""

@@ -31,7 +31,7 @@ async def test_usage_is_grouped_by_the_requested_dimensions(used: Api) -> None:
         "is_complete": True,
         "items": [
             {"tenant": tenant, "user": user, "requests": 1, "refusals": 0, "tokens_in": 10, "tokens_out": 1,
-             "tokens_estimated": 0}
+             "tokens_estimated": 0, "tokens_cached": 0, "tokens_cache_write": 0, "tokens_reasoning": 0, "cost_micros": 0}
             for tenant, user in (("acme", "ann"), ("other", "bob"))
         ],
     }  # fmt: skip

@@ -118,7 +118,6 @@ class RemoteClaims(_Remote):
         return answers
 
     async def cover(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, Cover]:
-        """See ClaimStore."""
         found: Mapping[bytes, Cover] = await self._call(lambda: self._network.claims.look(fingerprints))
         return found
 

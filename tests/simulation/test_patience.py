@@ -75,7 +75,6 @@ class SlowClaims(ReferenceClaims):
         return await super().claim(process, number, claims)
 
     async def cover(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, Cover]:
-        """See ClaimStore."""
         await asyncio.sleep(self.seconds)
         return await super().cover(fingerprints)
 

@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import json
 import logging
 import random
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from keyproxy.limits.ledger_protocol import Pool, Window
 from keyproxy.model import KeyDigest, Moment
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
@@ -43,7 +45,7 @@ _LISTEN_RETRY_SECONDS: Final = 5.0
 _CHANGES_MAX: Final = 20_000
 
 #: The kinds of changes of limits alone. The statement returns all other changes before these.
-_LIMITS: Final = ("plan", "key_limits", "user_limits", "tenant_limits", "window")
+_LIMITS: Final = ("plan", "key_limits", "user_limits", "tenant_limits", "window", "recall")
 
 #: Changes are kept for at least `_KEPT_SECONDS`; a proxy that has not polled for longer than `_GAP_SECONDS` may have
 #: missed some. The difference allows for clock drift.
@@ -85,6 +87,10 @@ class ChangeFeed:
         #: Changes before this snapshot are to be deleted; empty for none.
         self._forget_before = ""
         self.is_listening = False
+        #: Called with each window whose limit was changed by a credit.
+        self.window_changed: Callable[[Window], None] = lambda _window: None
+        #: Called with each window whose idle units are recalled, and the holders that are to return theirs.
+        self.units_recalled: Callable[[Window, Sequence[str]], None] = lambda _window, _holders: None
 
     def start(self) -> None:
         """Start polling, and listening for notifications."""
@@ -175,6 +181,12 @@ class ChangeFeed:
                     self._cache.distrust_user(row["subject"])
                 case "tenant_limits":
                     self._cache.distrust_tenant(row["subject"])
+                case "window":
+                    if (found := _window(row["subject"])) is not None:
+                        self.window_changed(found[0])
+                case "recall":
+                    if (found := _window(row["subject"])) is not None:
+                        self.units_recalled(*found)
                 case "plan":
                     concerns_all = True
                 case "all" if row["subject"] == "plans":
@@ -249,6 +261,16 @@ def _digest(subject: str) -> KeyDigest | None:
         return KeyDigest(bytes.fromhex(subject))
     except ValueError:
         return None
+
+
+def _window(subject: str) -> tuple[Window, Sequence[str]] | None:
+    """The window of a change, and the holders that follow it, if any."""
+    try:
+        kind, owner, is_test, measure, selector, *holders = json.loads(subject)
+        recalled = [str(holder) for holder in (holders[0] or ())] if holders else []
+    except (ValueError, TypeError):
+        return None
+    return Window(Pool(str(kind), str(owner), bool(is_test)), str(measure), str(selector)), recalled
 
 
 def _is_older(snapshot: str, than: str) -> bool:

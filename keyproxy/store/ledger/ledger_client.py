@@ -140,9 +140,9 @@ class LedgerClient:
         self._wake_up()
         await answer
 
-    def recall(self, windows: Sequence[Window]) -> None:
-        """Return the free units of these windows now: other processes are short of them."""
-        for window in windows:
+    def recall(self, window: Window, holders: Sequence[str]) -> None:
+        """Return the free units of a window now if this process is one of these holders: another one is short."""
+        if self._holder in holders:
             self.lease_sync.recall(window, self._mono())
 
     def unsettled_seconds(self) -> float:

@@ -32,7 +32,7 @@ WHERE k.digest = ANY($1::bytea[]);
 -- or made distinct: one statement of any client may have left millions of rows. Returns at least one row, since each
 -- row contains the snapshot and the history that it belongs to. A table that was dropped and restored, a server that
 -- was promoted and may lack the latest commits, and another cluster have another history, even if their transaction
--- numbers continue. Needs: changes (xid).
+-- numbers continue. Recalls of units come last of all. Needs: changes (xid), recalls (xid).
 WITH here AS (
     SELECT pg_current_snapshot() AS snapshot,
            concat_ws(
@@ -55,6 +55,11 @@ LEFT JOIN LATERAL (
         WHERE c.xid >= pg_snapshot_xmin($1::text::pg_snapshot)
           AND NOT pg_visible_in_snapshot(c.xid, $1::text::pg_snapshot)
           AND c.kind IN ('plan', 'key_limits', 'user_limits', 'tenant_limits', 'window')
+        LIMIT $2
+    ) UNION ALL (
+        SELECT 'recall', r.subject FROM keyproxy.recalls AS r
+        WHERE r.xid >= pg_snapshot_xmin($1::text::pg_snapshot)
+          AND NOT pg_visible_in_snapshot(r.xid, $1::text::pg_snapshot)
         LIMIT $2
     )
     LIMIT $2

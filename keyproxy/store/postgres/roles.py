@@ -30,6 +30,8 @@ RIGHTS: Final = {
     # Proxies only use two functions: see the migration that created the table.
     "foreign_hashes": ("", _ALL),
     "changes": ("SELECT, DELETE", "SELECT"),
+    # Proxies only write recalls, by recall_units.
+    "recalls": ("SELECT", "SELECT"),
     "audit_log": ("", "SELECT"),
     "ledger": ("SELECT", "SELECT"),
     "ledger_history": ("SELECT, UPDATE", "SELECT"),
@@ -39,7 +41,7 @@ RIGHTS: Final = {
     "windows": (
         (
             "SELECT, DELETE, INSERT (pool_kind, pool_id, is_test, measure, starts, selector),"
-            " UPDATE (spent, held, forfeited, theoretical, wanted_at, wanted_by, holders, alerted)"
+            " UPDATE (spent, held, forfeited, theoretical, wanted_at, wanted_by, holders, alerted, recalled_at)"
         ),
         "SELECT",
     ),

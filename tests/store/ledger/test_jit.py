@@ -28,7 +28,7 @@ _PINS = (
     "from_collapse_limit",
 )
 
-#: Messages of a holder: a new lease, spending that is due an alert, the end of the lease; a token rate that takes units back.
+#: Messages of a holder: a new lease, spending that is due an alert, the end of the lease; a token rate and its return.
 _MESSAGES = (
     [line(want=5)],
     [line(granted=5, used=5, limit=5)],

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 
 import asyncpg
 import pytest
 
+from keyproxy.config import schema
+from keyproxy.limits.allowance import Allowance, Hold
 from keyproxy.limits.ledger_protocol import Pool, Window
+from keyproxy.limits.plan import Plan
+from keyproxy.model import Missing
+from keyproxy.platform import clock
+from keyproxy.reasons import Refusal
+from keyproxy.store.ledger.ledger import Ledger
 from keyproxy.store.ledger.postgres_backend import PostgresLedger
 from keyproxy.store.postgres.database import Database, Row, StoreConflict
 from tests.contracts import LEASE_SECONDS, line, window
-from tests.store.harness import Sql, add_key, add_user
+from tests.store.conftest import MakeRig
+from tests.store.harness import Door, Sql, add_key, add_user
 
 SELECTED = Window(Pool("user", "u_42", False), "tokens_per_day", "model:gpt-4o")
 
@@ -147,6 +156,41 @@ async def test_credit_is_a_change_of_a_window_in_the_feed(database: Database, sq
     (row,) = await sql.fetch("SELECT kind, subject FROM keyproxy.changes")
     assert row["kind"] == "window"
     assert json.loads(row["subject"]) == ["user", "u_42", False, "tokens_per_day", "model:gpt-4o"]
+
+
+async def test_proxy_whose_window_is_spent_admits_within_a_second_of_a_credit(dsn: str, make_rig: MakeRig) -> None:
+    door = Door(dsn, pool_size_max=4)
+    await door.open()
+    config = schema.LedgerSettings()
+    ledger = Ledger(PostgresLedger(door, lease_seconds=config.lease_seconds), config, clock.now)
+    ledger.start()
+    rig = await make_rig()
+    rig.feed.window_changed = ledger.conversation.lease_sync.forget_refusals
+    await rig.feed.poll()
+    allowance = Allowance(((Pool("user", "u_42", False), Plan(requests_per_day=2)),))
+
+    async def take() -> Hold:
+        for _ in range(9):
+            try:
+                return ledger.take(allowance, clock.now())
+            except Missing as missing:
+                await missing.fetch_missing()
+        raise AssertionError("not decided")
+
+    for _ in range(2):
+        ledger.settle(await take(), was_sent=True)
+    for _ in range(2):
+        with pytest.raises(Refusal):
+            await take()
+    started = time.monotonic()
+    await credit(door, window(), 2, 1)
+    await rig.feed.poll()
+    ledger.settle(await take(), was_sent=True)
+    assert time.monotonic() - started < 0.9
+    with pytest.raises(Refusal):
+        await take()
+    await ledger.close()
+    await door.close()
 
 
 async def test_public_cannot_credit(sql: Sql) -> None:

@@ -206,7 +206,11 @@ async def test_migration_under_load_loses_and_doubles_nothing(earlier_dsn: str) 
     sql = processes[0].sql
     row = await sql.fetchrow("SELECT sum(spent)::int8, sum(held)::int8, sum(holders)::int8 FROM keyproxy.windows")
     assert row is not None
-    assert tuple(row) == (sum(used_by_process), 0, await sql.fetchval("SELECT count(*) FROM keyproxy.leases"))
+    assert tuple(row)[:2] == (sum(used_by_process), 0)
+    # A message that the previous function had begun before the migration does not count its holder. That only sets the
+    # pace of reports.
+    leases = await sql.fetchval("SELECT count(*) FROM keyproxy.leases")
+    assert leases - len(processes) <= row[2] <= leases
     assert await sql.fetchval("SELECT sum(requests)::int8 FROM keyproxy.usage") == sum(requests)
     charges = await sql.fetch("SELECT fingerprint FROM keyproxy.idempotent_charges")
     assert len(charges) == 8

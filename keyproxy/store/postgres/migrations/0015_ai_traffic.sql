@@ -84,11 +84,13 @@ LOCK TABLE keyproxy.ledger_history, keyproxy.lease_holders, keyproxy.leases, key
 -- selector: `mode:…`, `model:…`, `route:…`, in this order, those that apply, separated by commas; '' for a limit on everything.
 -- credited: added to the plan's limit for this window alone. holders: how many holders have a lease on this window, kept in
 -- step with the leases, so that no message has to count them. alerted: the percentages that have a row in limit_alerts.
+-- recalled_at: when idle units were last recalled from holders that report rarely, because they are many.
 ALTER TABLE keyproxy.windows
     ADD COLUMN selector text NOT NULL DEFAULT '',
     ADD COLUMN credited bigint NOT NULL DEFAULT 0,
     ADD COLUMN holders int NOT NULL DEFAULT 0,
     ADD COLUMN alerted int[] NOT NULL DEFAULT '{}',
+    ADD COLUMN recalled_at float8 NOT NULL DEFAULT 0,
     ADD CONSTRAINT windows_selector_short CHECK (length(selector) <= 600) NOT VALID,
     DROP CONSTRAINT windows_measure_check,
     ADD CONSTRAINT windows_measure_known CHECK (measure IN (
@@ -198,6 +200,46 @@ DECLARE
     );
 BEGIN
     RETURN (before + opened > closed)::int - (before > 0)::int;
+END
+$$;
+
+-- Recalls of idle units, which holders read with the change feed. A table of its own: the previous release takes a kind of
+-- change that it does not know for a change of any key.
+CREATE TABLE keyproxy.recalls (
+    xid         xid8 NOT NULL DEFAULT pg_current_xact_id(),
+    at          timestamptz NOT NULL DEFAULT clock_timestamp(),
+    subject     text NOT NULL
+);
+CREATE INDEX recalls_xid ON keyproxy.recalls (xid);
+CREATE INDEX recalls_at ON keyproxy.recalls (at);
+COMMENT ON COLUMN keyproxy.recalls.subject IS 'JSON: pool kind, pool id, is_test, measure, selector, holders';
+
+-- Ask as few holders of a window as suffice for their idle units, 100 at most: those with the most. 0, so that a message can
+-- call it in passing. As its owner: proxies write recalls through messages alone.
+CREATE FUNCTION keyproxy.recall_units(id bigint, asker text, needed bigint) RETURNS int
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off
+SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
+DECLARE
+    long_ago timestamptz := clock_timestamp() - interval '1 minute';
+BEGIN
+    INSERT INTO keyproxy.recalls (subject)
+    SELECT jsonb_build_array(w.pool_kind, w.pool_id, w.is_test, w.measure, w.selector, (
+        SELECT jsonb_agg(c.holder ORDER BY c.outstanding DESC, c.holder) FROM (
+            SELECT f.holder, f.outstanding, sum(f.outstanding) OVER (ORDER BY f.outstanding DESC, f.holder) - f.outstanding AS before
+            FROM (
+                SELECT x.holder, sum(x.granted - x.used - x.returned) AS outstanding FROM keyproxy.leases AS x
+                WHERE x.window_id = w.id AND x.holder <> asker AND x.granted > x.used + x.returned
+                GROUP BY x.holder ORDER BY 2 DESC, 1 LIMIT 100
+            ) AS f
+        ) AS c WHERE c.before < needed
+    ))::text
+    FROM keyproxy.windows AS w WHERE w.id = recall_units.id;
+    -- Each row deletes more than it adds.
+    DELETE FROM keyproxy.recalls AS r WHERE r.ctid = ANY (ARRAY(
+        SELECT o.ctid FROM keyproxy.recalls AS o WHERE o.at < long_ago ORDER BY o.at LIMIT 10 FOR UPDATE SKIP LOCKED
+    ));
+    PERFORM pg_notify('keyproxy_changes', '');
+    RETURN 0;
 END
 $$;
 
@@ -323,7 +365,7 @@ BEGIN
     RETURN QUERY
     WITH line AS (
         SELECT l.*, w.id AS window_id, w.starts AS window_starts, w.spent AS was_spent, w.held AS was_held,
-               w.theoretical, w.wanted_at, w.wanted_by, w.credited AS window_credited, w.holders AS were_holders, w.alerted,
+               w.theoretical, w.wanted_at, w.wanted_by, w.recalled_at, w.credited AS window_credited, w.holders AS were_holders, w.alerted,
                keyproxy.window_end(l.measure, w.starts) AS ends,
                x.holder IS NOT NULL AS is_known, x.tid,
                coalesce(x.granted, 0) AS was_granted, coalesce(x.used, 0) AS was_used, coalesce(x.returned, 0) AS was_returned,
@@ -410,6 +452,9 @@ BEGIN
                CASE WHEN t.changes = 0 THEN 0 ELSE keyproxy.more_holders(
                    t.window_id, sender, t.changes & 65535, t.changes >> 16
                ) END AS more_holders,
+               -- Few holders report often enough to notice by themselves that units are wanted.
+               t.is_short AND t.is_asker AND t.were_holders > 30 AND t.was_held + t.window_held > t.window_own
+                   AND instant - t.recalled_at >= 1 AS recalls,
                -- One line speaks for its window.
                CASE
                    WHEN t.is_asker AND t.ends < 'Infinity'
@@ -441,6 +486,7 @@ BEGIN
             wanted_at = CASE WHEN j.is_short AND w.held + j.window_held > j.window_own THEN instant ELSE w.wanted_at END,
             wanted_by = CASE WHEN j.is_short AND w.held + j.window_held > j.window_own THEN sender ELSE w.wanted_by END,
             holders = w.holders + j.more_holders,
+            recalled_at = CASE WHEN j.recalls THEN instant ELSE w.recalled_at END,
             alerted = CASE WHEN j.reached = '{}' THEN w.alerted ELSE w.alerted || j.reached END
         FROM counted AS j
         WHERE j.is_asker AND w.id = j.window_id AND w.id = ANY (ARRAY(SELECT t.window_id FROM counted AS t))
@@ -459,6 +505,9 @@ BEGIN
                ELSE keyproxy.note_alerts(
                    j.window_id, j.reached, j.bound + j.window_credited, j.was_spent + j.window_used
                )
+           END + CASE
+               WHEN j.recalls THEN keyproxy.recall_units(j.window_id, sender, j.at_least - greatest(0, j.available))
+               ELSE 0
            END)::bigint END,
            CASE WHEN j.is_rate THEN instant ELSE 0 END
     FROM counted AS j;
