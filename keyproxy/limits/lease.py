@@ -172,7 +172,9 @@ class Lease:
 
     def may_report(self, now_mono: float) -> bool:
         """Whether a report without a request for units is due, or another holder is short of units."""
-        return now_mono >= self.heard_mono + self.report_seconds or now_mono < self.is_wanted_until
+        if not self.report_seconds or now_mono < self.is_wanted_until:
+            return True
+        return now_mono >= self.heard_mono + self.report_seconds
 
     @property
     def has_news(self) -> bool:
