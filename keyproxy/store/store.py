@@ -31,19 +31,14 @@ class Store:
         header_prefix: str,
         now: Callable[[], Moment],
     ) -> None:
-        self.database = Database(
-            dsn, pool_size_max=store.pool_size_max, statement_timeout_seconds=store.statement_timeout_seconds
-        )
+        seconds = store.statement_timeout_seconds
+        self.database = Database(dsn, pool_size_max=store.pool_size_max, statement_timeout_seconds=seconds)
         # A separate pool, so that ledger sync and lookups do not wait for each other.
-        self._ledger_database = Database(
-            dsn, pool_size_max=3, statement_timeout_seconds=store.statement_timeout_seconds, main=self.database
-        )
+        self._ledger_database = Database(dsn, pool_size_max=3, statement_timeout_seconds=seconds, main=self.database)
         self.ledger = Ledger(ledger_backend(self._ledger_database, ledger), ledger, now)
         self.claims = Claims(PostgresClaims(self._ledger_database), self.ledger, ledger, now)
         # Another one, so that neither waits for a batch of usage.
-        self._usage_database = Database(
-            dsn, pool_size_max=1, statement_timeout_seconds=store.statement_timeout_seconds, main=self.database
-        )
+        self._usage_database = Database(dsn, pool_size_max=1, statement_timeout_seconds=seconds, main=self.database)
         state = FeedState()
         self.usage = UsageJournal(
             self._usage_database,
