@@ -19,6 +19,7 @@ from typing import Final, cast
 
 import uvloop
 
+from keyproxy.ai.models import Model, price_of
 from keyproxy.auth import authorization, credentials
 from keyproxy.auth.api_key import KeyFormat, SecretKey
 from keyproxy.config import schema
@@ -27,7 +28,7 @@ from keyproxy.http.headers import FieldNames
 from keyproxy.limits.allowance import Allowance, Need
 from keyproxy.limits.lease_sync import Short
 from keyproxy.limits.ledger_protocol import LeaseGrant
-from keyproxy.limits.plan import Plan
+from keyproxy.limits.plan import Limit, Plan
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.recorder import Recorder
 from keyproxy.model import Missing, Permit, RequestHead, TimeBudget
@@ -77,6 +78,36 @@ RESPONSE = (
     b"HTTP/1.1 200 OK\r\nServer: nginx/1.22.1\r\nDate: Sat, 21 Nov 2026 10:06:43 GMT\r\n"
     b"Content-Type: application/json\r\nContent-Length: 39\r\nX-Usage-Tokens: 17\r\n\r\n" + b"x" * 39
 )
+
+
+MODEL: Final = Model("gpt-4o", price=price_of(2_500_000, 10_000_000))
+
+
+def chat(secret: SecretKey) -> bytes:
+    """A request of an AI client with a maximum."""
+    body = json.dumps(
+        {
+            "model": "gpt-4o",
+            "messages": [{"role": "user", "content": "Hello, how are you?"}],
+            "max_completion_tokens": 50,
+        }
+    ).encode()
+    return (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:8080\r\nAuthorization: Api-Key %b\r\n"
+        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (secret.reveal(), len(body), body)
+    )
+
+
+_CHAT_BODY: Final = json.dumps(
+    {
+        "id": "c", "object": "chat.completion", "model": "gpt-4o",
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "Fine."}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 13, "completion_tokens": 9, "total_tokens": 22},
+    }
+).encode()  # fmt: skip
+CHAT_RESPONSE: Final = RESPONSE[: RESPONSE.index(b"Content-Length")] + b"Content-Length: %d\r\n\r\n%b" % (
+    len(_CHAT_BODY), _CHAT_BODY,
+)  # fmt: skip
 
 
 class _OneKey:
@@ -146,6 +177,9 @@ class _Transport:
     def is_closing(self) -> bool:
         return False
 
+    def get_write_buffer_size(self) -> int:
+        return 0
+
     def abort(self) -> None:
         raise AssertionError("the exchange was not clean")
 
@@ -154,18 +188,21 @@ class _Transport:
 
 #: The plan of the key, its user and its tenant. None of the limits is reached.
 _MANY: Final = 10**9
-PLANS: Final = {
+WINDOWS_AND_TOKENS: Final = Plan(
+    requests_per_day=_MANY,
+    requests_per_month=_MANY,
+    tokens_per_request=10_000,
+    tokens_per_day=_MANY,
+    tokens_per_month=_MANY,
+)
+PLANS: Final[dict[str, Plan | None]] = {
     "no limits": None,
     "windows": Plan(requests_per_day=_MANY, requests_per_month=_MANY),
-    "windows, tokens": Plan(
-        requests_per_day=_MANY,
-        requests_per_month=_MANY,
-        tokens_per_request=10_000,
-        tokens_per_day=_MANY,
-        tokens_per_month=_MANY,
-    ),
+    "windows, tokens": WINDOWS_AND_TOKENS,
 }
-NEED: Final = Need(106, 106)
+#: For the chat: money too.
+PRICED: Final = Plan([*WINDOWS_AND_TOKENS.limits, Limit("spend", "day", _MANY), Limit("spend", "month", _MANY)])
+NEED: Final = Need(106, 106, 1_000, 1_000)
 
 
 def grant(client: LedgerClient, limits: Allowance) -> None:
@@ -184,14 +221,19 @@ def grant(client: LedgerClient, limits: Allowance) -> None:
 class Bench:
     """A proxy without sockets, whose requests are under one of PLANS."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, null: int, plan: Plan | None = None) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, null: int, plan: Plan | None = None, *, dialect: str = "header"
+    ) -> None:
         self.names = FieldNames()
         identities = known_key(loop, plan)
         self.identity = identities.known(SECRET.digest(), clock.now())
         self.limits = self.identity.allowance
-        tokens = "none" if plan is None or plan.limit("tokens/day") is None else "header"
-        rows = (schema.RouteRow("POST /v1/ai/jobs", ["jobs:write"], tokens=tokens),)
-        settings = schema.Settings(routes=rows)
+        tokens = "none" if plan is None or plan.limit("tokens/day") is None else dialect
+        rows = (
+            schema.RouteRow("POST /v1/ai/jobs", ["jobs:write"], tokens=tokens),
+            schema.RouteRow("POST /v1/chat/completions", ["jobs:write"], tokens=tokens),
+        )
+        settings = schema.Settings(routes=rows, models=(MODEL,))
         self.routes = settings.route_table()
         # None of them is started, so that no database or ledger is contacted.
         self.ledger = Ledger(cast("LedgerBackend", None), schema.LedgerSettings(), clock.now)
@@ -228,10 +270,10 @@ class Bench:
         self.client = ClientConnection(self.server)
         self.client.connection_made(cast("asyncio.Transport", _Transport()))
 
-    def whole(self, request: bytes) -> None:
+    def whole(self, request: bytes, response: bytes = RESPONSE) -> None:
         """One request and its response."""
         self.client.data_received(request)
-        self.upstream.data_received(RESPONSE)
+        self.upstream.data_received(response)
 
     def take_and_settle(self) -> None:
         """Reserve and settle the limits of one request."""
@@ -341,7 +383,19 @@ def main() -> None:
         print("\nlimits of key, user and tenant      µs    added   of it: 5, 9 take and settle")
         for name, taken in wholes.items():
             print(f"  {name:<28} {taken:8.2f} {taken - wholes['no limits']:8.2f} {takes[name]:8.2f}")
-        for one in benches.values():
+        asking = chat(SECRET)
+        chats = {
+            "chat, no limits": Bench(loop, null.fileno()),
+            "chat, windows, tokens": Bench(loop, null.fileno(), PLANS["windows, tokens"], dialect="openai"),
+            "chat, windows, tokens, price": Bench(loop, null.fileno(), PRICED, dialect="openai"),
+        }
+        wholes = timed(
+            {name: partial(one.whole, asking, CHAT_RESPONSE) for name, one in chats.items()}, *chats.values()
+        )
+        print("\na chat completion with a maximum     µs    added")
+        for name, taken in wholes.items():
+            print(f"  {name:<28} {taken:8.2f} {taken - wholes['chat, no limits']:8.2f}")
+        for one in (*benches.values(), *chats.values()):
             one.close()
 
 

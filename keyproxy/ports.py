@@ -183,7 +183,7 @@ class Exchange:
     bytes_out: int = 0
     is_over: bool = False
 
-    #: Whether the upstream has the whole request, as far as is known: once a metered exchange is over.
+    #: Whether the upstream has the whole request, as far as is known: once a metered exchange has ended early.
     was_sent_whole: bool = False
 
     #: On metered routes: what the request reserves, and the meter of its response.

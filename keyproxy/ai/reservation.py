@@ -1,6 +1,6 @@
 """What to reserve for an AI request: input by its length or an estimate, output by its maximum or a cap. Pure.
 
-The order in which it is used: `need_of` when the body is read, `TokenNeed.output_within` with what the windows have left,
+The order of use: `need_of` when the body is read, `TokenNeed.output_within` with what is left in the windows, and
 `TokenNeed.cap` for the value to insert.
 """
 

@@ -378,7 +378,7 @@ class Exchange(PoolUser):
         upstream = self._upstream
         if self.metered is not None:
             self.metered.forget_content()
-            self.was_sent_whole = upstream is not None and self.is_complete and upstream.has_sent_all
+            self.was_sent_whole = ending is not COMPLETED and upstream is not None and upstream.has_sent_all
         if before == phases.CONNECTING and self._pool is not None:
             self._pool.wait_no_more(self)
         if upstream is not None:

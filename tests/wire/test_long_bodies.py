@@ -259,13 +259,13 @@ async def test_one_user_leaves_room_for_others_however_many_connections_it_opens
         refused = {(one.status, one.reason, one.limit_reason) for one in wire.recorder.seen}
         assert refused == {(429, Reason.CONCURRENCY_LIMITED, "body_memory")}
         other = await stack.enter_async_context(wire.client())
-        await other.send(announced(250_001, key=fakes.key(2).reveal()) + b" " * 250_000)
+        await other.send(announced(250_001, key=fakes.key(2).reveal()) + b"{" + b" " * 249_999)
         await until(lambda: room.held_bytes == 500_000, "there is room for another user")
         third = await stack.enter_async_context(wire.client())
         body = b'{"max_tokens":5,"messages":["%b"]}' % (b"a" * 100_000)
         await third.send(chat(body, key=fakes.key(3).reveal()))
         assert (await third.answer()).status == 200
-        await other.send(b"1")
+        await other.send(b"}")
         assert (await other.answer()).status == 200
     await until(lambda: room.held_bytes == 0, "all have left")
 
