@@ -91,7 +91,9 @@ def charge(exchange: Exchange, metered: MeteredRequest) -> tuple[int, int]:
         use, status = _TUNNELED, _SWITCHING_PROTOCOLS
     if not exchange.sent_mono:
         return 0, 0
-    charged = metered.charge(_end(exchange), status=status, use=use, was_sent_whole=exchange.was_sent_whole)
+    # A tunnel has no end that could be missing.
+    was_sent = exchange.was_sent_whole or metered.is_tunnel
+    charged = metered.charge(_end(exchange), status=status, use=use, was_sent_whole=was_sent)
     tokens = charged.tokens
     exchange.token_use = tokens.use
     exchange.is_estimated = charged.is_estimated

@@ -17,8 +17,9 @@ from tests import fakes
 from tests.rawhttp import Client, Message, Upstream
 from tests.waiting import until
 from tests.wire.conftest import Start, Wire, request
-from tests.wire.test_ai_examples import CHAT, ask, hello, metered, openai_usage, reports
+from tests.wire.test_ai_examples import CHAT, DAY, ask, hello, metered, openai_usage, reports
 from tests.wire.test_limits import STREAM, chunk, delta
+from tests.wire.test_long import HANDSHAKE, tunnel
 
 FINISH = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":13,"completion_tokens":9}}\n\n'
@@ -204,6 +205,15 @@ async def test_an_aborted_stream_of_a_reasoning_model_is_charged_its_whole_reser
     await left_after(wire, hello(model="gpt-4r", stream=True, max_tokens=8_192), b"Hello")
     assert await charged(wire) == 8_210
     assert wire.recorder.seen[-1].is_estimated
+
+
+async def test_a_tunnel_that_its_client_resets_is_charged_in_full(start: Start) -> None:
+    wire = await metered(start, Upstream(tunnel), "tokens/request=500", DAY, match="GET /v1/realtime")
+    async with wire.client() as client:
+        await client.send(request("GET", "/v1/realtime", *HANDSHAKE))
+        assert (await client.answer()).status == 101
+        reset(client)
+    assert await charged(wire) == 500
 
 
 async def test_a_stream_that_the_upstream_breaks_off_is_charged_what_came(start: Start) -> None:

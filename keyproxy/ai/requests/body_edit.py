@@ -29,7 +29,9 @@ class Edit(NamedTuple):
 
 def is_digested(block: bytes) -> bool:
     """Whether header lines contain a digest of the body, so that it must not change."""
-    return _DIGESTS.search(block) is not None
+    # Few requests have one, and the pattern takes five times as long.
+    lower = block.lower()
+    return (b"digest" in lower or b"sha256" in lower) and _DIGESTS.search(block) is not None
 
 
 def cap_member(endpoint: DialectEndpoint, cap_field: str) -> MemberPath:
