@@ -41,7 +41,7 @@ async def test_crashes_pauses_and_partitions_overspend_and_lose_nothing(
         secret = (await site.key())["secret"]
         sql = await asyncpg.connect(dsn)
         stack.push_async_callback(sql.close)
-        limits = f'{{"requests_per_day": {requests}, "tokens_per_day": {tokens}, "tokens_per_request": 10}}'
+        limits = f'{{"requests_per_day": {requests}, "tokens_per_day": {tokens}, "tokens_per_request": 60}}'
         await sql.execute("INSERT INTO keyproxy.plans (id, limits) VALUES ('p', $1::text::jsonb)", limits)
         await sql.execute("UPDATE keyproxy.users SET plan_id = 'p'")
         sites, relays = [], []

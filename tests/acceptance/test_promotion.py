@@ -117,7 +117,7 @@ async def test_a_replica_that_is_promoted_without_the_latest_commits_overspends_
         )
         site.upstream.answering = answer_with(_ANSWER)
         secret = (await site.key())["secret"]
-        limits = f'{{"requests_per_day": {REQUESTS}, "tokens_per_day": {TOKENS}, "tokens_per_request": 10}}'
+        limits = f'{{"requests_per_day": {REQUESTS}, "tokens_per_day": {TOKENS}, "tokens_per_request": 60}}'
         await sql.execute("INSERT INTO keyproxy.plans (id, limits) VALUES ('p', $1::text::jsonb)", limits)
         await sql.execute("UPDATE keyproxy.users SET plan_id = 'p'")
         replica.copy(primary)

@@ -13,6 +13,7 @@ from keyproxy.ai.responses.streams.aws_event_stream import make_message, read_me
 from keyproxy.http.routes import RouteTable
 from keyproxy.limits.plan import Plan
 from keyproxy.model import Ending, Missing, Route
+from keyproxy.platform import clock
 from keyproxy.reasons import Reason
 from keyproxy.wire.parsing.head_templates import LEARNT_AFTER
 from tests import fakes
@@ -63,7 +64,7 @@ async def limited(start: Start, plan: Plan, serving: Upstream | None = None) -> 
 
 def spent(wire: Wire, measure: str) -> tuple[int, int]:
     """What of the user's window was spent, and what is held in the process: free or in use."""
-    wire.ledger._sync(asyncio.get_running_loop().time())
+    wire.ledger._sync(clock.monotonic())
     (row,) = [row for (window, _), row in wire.ledger.reference.windows.items() if window.measure == measure]
     return row.spent, row.limit
 

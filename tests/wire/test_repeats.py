@@ -8,6 +8,7 @@ from typing import Any
 
 from keyproxy.config.token_settings import Tokens
 from keyproxy.limits.plan import Plan
+from keyproxy.platform import clock
 from keyproxy.store.ledger.charge_dedup import Claims
 from tests import fakes
 from tests.rawhttp import OK, Message, Upstream
@@ -89,7 +90,7 @@ async def test_another_user_and_the_other_mode_are_charged_for_themselves(start:
 
 
 def spent_by(wire: Wire) -> dict[tuple[str, bool], int]:
-    wire.ledger._sync(asyncio.get_running_loop().time())
+    wire.ledger._sync(clock.monotonic())
     rows = wire.ledger.reference.windows.items()
     return {(window.pool.owner, window.pool.is_test): row.spent for (window, _), row in rows if row.spent}
 

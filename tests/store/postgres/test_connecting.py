@@ -399,7 +399,7 @@ async def _make_read_only(sql: Sql, dsn: str, value: str) -> None:
 
 async def test_error_raised_by_our_ledger_does_not_count_as_a_failover(dsn: str) -> None:
     async with opened(dsn) as door:
-        empty: list[list[object]] = [[] for _ in range(15)]
+        empty: list[list[object]] = [[] for _ in range(18)]
         await door.fetch("sync_leases", "holder", 5, 10.0, *empty)
         with pytest.raises(StoreUnavailable, match="later message"):
             await door.fetch("sync_leases", "holder", 4, 10.0, *empty)

@@ -103,9 +103,9 @@ async def _everything_works(door: StatementRunner) -> None:
     assert (await directory.keys.rotate(key, grace=_HOUR, expires_in=None))["replaces"] == key
     assert (await directory.keys.revoke(key, "it's \\ over"))["revoke_reason"] == "it's \\ over"
     assert await directory.audit.list_newest(None, 10) is not None
-    rows = await door.fetch("changes_since", None, 10)
+    rows = await door.fetch("changes_since", None, 10, "")
     await asyncio.sleep(0.05)
-    assert await door.fetch("changes_since", rows[0]["snapshot"], 10)
+    assert await door.fetch("changes_since", rows[0]["snapshot"], 10, "")
     await asyncio.gather(*(_spend(door, f"holder_{number}") for number in range(HOLDERS)))
 
 
