@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from keyproxy.limits.allowance import BUNDLES_MAX, Allowance, Hold, Need
-from keyproxy.limits.ledger_protocol import LeaseReport, Window
+from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Window
 from keyproxy.limits.plan import Limit, Plan
 from keyproxy.reasons import LimitReason, Reason, Refusal
 from tests.limits.test_lease_table import NOON, TENANT, USER, Fleet, Process, under
@@ -36,7 +38,12 @@ def test_refusal_of_what_is_spent_reaches_the_ledger_in_full_although_a_part_is_
     process.used(process.take(allowance, Need(1_000, 1_000)), tokens=700)
     asked: list[LeaseReport] = []
     sync = fleet.ledger.sync
-    monkeypatch.setattr(fleet.ledger, "sync", lambda *message: asked.extend(message[2]) or sync(*message))
+
+    def recorded(holder: str, serial: int, lines: Sequence[LeaseReport]) -> Sequence[LeaseGrant] | None:
+        asked.extend(lines)
+        return sync(holder, serial, lines)
+
+    monkeypatch.setattr(fleet.ledger, "sync", recorded)
     refusal = process.refused(allowance, Need(301, 301))
     assert (refusal.limit_reason, refusal.limit and refusal.limit.remaining) == (LimitReason.SPENT, 300)
     assert [line.at_least for line in asked if line.want] == [301]
