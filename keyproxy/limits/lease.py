@@ -316,6 +316,10 @@ class Lease:
         is_quiet = now_mono < self.is_wanted_until or not (self.need or self.is_busy(now_mono))
         self.ahead = 0 if is_quiet else self._wanted_ahead()
         self.low = self.ahead // 2
+        if self.need and not self.is_rate and self.at_least > self.quota - self.spent:
+            # Not even the smallest waiting request fits. The ledger writes an alert for a refusal, which it recognizes
+            # only if it is asked for the whole amount.
+            self.give_back()
         want = max(max(self.ahead, self.need) - self.free, 0)
         # A waiting request needs this amount in one piece; the free units count towards it.
         short = max(1, self.at_least - max(self.free, 0)) if self.need else 1

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from keyproxy.limits.allowance import BUNDLES_MAX, Allowance, Hold, Need
-from keyproxy.limits.ledger_protocol import Window
+from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Window
 from keyproxy.limits.plan import Limit, Plan
 from keyproxy.reasons import LimitReason, Reason, Refusal
 from tests.limits.test_lease_table import NOON, TENANT, USER, Fleet, Process, under
@@ -23,6 +25,40 @@ def process(fleet: Fleet) -> Process:
 
 def settled(process: Process, hold: Hold, tokens: int = 0, spend: int = 0) -> None:
     process.table.settle(hold, was_sent=True, tokens=tokens, spend=spend)
+
+
+# -- refusals
+
+
+def test_refusal_of_what_is_spent_reaches_the_ledger_in_full_although_a_part_is_free_here(
+    fleet: Fleet, process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger writes the alert of 100 per cent for it, and compares what is asked for with what remains."""
+    allowance = under(Plan(tokens_per_day=1_000))
+    process.used(process.take(allowance, Need(1_000, 1_000)), tokens=700)
+    asked: list[LeaseReport] = []
+    sync = fleet.ledger.sync
+
+    def recorded(holder: str, serial: int, lines: Sequence[LeaseReport]) -> Sequence[LeaseGrant] | None:
+        asked.extend(lines)
+        return sync(holder, serial, lines)
+
+    monkeypatch.setattr(fleet.ledger, "sync", recorded)
+    refusal = process.refused(allowance, Need(301, 301))
+    assert (refusal.limit_reason, refusal.limit and refusal.limit.remaining) == (LimitReason.SPENT, 300)
+    assert [line.at_least for line in asked if line.want] == [301]
+    assert (fleet.row("tokens_per_day").spent, fleet.row("tokens_per_day").held) == (700, 0)
+    assert process.take(allowance, Need(300, 300)).tokens == 300
+
+
+def test_part_that_is_free_here_stays_while_requests_in_flight_may_return_the_rest(
+    fleet: Fleet, process: Process
+) -> None:
+    allowance = under(Plan(tokens_per_day=1_000))
+    process.take(allowance, Need(600, 600))
+    process.used(process.take(allowance, Need(400, 400)), tokens=0)
+    assert process.refused(allowance, Need(401, 401)).limit_reason is LimitReason.HELD
+    assert fleet.row("tokens_per_day").held == 1_000
 
 
 # -- caps
