@@ -23,7 +23,7 @@ from keyproxy.admin.problems import Problem, Refused, problem_response
 from keyproxy.admin.request_parsing import BODY_BYTES_MAX
 from keyproxy.admin.scopes import Scope
 from keyproxy.admin.service import ENDPOINTS, TOKEN_ID, Service
-from keyproxy.metrics.catalogue import CONTENT_TYPE
+from keyproxy.metrics.exposition import CONTENT_TYPE
 from keyproxy.store.postgres.database import StoreUnavailable
 
 _log = logging.getLogger(__name__)

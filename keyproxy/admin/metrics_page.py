@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from keyproxy.admin.webhook_sender import WebhookSender
-from keyproxy.metrics.catalogue import BUILD_INFO, Catalogue
+from keyproxy.metrics.exposition import BUILD_INFO, Catalogue
 from keyproxy.metrics.metric import Combine, Metric, MetricKind
 from keyproxy.store.outbox.limit_alerts import LimitAlertQueue
 from keyproxy.store.outbox.reminders import ReminderQueue

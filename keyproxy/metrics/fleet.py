@@ -15,7 +15,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from keyproxy.metrics.catalogue import PROCESS_METRICS, Catalogue
+from keyproxy.metrics.exposition import PROCESS_METRICS, Catalogue
 from keyproxy.metrics.metric import Combine, Metric
 
 _KEPT_OF_THE_DEAD: Final = frozenset({"counter", "histogram"})

@@ -1,7 +1,7 @@
 """The declaration of a metric: everything about it in one row, including how the values of several processes combine.
 
 The rows stand where the values are: `process.proxy_metrics` for a proxy and its supervisor, `admin.metrics_page` for an
-admin process. `catalogue` renders them, `fleet` combines the pages of workers by them, and a test compares
+admin process. `exposition` renders them, `fleet` combines the pages of workers by them, and a test compares
 docs/metrics.md with them.
 """
 

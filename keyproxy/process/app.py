@@ -18,7 +18,7 @@ from typing import Final
 from keyproxy.config.schema import Listen, Settings
 from keyproxy.gateway import Gateway
 from keyproxy.metrics.access_log import AccessLog, LabelledExchange
-from keyproxy.metrics.catalogue import CONTENT_TYPE, Catalogue
+from keyproxy.metrics.exposition import CONTENT_TYPE, Catalogue
 from keyproxy.metrics.recorder import Histogram, Recorder
 from keyproxy.platform import clock, sockets
 from keyproxy.process import startup_conflicts

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 from keyproxy.ai.models import OTHER
 from keyproxy.config.schema import RouteRow
 from keyproxy.metrics.access_log import AccessLog
-from keyproxy.metrics.catalogue import BUILD_INFO
+from keyproxy.metrics.exposition import BUILD_INFO
 from keyproxy.metrics.metric import Combine, Metric, MetricKind
 from keyproxy.metrics.model_counts import ModelCount
 from keyproxy.metrics.recorder import Cell, Histogram, Recorder

@@ -23,7 +23,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final
 
 from keyproxy.config.schema import Settings
-from keyproxy.metrics.catalogue import CONTENT_TYPE
+from keyproxy.metrics.exposition import CONTENT_TYPE
 from keyproxy.platform import clock, sockets, systemd
 from keyproxy.platform.process_registry import Presence
 from keyproxy.process import startup_conflicts

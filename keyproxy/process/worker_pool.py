@@ -13,7 +13,7 @@ from typing import Final, Self
 
 import orjson
 
-from keyproxy.metrics.catalogue import Catalogue
+from keyproxy.metrics.exposition import Catalogue
 from keyproxy.metrics.fleet import Fleet
 from keyproxy.platform import clock
 from keyproxy.process import control_channel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from keyproxy.metrics.catalogue import Catalogue
+from keyproxy.metrics.exposition import Catalogue
 from keyproxy.metrics.fleet import Fleet
 from keyproxy.process.proxy_metrics import PROXY_METRICS, SUPERVISOR_METRICS, Workers
 

@@ -24,7 +24,7 @@ from keyproxy.limits.lease_table import LeaseTable
 from keyproxy.limits.ledger_protocol import POLICIES, REFUSALS, Pool
 from keyproxy.limits.plan import PERS, Limit, Plan
 from keyproxy.metrics.access_log import AccessLog
-from keyproxy.metrics.catalogue import PROCESS_METRICS, Catalogue
+from keyproxy.metrics.exposition import PROCESS_METRICS, Catalogue
 from keyproxy.metrics.fleet import Fleet
 from keyproxy.metrics.metric import Combine, Metric, MetricKind
 from keyproxy.metrics.recorder import Histogram, Recorder
