@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Any, Final
 
 #: The largest whole number of a limit: the largest Integer of RFC 9651, which `RateLimit` is made of.
 LIMIT_MAX: Final = 10**15 - 1
@@ -218,11 +218,6 @@ class Plan:
         kept = [limit for limit in self.limits if limit.name not in changes]
         return Plan([*kept, *(limit for limit in changes.values() if limit is not None)])
 
-    def with_names(self, changes: Mapping[str, float | None]) -> Plan:
-        """The plan with these limits, by their names in the object; None removes one. Raises InvalidPlanError."""
-        named, others = self._split()
-        return Plan(others, **_checked_names({**named, **changes}))
-
     def to_json(self) -> dict[str, float] | list[dict[str, object]]:
         """The value of `plans.limits`: the object if it can express the plan, else the array."""
         named, others = self._split()
@@ -298,9 +293,9 @@ def _check_number(name: str, value: object) -> None:
         raise InvalidPlanError(f"{name}: must be a number")
 
 
-def _checked_names(limits: Mapping[str, float | None]) -> dict[str, float | None]:
+def _checked_names(limits: Mapping[Any, Any]) -> dict[str, Any]:
     """The limits of an object that are set."""
-    checked: dict[str, float | None] = {}
+    checked: dict[str, Any] = {}
     for name, value in limits.items():
         if name not in LIMITS:
             raise InvalidPlanError(f"{name}: there is no such limit; there are {', '.join(sorted(LIMITS))}")

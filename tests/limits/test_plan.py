@@ -172,17 +172,6 @@ def test_a_change_replaces_and_removes_limits_by_name() -> None:
     assert changed == Plan(tokens_per_day=6)
 
 
-def test_limits_are_changed_by_their_names_in_the_object_beside_those_that_it_has_no_name_for() -> None:
-    weekly = Limit("tokens", "week", 9, model="m")
-    plan = Plan([weekly], rate=50.0, burst=7, tokens_per_day=5)
-    assert plan.with_names({"burst": None, "tokens_per_day": 6, "concurrency": 2, "requests_per_day": None}) == Plan(
-        [weekly], rate=50.0, tokens_per_day=6, concurrency=2
-    )
-    assert plan.with_names({"rate": None, "burst": None}).amounts() == {"tokens_per_day": 5, "tokens/week@model:m": 9}
-    with pytest.raises(InvalidPlanError, match="no such limit"):
-        plan.with_names({"tokens_per_week": 1})
-
-
 @pytest.mark.parametrize(
     ("limit", "quota"),
     [
