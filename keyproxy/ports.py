@@ -71,9 +71,15 @@ class Ledger:
         raise NotImplementedError
 
     def check(
-        self, allowance: Allowance, now: Moment, need: Need, paid: int | None = None, *,
-        asks: bool, may_be_paid: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        allowance: Allowance,
+        now: Moment,
+        need: Need,
+        paid: int | None = None,
+        *,
+        asks: bool,
+        may_be_paid: bool = False,
+    ) -> None:
         """Raise what `take` would raise. Reserves nothing, never waits.
 
         Before the body is read, `need` is one token (`Need(1, 1, route=...)`): what any such request needs. `paid`: the

@@ -58,9 +58,14 @@ def parse_model_source(text: str) -> ModelSource:
 
 
 def named_models(
-    source: ModelSource, dialect: Dialect, facts: RequestFacts, *, path: bytes, query: bytes = b"",
+    source: ModelSource,
+    dialect: Dialect,
+    facts: RequestFacts,
+    *,
+    path: bytes,
+    query: bytes = b"",
     value: str | None = None,
-) -> Named:  # fmt: skip
+) -> Named:
     """Return the models that a request names in its single places.
 
     `value`: of the source, for `path`, `header` and `form`, which the caller reads. Raises a Refusal

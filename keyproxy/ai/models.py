@@ -86,9 +86,13 @@ class Model:
 
 
 def price_of(
-    input_price: int | None, output_price: int | None, *, cached_input: int | None = None,
-    cache_write: int | None = None, reasoning: int | None = None,
-) -> Price | None:  # fmt: skip
+    input_price: int | None,
+    output_price: int | None,
+    *,
+    cached_input: int | None = None,
+    cache_write: int | None = None,
+    reasoning: int | None = None,
+) -> Price | None:
     """The price with its defaults; None without a price of input and output."""
     if input_price is None or output_price is None:
         return None

@@ -29,9 +29,13 @@ class TokenRules:
     __slots__ = ("input_bound", "output_default", "output_min", "unknown_input_max")
 
     def __init__(
-        self, *, input_bound: str = ESTIMATE, output_default: int = 4_096, output_min: int = 16,
+        self,
+        *,
+        input_bound: str = ESTIMATE,
+        output_default: int = 4_096,
+        output_min: int = 16,
         unknown_input_max: int = 131_072,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.input_bound: Final = input_bound
         self.output_default: Final = output_default
         self.output_min: Final = output_min
@@ -53,9 +57,15 @@ class TokenNeed:
     __slots__ = ("inserts", "is_stated", "multiplier", "output_least", "output_most", "tokens_in")
 
     def __init__(
-        self, tokens_in: int, output_least: int, output_most: int, *, multiplier: int = 1, inserts: bool = False,
+        self,
+        tokens_in: int,
+        output_least: int,
+        output_most: int,
+        *,
+        multiplier: int = 1,
+        inserts: bool = False,
         is_stated: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.tokens_in: Final = tokens_in
         self.output_least: Final = output_least
         self.output_most: Final = output_most
@@ -90,9 +100,13 @@ class TokenNeed:
 
 
 def need_of(
-    facts: RequestFacts, rules: TokenRules, candidates: Candidates, *, cap: str = INSERT,
+    facts: RequestFacts,
+    rules: TokenRules,
+    candidates: Candidates,
+    *,
+    cap: str = INSERT,
     tokens_per_request: int | None = None,
-) -> TokenNeed:  # fmt: skip
+) -> TokenNeed:
     """Return what to reserve. `cap`: the route's setting, REFUSE if the body must not change.
 
     `tokens_per_request`: the smallest such limit that applies; the caller compares `least` with it. Raises
@@ -170,7 +184,7 @@ def _stated(facts: RequestFacts, candidates: Candidates, maximum: int, tokens_in
 
 def _unstated(
     facts: RequestFacts, rules: TokenRules, candidates: Candidates, tokens_in: int, room: int | None, *, inserts: bool
-) -> TokenNeed:  # fmt: skip
+) -> TokenNeed:
     generates = facts.endpoint.kind is EndpointClass.GENERATES
     multiplier = facts.multiplier if generates else 1
     most, least = rules.output_default, rules.output_min

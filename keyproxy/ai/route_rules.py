@@ -28,10 +28,19 @@ class RouteRules:
     )  # fmt: skip
 
     def __init__(
-        self, name: str, dialect: Dialect, *, tokens: TokenRules, bounds: BodyBounds, models: ModelTable,
-        source: ModelSource, cap: str = "", cap_field: str = "", placeholder: re.Pattern[bytes] | None = None,
+        self,
+        name: str,
+        dialect: Dialect,
+        *,
+        tokens: TokenRules,
+        bounds: BodyBounds,
+        models: ModelTable,
+        source: ModelSource,
+        cap: str = "",
+        cap_field: str = "",
+        placeholder: re.Pattern[bytes] | None = None,
         model_field: bytes = b"",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.name: Final = name
         self.dialect: Final = dialect
         self.tokens: Final = tokens

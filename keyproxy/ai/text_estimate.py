@@ -38,10 +38,15 @@ def _classes() -> bytes:
     """The class of each byte: a, A, 0, space, `.` other ASCII, 2 3 4 the first byte of a character, x the separator."""
     table = bytearray(_OTHER for _ in range(0x100))
     for characters, kind in (
-        (b"abcdefghijklmnopqrstuvwxyz", "a"), (b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", "A"), (b"0123456789", "0"), (b" \t", " "),
-        (bytes(range(0xC0, 0xE0)), "2"), (bytes(range(0xE0, 0xF0)), "3"), (bytes(range(0xF0, 0xFF)), "4"),
+        (b"abcdefghijklmnopqrstuvwxyz", "a"),
+        (b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", "A"),
+        (b"0123456789", "0"),
+        (b" \t", " "),
+        (bytes(range(0xC0, 0xE0)), "2"),
+        (bytes(range(0xE0, 0xF0)), "3"),
+        (bytes(range(0xF0, 0xFF)), "4"),
         (SEPARATOR, "x"),
-    ):  # fmt: skip
+    ):
         for character in characters:
             table[character] = ord(kind)
     return bytes(table)

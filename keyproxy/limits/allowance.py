@@ -40,9 +40,16 @@ class Need:
     __slots__ = ("is_priced", "models", "route", "spend_least", "spend_most", "tokens_least", "tokens_most")
 
     def __init__(
-        self, tokens_least: int, tokens_most: int, spend_least: int = 0, spend_most: int = 0, *,
-        route: str = "", models: tuple[str, ...] = (), is_priced: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        tokens_least: int,
+        tokens_most: int,
+        spend_least: int = 0,
+        spend_most: int = 0,
+        *,
+        route: str = "",
+        models: tuple[str, ...] = (),
+        is_priced: bool = True,
+    ) -> None:
         self.tokens_least: Final = tokens_least
         self.tokens_most: Final = tokens_most
         self.spend_least: Final = spend_least

@@ -29,10 +29,15 @@ class ResponseUse:
     __slots__ = ("is_final", "is_finished", "model", "produced", "report", "reported_input")
 
     def __init__(
-        self, report: UsageReport | None = None, *,
-        reported_input: UsageReport | None = None, produced: int = 0, is_final: bool = True, is_finished: bool = True,
+        self,
+        report: UsageReport | None = None,
+        *,
+        reported_input: UsageReport | None = None,
+        produced: int = 0,
+        is_final: bool = True,
+        is_finished: bool = True,
         model: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.report: Final = report
         self.is_final: Final = is_final and report is not None
         self.reported_input: Final = report if reported_input is None else reported_input

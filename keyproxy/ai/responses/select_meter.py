@@ -24,7 +24,7 @@ _AWS_EVENTS: Final = b"application/vnd.amazon.eventstream"
 
 def meter_for(
     dialect: Dialect, endpoint: DialectEndpoint, head: ResponseHead, *, choices: int = 1, hides_usage: bool = False
-) -> Meter:  # fmt: skip
+) -> Meter:
     """Return the meter for one response.
 
     `choices`: the number of alternatives that the request asks for. `hides_usage`: the client did not request the usage

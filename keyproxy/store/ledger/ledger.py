@@ -46,8 +46,11 @@ class Ledger(ports.Ledger):
     """Take, check, extend and settle holds. Implements the port Ledger."""
 
     def __init__(
-        self, backend: LedgerBackend, ledger: schema.LedgerSettings, now: Callable[[], Moment],
-    ) -> None:  # fmt: skip
+        self,
+        backend: LedgerBackend,
+        ledger: schema.LedgerSettings,
+        now: Callable[[], Moment],
+    ) -> None:
         self.conversation = LedgerClient(backend, ledger, now)
         self._table = self.conversation.lease_table
         self._sync = self.conversation.lease_sync
@@ -90,9 +93,15 @@ class Ledger(ports.Ledger):
         return hold
 
     def check(
-        self, allowance: Allowance, now: Moment, need: Need, paid: int | None = None, *,
-        asks: bool, may_be_paid: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        allowance: Allowance,
+        now: Moment,
+        need: Need,
+        paid: int | None = None,
+        *,
+        asks: bool,
+        may_be_paid: bool = False,
+    ) -> None:
         """See the port."""
         if not asks and not self._table.has_refused(allowance, now.mono_seconds, need):
             return

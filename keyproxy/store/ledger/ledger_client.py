@@ -62,8 +62,11 @@ class LedgerClient:
     """Exchange messages with the ledger about the leases of this process."""
 
     def __init__(
-        self, backend: LedgerBackend, ledger: schema.LedgerSettings, now: Callable[[], Moment],
-    ) -> None:  # fmt: skip
+        self,
+        backend: LedgerBackend,
+        ledger: schema.LedgerSettings,
+        now: Callable[[], Moment],
+    ) -> None:
         self.counts = dict.fromkeys(("round_trips", "failures"), 0)
         #: Called after every round trip, with its duration in seconds.
         self.observe: Callable[[float], None] = lambda _seconds: None

@@ -57,9 +57,14 @@ class RedisLedger:
     """Leases from Redis, shares from PostgreSQL. Implements the port LedgerBackend."""
 
     def __init__(
-        self, url: str, database: Database, *,
-        lease_seconds: float, timeout_seconds: float = 2.0, alert_percentages: Sequence[int] = (),
-    ) -> None:  # fmt: skip
+        self,
+        url: str,
+        database: Database,
+        *,
+        lease_seconds: float,
+        timeout_seconds: float = 2.0,
+        alert_percentages: Sequence[int] = (),
+    ) -> None:
         """`timeout_seconds` bounds one call to Redis. Opens no connection. Raises ValueError if the URL is invalid."""
         self._script = LedgerScript(url, database, timeout_seconds=timeout_seconds)
         self._shares = PostgresLedger(database, lease_seconds=_SHARE_SECONDS, alert_percentages=alert_percentages)

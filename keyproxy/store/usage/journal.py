@@ -59,9 +59,14 @@ class UsageJournal:
     """Collect usage and write it in batches."""
 
     def __init__(
-        self, database: Database, usage: schema.Usage, now: Callable[[], Moment], *, settle_seconds: float,
+        self,
+        database: Database,
+        usage: schema.Usage,
+        now: Callable[[], Moment],
+        *,
+        settle_seconds: float,
         server_ahead_seconds: Callable[[], float] = lambda: 0.0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`server_ahead_seconds`: how far the ledger's clock is ahead of this one. Days are the ledger's."""
         self.counts = dict.fromkeys(("batches", "events", "failures"), 0)
         #: What was not recorded because too much was waiting.
