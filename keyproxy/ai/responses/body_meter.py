@@ -19,16 +19,13 @@ class MediaMeter(Meter):
 
     @property
     def produced(self) -> int:
-        """See Meter."""
         return media_tokens(self._size)
 
     @property
     def produced_bound(self) -> int:
-        """See Meter."""
         return self.produced
 
     def feed(self, content: bytes) -> bytes:
-        """See Meter."""
         self._size += len(content)
         return content
 
@@ -38,7 +35,6 @@ class UnreadMeter(MediaMeter):
 
     @property
     def produced(self) -> int:
-        """See Meter."""
         return unread_tokens(self._size)
 
 
@@ -51,15 +47,12 @@ class TextMeter(Meter):
 
     @property
     def produced(self) -> int:
-        """See Meter."""
         return self._estimate.tokens()
 
     @property
     def produced_bound(self) -> int:
-        """See Meter."""
         return self.produced
 
     def feed(self, content: bytes) -> bytes:
-        """See Meter."""
         self._estimate.add(content, continues=True)
         return content

@@ -38,16 +38,13 @@ class InflatingMeter(Meter):
 
     @property
     def produced(self) -> int:
-        """See Meter."""
         return self._inner.produced + unread_tokens(self._unread)
 
     @property
     def produced_bound(self) -> int:
-        """See Meter."""
         return self._inner.produced_bound + unread_tokens(self._unread)
 
     def feed(self, content: bytes) -> bytes:
-        """See Meter."""
         self._left = self._left + content if self._left else content
         if self._is_readable:
             self._read()
@@ -57,7 +54,6 @@ class InflatingMeter(Meter):
         return content
 
     def finish(self) -> bytes:
-        """See Meter."""
         if self._left:
             self._read()
         self._drop()

@@ -52,11 +52,9 @@ class JsonMeter(Meter):
 
     @property
     def produced_bound(self) -> int:
-        """See Meter."""
         return self.produced
 
     def feed(self, content: bytes) -> bytes:
-        """See Meter."""
         if self._members is not None:
             self._scan(self._members, content)
             return content
@@ -72,7 +70,6 @@ class JsonMeter(Meter):
         return content
 
     def finish(self) -> bytes:
-        """See Meter."""
         members = self._members
         if members is None:
             document = b"".join(self._kept)

@@ -64,7 +64,6 @@ class Utf8:
 
     @property
     def is_whole(self) -> bool:
-        """See the class."""
         return not self._cut
 
     def takes(self, piece: bytes) -> bool:

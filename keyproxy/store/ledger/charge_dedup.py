@@ -162,7 +162,6 @@ class Claims:
     # -- the path of a request
 
     def add(self, hold: Hold, fingerprint: bytes, tokens: int, paid: int | None, *, spend: int = 0) -> None:
-        """See the port."""
         claim = Claim(fingerprint, tokens, paid, self._ledger.release(hold), self._now().mono_seconds, spend)
         if self._is_closed or self.pending >= _WAITING_MAX:
             self._give_up([claim])
@@ -170,7 +169,6 @@ class Claims:
             self._waiting.append(claim)
 
     async def paid(self, fingerprint: bytes, patience: TimeBudget) -> int | None:
-        """See the port."""
         if self._is_closed:
             raise Refusal(Reason.LEDGER_UNAVAILABLE, "shutting down: the lookup of earlier charges is closed")
         if len(self._asked) >= _ASKED_MAX:

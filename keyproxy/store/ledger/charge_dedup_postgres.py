@@ -20,7 +20,6 @@ class PostgresClaims:
         self._repeats_max = repeats_max
 
     async def claim(self, process: str, number: int, claims: Sequence[Claim]) -> Sequence[Answer] | None:
-        """See ClaimStore."""
         rows = await self._database.fetch(
             "claim_charges",
             process,
@@ -33,12 +32,10 @@ class PostgresClaims:
         return [Answer(*pair) for pair in zip(*rows[0], strict=True)] if rows else None
 
     async def cover(self, fingerprints: Sequence[bytes]) -> Mapping[bytes, Cover]:
-        """See ClaimStore."""
         rows = await self._database.fetch("cover_repeats", fingerprints, self._repeats_max)
         return {row["fingerprint"]: Cover(row["tokens"], row["covered"]) for row in rows}
 
     async def forget(self, portion: int) -> bool:
-        """See ClaimStore."""
         charges = await self._database.fetch("forget_charges", portion)
         batches = await self._database.fetch("forget_claim_batches", portion)
         return max(int(charges[0]["gone"]), len(batches)) >= portion

@@ -79,7 +79,6 @@ class Ledger(ports.Ledger):
     # -- the path of a request
 
     def take(self, allowance: Allowance, now: Moment, need: Need | None = None, *, may_be_paid: bool = False) -> Hold:
-        """See the port."""
         try:
             hold = self._table.take(allowance, now.mono_seconds, need)
         except Short as short:
@@ -102,7 +101,6 @@ class Ledger(ports.Ledger):
         asks: bool,
         may_be_paid: bool = False,
     ) -> None:
-        """See the port."""
         if not asks and not self._table.has_refused(allowance, now.mono_seconds, need):
             return
         try:
@@ -116,7 +114,6 @@ class Ledger(ports.Ledger):
             raise
 
     def take_slots(self, allowance: Allowance, now: Moment, need: Need) -> Hold | None:
-        """See the port."""
         try:
             return self._table.take_slots(allowance, now.mono_seconds, need)
         except Refusal as refusal:
@@ -124,15 +121,12 @@ class Ledger(ports.Ledger):
             raise
 
     def per_request(self, allowance: Allowance, now: Moment, need: Need) -> tuple[int | None, int | None]:
-        """See the port."""
         return self._table.per_request(allowance, now.mono_seconds, need)
 
     def trim(self, hold: Hold, tokens: int, spend: int) -> Hold:
-        """See the port."""
         return self._table.trim(hold, tokens, spend)
 
     def take_again(self, allowance: Allowance, now: Moment, need: Need | None, paid: int) -> Hold:
-        """See the port."""
         try:
             hold = self._table.take_again(allowance, now.mono_seconds, need, paid)
         except Short as short:
@@ -145,7 +139,6 @@ class Ledger(ports.Ledger):
         return hold
 
     def extend(self, hold: Hold, tokens: int, spend: int = 0) -> Hold:
-        """See the port."""
         now = self._mono()
         try:
             return self._table.extend(hold, tokens, now, spend)
@@ -159,11 +152,9 @@ class Ledger(ports.Ledger):
             ) from None
 
     def release(self, hold: Hold) -> Hold:
-        """See the port."""
         return self._table.release(hold)
 
     def settle(self, hold: Hold, *, was_sent: bool, tokens: int = 0, spend: int = 0, is_repeat: bool = False) -> None:
-        """See the port."""
         self._open_holds -= 1
         if not self._open_holds and self._settled is not None:
             self._settled.set()

@@ -37,7 +37,6 @@ class PostgresLedger:
         self._alert_percentages = sorted(alert_percentages)
 
     async def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> Sequence[LeaseGrant] | None:
-        """See the port."""
         columns = zip(*(_flat(line) for line in lines), strict=True) if lines else ([] for _ in range(_COLUMNS))
         rows = await self._database.fetch(
             "sync_leases", holder, serial, self._lease_seconds, self._alert_percentages,
@@ -49,17 +48,14 @@ class PostgresLedger:
         return [LeaseGrant(*row) for row in rows if row["lease"] or row["wait_seconds"]]
 
     async def reap(self, portion: int = REAP_PORTION) -> bool:
-        """See the port."""
         rows = await self._database.fetch("reap_holders", portion)
         return bool(rows[0]["done"])
 
     async def forget(self, portion: int) -> bool:
-        """See the port."""
         rows = await self._database.fetch("forget_holders", portion)
         return bool(rows[0]["gone"] >= portion)
 
     async def end(self, holder: str) -> None:
-        """See the port."""
         await self._database.fetch("end_holders", [holder])
 
     async def windows(self, windows: Sequence[Window]) -> Sequence[WindowState | None]:

@@ -85,7 +85,6 @@ class RedisLedger:
         self._is_closed = False
 
     async def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> Sequence[LeaseGrant] | None:
-        """See the port."""
         generation = await self._script.generation()
         try:
             if self._spoken.setdefault(holder, generation) != generation:
@@ -118,7 +117,6 @@ class RedisLedger:
         return await self._shares.forget(portion)
 
     async def end(self, holder: str) -> None:
-        """See the port."""
         generation = self._spoken.pop(holder, "")
         if generation and generation == await self._script.generation():
             with contextlib.suppress(GenerationLost):

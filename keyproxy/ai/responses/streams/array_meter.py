@@ -48,16 +48,13 @@ class ArrayMeter(Meter):
 
     @property
     def produced(self) -> int:
-        """See Meter."""
         return self._reading.tokens
 
     @property
     def produced_bound(self) -> int:
-        """See Meter."""
         return self._reading.bound
 
     def feed(self, content: bytes) -> bytes:
-        """See Meter."""
         if self._is_over:
             return content
         self._held += content
@@ -88,14 +85,12 @@ class ArrayMeter(Meter):
         return b"".join(out)
 
     def finish(self) -> bytes:
-        """See Meter."""
         rest = bytes(self._held)
         self._held.clear()
         self._at = 0
         return rest
 
     def cut(self, event: bytes, *, exception: str = "") -> bytes:
-        """See Meter."""
         self._held.clear()
         self._is_over = True
         return (b",\n" if self._has_passed else b"[") + event + b"]"

@@ -40,16 +40,13 @@ class AwsMeter(Meter):
 
     @property
     def produced(self) -> int:
-        """See Meter."""
         return self._reading.tokens
 
     @property
     def produced_bound(self) -> int:
-        """See Meter."""
         return self._reading.bound
 
     def feed(self, content: bytes) -> bytes:
-        """See Meter."""
         if self._is_broken:
             self._reading.produced.add_unread(len(content))
             return content
@@ -90,7 +87,6 @@ class AwsMeter(Meter):
         return content[:at]
 
     def finish(self) -> bytes:
-        """See Meter."""
         rest = bytes(self._held)
         self._held.clear()
         return rest

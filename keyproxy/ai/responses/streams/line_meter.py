@@ -31,16 +31,13 @@ class LineMeter(Meter):
 
     @property
     def produced(self) -> int:
-        """See Meter."""
         return self._reading.tokens
 
     @property
     def produced_bound(self) -> int:
-        """See Meter."""
         return self._reading.bound
 
     def feed(self, content: bytes) -> bytes:
-        """See Meter."""
         before = b""
         if self._is_oversize:
             end = content.find(b"\n") + 1
@@ -67,7 +64,6 @@ class LineMeter(Meter):
         return rest
 
     def cut(self, event: bytes, *, exception: str = "") -> bytes:
-        """See Meter."""
         self._line.clear()
         return (b"\n" if self._is_oversize else b"") + event + b"\n"
 

@@ -46,21 +46,17 @@ class SseMeter(Meter):
 
     @property
     def takes_comments(self) -> bool:
-        """See Meter."""
         return not self._passed
 
     @property
     def produced(self) -> int:
-        """See Meter."""
         return self._reading.tokens
 
     @property
     def produced_bound(self) -> int:
-        """See Meter."""
         return self._reading.bound
 
     def feed(self, content: bytes) -> bytes:
-        """See Meter."""
         if self._event or self._awaits_lf or not self._reading.has_begun:
             return self._feed_apart(content)
         plain = self._count_plain(content)
@@ -78,7 +74,6 @@ class SseMeter(Meter):
         return out
 
     def cut(self, event: bytes, *, exception: str = "") -> bytes:
-        """See Meter."""
         begun, self._passed = self._passed, 0
         self._event.clear()
         return b"\n\n" + event if begun else event
