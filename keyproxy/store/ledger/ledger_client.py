@@ -302,7 +302,7 @@ class LedgerClient:
     async def _reap(self) -> None:
         while True:
             await asyncio.sleep(self._lease_seconds / _REAPS_PER_LEASE)
-            if not self.outage.is_on:
+            if self._is_main or not self.outage.is_on:
                 self.reap_age.warn_if_late()
             if await self.reaping.finish(self._backend.reap):
                 self.reap_age.finished()
