@@ -11,7 +11,7 @@ ARGS ?=
 DSN ?=
 SEEDS ?= 1000
 SECONDS ?= 120
-JOBS ?= 2
+JOBS ?= 3
 
 # Tests run in several processes, each with a PostgreSQL of its own.
 IN_JOBS = --numprocesses $(JOBS) --dist worksteal

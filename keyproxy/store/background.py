@@ -10,12 +10,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Final
 
 _log = logging.getLogger(__name__)
 
 _PAUSE_SECONDS: Final = 1.0
+
+
+#: A cancellation that coincides with a timeout can be lost in a library: it is repeated after this time.
+_CANCEL_AGAIN_SECONDS: Final = 0.5
+
+
+async def cancel_all(tasks: Collection[asyncio.Task[None]]) -> None:
+    """Cancel tasks and wait for them, however often one loses its cancellation."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN_SECONDS)
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class BackgroundTask:
@@ -40,9 +54,7 @@ class BackgroundTask:
     async def end(self) -> None:
         """Cancel all tasks and wait for them."""
         tasks, self._tasks = self._tasks, []
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_all(tasks)
 
     async def _last(
         self, work: Callable[[], Awaitable[None]], failed: Callable[[Exception], None] | None, pause_seconds: float

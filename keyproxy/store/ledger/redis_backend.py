@@ -26,6 +26,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
 from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Window
+from keyproxy.store.background import cancel_all
 from keyproxy.store.ledger import redis_codec as wire
 from keyproxy.store.ledger.backend import REAP_PORTION
 from keyproxy.store.ledger.ledger_script import GenerationLost, LedgerScript
@@ -137,10 +138,7 @@ class RedisLedger:
     async def close(self) -> None:
         """Close connections to Redis. The store closes the database."""
         self._is_closed = True
-        tasks = [task for task in (self._stock_task, self._refresh_task) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_all([task for task in (self._stock_task, self._refresh_task) if task is not None])
         await self._script.close()
 
     # -- leases, out of shares
