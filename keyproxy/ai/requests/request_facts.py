@@ -129,9 +129,9 @@ def multiplied(tokens: int, multiplier: int) -> int:
     return min(tokens * multiplier, _PRODUCT_MAX)
 
 
-def malformed(said: str, field: str | None = None) -> Refusal:
+def malformed(message: str, field: str | None = None) -> Refusal:
     """Build the refusal of a body, with a complete message. `field`: the member at fault."""
-    return Refusal(Reason.REQUEST_MALFORMED, said, caller_text=said, replaces_sentence=True, field=field)
+    return Refusal(Reason.REQUEST_MALFORMED, message, caller_text=message, replaces_sentence=True, field=field)
 
 
 def _read_stream(facts: RequestFacts, parts: RequestParts, endpoint: DialectEndpoint, dialect: Dialect) -> None:

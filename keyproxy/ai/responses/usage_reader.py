@@ -14,7 +14,7 @@ from keyproxy.ai.responses.usage_objects import UsageReport, has_output, input_i
 #: A longer name is no model's. The ledger's records have their own, stricter rules.
 _MODEL_CHARACTERS_MAX: Final = 256
 
-#: The most choices that are told apart.
+#: The most choices that are distinguished.
 _CHOICES_MAX: Final = 1_024
 
 
