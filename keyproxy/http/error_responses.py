@@ -72,6 +72,9 @@ class ErrorRenderer:
             fields.append(type_field)
         if refusal.retry_after_seconds is not None:
             fields.append(f"Retry-After: {refusal.retry_after_seconds}")
+            retry_field = error_shapes.retry_field(error_shape, refusal.retry_after_seconds)
+            if retry_field is not None and not refusal.is_futile:
+                fields.append(retry_field)
         if refusal.is_futile:
             # The SDKs of OpenAI and Anthropic honour this and raise immediately. Without it they sleep and retry;
             # Anthropic's sleeps for all of Retry-After, even if that is a day.

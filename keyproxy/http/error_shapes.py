@@ -40,6 +40,12 @@ _BEDROCK_TYPES: Final = {
     502: "ServiceUnavailableException", 503: "ServiceUnavailableException", 504: "ModelTimeoutException",
 }  # fmt: skip
 
+#: The exceptions that end its event streams: members of the stream, so an SDK knows no others.
+_BEDROCK_STREAM_TYPES: Final = {
+    402: "throttlingException", 429: "throttlingException", 502: "serviceUnavailableException",
+    503: "serviceUnavailableException", 504: "serviceUnavailableException",
+}  # fmt: skip
+
 
 class ErrorFacts(NamedTuple):
     """What every format of a refusal contains. `field`: the member of the request's JSON at fault."""
@@ -82,12 +88,17 @@ def error_type_field(shape: str, status: int) -> str | None:
     """Return the header line with the type of a refusal, from which the SDK selects its exception; None without one."""
     if shape != "bedrock":
         return None
-    return f"x-amzn-ErrorType: {bedrock_error_type(status)}"
+    return f"x-amzn-ErrorType: {_type(_BEDROCK_TYPES, status, 'ValidationException', 'InternalServerException')}"
 
 
-def bedrock_error_type(status: int) -> str:
-    """Return the exception of Bedrock's API for a status, also as the `:exception-type` of an event stream."""
-    return _type(_BEDROCK_TYPES, status, "ValidationException", "InternalServerException")
+def retry_field(shape: str, seconds: int) -> str | None:
+    """Return the header line for SDKs that do not read Retry-After; None without one."""
+    return f"x-amz-retry-after: {1_000 * seconds}" if shape == "bedrock" else None
+
+
+def bedrock_stream_exception(status: int) -> str:
+    """Return the `:exception-type` of the message that ends an event stream."""
+    return _type(_BEDROCK_STREAM_TYPES, status, "validationException", "internalServerException")
 
 
 def _gemini(error: ErrorFacts) -> dict[str, object]:

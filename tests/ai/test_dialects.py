@@ -5,11 +5,12 @@ Member names were compared with openai 3.57.0, anthropic 2.14.0, google-genai 3.
 
 from __future__ import annotations
 
+import botocore.session
 import pytest
 
 from keyproxy.ai.dialects.endpoint import Dialect, EndpointClass, StreamFormat, StreamSwitch
 from keyproxy.ai.dialects.table import DIALECTS, endpoint_of, model_in_path
-from keyproxy.http.error_shapes import SHAPES, ErrorFacts, bedrock_error_type, error_content, error_type_field
+from keyproxy.http.error_shapes import SHAPES, ErrorFacts, bedrock_stream_exception, error_content, error_type_field
 
 G, M, R, N, U = (
     EndpointClass.GENERATES, EndpointClass.MEDIA, EndpointClass.READS, EndpointClass.NONE, EndpointClass.UNKNOWN,
@@ -185,5 +186,14 @@ def test_a_refusal_has_the_json_of_its_api(shape: str, content: dict[str, object
 def test_every_status_has_a_type_in_every_format(shape: str, status: int) -> None:
     content = str(error_content(shape, ERROR._replace(status=status, limit={})))
     assert "token_budget_exhausted" in content
-    field = error_type_field(shape, status)
-    assert (field == f"x-amzn-ErrorType: {bedrock_error_type(status)}") if shape == "bedrock" else field is None
+    assert (error_type_field(shape, status) is None) == (shape != "bedrock")
+
+
+@pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 405, 408, 413, 417, 429, 431, 500, 501, 502, 503, 504])
+def test_the_exceptions_of_bedrock_are_those_that_boto3_knows(status: int) -> None:
+    service = botocore.session.get_session().get_service_model("bedrock-runtime")
+    name, _, kind = (error_type_field("bedrock", status) or "").partition(": ")
+    assert name == "x-amzn-ErrorType"
+    assert kind in service.shape_names
+    stream = service.operation_model("ConverseStream").get_event_stream_output()
+    assert bedrock_stream_exception(status) in stream.members

@@ -447,10 +447,10 @@ def test_a_stream_of_documents_can_be_ended_by_one_of_ours(
 def test_an_aws_event_stream_is_ended_by_an_exception() -> None:
     meter, body = stream("converse")
     out = meter.feed(body[:200])
-    end = meter.cut(b'{"message":"m"}', exception="ThrottlingException")
+    end = meter.cut(b'{"message":"m"}', exception="throttlingException")
     assert body.startswith(out)
     assert read_message(end) == (
-        {":exception-type": "ThrottlingException", ":content-type": "application/json", ":message-type": "exception"},
+        {":exception-type": "throttlingException", ":content-type": "application/json", ":message-type": "exception"},
         b'{"message":"m"}',
     )
 

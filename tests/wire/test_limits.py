@@ -350,7 +350,7 @@ async def test_a_stream_of_any_format_without_budget_ends_with_the_reason_in_its
         while body.startswith(event):
             body = body.removeprefix(event)
         headers, payload = read_message(body)
-        assert headers[":exception-type"] == "ThrottlingException"
+        assert headers[":exception-type"] == "throttlingException"
         last = json.loads(payload)
     assert last["error"]["code"] == "token_budget_exhausted"
     assert spent(wire, "tokens_per_day") == (1_000, 1_000)

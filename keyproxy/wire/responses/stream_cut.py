@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from keyproxy.ai.dialects.endpoint import StreamFormat
 from keyproxy.ai.responses.meter import Meter
-from keyproxy.http.error_shapes import bedrock_error_type
+from keyproxy.http.error_shapes import bedrock_stream_exception
 from keyproxy.ports import Exchange
 from keyproxy.reasons import Refusal
 from keyproxy.wire.context import ServerContext
@@ -29,5 +29,5 @@ def _last_event(refusal: Refusal, request_id: str, shape: str, meter: Meter, ser
     problems = server.problems
     if meter.format is StreamFormat.SSE:
         return meter.cut(problems.last_event(refusal, request_id, shape))
-    exception = bedrock_error_type(problems.status_of(refusal))
+    exception = bedrock_stream_exception(problems.status_of(refusal))
     return meter.cut(problems.last_document(refusal, request_id, shape), exception=exception)
