@@ -181,6 +181,23 @@ async def test_the_cap_of_each_dialect_is_inserted_where_it_belongs(
     assert json.loads(wire.upstream.requests[-1].body) == {**body, **expected}
 
 
+async def test_gemini_s_thoughts_are_reserved_within_its_maximum(start: Start) -> None:
+    usage = {"promptTokenCount": 13, "candidatesTokenCount": 10, "thoughtsTokenCount": 40, "totalTokenCount": 63}
+    wire = await metered(start, reports({"usageMetadata": usage}), path=GENERATE, tokens="gemini")
+    config = {"maxOutputTokens": 50, "thinkingConfig": {"thinkingBudget": 40}}
+    told = await ask(wire, {"contents": [{"parts": [{"text": HELLO}]}], "generationConfig": config}, path=GENERATE)
+    assert told.one("X-Keyproxy-Tokens-Reserved") == str(13 + 50)
+    assert [charged for _, _, charged in wire.ledger.settled] == [63]
+
+
+async def test_bedrock_s_cached_input_is_charged_beside_its_input(start: Start) -> None:
+    usage = {"inputTokens": 4, "cacheReadInputTokens": 90, "cacheWriteInputTokens": 6, "outputTokens": 5}
+    path = "/model/m/converse"
+    wire = await metered(start, reports({"usage": usage}), path=path, tokens="bedrock")
+    await ask(wire, {"messages": [{"content": [{"text": HELLO}]}]}, path=path)
+    assert [charged for _, _, charged in wire.ledger.settled] == [105]
+
+
 async def test_a_setting_selects_the_member_for_the_cap(start: Start) -> None:
     wire = await metered(start, openai_usage(13, 9), cap_field="max_tokens")
     await ask(wire, hello())

@@ -16,7 +16,7 @@ from keyproxy.ai.dialects.endpoint import (
     ending_in,
 )
 
-#: `inputTokens` excludes what the cache served and stored, as in Anthropic's API.
+#: `inputTokens` excludes what the cache served and stored, as in Anthropic's API: docs/token-estimates.md has the sources.
 _USAGE: Final = UsageFields(
     places=(("usage",),),
     inputs=(("inputTokens",), ("cacheReadInputTokens",), ("cacheWriteInputTokens",)),
