@@ -15,6 +15,7 @@ from keyproxy.limits.plan import Plan
 from tests import fakes
 from tests.rawhttp import Message, Upstream, answer_with
 from tests.wire.conftest import Start, Wire, request
+from tests.wire.test_limits import STREAM, chunk
 
 JSON = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
 CHAT, GENERATE = "/v1/chat/completions", "/v1beta/models/g:generateContent"
@@ -222,6 +223,58 @@ async def test_money_is_reserved_at_the_dearest_price_and_charged_by_use(start: 
     ((hold, _, _),) = wire.ledger.settled
     assert hold.total_spend == 545
     assert wire.recorder.seen[-1].cost_micros == 3_750
+
+
+CHEAP = Model("gpt-4o-mini", ("mini",), price=price_of(150_000, 600_000))
+DEAR = Model("gpt-4", price=price_of(30_000_000, 60_000_000))
+UNPRICED = Model("free")
+
+ALTERNATIVES = {
+    "models": {"models": ["gpt-4", "mini"]},
+    "fallbacks": {"fallbacks": ["gpt-4o-mini", {"model": "gpt-4"}]},
+    "by name": {"context_window_fallbacks": [{"gpt-4o": ["gpt-4", "gpt-4o-mini"]}]},
+}
+
+
+async def several(start: Start, serving: bytes, *limits: str) -> Wire:
+    rows = [RouteRow(f"POST {CHAT}", name="chat", tokens="openai")]
+    models = [GPT_4O, CHEAP, DEAR, UNPRICED]
+    wire = await start(serving=Upstream(answer_with(serving)), rows=rows, models=models)
+    wire.identities.add(fakes.key(1), fakes.identity(plan=plan(*limits)))
+    return wire
+
+
+@pytest.mark.parametrize("lists", ALTERNATIVES)
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize(
+    ("named", "cost"),
+    [
+        ("gpt-4o", 3_000), ("gpt-4o-mini", 180), ("mini", 180), ("gpt-4", 24_000),
+        ("gpt-4-0613", 24_000), ("free", 24_000), (None, 24_000),
+    ],
+)  # fmt: skip
+async def test_one_of_several_models_is_charged_as_the_response_names_it_else_as_the_dearest(
+    start: Start, lists: str, streams: bool, named: str | None, cost: int
+) -> None:
+    document: dict[str, Any] = {"usage": {"prompt_tokens": 400, "completion_tokens": 200}}
+    if named is not None:
+        document["model"] = named
+    serving = reports(document)
+    if streams:
+        serving = STREAM + chunk(f"data: {json.dumps({**document, 'choices': []})}\n\n".encode()) + b"0\r\n\r\n"
+    wire = await several(start, serving, DAY, "spend/month=50.00")
+    await ask(wire, hello(max_tokens=50, stream=streams, **ALTERNATIVES[lists]))
+    ((hold, _, tokens),) = wire.ledger.settled
+    assert hold.total_spend == (hold.covers - 50) * 30 + 50 * 60
+    seen = wire.recorder.seen[-1]
+    assert (tokens, seen.cost_micros, seen.model) == (600, cost, "gpt-4o")
+
+
+async def test_a_response_that_names_another_model_changes_nothing_without_alternatives(start: Start) -> None:
+    document = {"model": "gpt-4o-mini", "usage": {"prompt_tokens": 400, "completion_tokens": 200}}
+    wire = await several(start, reports(document), DAY, "spend/month=50.00")
+    await ask(wire, hello(max_tokens=50))
+    assert wire.recorder.seen[-1].cost_micros == 3_000
 
 
 async def test_hello_costs_123_micro_units(start: Start) -> None:

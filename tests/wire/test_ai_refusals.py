@@ -158,7 +158,7 @@ async def test_two_places_with_models_of_different_rows_are_malformed(start: Sta
     assert (told.status, content["code"]) == (400, "request_malformed")
 
 
-async def test_alternatives_reserve_at_the_dearest_price_and_are_charged_as_the_response_names(start: Start) -> None:
+async def test_an_alternative_without_a_price_is_refused_under_a_spend_limit(start: Start) -> None:
     wire = await metered(start, openai_usage(1_000, 0), "spend/day=1.00")
     told, content = await refused(wire, hello(fallbacks=["gpt-4r"]))
     assert (told.status, content["code"]) == (403, "model_unpriced")

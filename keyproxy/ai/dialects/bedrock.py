@@ -16,7 +16,7 @@ from keyproxy.ai.dialects.endpoint import (
     ending_in,
 )
 
-#: `inputTokens` excludes what the cache served and stored, as in Anthropic's API: docs/token-estimates.md has the sources.
+#: `inputTokens` excludes what the cache served and stored, as in Anthropic's API. Sources: docs/token-estimates.md.
 _USAGE: Final = UsageFields(
     places=(("usage",),),
     inputs=(("inputTokens",), ("cacheReadInputTokens",), ("cacheWriteInputTokens",)),

@@ -28,7 +28,7 @@ _USAGE: Final = UsageFields(
 _READ_USAGE: Final = UsageFields(places=(("usageMetadata",),), inputs=(("promptTokenCount",),))
 _TEXT: Final = frozenset({"text", "code", "output"})
 _FINISH: Final = FinishMarker(member=("candidates", EACH, "finishReason"))
-#: It bounds thoughts and candidates together: docs/token-estimates.md has the sources.
+#: It bounds thoughts and candidates together. Sources: docs/token-estimates.md.
 _MAXIMUMS: Final = (("generationConfig", "maxOutputTokens"),)
 _MULTIPLIERS: Final = (("generationConfig", "candidateCount"),)
 
