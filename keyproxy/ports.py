@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from keyproxy.ai.metered_request import MeteredRequest
+from keyproxy.ai.requests.inflation import ContentMemory
 from keyproxy.ai.responses.meter import Meter
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.http.forwarding import Forwarding
@@ -227,6 +228,10 @@ class Exchange:
         Only one exchange runs at a time, so that many of them delay other requests no longer than one does; users take
         turns, so that many requests of one user do not starve those of others.
         """
+        raise NotImplementedError
+
+    def content_memory(self) -> ContentMemory:
+        """The memory of the inflated body, which the metered request releases."""
         raise NotImplementedError
 
     def forward(self, permit: Permit) -> None:

@@ -31,6 +31,8 @@ def read(exchange: Exchange, head: RequestHead, metered: MeteredRequest) -> None
     if metered.collects(head):
         if not exchange.is_complete:
             raise Missing("body", lambda _patience: exchange.whole_body())
+        if head.fields.codings and metered.memory is None:
+            metered.memory = exchange.content_memory()
         if metered.has_begun or not metered.reads_at_once(head, exchange.body):
             raise _reading(exchange, head, metered)
     if not metered.read(head, exchange.body):

@@ -123,20 +123,30 @@ class FakeIdentities(Identities):
 
 
 class FakeLedger(Ledger):
-    """A lease table and the reference ledger, which replies immediately. Not `answers`: it is unavailable."""
+    """A lease table and the reference ledger, which replies immediately. Not `answers`: it is unavailable.
+
+    Requests wait for `may_reply` before they take anything.
+    """
 
     def __init__(self) -> None:
         self.reference = ReferenceLedger(time.time, lease_seconds=1000.0)
         self.lease_sync = LeaseSync(lambda: None)
         self.table = LeaseTable(self.lease_sync)
         self.answers = True
+        self.may_reply = asyncio.Event()
+        self.may_reply.set()
         self.settled: list[tuple[Hold, bool, int]] = []
         self._serial = 0
 
     def take(self, allowance: Allowance, now: Moment, need: Need | None = None, *, may_be_paid: bool = False) -> Hold:
         """See the port."""
         del may_be_paid
+        if not self.may_reply.is_set():
+            raise Missing("leases", lambda _patience: self._wait())
         return self._settled_by(lambda: self.table.take(allowance, now.mono_seconds, need), now)
+
+    async def _wait(self) -> None:
+        await self.may_reply.wait()
 
     def check(
         self, allowance: Allowance, now: Moment, need: Need, paid: int | None = None, *,

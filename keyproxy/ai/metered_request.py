@@ -16,7 +16,7 @@ from keyproxy.ai.dialects.table import TOKENLESS, endpoint_of
 from keyproxy.ai.model_source import candidates_of, named_models
 from keyproxy.ai.models import Candidates, PricedUse, recorded_name
 from keyproxy.ai.requests.body_edit import cap_member, edited, edits_of, is_digested, pieces
-from keyproxy.ai.requests.inflation import Deflation
+from keyproxy.ai.requests.inflation import ContentMemory, Deflation
 from keyproxy.ai.requests.request_facts import RequestFacts
 from keyproxy.ai.requests.request_reading import RequestReading, facts_of_form, is_collected
 from keyproxy.ai.reservation import (
@@ -45,12 +45,13 @@ class MeteredRequest:
 
     `is_tunnel`: it opens one. `is_read`: its needs are known. `model`: its name in records, empty without one. `need`:
     the tokens to reserve. `output`: those of it that are reserved for output, with all extensions. `cap`: the inserted
-    maximum, 0 for none. `asks_for_usage`: the request for the stream's usage is inserted, so the client must not see it.
+    maximum, 0 for none. `memory`: of its inflated content; None: the body is not compressed. `asks_for_usage`: the
+    request for the stream's usage is inserted, so the client must not see it.
     """
 
     __slots__ = (
         "_deflation", "_facts", "_is_digested", "_reading", "asks_for_usage", "candidates", "cap", "endpoint", "is_read",
-        "is_tunnel", "model", "models", "need", "output", "rules",
+        "is_tunnel", "memory", "model", "models", "need", "output", "rules",
     )  # fmt: skip
 
     def __init__(self, rules: RouteRules, head: RequestHead) -> None:
@@ -69,6 +70,7 @@ class MeteredRequest:
         self.output = 0
         self.cap = 0
         self.asks_for_usage = False
+        self.memory: ContentMemory | None = None
         self._is_digested = False
         self._facts: RequestFacts | None = None
         self._reading: RequestReading | None = None
@@ -102,7 +104,9 @@ class MeteredRequest:
         if is_collected(head.fields):
             reading = self._reading
             if reading is None:
-                reading = self._reading = RequestReading(self.rules.reading, self.endpoint, head.fields, body)
+                reading = self._reading = RequestReading(
+                    self.rules.reading, self.endpoint, head.fields, body, memory=self.memory
+                )
             if not reading.advance():
                 return False
             facts = reading.facts
@@ -239,6 +243,8 @@ class MeteredRequest:
     def forget_content(self) -> None:
         """Release the body."""
         self._reading = self._deflation = None
+        if self.memory is not None:
+            self.memory.hold(0)
         if self._facts is not None:
             self._facts.forget_content()
 

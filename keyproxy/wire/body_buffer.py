@@ -2,9 +2,9 @@
 
     collected -> read -> written upstream: its memory is free again
 
-The memory is per process, and one user's bodies take at most a quarter of it, however many connections the user opens. A
-body has to keep arriving at a minimum pace over the last seconds; the minimum is higher while more than half of the
-memory is taken.
+The memory is per process, and one user's bodies take at most a quarter of it, however many connections the user opens.
+The inflated content of a compressed body counts until the body is ready to be forwarded. A body has to keep arriving at
+a minimum pace over the last seconds; the minimum is higher while more than half of the memory is taken.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import asyncio
 from collections import deque
 from typing import Final
 
+from keyproxy.ai.requests.inflation import ContentMemory
 from keyproxy.config.token_settings import USER_SHARE, Tokens
 from keyproxy.reasons import LimitReason, Reason, Refusal
 
@@ -46,13 +47,16 @@ class BodyMemory:
         """Whether more than half of it is taken."""
         return 2 * self.held_bytes > self.bytes_max
 
-    def take(self, owner: BodyOwner, count: int) -> None:
+    def take(self, owner: BodyOwner, count: int, *, own_bytes: int = 0) -> None:
         """Take memory.
+
+        `own_bytes`: what the same request has taken before. A user's only body is always within the share: compressed
+        and inflated it may exceed the share, but would exceed it in every retry too.
 
         Raises a Refusal, taking nothing: CONCURRENCY_LIMITED if it exceeds the user's share, OVERLOADED if there is none.
         """
         held = self._held.get(owner, 0) + count
-        if held * USER_SHARE > self.bytes_max:
+        if held * USER_SHARE > self.bytes_max and held - count > own_bytes:
             raise Refusal(
                 Reason.CONCURRENCY_LIMITED,
                 f"this user's buffered bodies would hold {held} bytes",
@@ -99,7 +103,7 @@ class BodyBuffer:
         """Add the next piece. Raises a Refusal if the body becomes too large."""
         if self._held_bytes + len(content) > self._bytes_max:
             raise self._too_much
-        self._room.take(self._owner, len(content))
+        self._room.take(self._owner, len(content), own_bytes=self._held_bytes)
         self._content += content
         self._held_bytes += len(content)
 
@@ -130,6 +134,11 @@ class BodyBuffer:
         self._content = bytearray()
         self._end()
 
+    @property
+    def held_bytes(self) -> int:
+        """The memory that the body takes."""
+        return self._held_bytes
+
     async def wait(self) -> None:
         """Wait until `whole` or `leave` was called."""
         await self._is_over
@@ -137,3 +146,23 @@ class BodyBuffer:
     def _end(self) -> None:
         if not self._is_over.done():
             self._is_over.set_result(None)
+
+
+class InflatedContent(ContentMemory):
+    """The memory of a request's inflated content, beside that of the body as it was sent."""
+
+    def __init__(self, room: BodyMemory, owner: BodyOwner, sent: BodyBuffer | None) -> None:
+        self._room: Final = room
+        self._owner: Final = owner
+        self._sent: Final = sent
+        self._held_bytes = 0
+
+    def hold(self, count: int) -> None:
+        """See ContentMemory. The user's share and the whole memory refuse as they do for a body that arrives."""
+        more = count - self._held_bytes
+        if more > 0:
+            sent_bytes = 0 if self._sent is None else self._sent.held_bytes
+            self._room.take(self._owner, more, own_bytes=sent_bytes + self._held_bytes)
+        elif more < 0:
+            self._room.give_back(self._owner, -more)
+        self._held_bytes = count

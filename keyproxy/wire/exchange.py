@@ -20,7 +20,7 @@ from keyproxy.http import headers
 from keyproxy.model import COMPLETED, Ending, Permit, RequestHead, ResponseHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire import phases
-from keyproxy.wire.body_buffer import BodyBuffer
+from keyproxy.wire.body_buffer import BodyBuffer, BodyOwner, InflatedContent
 from keyproxy.wire.client.exchange_owner import ExchangeOwner
 from keyproxy.wire.context import ServerContext
 from keyproxy.wire.responses import refusal_response, response_heads, stream_cut
@@ -104,11 +104,10 @@ class Exchange(PoolUser):
             self._end(Ending.CUT, self._server.clock(), closes=True)
 
     async def whole_body(self, otherwise: Refusal | None = None) -> None:
-        head, identity = self.head, self.identity
-        if self.is_complete or self.is_over or head is None or identity is None:
+        head = self.head
+        if self.is_complete or self.is_over or head is None:
             return
-        owner = (identity.tenant_id, identity.user_id)
-        collector = self._collector = BodyBuffer(self._server.room, owner, self._server.clock(), otherwise)
+        collector = self._collector = BodyBuffer(self._server.room, self._body_owner(), self._server.clock(), otherwise)
         collector.expect(head.content_length)
         collector.take(self.body)
         self.body = b""
@@ -119,9 +118,15 @@ class Exchange(PoolUser):
         self.body_wait_seconds += self._server.clock() - since
 
     async def in_turns(self, advance: Callable[[], bool]) -> None:
+        await self._server.turns.work(self._body_owner(), lambda: self.is_over or advance())
+
+    def content_memory(self) -> InflatedContent:
+        return InflatedContent(self._server.room, self._body_owner(), self._collector)
+
+    def _body_owner(self) -> BodyOwner:
         identity = self.identity
         assert identity is not None  # noqa: S101 - for the type checker: no body is read before its key is known
-        await self._server.turns.work((identity.tenant_id, identity.user_id), lambda: self.is_over or advance())
+        return identity.tenant_id, identity.user_id
 
     def _invite_body(self, head: RequestHead) -> None:
         if head.fields.expects_continue and not self.bytes_in:
@@ -230,7 +235,9 @@ class Exchange(PoolUser):
             self._client.pause()
 
     def resume_request(self) -> None:
-        self._release_buffer()
+        if self._collector is not None and self._upstream is not None and not self._upstream.is_full:
+            # The upstream has taken the collected body, so its memory is free again.
+            self._collector.leave()
         if not self.is_complete:
             self._client.resume()
 
@@ -251,15 +258,10 @@ class Exchange(PoolUser):
             self.connection_wait_seconds += now - self._connection_since_mono
             self._connection_since_mono = 0.0
         upstream.begin(self, data, body, now)
-        self._release_buffer()
-        if not self.is_complete:
-            self._client.resume()
+        self.resume_request()
 
     def interim_arrived(self, response: ResponseHead) -> None:
-        """An interim response, such as 103. RFC 9110 section 15.2: relay it, unless keyproxy sends it itself.
-
-        HTTP/1.0 has none. A client that expects 100 gets it from keyproxy.
-        """
+        """Relay an interim response, such as 103 (RFC 9110 section 15.2). HTTP/1.0 has none. 100 is ours."""
         if self._phase != phases.INFORMED:
             self._phase = phases.EXCHANGE.step(self._phase, phases.INFORMED)
         head = self.head
@@ -361,11 +363,6 @@ class Exchange(PoolUser):
             self._phase = phases.EXCHANGE.step(self._phase, phases.CONNECTING)
             self._connection_since_mono = self._connection_since_mono or self._server.clock()
             pool.wait(self, identity.owner)
-
-    def _release_buffer(self) -> None:
-        """Give back the memory of a collected body, once the upstream has taken it."""
-        if self._collector is not None and self._upstream is not None and not self._upstream.is_full:
-            self._collector.leave()
 
     def _end(self, ending: Ending, now: float, *, closes: bool, resets: bool = True) -> None:
         """End the exchange. `closes`: close the client's connection too. Not `resets`: a cut that ends it cleanly."""

@@ -229,7 +229,7 @@ CHEAP = Model("gpt-4o-mini", ("mini",), price=price_of(150_000, 600_000))
 DEAR = Model("gpt-4", price=price_of(30_000_000, 60_000_000))
 UNPRICED = Model("free")
 
-ALTERNATIVES = {
+ALTERNATIVES: dict[str, dict[str, Any]] = {
     "models": {"models": ["gpt-4", "mini"]},
     "fallbacks": {"fallbacks": ["gpt-4o-mini", {"model": "gpt-4"}]},
     "by name": {"context_window_fallbacks": [{"gpt-4o": ["gpt-4", "gpt-4o-mini"]}]},

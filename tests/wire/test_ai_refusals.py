@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import json
+import random
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from keyproxy.model import Ending
 from tests import fakes
-from tests.rawhttp import Message, Upstream
+from tests.rawhttp import Client, Message, Upstream
 from tests.waiting import until
 from tests.wire.conftest import Start, Wire, request
 from tests.wire.test_ai_examples import CHAT, GENERATE, HELLO, MESSAGES, ask, hello, metered, openai_usage, plan
@@ -256,6 +259,92 @@ async def test_all_bodies_together_are_bounded_and_each_user_has_a_quarter(start
     for context in slow:
         await context.__aexit__(None, None, None)
     assert statuses == [(2, 429, "concurrency_limited", "body_memory"), (6, 503, "overloaded", None)]
+
+
+def compressed(content_bytes: int) -> bytes:
+    body = json.dumps(hello(max_tokens=50)).encode()
+    return gzip.compress(body + b" " * (content_bytes - len(body)))
+
+
+@contextlib.asynccontextmanager
+async def inflated(wire: Wire, users: list[int], content_bytes: int) -> AsyncIterator[list[Client]]:
+    """Requests whose bodies are inflated, while they wait for the ledger."""
+    wire.ledger.may_reply.clear()
+    async with contextlib.AsyncExitStack() as stack:
+        clients = []
+        for number in users:
+            wire.identities.add(fakes.key(number), fakes.identity(f"u_{number}", plan=plan("tokens/day=100000")))
+            client = await stack.enter_async_context(wire.client())
+            wanted = wire.server.room.held_bytes + content_bytes
+            recorded = len(wire.recorder.seen)
+            await client.send(
+                request(
+                    "POST", CHAT, "Content-Encoding: gzip", body=compressed(content_bytes),
+                    key=fakes.key(number).reveal(),
+                )
+            )  # fmt: skip
+            await until(
+                lambda: wire.server.room.held_bytes >= wanted or len(wire.recorder.seen) > recorded,  # noqa: B023
+                "it is inflated or refused",
+            )
+            clients.append(client)
+        yield clients
+
+
+async def test_inflated_content_takes_memory_until_it_is_forwarded(start: Start) -> None:
+    wire = await metered(start, openai_usage(13, 9), settings=SMALL)
+    async with inflated(wire, [2], 65_536) as (client,):
+        assert wire.server.room.held_bytes == 65_536
+        wire.ledger.may_reply.set()
+        assert (await client.answer()).status == 200
+    assert wire.server.room.held_bytes == 0
+
+
+async def test_inflated_content_of_a_client_that_leaves_is_released(start: Start) -> None:
+    wire = await metered(start, openai_usage(13, 9), settings=SMALL)
+    async with inflated(wire, [2, 3], 60_000):
+        assert wire.server.room.held_bytes == 120_000
+    await until(lambda: wire.server.room.held_bytes == 0, "the clients have left")
+
+
+async def test_inflated_content_counts_towards_the_share_of_its_user(start: Start) -> None:
+    wire = await metered(start, openai_usage(13, 9), settings=SMALL)
+    async with inflated(wire, [2, 2], 40_000) as (first, second):
+        told = await second.answer()
+        content = error(told)
+        assert (told.status, content["code"], content["reason"]) == (429, "concurrency_limited", "body_memory")
+        assert wire.server.room.held_bytes == 40_000
+        wire.ledger.may_reply.set()
+        assert (await first.answer()).status == 200
+    assert len(wire.upstream.requests) == 1
+
+
+async def test_inflated_content_counts_towards_the_memory_of_the_process(start: Start) -> None:
+    wire = await metered(start, openai_usage(13, 9), settings=SMALL)
+    async with inflated(wire, [2, 3, 4, 5, 6], 60_000) as clients:
+        told = await clients[-1].answer()
+        assert (told.status, error(told)["code"]) == (503, "overloaded")
+        assert wire.server.room.held_bytes == 240_000
+        wire.ledger.may_reply.set()
+        for client in clients[:-1]:
+            assert (await client.answer()).status == 200
+    assert wire.server.room.held_bytes == 0
+
+
+async def test_the_only_body_of_a_user_may_exceed_the_share_by_its_content(start: Start) -> None:
+    wire = await metered(start, openai_usage(13, 9), settings=SMALL)
+    body = json.dumps(hello(user=random.Random(1).randbytes(30_000).hex(), max_tokens=50)).encode()
+    sent = gzip.compress(body)
+    head = request("POST", CHAT, "Content-Encoding: gzip")[:-2] + b"Content-Length: %d\r\n\r\n" % len(sent)
+    wire.ledger.may_reply.clear()
+    async with wire.client() as client:
+        await client.send(head + sent[:10])
+        await until(lambda: wire.server.room.held_bytes == 10, "its body is awaited")
+        await client.send(sent[10:])
+        await until(lambda: wire.server.room.held_bytes > 65_536, "it is inflated")
+        assert wire.server.room.held_bytes == len(sent) + len(body)
+        wire.ledger.may_reply.set()
+        assert (await client.answer()).status == 200
 
 
 async def test_a_request_counts_as_concurrent_while_its_body_arrives(start: Start) -> None:

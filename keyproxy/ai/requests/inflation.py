@@ -28,11 +28,22 @@ def compression_of(codings: tuple[bytes, ...], body: bytes) -> int | None:
     return window_bits(body, is_gzip=encodings[0] != b"deflate")
 
 
+class ContentMemory:
+    """The memory that the inflated content of one request takes."""
+
+    def hold(self, count: int) -> None:
+        """The content has so many bytes now. Raises a Refusal if there is no memory for more; 0 releases it."""
+        raise NotImplementedError
+
+
 class Inflation:
     """Inflates a body; `content` is set once `advance` has returned True."""
 
-    def __init__(self, body: bytes, bits: int, *, bytes_max: int, ratio_max: int) -> None:
+    def __init__(
+        self, body: bytes, bits: int, *, bytes_max: int, ratio_max: int, memory: ContentMemory | None = None
+    ) -> None:
         self.content = b""
+        self._memory: Final = memory
         self._body: Final = body
         self._inflate: Final = zlib.decompressobj(wbits=bits)
         self._bytes_max: Final = min(bytes_max, max(_RATIO_FREE_BYTES, ratio_max * len(body)))
@@ -58,6 +69,8 @@ class Inflation:
         self._out_bytes += len(piece)
         if self._out_bytes > self._bytes_max:
             raise Refusal(Reason.BODY_TOO_LARGE, f"its content has more than {self._bytes_max} bytes")
+        if self._memory is not None:
+            self._memory.hold(self._out_bytes)
         if not inflate.eof:
             if was_empty and not piece:
                 raise malformed(_ENDS_ELSEWHERE)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from keyproxy.ai.dialects.endpoint import Dialect, DialectEndpoint
-from keyproxy.ai.requests.inflation import Inflation, compression_of
+from keyproxy.ai.requests.inflation import ContentMemory, Inflation, compression_of
 from keyproxy.ai.requests.request_facts import RequestFacts, facts_of, malformed
 from keyproxy.ai.scanning.content_media import AUDIO, IMAGE, VIDEO, media_kind
 from keyproxy.ai.scanning.json_bounds import JsonBounds, JsonError, TooDenseError
@@ -83,8 +83,16 @@ class RequestReading:
     `content`: the inflated body, `bits`: zlib's number for its compression, None for none.
     """
 
-    def __init__(self, rules: ReadingRules, endpoint: DialectEndpoint, fields: RequestFields, body: bytes) -> None:
-        """Raises a Refusal (BODY_TOO_LARGE, REQUEST_MALFORMED), as `advance` does."""
+    def __init__(
+        self,
+        rules: ReadingRules,
+        endpoint: DialectEndpoint,
+        fields: RequestFields,
+        body: bytes,
+        *,
+        memory: ContentMemory | None = None,
+    ) -> None:
+        """Raises a Refusal (BODY_TOO_LARGE, REQUEST_MALFORMED), as `advance` does. `memory`: of the inflated content."""
         self.facts: RequestFacts | None = None
         self.content = body
         self._rules: Final = rules
@@ -96,7 +104,9 @@ class RequestReading:
         self.bits: Final = compression_of(fields.codings, body) if fields.codings else None
         self._inflation: Inflation | None = None
         if self.bits is not None:
-            self._inflation = Inflation(body, self.bits, bytes_max=bounds.bytes_max, ratio_max=bounds.inflate_ratio_max)
+            self._inflation = Inflation(
+                body, self.bits, bytes_max=bounds.bytes_max, ratio_max=bounds.inflate_ratio_max, memory=memory
+            )
         self._scanner: RequestScanner | None = None
         self._plain: _PlainText | None = None
 
