@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import socket
 import struct
 import time
+from typing import Any, NamedTuple
 
+import h11
+import httptools
 import pytest
 
+from keyproxy.ai.responses.streams.aws_event_stream import make_message
 from keyproxy.model import Ending, TokenUse
 from keyproxy.wire.usage_reads import NOT_REPORTED, REPORTED, TIMED_OUT
 from tests import fakes
 from tests.rawhttp import Client, Message, Upstream
 from tests.waiting import until
 from tests.wire.conftest import Start, Wire, request
-from tests.wire.test_ai_examples import CHAT, DAY, ask, hello, metered, openai_usage, reports
+from tests.wire.test_ai_examples import CHAT, DAY, HELLO, ask, hello, metered, openai_usage, reports
 from tests.wire.test_limits import STREAM, chunk, delta
 from tests.wire.test_long import HANDSHAKE, tunnel
 
@@ -147,15 +152,144 @@ async def test_a_client_that_leaves_earlier_aborts_the_upstream_at_once_and_is_c
     assert wire.recorder.seen[-1].is_estimated
 
 
-async def test_a_client_that_closes_its_connection_in_a_pause_of_the_stream_is_noticed_at_once(start: Start) -> None:
-    streaming = Streaming(stream(delta("Hello")))
-    wire = await metered(start, streaming.upstream)
+class Paused(NamedTuple):
+    """A stream that pauses: its request, its head, the events before and after the pause, and the charge of each end."""
+
+    dialect: str
+    path: str
+    media_type: bytes
+    before: bytes
+    after: tuple[bytes, ...]
+    charged_aborted: int
+    charged_whole: int
+    body: dict[str, Any]
+
+    @property
+    def head(self) -> bytes:
+        return STREAM.replace(b"text/event-stream", self.media_type)
+
+
+def candidate(text: str, **usage: int) -> bytes:
+    return json.dumps({"candidates": [{"content": {"parts": [{"text": text}]}}], "usageMetadata": usage}).encode()
+
+
+def aws(kind: str, payload: dict[str, Any]) -> bytes:
+    return make_message({":event-type": kind, ":message-type": "event"}, json.dumps(payload).encode())
+
+
+PAUSED = {
+    "server-sent events": Paused(
+        "openai", CHAT, b"text/event-stream", delta("Hello"), (FINISH, USAGE, DONE), 19, 22, hello(stream=True)
+    ),
+    "NDJSON": Paused(
+        "ollama", "/api/chat", b"application/x-ndjson", b'{"message":{"content":"Hello"},"done":false}\n',
+        (b'{"message":{"content":""},"done":true,"prompt_eval_count":13,"eval_count":9}\n',), 19, 22, hello(),
+    ),
+    "an array": Paused(
+        "gemini", "/v1beta/models/g:streamGenerateContent", b"application/json", b"[" + candidate("Hello") + b"\n",
+        (b",\r\n" + candidate("", promptTokenCount=13, candidatesTokenCount=9), b"]"), 14, 22,
+        {"contents": [{"parts": [{"text": HELLO}]}]},
+    ),
+    "AWS's event stream": Paused(
+        "bedrock", "/model/m/converse-stream", b"application/vnd.amazon.eventstream",
+        aws("contentBlockDelta", {"contentBlockIndex": 0, "delta": {"text": "Hello"}}),
+        (aws("messageStop", {}), aws("metadata", {"usage": {"inputTokens": 13, "outputTokens": 9}})), 14, 22,
+        {"messages": [{"content": [{"text": HELLO}]}]},
+    ),
+}  # fmt: skip
+
+
+async def pausing(start: Start, one: Paused) -> tuple[Wire, Streaming]:
+    after = b"".join(map(chunk, one.after)) + b"0\r\n\r\n"
+    streaming = Streaming(one.head + chunk(one.before), after)
+    return await metered(start, streaming.upstream, path=one.path, tokens=one.dialect), streaming
+
+
+async def ask_until_the_pause(client: Client, one: Paused) -> bytes:
+    body = json.dumps(one.body).encode()
+    await client.send(request("POST", one.path, "Content-Type: application/json", body=body))
+    seen = b""
+    while b"Hello" not in seen:
+        seen += await client.reader.read(65_536)
+    return seen
+
+
+@pytest.mark.parametrize("name", PAUSED)
+async def test_a_client_that_closes_its_connection_in_a_pause_of_the_stream_is_noticed_at_once(
+    start: Start, name: str
+) -> None:
+    wire, streaming = await pausing(start, PAUSED[name])
     async with wire.client() as client:
-        body = json.dumps(hello(stream=True)).encode()
-        await client.send(request("POST", CHAT, "Content-Type: application/json", body=body))
-        assert b"Hello" in await client.reader.readuntil(b"\n\n\r\n")
-    assert await charged(wire) == 19
+        await ask_until_the_pause(client, PAUSED[name])
+    assert await charged(wire) == PAUSED[name].charged_aborted
     await until(lambda: streaming.aborted_mono > 0, "the upstream is aborted", seconds=2)
+    assert wire.recorder.seen[-1].is_estimated
+
+
+@pytest.mark.parametrize("name", PAUSED)
+async def test_a_client_that_closes_only_its_sending_side_in_a_pause_gets_the_whole_stream(
+    start: Start, name: str
+) -> None:
+    one = PAUSED[name]
+    wire, streaming = await pausing(start, one)
+    async with wire.client() as client:
+        seen = await ask_until_the_pause(client, one)
+        client.half_close()
+        async with asyncio.timeout(5):
+            seen += await client.reader.readexactly(1)
+        streaming.goes_on.set()
+        seen += await client.ends()
+    hidden = USAGE if one.dialect == "openai" else b""
+    whole = one.before + b"".join(one.after).replace(hidden, b"")
+    for content in (by_httptools(seen), by_h11(seen), by_http_client(seen)):
+        assert content == whole
+    assert await charged(wire) == one.charged_whole
+
+
+def by_httptools(response: bytes) -> bytes:
+    content: list[bytes] = []
+    is_over: list[bool] = []
+
+    class Protocol:
+        def on_body(self, body: bytes) -> None:
+            content.append(body)
+
+        def on_message_complete(self) -> None:
+            is_over.append(True)
+
+    httptools.HttpResponseParser(Protocol()).feed_data(response)
+    assert is_over
+    return b"".join(content)
+
+
+def by_h11(response: bytes) -> bytes:
+    connection = h11.Connection(h11.CLIENT)
+    connection.send(h11.Request(method="GET", target="/", headers=[("Host", "h")]))
+    connection.send(h11.EndOfMessage())
+    connection.receive_data(response)
+    content = b""
+    while not isinstance(event := connection.next_event(), h11.EndOfMessage):
+        content += bytes(event.data) if isinstance(event, h11.Data) else b""
+    return content
+
+
+def by_http_client(response: bytes) -> bytes:
+    near, far = socket.socketpair()
+    with near, far:
+        near.sendall(response)
+        parsed = http.client.HTTPResponse(far)
+        parsed.begin()
+        return parsed.read()
+
+
+async def test_a_client_that_leaves_in_a_pause_of_any_chunked_response_is_noticed(start: Start) -> None:
+    streaming = Streaming(STREAM.replace(b"text/event-stream", b"text/plain") + chunk(b"Hello"))
+    wire = await start(serving=streaming.upstream)
+    async with wire.client() as client:
+        await client.send(request("POST", "/v1/ai/jobs", body=b"{}"))
+        assert b"Hello" in await client.reader.readuntil(b"Hello")
+    await until(lambda: streaming.aborted_mono > 0, "the upstream is aborted", seconds=2)
+    assert wire.recorder.seen[-1].ending is Ending.CLIENT_GONE
 
 
 async def test_a_client_that_closes_only_its_sending_side_gets_the_whole_stream(start: Start) -> None:

@@ -68,11 +68,6 @@ class Meter:
         return self.format is not None
 
     @property
-    def takes_comments(self) -> bool:
-        """Whether a comment that clients ignore may be sent now: between two server-sent events."""
-        return False
-
-    @property
     def report(self) -> UsageReport | None:
         """The usage that the response reported; None if there is no credible report.
 

@@ -26,7 +26,6 @@ from keyproxy.wire.exchange import Exchange
 from keyproxy.wire.parsing.framing import FramingError
 from keyproxy.wire.parsing.head_beginnings import refused_line
 from keyproxy.wire.phases import DUE, HALF_CLOSED, LINGERING, LOST, READ, READING, RESTING
-from keyproxy.wire.responses import client_probe
 from keyproxy.wire.tls import certificate_subject
 
 #: Bytes of later requests that are buffered during an exchange.
@@ -256,7 +255,7 @@ class ClientConnection(ExchangeOwner):
             exchange.refuse(Refusal(Reason.REQUEST_MALFORMED, "the request ended within its body"))
         else:
             # Or it has closed both directions, which only a write can reveal.
-            client_probe.probe(exchange, exchange.response)
+            exchange.response.probe_client()
 
     def _read_head(self) -> bool:
         """Begin the next exchange. False if its head is incomplete."""

@@ -232,6 +232,9 @@ def chunk(content: bytes) -> bytes:
 
 LAST_CHUNK: Final = b"0\r\n\r\n"
 
+#: May be sent ahead of any chunk, also of the last one: their sizes may have leading zeros. RFC 9112 section 7.1.
+CHUNK_BEGINNING: Final = b"0"
+
 
 def chunks(content: bytes, *, is_last: bool) -> bytes:
     """Content as one chunk, or as none if it is empty; `is_last`: followed by the last chunk."""

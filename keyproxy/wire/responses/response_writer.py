@@ -11,7 +11,7 @@ from __future__ import annotations
 from keyproxy.http.error_responses import ErrorResponse
 from keyproxy.model import RequestHead, ResponseHead
 from keyproxy.wire.client.transport import ClientTransport
-from keyproxy.wire.parsing.framing import chunks
+from keyproxy.wire.parsing.framing import CHUNK_BEGINNING, chunks
 from keyproxy.wire.parsing.head_parser import has_no_body
 from keyproxy.wire.phases import BEGUN, ENDED, HELD_BACK, RESPONSE, UNSENT
 from keyproxy.wire.responses import response_heads
@@ -32,6 +32,7 @@ class ResponseWriter:
     _held_back: bytes = b""
     #: The first bytes of the next head, if they were sent ahead of it.
     _sent_ahead: bytes = b""
+    _has_probed: bool = False
 
     def __init__(self, transport: ClientTransport, request_id: bytes) -> None:
         self._transport = transport
@@ -50,15 +51,20 @@ class ResponseWriter:
         own = response_heads.own(response, self._request_id, date_line, closes=closes, without_body=without_body)
         self._transport.send(own.removeprefix(self._sent_ahead))
 
-    def begin_status_line(self) -> None:
-        """Send the first bytes that all responses have in common, if nothing was sent yet.
+    def probe_client(self) -> None:
+        """Find out whether a client that has closed its sending side still reads: send the first bytes of what follows.
 
-        For a client that has closed its sending side: if it has closed the connection entirely, its kernel responds
-        with a reset, and the abandoned exchange ends. A half-closed client gets the same response, in two pieces.
+        If it has closed the connection entirely, its kernel responds with a reset, and the abandoned exchange ends. A
+        half-closed client gets the same response, in more pieces.
         """
-        if self._phase == UNSENT and not self._sent_ahead:
+        if self._has_probed:
+            return
+        if self._phase == UNSENT:
             self._sent_ahead = response_heads.BEGINNING
             self._transport.send(response_heads.BEGINNING)
+        elif self._phase == BEGUN and self.is_chunked:
+            self._transport.send(CHUNK_BEGINNING)
+        self._has_probed = True
 
     def send_interim(self, response: ResponseHead) -> None:
         """Send an interim response, before the final one."""

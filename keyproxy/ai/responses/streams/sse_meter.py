@@ -45,10 +45,6 @@ class SseMeter(Meter):
         self._has_hidden = False
 
     @property
-    def takes_comments(self) -> bool:
-        return not self._passed
-
-    @property
     def produced(self) -> int:
         return self._reading.tokens
 
