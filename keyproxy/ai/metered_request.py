@@ -21,7 +21,6 @@ from keyproxy.ai.requests.request_facts import RequestFacts
 from keyproxy.ai.requests.request_reading import RequestReading, facts_of_form, is_collected
 from keyproxy.ai.reservation import (
     REFUSE,
-    MaximumRequiredError,
     TokenNeed,
     need_of,
     reasoning_reservation,
@@ -164,10 +163,7 @@ class MeteredRequest:
             need = _NO_NEED
         else:
             cap = REFUSE if self._is_digested else rules.cap
-            try:
-                need = need_of(facts, rules.tokens, candidates, cap=cap, tokens_per_request=tokens_per_request)
-            except MaximumRequiredError:
-                raise self._maximum_required() from None
+            need = need_of(facts, rules.tokens, candidates, cap=cap, tokens_per_request=tokens_per_request)
         self.need = need
         self.output = need.output_most
         return allowance.Need(
@@ -176,10 +172,6 @@ class MeteredRequest:
             candidates.reservation(need.tokens_in, need.output_most),
             route=rules.name, models=self.models, is_priced=candidates.is_priced,
         )  # fmt: skip
-
-    def _maximum_required(self) -> Refusal:
-        names = " or ".join([f"'{path[-1]}'" for path in self.endpoint.maximums])
-        return Refusal(Reason.OUTPUT_MAXIMUM_REQUIRED, caller_text=f"Set {names}.", field=self.endpoint.maximums[0][-1])
 
     # -- what it may use
 

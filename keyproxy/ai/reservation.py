@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from keyproxy.ai.dialects.endpoint import EndpointClass
+from keyproxy.ai.dialects.endpoint import DialectEndpoint, EndpointClass
 from keyproxy.ai.models import Candidates
 from keyproxy.ai.requests.request_facts import RequestFacts, multiplied
+from keyproxy.reasons import Reason, Refusal
 
 INSERT: Final = "insert"
 REFUSE: Final = "refuse"
@@ -40,10 +41,6 @@ class TokenRules:
         self.output_default: Final = output_default
         self.output_min: Final = output_min
         self.unknown_input_max: Final = unknown_input_max
-
-
-class MaximumRequiredError(Exception):
-    """The request states no output maximum, and the proxy may not insert one."""
 
 
 class TokenNeed:
@@ -109,8 +106,8 @@ def need_of(
 ) -> TokenNeed:
     """Return what to reserve. `cap`: the route's setting, REFUSE if the body must not change.
 
-    `tokens_per_request`: the smallest such limit that applies; the caller compares `least` with it. Raises
-    MaximumRequiredError.
+    `tokens_per_request`: the smallest such limit that applies; the caller compares `least` with it. Raises a
+    Refusal (OUTPUT_MAXIMUM_REQUIRED).
     """
     kind = facts.endpoint.kind
     if kind is EndpointClass.NONE:
@@ -127,7 +124,7 @@ def need_of(
     else:
         can_insert = facts.parts is not None and cap != REFUSE
         if kind is EndpointClass.GENERATES and cap != OFF and not can_insert:
-            raise MaximumRequiredError
+            raise _maximum_required(facts.endpoint)
         room = None if tokens_per_request is None else tokens_per_request - visible
         output = _unstated(facts, rules, candidates, tokens_in, room, inserts=cap == INSERT)
     if not refers or tokens_per_request is None:
@@ -138,6 +135,11 @@ def need_of(
         unseen, output.output_least, output.output_most,
         multiplier=output.multiplier, inserts=output.inserts, is_stated=output.is_stated,
     )  # fmt: skip
+
+
+def _maximum_required(endpoint: DialectEndpoint) -> Refusal:
+    names = " or ".join([f"'{path[-1]}'" for path in endpoint.maximums])
+    return Refusal(Reason.OUTPUT_MAXIMUM_REQUIRED, caller_text=f"Set {names}.", field=endpoint.maximums[0][-1])
 
 
 def tunnel_need(rules: TokenRules, tokens_per_request: int | None) -> TokenNeed:

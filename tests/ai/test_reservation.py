@@ -17,13 +17,13 @@ from keyproxy.ai.reservation import (
     BYTES,
     OFF,
     REFUSE,
-    MaximumRequiredError,
     TokenNeed,
     TokenRules,
     need_of,
     reasoning_reservation,
     tunnel_need,
 )
+from keyproxy.reasons import Refusal
 from tests.ai.requests_support import HELLO, endpoint, facts, fields
 
 RULES = TokenRules()
@@ -212,7 +212,7 @@ def test_a_form_reserves_input_by_its_length() -> None:
 
 
 def test_a_route_that_refuses_uncapped_requests_needs_a_maximum() -> None:
-    with pytest.raises(MaximumRequiredError):
+    with pytest.raises(Refusal, match="output_maximum_required"):
         need_of(facts(HELLO), RULES, UNLISTED, cap=REFUSE)
     assert need_of(facts({**HELLO, "max_tokens": 9}), RULES, UNLISTED, cap=REFUSE).output_most == 9
 
@@ -223,9 +223,9 @@ def test_a_route_without_caps_reserves_alike_and_inserts_nothing() -> None:
 
 
 def test_a_body_into_which_no_cap_can_be_inserted_needs_a_maximum() -> None:
-    with pytest.raises(MaximumRequiredError):
+    with pytest.raises(Refusal, match="output_maximum_required"):
         need_of(facts(b"[1,2]"), RULES, UNLISTED)
-    with pytest.raises(MaximumRequiredError):
+    with pytest.raises(Refusal, match="output_maximum_required"):
         need_of(facts(b"a prompt", given=fields(b"text/plain")), RULES, UNLISTED)
     assert reserved(facts(b"")) == (0, 0)
 

@@ -9,13 +9,12 @@ from keyproxy.ai.dialects.table import DIALECTS, endpoint_of
 from keyproxy.ai.model_source import Named, candidates_of, named_models, parse_model_source
 from keyproxy.ai.models import Candidates, ModelTable, recorded_name
 from keyproxy.ai.requests.request_reading import ReadingRules, RequestReading
-from keyproxy.ai.reservation import INSERT, MaximumRequiredError, TokenNeed, need_of
+from keyproxy.ai.reservation import INSERT, TokenNeed, need_of
 from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.limits import allowance
 from keyproxy.limits.allowance import Allowance, Hold, applies, is_of_mode
 from keyproxy.limits.plan import PER_REQUEST, TOKENS
 from keyproxy.model import RequestFields
-from keyproxy.store.directory.errors import Invalid
 
 _JSON: Final = RequestFields(host=b"localhost", host_block=b"", media_type=b"application/json")
 
@@ -75,7 +74,7 @@ def reservation_of(
 ) -> BodyReservation:
     """Read a body as one of a route. `model`: replaces the one that the request names, unless it is empty.
 
-    Raises a Refusal for a body that the proxy refuses, and Invalid for one that needs a maximum.
+    Raises a Refusal for a body that the proxy refuses.
     """
     dialect, source = DIALECTS[row.tokens], parse_model_source(row.model)
     rules = ReadingRules(dialect, configured.tokens.bounds(), model_member=source.json_member)
@@ -89,12 +88,7 @@ def reservation_of(
     candidates = candidates_of(ModelTable(configured.models), named, facts.alternatives)
     route, name = row.name or row.match, recorded_name(candidates.model, named.model)
     bound = min(_token_bounds(limits, route, name), default=None)
-    try:
-        output = need_of(facts, configured.tokens.rules(), candidates, cap=row.cap or INSERT, tokens_per_request=bound)
-    except MaximumRequiredError as error:
-        raise Invalid(
-            "the request is refused with output_maximum_required: its route needs an output maximum"
-        ) from error
+    output = need_of(facts, configured.tokens.rules(), candidates, cap=row.cap or INSERT, tokens_per_request=bound)
     return BodyReservation(output, candidates, name, route)
 
 

@@ -199,13 +199,20 @@ async def explain(
     """The decision on a request of this identity. Raises StoreUnavailable if the windows cannot be read, and Invalid."""
     backend = _DryBackend(windows, now)
     route, need, refusal, reservation, hold = None, None, None, None, None
+    of_body: Refusal | None = None
     try:
         method = question.method.encode("ascii")
         target = request_target.judge(method, question.path.encode("utf-8", "surrogateescape"), b"localhost")
         route = configured.route_table().match(method, target.path)
-        reservation = _reservation(question, configured, route, identity.allowance)
+        try:
+            reservation = _reservation(question, configured, route, identity.allowance)
+        except Refusal as error:
+            of_body = error
         need = _need(question, route) if reservation is None else reservation.need
         authorization.admit(identity, route, now())
+        if of_body is not None:
+            # A proxy reads the body after it has checked the key and its scopes.
+            raise of_body
         if identity.allowance is not None:
             hold = await _take(backend, identity.allowance, need, ledger=configured.ledger, now=now)
     except Refusal as error:

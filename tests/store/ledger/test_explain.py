@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,6 +16,7 @@ from keyproxy.config import schema
 from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.limits.ledger_protocol import LeaseReport, Pool, Window
 from keyproxy.platform import clock
+from keyproxy.reasons import Reason
 from keyproxy.store.directory.directory import NotFound
 from keyproxy.store.ledger.explain import Explanation, Question, explain_key, windows_of_user
 from keyproxy.store.ledger.postgres_backend import PostgresLedger
@@ -243,6 +245,34 @@ async def test_a_body_that_a_proxy_refuses_is_refused(database: Database, sql: S
     await give(sql, "{}")
     assert await reserved(database, max_tokens="many") == ("request_malformed", None, None, None, None, None)
     assert (await explained(database, JOB._replace(body=b"not JSON"))).reservation["input"] is None
+
+
+@pytest.mark.parametrize(
+    ("path", "named"), [("/v1/chat/completions", "'max_completion_tokens'"), ("/v1/responses", "'max_output_tokens'")]
+)
+async def test_a_body_without_the_maximum_that_its_route_requires_is_explained_as_it_is_refused(
+    database: Database, sql: Sql, path: str, named: str
+) -> None:
+    await give(sql, '{"tokens_per_day": 300}')
+    refusing = replace(PRICED, routes=(RouteRow(f"POST {path}", tokens="openai", cap="refuse"),))
+    question = Question("POST", path, body=json.dumps(HELLO | {"input": "Hello"}).encode())
+    _, told = await explain_key(database, "key_1", question, refusing, now=clock.now)
+    assert told.refusal is not None
+    assert told.refusal.reason is Reason.OUTPUT_MAXIMUM_REQUIRED
+    assert named in told.refusal.caller_text
+    assert told.reservation["input"] is None
+    assert [(row["remaining"], row["refuses"]) for row in told.limits] == [(300, False)]
+
+
+async def test_a_key_without_the_scopes_of_a_route_is_explained_so_whatever_the_body(
+    database: Database, sql: Sql
+) -> None:
+    await give(sql, "{}")
+    scoped = replace(PRICED, routes=(RouteRow("POST /v1/chat/completions", ["ai:chat"], tokens="openai"),))
+    question = Question("POST", "/v1/chat/completions", body=b"not JSON")
+    _, told = await explain_key(database, "key_1", question, scoped, now=clock.now)
+    assert told.refusal is not None
+    assert told.refusal.reason is Reason.SCOPE_INSUFFICIENT
 
 
 async def test_credits_and_selectors_are_part_of_a_window_s_state(database: Database, sql: Sql) -> None:
