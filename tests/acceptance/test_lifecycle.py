@@ -146,6 +146,10 @@ def test_a_plan_is_set_shown_listed_and_deleted(shell: Shell) -> None:
         (("key", "report-leaked", "--digest", "00"), 1, "32 bytes"),
         (("key", "report-leaked", "--digest", "00" * 32), 1, "there is no such key"),
         (("key", "report-leaked"), 1, "stdin is empty"),
+        (("key", "report-leaked", "-"), 1, "stdin is empty"),
+        (("key", "report-leaked", "found.txt"), 2, "reads stdin"),
+        (("key", "report-leaked", "-", "--digest", "00" * 32), 2, "either - or --digest"),
+        (("key", "import", "-", "--map", "-"), 2, "only one of FILE and --map"),
         (("key", "whose", "key_x"), 1, "there is no such key"),
         (("key", "set-scopes", "key_x", "--scope", "a"), 1, "there is no key 'key_x'"),
         (("key", "set-scopes", "key_x"), 2, "--none"),
@@ -233,11 +237,11 @@ def test_the_default_grace_is_a_day(shell: Shell, key: dict[str, Any]) -> None:
 # -- a leak
 
 
-@pytest.mark.parametrize("by", ["key", "digest on stdin", "digest"])
+@pytest.mark.parametrize("by", ["key", "key on stdin by name", "digest on stdin", "digest"])
 def test_a_leaked_key_is_revoked_and_its_owner_printed(shell: Shell, key: dict[str, Any], by: str) -> None:
     digest = hashlib.sha256(key["secret"].encode()).hexdigest()
-    stdin = {"key": key["secret"] + "\n", "digest on stdin": digest.upper()}.get(by, "")
-    options = ("--digest", digest) if by == "digest" else ()
+    stdin = "" if by == "digest" else digest.upper() if by == "digest on stdin" else key["secret"] + "\n"
+    options = {"digest": ("--digest", digest), "key on stdin by name": ("-",)}.get(by, ())
     shown = shell.run_json("key", "report-leaked", "--reason", "on a page", *options, stdin=stdin)
     found = {"key": key["id"], "user": "u_42", "tenant": "acme", "revoked_now": True}
     assert shown == {"found": [found], "incomplete": 0, "unknown": 0}
@@ -515,6 +519,7 @@ def test_every_act_of_the_lifecycle_is_in_the_audit_log(shell: Shell, key: dict[
 
 def test_the_audit_log_is_exported_completely_and_resumes(shell: Shell, tmp_path: Path, key: dict[str, Any]) -> None:
     printed = shell.run("audit", "export").out.splitlines()
+    assert shell.run("audit", "export", "--output", "-").out.splitlines() == printed
     assert [json.loads(line)["entity"] for line in printed] == ["tenant", "user", "key"]
     file = tmp_path / "audit.jsonl"
     assert shell.run("audit", "export", "--output", str(file)).err == f"keyproxy: 3 rows added to {file}\n"
@@ -612,6 +617,8 @@ def test_the_table_of_djangorestframework_api_key_is_taken_over_after_a_dry_run(
     )
     owners.write_text("worker,u_new\n")
     arguments = ("key", "import", str(table), "--map", str(owners), "--tenant", "acme", "--scope", "jobs:write")
+    from_stdin = (*arguments[:4], "-", *arguments[5:], "--dry-run", "--json")
+    assert shell.run(*from_stdin, stdin=owners.read_text()).json["imported"] == 1
     dry = shell.run(*arguments, "--dry-run", "--json")
     assert dry.status == 1
     problem = {"place": f"{table}:3", "problem": "the row has no user"}

@@ -85,9 +85,9 @@ def audit_list(call: Call, limit: int, **wanted: Any) -> None:
 @click.option("--after", type=click.IntRange(0, 2**53), metavar="N", help="Only rows with an id greater than N.")
 @click.option(
     "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
     metavar="FILE",
-    help="Append to this file, starting after its last row. [stdout]",
+    help="Append to this file, starting after its last row; - is stdout. [stdout]",
 )
 @takes_call
 def audit_export(call: Call, after: int | None, output: Path | None, **wanted: Any) -> None:
@@ -100,7 +100,7 @@ def audit_export(call: Call, after: int | None, output: Path | None, **wanted: A
     keyproxy audit export --output audit.jsonl
     """
     wish = AuditFilter(**wanted)
-    if output is None:
+    if output is None or str(output) == "-":
         call.run(lambda directory: _export(directory, after or 0, wish, sys.stdout.buffer))
         return
     with output.open("ab+") as file:

@@ -174,9 +174,9 @@ async def _issue(
 @click.option(
     "--map",
     "map_path",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
     metavar="FILE",
-    help="CSV lines `prefix or name of the key,user` that assign owners.",
+    help="CSV lines `prefix or name of the key,user` that assign owners; - is stdin.",
 )
 @click.option("--tenant", "tenant_id", metavar="TENANT", help="Create missing users in this tenant.")
 @click.option(
@@ -212,6 +212,8 @@ def key_import(
     keyproxy key import keys.csv --map owners.csv --tenant acme --dry-run
     keyproxy key import keys.csv --map owners.csv --tenant acme
     """
+    if str(path) == str(map_path) == "-":
+        raise click.UsageError("only one of FILE and --map can be stdin")
     defaults = {"user": user_id, "tenant": tenant_id, "scopes": list(wanted)}
     owners = {} if map_path is None else read_owners(map_path)
     known_as = () if user_column is None else (user_column,)

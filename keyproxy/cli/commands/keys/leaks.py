@@ -20,19 +20,24 @@ _STDIN: Final = "-"
 
 
 @click.command("report-leaked", short_help="Revoke every key in a text on stdin.")
+@click.argument("source", metavar="[-]", required=False)
 @click.option("--digest", metavar="HEX", help="The SHA-256 of the key, instead of text on stdin.")
 @click.option("--reason", default="leaked", show_default=True, help="Why the key is revoked, and where it was found.")
 @takes_call
-def key_report_leaked(call: Call, digest: str | None, reason: str) -> None:
+def key_report_leaked(call: Call, source: str | None, digest: str | None, reason: str) -> None:
     """Revoke every key in a leaked text, and list the owners of the keys.
 
     Reads the text from stdin as found: headers, logs, scripts, JSON, URLs, keys wrapped over lines; or the 64 hexadecimal
-    digits of a key's SHA-256. Status 1 if it contains no key of this database, with the reason: no key at all, an
-    incomplete one, or an unknown one.
+    digits of a key's SHA-256. The argument - stands for stdin, as in other commands, and changes nothing. Status 1 if the
+    text contains no key of this database, with the reason: no key at all, an incomplete one, or an unknown one.
 
     \b
     keyproxy key report-leaked --reason "public repository" < found.txt
     """
+    if source not in (None, _STDIN):
+        raise click.UsageError("the command reads stdin: key report-leaked < FILE")
+    if source is not None and digest is not None:
+        raise click.UsageError("pass either - or --digest")
     text = None if digest is not None else _from_stdin()
     report = call.run(lambda directory: _reported(directory, digest, text, reason))
     if call.as_json:
