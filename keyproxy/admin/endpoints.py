@@ -33,6 +33,11 @@ class ApiConfig(NamedTuple):
         seconds = fields.get("expires_in_seconds", self.age_days_max * 86_400 or None)
         return None if seconds is None else timedelta(seconds=seconds)
 
+    @property
+    def labels(self) -> dict[str, str]:
+        """The members of a response with amounts of money."""
+        return {"money_unit": self.settings.money.unit}
+
     def warnings(self, *keys: Sequence[str]) -> list[str]:
         """Warnings about the scopes of keys: one that no route requires, or none that any route accepts."""
         distinct = dict.fromkeys(map(tuple, keys))

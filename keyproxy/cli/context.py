@@ -65,6 +65,12 @@ class Call:
     as_json: bool
     admin_url: str | None = None
     admin_token: str = field(default="", repr=False)
+    _remote_labels: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def money_unit(self) -> str:
+        """The label of money: the configured one, or the one that the admin API returned with the last result."""
+        return self.settings().money.unit if self.admin_url is None else self._remote_labels.get("money", "")
 
     def run_for_secret(self, work: Callable[[DirectoryOperations], Awaitable[_T]]) -> _T:
         """As `run`, for an action that creates a secret: refuse it if stdout is closed."""
@@ -101,6 +107,7 @@ class Call:
                 result = await work(client)
             for warning in client.warnings:
                 print_message(f"warning: {warning}")
+            self._remote_labels["money"] = client.money_unit
             return result
 
         return uvloop.run(run())
@@ -157,9 +164,15 @@ class Call:
         for warning in dict.fromkeys(warnings):
             print_message(f"warning: {warning}")
 
-    def print_result(self, result: Mapping[str, Any] | Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-        """Print a result: JSON for programs, a table or a list of fields for people."""
-        print_result(result, as_json=self.as_json, columns=columns)
+    def print_result(
+        self,
+        result: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        columns: Sequence[str],
+        *,
+        units: Mapping[str, str] | None = None,
+    ) -> None:
+        """Print a result: JSON for programs, a table or a list of fields for people. `units`: of columns."""
+        print_result(result, as_json=self.as_json, columns=columns, units=units)
 
     def print_secret(self, key: Mapping[str, Any], then: str) -> None:
         """Print a new key. `then`: the step after revoking it if its secret could not be printed."""

@@ -54,9 +54,16 @@ def showing_secret(if_lost: str) -> Iterator[None]:
 
 
 def print_result(
-    result: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, as_json: bool, columns: Sequence[str]
+    result: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    *,
+    as_json: bool,
+    columns: Sequence[str],
+    units: Mapping[str, str] | None = None,
 ) -> None:
-    """Print a result: JSON, a table of rows, or the fields of one object below each other."""
+    """Print a result: JSON, a table of rows, or the fields of one object below each other.
+
+    `units`: of columns of the table.
+    """
     if as_json:
         click.echo(orjson.dumps(result).decode("utf-8"))
     elif isinstance(result, Mapping):
@@ -66,7 +73,8 @@ def print_result(
             click.echo(f"{name:<{width}}  {_cell(value)}")
     else:
         terminal = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        for line in table.lines([[_cell(row.get(name)) for name in columns] for row in result], columns, terminal):
+        cells = [[_cell(row.get(name)) for name in columns] for row in result]
+        for line in table.lines(cells, columns, terminal, units):
             click.echo(line)
 
 

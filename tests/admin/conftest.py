@@ -124,14 +124,14 @@ async def dsn(shared_dsn: str) -> str:
 @contextlib.asynccontextmanager
 async def serving(
     database: Database, *, routes: tuple[RouteRow, ...] = (), bounds: Bounds = BOUNDS,
-    alerts: LimitAlertQueue | None = None,
+    alerts: LimitAlertQueue | None = None, settings: Settings | None = None,
 ) -> AsyncIterator[Api]:  # fmt: skip
-    """An admin API on its own port, over this database."""
+    """An admin API on its own port, over this database. `settings`: instead of `routes`."""
     key_format, now = KeyFormat(), [clock.monotonic()]
     actor = Actor("cli:test", "host")
     tokens = AdminTokens(database, key_format, actor)
     access = Access(tokens, key_format, Throttle(), file_digest=hashlib.sha256(FILE_TOKEN.encode()).digest())
-    service = Service(database, key_format, access, ApiConfig(90, Settings(routes=routes)), lambda: now[0])
+    service = Service(database, key_format, access, ApiConfig(90, settings or Settings(routes=routes)), lambda: now[0])
     log: list[Json] = []
     reminders, alerts = ReminderQueue(database), alerts or LimitAlertQueue(database)
     counted = traffic()

@@ -15,12 +15,13 @@ import orjson
 import pytest
 
 from keyproxy.cli import main
+from keyproxy.config import loader
 from keyproxy.config.schema import Usage
 from keyproxy.model import TokenUse
 from keyproxy.platform import clock
 from keyproxy.store.usage.journal import UsageJournal
 from tests import fakes
-from tests.admin.conftest import FILE_TOKEN, Api
+from tests.admin.conftest import FILE_TOKEN, Api, serving
 from tests.store.usage.test_journal import ended, rows
 
 
@@ -37,7 +38,7 @@ Run = Callable[..., Any]
 
 @pytest.fixture
 def run(api: Api, dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`await run(*arguments, by="database" or "api")`: a command, in this process."""
+    """`await run(*arguments, by="database" or "api" or the URL of an API)`: a command, in this process."""
     config, nothing = tmp_path / "keyproxy.toml", tmp_path / "nothing.toml"
     config.write_text(f"[store]\ndsn = {json.dumps(dsn)}\n")
     nothing.write_text('[store]\ndsn = "postgresql://nowhere.invalid/x"\n')
@@ -45,8 +46,8 @@ def run(api: Api, dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 
     async def running(*arguments: str, by: str = "database") -> Printed:
         where = ["--config", str(config)]
-        if by == "api":
-            where = ["--config", str(nothing), "--admin-url", api.url]
+        if by != "database":
+            where = ["--config", str(nothing), "--admin-url", api.url if by == "api" else by]
         status = await asyncio.to_thread(main, [*arguments, *where])
         return Printed(status, *capsys.readouterr())
 
@@ -88,6 +89,49 @@ async def test_lookups_print_the_same_with_and_without_the_api(run: Run, key: st
         assert _timeless(direct.out) == _timeless(remote.out)
         assert len(remote.err.splitlines()) == remote.status
         assert bool(remote.out) is not bool(remote.status)
+
+
+PRICED = """
+[money]
+unit = "kEUR"
+[[models]]
+name = "m"
+input_micros_per_million = 0
+output_micros_per_million = 1000000
+[[routes]]
+match = "POST /v1/chat/completions"
+tokens = "openai"
+"""
+
+
+async def test_amounts_of_money_are_shown_with_the_configured_unit(
+    run: Run, key: str, api: Api, tmp_path: Path
+) -> None:
+    config = tmp_path / "keyproxy.toml"
+    config.write_text(config.read_text() + PRICED)
+    settings = loader.load(config, {}).settings
+    async with serving(api.database, settings=settings) as priced:
+        for by in ("database", priced.url):
+            await check_units(run, key, tmp_path, by)
+
+
+async def check_units(run: Run, key: str, tmp_path: Path, by: str) -> None:
+    limits = ("--limit", "spend/day=2.50", "--limit", "tokens/day=5000")
+    assert (await run("plan", "set", "five", *limits)).status == 0
+    body = tmp_path / "body.json"
+    body.write_text('{"model":"m","max_tokens":50}')
+    plan = await run("plan", "show", "five", by=by)
+    assert re.search(r"^spend/day +2\.50 kEUR$", plan.out, re.MULTILINE)
+    assert re.search(r"^tokens/day +5000$", plan.out, re.MULTILINE)
+    assert "COST (kEUR)" in (await run("usage", "show", by=by)).out.splitlines()[0]
+    windows = (await run("usage", "windows", "--user", "u_1", by=by)).out
+    assert re.search(r"(?m)user\.spend_per_day +- +2\.50 .* kEUR$", windows)
+    assert re.search(r"(?m)user\.tokens_per_day +- +5000 .* -$", windows)
+    question = ("key", "explain", key, "--path", "/v1/chat/completions", "--body", str(body))
+    explained = (await run(*question, by=by)).out
+    assert re.search(r"(?m)user\.spend_per_day +- +2\.50 .* kEUR +no$", explained)
+    assert re.search(r"^price +0\.00005 kEUR$", explained, re.MULTILINE)
+    assert "kEUR" not in (await run("usage", "show", "--json", by=by)).out
 
 
 def _timeless(text: str) -> str:

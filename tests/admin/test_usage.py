@@ -28,7 +28,7 @@ async def used(api: Api) -> Api:
 async def test_usage_is_grouped_by_the_requested_dimensions(used: Api) -> None:
     result = await used.done("GET", "/v1/usage?by=tenant,user")
     assert result == {
-        "is_complete": True,
+        "is_complete": True, "money_unit": "USD",
         "items": [
             {"tenant": tenant, "user": user, "requests": 1, "refusals": 0, "tokens_in": 10, "tokens_out": 1,
              "tokens_estimated": 0, "tokens_cached": 0, "tokens_cache_write": 0, "tokens_reasoning": 0, "cost_micros": 0}

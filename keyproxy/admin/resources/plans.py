@@ -38,7 +38,7 @@ async def _plans(request: ApiRequest) -> ApiResponse:
 
 async def _plan(request: ApiRequest) -> ApiResponse:
     plan = await request.directory.plans.get(request.path["id"])
-    return ApiResponse(_shown(request, plan), is_version_of=plan)
+    return ApiResponse(_shown(request, plan) | request.config.labels, is_version_of=plan)
 
 
 async def _set_plan(request: ApiRequest) -> ApiResponse:
@@ -116,7 +116,7 @@ ENDPOINTS: Final = (
     Endpoint("list_plans", "List plans, sorted by name.",
              Scope.KEYS_READ, _plans, {200: Plans}, query=Paged),
     Endpoint("show_plan", "One plan.",
-             Scope.KEYS_READ, _plan, {200: response_models.Plan}, refuses=_NOT_THERE),
+             Scope.KEYS_READ, _plan, {200: response_models.PlanShown}, refuses=_NOT_THERE),
     Endpoint("set_plan", "Create or replace a plan: limits that are not named are removed. Takes effect within a "
              "second.",
              Scope.PLANS_WRITE, _set_plan, {201: PlanMade, 200: PlanMade}, body=PlanSet, is_global=True,

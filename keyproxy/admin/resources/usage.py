@@ -12,7 +12,7 @@ from pydantic import Field, StringConstraints
 
 from keyproxy.admin.endpoints import ApiRequest, ApiResponse, ApiStream, Endpoint
 from keyproxy.admin.problems import FieldError, Problem, Refused
-from keyproxy.admin.schemas.field_types import Id, Instant, QueryBoolean, QuerySum, QueryTokens, Selector
+from keyproxy.admin.schemas.field_types import Id, Instant, MoneyUnit, QueryBoolean, QuerySum, QueryTokens, Selector
 from keyproxy.admin.schemas.request_models import RequestModel
 from keyproxy.admin.schemas.response_models import ResponseModel
 from keyproxy.admin.scopes import Scope
@@ -110,6 +110,7 @@ class Sums(ResponseModel):
 
     items: list[Sum]
     is_complete: bool
+    money_unit: MoneyUnit
 
 
 class Event(ResponseModel):
@@ -164,6 +165,7 @@ class Windows(ResponseModel):
     """The state of a user's and its tenant's limits."""
 
     items: list[Limit]
+    money_unit: MoneyUnit
 
 
 class Explained(ResponseModel):
@@ -189,6 +191,7 @@ class Explained(ResponseModel):
     output: int | None
     cap: int | None
     price: int | None
+    money_unit: MoneyUnit
     limits: list[Limit]
 
 
@@ -196,7 +199,8 @@ async def _sums(request: ApiRequest) -> ApiResponse:
     query: SumsQuery = request.query
     wanted, by = _wanted(request), [name for name in DIMENSIONS if name in query.by.split(",")]
     rows = [] if wanted is None else await _desk(request).sums(wanted, by, query.limit + 1)
-    return ApiResponse({"items": rows[: query.limit], "is_complete": len(rows) <= query.limit})
+    content = {"items": rows[: query.limit], "is_complete": len(rows) <= query.limit}
+    return ApiResponse(content | request.config.labels)
 
 
 async def _all_sums(request: ApiRequest) -> ApiStream:
@@ -245,7 +249,8 @@ def _wanted(request: ApiRequest) -> UsageFilter | None:
 async def _windows(request: ApiRequest) -> ApiResponse:
     user = request.path["id"]
     await request.directory.users.get(user)  # 404 for tokens that may not see it
-    return ApiResponse({"items": await _desk(request).windows(user, is_test=request.query.is_test)})
+    items = await _desk(request).windows(user, is_test=request.query.is_test)
+    return ApiResponse({"items": items} | request.config.labels)
 
 
 async def _explain(request: ApiRequest) -> ApiResponse:
@@ -253,7 +258,7 @@ async def _explain(request: ApiRequest) -> ApiResponse:
     key = request.path["id"]
     await request.directory.keys.get(key)  # 404 for tokens that may not see it
     question = Question(query.method, query.path, query.tokens, query.model)
-    return ApiResponse(await _desk(request).explained(key, question))
+    return ApiResponse(await _desk(request).explained(key, question) | request.config.labels)
 
 
 async def _explain_body(request: ApiRequest) -> ApiResponse:
@@ -263,7 +268,7 @@ async def _explain_body(request: ApiRequest) -> ApiResponse:
     # JSON may contain half of a surrogate pair, which other encodings cannot represent.
     content = body.body.encode("utf-8", "replace")
     question = Question(body.method, body.path, body.tokens, body.model, body=content)
-    return ApiResponse(await _desk(request).explained(key, question))
+    return ApiResponse(await _desk(request).explained(key, question) | request.config.labels)
 
 
 ENDPOINTS: Final = (

@@ -31,6 +31,8 @@ Text = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=200)]
 Life = Annotated[int, Field(ge=1, le=_LIFE_SECONDS_MAX)]
 Whole = Annotated[int, Field(ge=0, le=LIMIT_MAX)]
 
+MoneyUnit = Annotated[str, Field(description="The label of money, whose amounts are in micro-units of it.")]
+
 #: Parts of a limit.
 Measure = Literal["requests", "tokens", "spend", "concurrency", "request-rate", "token-rate"]
 Per = Literal["second", "minute", "hour", "day", "week", "month", "request", ""]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from keyproxy.admin.schemas.field_types import Time
+from keyproxy.admin.schemas.field_types import MoneyUnit, Time
 
 
 class ResponseModel(BaseModel):
@@ -175,6 +175,12 @@ class Plan(ResponseModel):
     tenants: _Count
     users: _Count
     keys: _Count
+
+
+class PlanShown(Plan):
+    """A plan, and the label of its amounts of money."""
+
+    money_unit: MoneyUnit
 
 
 class LimitChanged(ResponseModel):

@@ -10,7 +10,7 @@ import click
 from keyproxy.cli.context import PAGE, Call, all_pages, confirm, takes_call, yes_option
 from keyproxy.cli.output import Failure, print_message
 from keyproxy.limits.limit_text import amount_text, limit_text, parse_limit, rate_per_second
-from keyproxy.limits.plan import LIMIT_MAX, NO_LIMITS, REQUEST_RATE, InvalidPlanError, Limit, Plan
+from keyproxy.limits.plan import LIMIT_MAX, NO_LIMITS, REQUEST_RATE, SPEND, InvalidPlanError, Limit, Plan
 from keyproxy.limits.plans.plan_changes import Change, change_to, changed_plan, differences, plan_warnings, removal_of
 from keyproxy.store.directory.directory import Entity
 
@@ -197,6 +197,13 @@ def _amount(limit: Limit | None) -> str:
 
 def _tell(call: Call, plan: Entity) -> None:
     """Print one plan, with a line for each limit."""
-    rows = {limit.name: amount_text(limit) for limit in _plan_of(plan["limits"]).limits}
+    if call.as_json:
+        call.print_result(plan, ())
+        return
+    units = {SPEND: call.money_unit}
+    rows = {
+        limit.name: f"{amount_text(limit)} {units.get(limit.measure, '')}".rstrip()
+        for limit in _plan_of(plan["limits"]).limits
+    }
     others = {name: value for name, value in plan.items() if name not in ("id", "limits")}
-    call.print_result(plan if call.as_json else {"id": plan["id"], **rows, **others}, ())
+    call.print_result({"id": plan["id"], **rows, **others}, ())

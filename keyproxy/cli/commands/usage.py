@@ -91,7 +91,7 @@ def usage_show(call: Call, day: datetime | None, by: tuple[str, ...], **wanted: 
     chosen = [name for name in DIMENSIONS if name in (by or DIMENSIONS)]
     rows = call.run_usage(lambda usage: usage.sums(which, chosen, _ROWS_MAX))
     shown = rows if call.as_json else [{**row, "cost": money_text(row["cost_micros"])} for row in rows]
-    call.print_result(shown, (*chosen, *_SHOWN_MEASURES))
+    call.print_result(shown, (*chosen, *_SHOWN_MEASURES), units={} if call.as_json else {"cost": call.money_unit})
     if len(rows) == _ROWS_MAX:
         print_message(f"these are the first {_ROWS_MAX} rows: narrow the filters, or use `keyproxy usage export`")
 
@@ -110,7 +110,7 @@ def usage_windows(call: Call, user: str, *, is_test: bool) -> None:
     keyproxy usage windows --user u_42
     """
     limits = call.run_usage(lambda usage: usage.windows(user, is_test=is_test))
-    call.print_result(limits if call.as_json else shown_limits(limits), LIMIT_COLUMNS)
+    call.print_result(limits if call.as_json else shown_limits(limits, call.money_unit), LIMIT_COLUMNS)
 
 
 @usage_group.command("export", short_help="Write usage totals or events to stdout.")

@@ -59,6 +59,8 @@ class AdminClient:
         )
         #: Warnings of the server, such as a scope that no route requires; without duplicates.
         self.warnings: dict[str, None] = {}
+        #: The label of money in the last result with amounts.
+        self.money_unit = ""
 
     async def __aenter__(self) -> Self:
         return self
@@ -93,6 +95,7 @@ class AdminClient:
                     raise _error(response.status, body)
                 content: Entity = orjson.loads(body)
         self.warnings |= dict.fromkeys(content.pop("warnings", []))
+        self.money_unit = content.pop("money_unit", self.money_unit)
         return content
 
     async def lines(self, endpoint: str, /, **fields: Any) -> AsyncIterator[Entity]:

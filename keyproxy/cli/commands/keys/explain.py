@@ -26,6 +26,7 @@ LIMIT_COLUMNS: Final = (
     "forfeited",
     "remaining",
     "reset_seconds",
+    "unit",
 )
 
 
@@ -60,28 +61,29 @@ def key_explain(
     if call.as_json:
         call.print_result({**shown, "limits": limits}, ())
         return
-    call.print_result(_readable(shown), ())
+    call.print_result(_readable(shown, call.money_unit), ())
     if limits:
         click.echo()
-        call.print_result(shown_limits(limits), (*LIMIT_COLUMNS, "refuses"))
+        call.print_result(shown_limits(limits, call.money_unit), (*LIMIT_COLUMNS, "refuses"))
 
 
-def _readable(explanation: Mapping[str, Any]) -> dict[str, Any]:
+def _readable(explanation: Mapping[str, Any], money_unit: str) -> dict[str, Any]:
     """The explanation as people read it: money as decimals, and no reservation where no body was read."""
     if explanation["input"] is None:
         return {name: value for name, value in explanation.items() if name not in _RESERVATION}
     price = explanation["price"]
-    return {**explanation, "price": None if price is None else money_text(price)}
+    return {**explanation, "price": None if price is None else f"{money_text(price)} {money_unit}".rstrip()}
 
 
-def shown_limits(limits: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The state of limits as people read it: the selector beside the policy, money as decimals."""
-    return [_shown(limit) for limit in limits]
+def shown_limits(limits: Sequence[Mapping[str, Any]], money_unit: str) -> list[dict[str, Any]]:
+    """The state of limits as people read it: the selector beside the policy, money as decimals, with its unit."""
+    return [_shown(limit, money_unit) for limit in limits]
 
 
-def _shown(limit: Mapping[str, Any]) -> dict[str, Any]:
+def _shown(limit: Mapping[str, Any], money_unit: str) -> dict[str, Any]:
     policy: str = limit["policy"].partition("@")[0]
     shown = {**limit, "policy": policy}
     if policy.partition(".")[2].startswith(SPEND):
         shown |= {name: money_text(limit[name]) for name in _MONEY if limit.get(name) is not None}
+        shown["unit"] = money_unit
     return shown
