@@ -9,6 +9,8 @@ import asyncpg
 import pytest
 
 from keyproxy.auth.api_key import KeyFormat
+from keyproxy.limits.limit_text import parse_limit
+from keyproxy.limits.plans.plan_changes import change_to, removal_of
 from keyproxy.store.directory.directory import (
     Actor,
     AuditFilter,
@@ -53,6 +55,21 @@ async def test_setting_a_plan_replaces_all_its_limits(directory: Directory) -> N
     assert await directory.plans.delete("big") == {"id": "big", "deleted": True}
     with pytest.raises(NotFound, match="there is no plan 'big'"):
         await directory.plans.get("big")
+
+
+@pytest.mark.parametrize("text", ["spend/month=5", "tokens/day@model:m=9", "token-rate=100/min", "requests/hour=3"])
+async def test_a_plan_is_stored_as_an_array_only_as_long_as_it_has_a_limit_that_the_object_cannot_express(
+    directory: Directory, sql: Sql, text: str
+) -> None:
+    arrays = "SELECT id FROM keyproxy.plans WHERE jsonb_typeof(limits) = 'array'"  # as in docs/operations.md
+    assert await sql.fetch(arrays) == []
+    name, limit = parse_limit(text)
+    assert limit is not None
+    await directory.plans.change("basic", [change_to(limit)])
+    assert [row["id"] for row in await sql.fetch(arrays)] == ["basic"]
+    await directory.plans.change("basic", [removal_of(name)])
+    assert await sql.fetch(arrays) == []
+    assert (await directory.plans.get("basic"))["limits"] == {"requests_per_day": 5}
 
 
 @pytest.mark.parametrize(
