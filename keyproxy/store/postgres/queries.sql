@@ -789,45 +789,15 @@ SELECT keyproxy.tend_usage($1, $2, $3) AS is_more;
 
 -- name: usage_by
 -- Sums grouped by the dimensions $1, of one tenant $2, user $3, key $4, from the day $5 until before $6, where not
--- null. Needs: usage (day …), (tenant_id, day), (user_id, day), (key_id, day).
-SELECT CASE WHEN 'day' = ANY($1::text[]) THEN u.day END AS day,
-       CASE WHEN 'tenant' = ANY($1) THEN u.tenant_id END AS tenant,
-       CASE WHEN 'user' = ANY($1) THEN u.user_id END AS "user",
-       CASE WHEN 'key' = ANY($1) THEN u.key_id END AS key,
-       CASE WHEN 'mode' = ANY($1) THEN CASE WHEN u.is_test THEN 'test' ELSE 'live' END END AS mode,
-       CASE WHEN 'route' = ANY($1) THEN u.route END AS route,
-       CASE WHEN 'model' = ANY($1) THEN u.model END AS model,
-       sum(u.requests) AS requests, sum(u.refusals) AS refusals, sum(u.tokens_in) AS tokens_in,
-       sum(u.tokens_out) AS tokens_out, sum(u.tokens_estimated) AS tokens_estimated,
-       sum(u.tokens_cached) AS tokens_cached, sum(u.tokens_cache_write) AS tokens_cache_write,
-       sum(u.tokens_reasoning) AS tokens_reasoning, sum(u.cost_micros) AS cost_micros
-FROM keyproxy.usage AS u
-WHERE ($2::text IS NULL OR u.tenant_id = $2)
-  AND ($3::text IS NULL OR u.user_id = $3)
-  AND ($4::text IS NULL OR u.key_id = $4)
-  AND ($5::date IS NULL OR u.day >= $5)
-  AND ($6::date IS NULL OR u.day < $6)
-GROUP BY 1, 2, 3, 4, 5, 6, 7
-ORDER BY 1, 2, 3, 4, 5, 6, 7
-LIMIT $7;
+-- null; at most $7 rows. See the function.
+SELECT * FROM keyproxy.usage_by($1::text[], $2::text, $3::text, $4::text, $5::date, $6::date, $7::int);
 
 -- name: usage_after
--- Rows after the one with the key $1 to $7, at most $13; $8 to $12 are the filters $2 to $6 of usage_by.
--- Needs: usage (day …).
-SELECT u.day, u.tenant_id AS tenant, u.user_id AS "user", u.key_id AS key,
-       CASE WHEN u.is_test THEN 'test' ELSE 'live' END AS mode, u.route, u.model,
-       u.requests, u.refusals, u.tokens_in, u.tokens_out, u.tokens_estimated,
-       u.tokens_cached, u.tokens_cache_write, u.tokens_reasoning, u.cost_micros
-FROM keyproxy.usage AS u
-WHERE (u.day, u.tenant_id, u.user_id, u.key_id, u.is_test, u.route, u.model)
-      > ($1::date, $2::text, $3::text, $4::text, $5::bool, $6::text, $7::text)
-  AND ($8::text IS NULL OR u.tenant_id = $8)
-  AND ($9::text IS NULL OR u.user_id = $9)
-  AND ($10::text IS NULL OR u.key_id = $10)
-  AND ($11::date IS NULL OR u.day >= $11)
-  AND ($12::date IS NULL OR u.day < $12)
-ORDER BY u.day, u.tenant_id, u.user_id, u.key_id, u.is_test, u.route, u.model
-LIMIT $13;
+-- Rows after the one with the key $1 to $7, at most $13; $8 to $12 are the filters $2 to $6 of usage_by. See the function.
+SELECT * FROM keyproxy.usage_after(
+    $1::date, $2::text, $3::text, $4::text, $5::bool, $6::text, $7::text, $8::text, $9::text, $10::text, $11::date, $12::date,
+    $13::int
+);
 
 -- name: event_batches
 -- Batches of events after the serial $1 and up to $2, written on the day $3 or later, at most $4.

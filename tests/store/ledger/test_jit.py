@@ -12,7 +12,9 @@ import pytest
 from keyproxy.limits.ledger_protocol import Pool, Window
 from keyproxy.store.ledger.charge_dedup_postgres import PostgresClaims
 from keyproxy.store.ledger.postgres_backend import PostgresLedger
+from keyproxy.store.postgres import queries
 from keyproxy.store.postgres.database import Database
+from keyproxy.store.usage.usage_queries import DIMENSIONS
 from tests.contracts import LEASE_SECONDS, line, window
 from tests.store.harness import PlainDatabase, Sql
 from tests.store.ledger.test_charge_dedup import claim
@@ -130,6 +132,58 @@ async def test_claims_usage_credits_and_cleanup_scan_no_large_table_and_are_not_
     assert len(plans) > 20
     assert [plan for plan in plans if "JIT:" in plan] == []
     assert [plan for plan in plans if re.search(rf"Seq Scan on ({_LARGE})\b", plan)] == []
+
+
+_ALL_TIME = (None,) * 5
+_FIRST = (date.min, "", "", "", False, "", "")
+_LATER = (date(2026, 5, 1), "t_1", "u_1", "", False, "", "")
+
+#: Reports of usage: the statement, its arguments, and how many rows it returns.
+_REPORTS: dict[str, tuple[str, tuple[object, ...], int]] = {
+    "all of it": ("usage_by", (["tenant"], *_ALL_TIME, 1_000), 7),
+    "each row": ("usage_by", (list(DIMENSIONS), *_ALL_TIME, 1_000), 1_000),
+    "a month": ("usage_by", (["day"], None, None, None, date(2026, 5, 1), date(2026, 6, 1), 1_000), 31),
+    "since a day": ("usage_by", (["model"], None, None, None, date(2026, 5, 1), None, 1_000), 5),
+    "until a day": ("usage_by", (["route"], None, None, None, None, date(2026, 2, 1), 1_000), 3),
+    "a tenant": ("usage_by", (["mode"], "t_1", None, None, None, None, 1_000), 1),
+    "a user": ("usage_by", (["key"], None, "u_1", None, None, None, 1_000), 2),
+    "a key": ("usage_by", (["key"], None, None, "key_1_1", None, None, 1_000), 1),
+    "the first page": ("usage_after", (*_FIRST, *_ALL_TIME, 1_000), 1_000),
+    "a later page": ("usage_after", (*_LATER, *_ALL_TIME, 1_000), 1_000),
+    "a page since a day": ("usage_after", (*_FIRST, None, None, None, date(2026, 5, 1), None, 1_000), 1_000),
+    "a page until a day": ("usage_after", (*_FIRST, None, None, None, None, date(2026, 1, 3), 1_000), 200),
+    "a page of a tenant": ("usage_after", (*_FIRST, "t_1", None, None, None, None, 1_000), 1_000),
+    "a page of a user": ("usage_after", (*_FIRST, None, "u_1", None, None, None, 1_000), 207),
+    "a page of a key": ("usage_after", (*_LATER, None, None, "key_1_1", None, None, 1_000), 42),
+}
+
+
+@pytest.mark.parametrize("analyzed", [False, True])
+async def test_reports_scan_no_usage_and_are_not_jit_compiled_however_often_they_were_prepared(
+    sql: Sql, plans: list[str], analyzed: bool
+) -> None:
+    await sql.execute(
+        "INSERT INTO keyproxy.usage"
+        " (day, tenant_id, user_id, key_id, is_test, route, model, requests, refusals, tokens_in, tokens_out,"
+        "  tokens_estimated)"
+        " SELECT date '2026-01-01' + n / 100, 't_' || n % 7, 'u_' || n % 97, 'key_' || n % 97 || '_' || n % 2, false,"
+        "        'r' || n % 3, 'm' || n % 5, 1, 0, 9, 9, 0 FROM generate_series(0, 19999) AS n"
+    )
+    if analyzed:
+        await sql.execute("ANALYZE")
+    await sql.execute(_EXPLAIN)
+    statements = queries.load()
+    for statement in ("usage_by", "usage_after"):
+        reports = [report for report in _REPORTS.values() if report[0] == statement]
+        for _ in range(3):
+            for _, arguments, count in reports:
+                rows = await sql.fetch(statements[statement], *arguments)
+                assert len(rows) == count
+    await sql.execute("SET client_min_messages = notice")
+    of_usage = [plan for plan in plans if "keyproxy.usage AS u" in plan]
+    assert len(of_usage) == 3 * len(_REPORTS)
+    assert [plan for plan in plans if "JIT:" in plan] == []
+    assert [plan for plan in of_usage if "Seq Scan" in plan] == []
 
 
 async def test_server_with_jit_compiles_costly_statements(sql: Sql) -> None:
