@@ -23,6 +23,7 @@ from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.schema import Settings
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.platform import clock, sockets, systemd
+from keyproxy.platform.tasks import cancel_all
 from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
 from keyproxy.store.directory.admin_tokens import AdminTokens
@@ -103,8 +104,7 @@ class Admin:
                 reminding = group.create_task(self._reminding.run(lambda: self._settings.reminders))
                 alerting = group.create_task(self._alerting.run(lambda: self._settings.alerts))
                 await stop.wait()
-                for task in (changing, reminding, alerting):
-                    task.cancel()
+                await cancel_all([changing, reminding, alerting])
             systemd.notify("STOPPING=1")
         _log.info("stopped")
 

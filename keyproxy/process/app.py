@@ -218,6 +218,7 @@ class Proxy:
 
     async def _close_store(self) -> None:
         for task in self._leaving:
+            # Once: then it closes its store, which a second cancellation would interrupt.
             task.cancel()
         await asyncio.gather(*self._leaving, return_exceptions=True)
         # Requests that have ended must be included in the last write of usage.

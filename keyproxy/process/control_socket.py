@@ -17,6 +17,7 @@ from typing import Final
 
 from keyproxy.platform import process_registry
 from keyproxy.platform.process_registry import Presence
+from keyproxy.platform.tasks import cancel_all
 from keyproxy.process import startup_conflicts
 
 _log = logging.getLogger(__name__)
@@ -52,9 +53,7 @@ class Control:
             yield
             has_drained = True
         finally:
-            for task in [*self._talks, *filter(None, [self._accepting])]:
-                task.cancel()
-            await asyncio.gather(*self._talks, return_exceptions=True)
+            await cancel_all([*self._talks, *filter(None, [self._accepting])])
             for sock in self._waiting:
                 with sock, contextlib.suppress(OSError):  # the peer has stopped waiting
                     sock.send(process_registry.DRAINED if has_drained else b"")

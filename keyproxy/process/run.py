@@ -17,6 +17,7 @@ from typing import Any, Final, TypeAlias
 
 from keyproxy.config.schema import Settings
 from keyproxy.platform import sockets, systemd
+from keyproxy.platform.tasks import cancel_all
 from keyproxy.process import control_channel, startup_conflicts
 from keyproxy.process.app import Proxy
 from keyproxy.process.control_socket import Control
@@ -105,7 +106,7 @@ async def serve(
             async with asyncio.TaskGroup() as group:
                 change = group.create_task(changing(proxy, reload_requested))
                 await shutdown.begun.wait()
-                change.cancel()
+                await cancel_all([change])
             systemd.notify("STOPPING=1")
             proxy.server.leave()
             if proxy.listen.linger_seconds and not shutdown.is_urgent.is_set():

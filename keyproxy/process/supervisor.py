@@ -26,6 +26,7 @@ from keyproxy.config.schema import Settings
 from keyproxy.metrics.exposition import CONTENT_TYPE
 from keyproxy.platform import clock, sockets, systemd
 from keyproxy.platform.process_registry import Presence
+from keyproxy.platform.tasks import cancel_all
 from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
 from keyproxy.process.ops_listener import Check, OpsListener, Verdict
@@ -181,9 +182,7 @@ class Supervisor:
         for worker in list(self._pool.members):
             _log.error("worker %d did not exit in time; killing it", worker.process.pid)
             worker.send_signal(signal.SIGKILL)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel_all(self._tasks)
         for worker in list(self._pool.members):
             await worker.closed()
         await self._ops.close()

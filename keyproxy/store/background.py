@@ -10,26 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from typing import Final
+
+from keyproxy.platform.tasks import cancel_all
 
 _log = logging.getLogger(__name__)
 
 _PAUSE_SECONDS: Final = 1.0
-
-
-#: A cancellation that coincides with a timeout can be lost in a library: it is repeated after this time.
-_CANCEL_AGAIN_SECONDS: Final = 0.5
-
-
-async def cancel_all(tasks: Collection[asyncio.Task[None]]) -> None:
-    """Cancel tasks and wait for them, however often one loses its cancellation."""
-    pending = set(tasks)
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN_SECONDS)
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class BackgroundTask:

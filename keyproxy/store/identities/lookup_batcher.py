@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from keyproxy.model import KeyDigest
+from keyproxy.platform.tasks import cancel_all
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.postgres.database import Database, Row, StoreConflict, StoreUnavailable
 
@@ -130,9 +131,7 @@ class LookupBatcher:
 
     async def close(self) -> None:
         """Cancel all lookups. Requests that wait for one are refused with STORE_UNAVAILABLE."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel_all(self._tasks)
         self._finish(list(self._flights), Refusal(Reason.STORE_UNAVAILABLE, "shutting down"))
 
     async def _work(self) -> None:

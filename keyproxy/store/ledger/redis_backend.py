@@ -26,7 +26,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
 from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Window
-from keyproxy.store.background import cancel_all
+from keyproxy.platform.tasks import cancel_all
 from keyproxy.store.ledger import redis_codec as wire
 from keyproxy.store.ledger.backend import REAP_PORTION
 from keyproxy.store.ledger.ledger_script import GenerationLost, LedgerScript

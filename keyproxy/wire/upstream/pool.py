@@ -22,6 +22,7 @@ from typing import Final
 
 from keyproxy.config.schema import Upstream as UpstreamSettings
 from keyproxy.model import Owner
+from keyproxy.platform.tasks import cancel_all
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.parsing.head_cache import ResponseReader
@@ -189,9 +190,7 @@ class UpstreamPool(ConnectionOwner):
         for timer in (self._expiry, self._looking):
             if timer is not None:
                 timer.cancel()
-        for task in self._connecting:
-            task.cancel()
-        await asyncio.gather(*self._connecting, return_exceptions=True)
+        await cancel_all(self._connecting)
         for connection in list(self._open):
             connection.abort()
 

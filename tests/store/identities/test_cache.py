@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -641,6 +642,27 @@ async def test_key_requested_at_the_instant_a_lookup_ends_does_not_wait_forever(
                 answer.set_result([])
         await until(lambda: len(look_ups) == 0 or [late] not in store.queries, "all requests get a result")
         await look_ups.close()
+
+
+async def test_lookups_end_at_the_close_although_the_database_s_client_loses_a_cancellation() -> None:
+    class Deaf(ResponseWriter):
+        async def fetch(self, _name: str, digests: Sequence[object]) -> list[Row]:
+            self.queries.append(digests)
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(3_600)
+            await asyncio.sleep(3_600)
+            return []
+
+    store = Deaf()
+    look_ups = LookupBatcher(store, lambda _digest, _row: None, look_ups_max=2)  # type: ignore[arg-type]
+    flight = look_ups.enqueue(fakes.key(1).digest(), is_known=False)
+    assert flight is not None
+    await until(lambda: len(store.queries) == 1, "the store is queried")
+    async with asyncio.timeout(10):
+        await look_ups.close()
+    refusal = await flight.result
+    assert refusal is not None
+    assert refusal.reason is Reason.STORE_UNAVAILABLE
 
 
 # -- late results
