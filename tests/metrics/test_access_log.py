@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.config.schema import Log
 from keyproxy.http import headers
 from keyproxy.http.forwarding import TrustRule
 from keyproxy.http.headers import FieldNames
 from keyproxy.metrics.access_log import AccessLog
-from keyproxy.model import COMPLETED, Ending, RequestHead, TokenUse
+from keyproxy.model import COMPLETED, Ending, RequestHead
 from keyproxy.ports import Exchange
 from keyproxy.reasons import Reason
 from keyproxy.wire.parsing.head_beginnings import refused_line
