@@ -155,8 +155,8 @@ def reasoning_reservation(candidates: Candidates, output: int, thinking: int | N
 def _input_tokens(facts: RequestFacts, rules: TokenRules, candidates: Candidates) -> int:
     if facts.reference:
         return candidates.context_tokens_max or rules.unknown_input_max
-    if facts.input_override:
-        return facts.input_override
+    if facts.input_override is not None:
+        return facts.input_override or (_REQUEST_TOKENS if facts.endpoint.kind is EndpointClass.GENERATES else 0)
     tokens = _media_tokens(facts, candidates)
     if facts.has_tools:
         tokens += facts.dialect.tools_tokens

@@ -235,11 +235,11 @@ def test_an_empty_body_reserves_like_any_other_into_which_no_cap_can_be_inserted
         need_of(facts(body), RULES, UNLISTED)
     uncapped = need_of(facts(body), RULES, UNLISTED, cap=OFF)
     assert (uncapped.tokens_in, uncapped.output_most) == (3, 4_096)
-    assert reserved(facts(body, "openai", b"/v1/embeddings")) == (3, 0)
 
 
-def test_an_action_without_a_body_reserves_nothing() -> None:
-    assert reserved(facts(b"", "openai", b"/v1/responses/resp_1/cancel")) == (0, 0)
+@pytest.mark.parametrize("path", [b"/v1/responses/resp_1/cancel", b"/v1/embeddings", b"/v1/images/edits"])
+def test_an_empty_body_on_an_endpoint_that_does_not_generate_text_reserves_nothing(path: bytes) -> None:
+    assert reserved(facts(b"", "openai", path)) == (0, 0)
 
 
 # -- content that is not in the request
