@@ -98,15 +98,15 @@ class Gateway(Gate):
             exchange.fingerprint = idempotency_key.fingerprint(identity, head, exchange.body)
         rules = self._metering.get(grant.route)
         if rules is not None:
-            return self._decide_metered(exchange, head, grant, rules)
+            return self._decide_metered(exchange, head, grant, rules, now=now)
         if allowance is None:
             return Permit(grant)
         need = Need(0, 0, route=grant.route.name) if allowance.has_selectors else None
-        if exchange.fingerprint is not None:
-            return Permit(grant, self._take_once(exchange, exchange.fingerprint, allowance, need))
-        return Permit(grant, self._ledger.take(allowance, now, need))
+        return Permit(grant, self._take(exchange, allowance, need, now))
 
-    def _decide_metered(self, exchange: Exchange, head: RequestHead, grant: Grant, rules: RouteRules) -> Permit:
+    def _decide_metered(
+        self, exchange: Exchange, head: RequestHead, grant: Grant, rules: RouteRules, *, now: Moment
+    ) -> Permit:
         """Decide on a request whose tokens are counted."""
         metered, allowance = exchange.metered, grant.identity.allowance
         if metered is None:
@@ -114,20 +114,20 @@ class Gateway(Gate):
         self._release_slots(exchange)
         if not metered.is_read:
             if allowance is not None:
-                self._check_limits(exchange, head, metered, allowance)
+                self._check_limits(exchange, head, metered, allowance, now=now)
             try:
                 token_accounting.read(exchange, head, metered)
             except Missing:
                 if allowance is not None:
                     # The request counts as concurrent while its body arrives and is read.
-                    exchange.slots = self._ledger.take_slots(allowance, self._now(), rules.unread_need)
+                    exchange.slots = self._ledger.take_slots(allowance, now, rules.unread_need)
                 raise
             exchange.model = metered.model
         if allowance is None:
             metered.reserve(None)
             hold = None
         else:
-            hold = self._reserve(exchange, metered, allowance)
+            hold = self._reserve(exchange, metered, allowance, now)
         token_accounting.fit(metered, hold)
         if hold is not None and hold.meters is not None and hold.covers > metered.tokens_reserved:
             hold = self._ledger.trim(hold, metered.tokens_reserved - (hold.paid or 0), metered.spend_reserved)
@@ -151,22 +151,19 @@ class Gateway(Gate):
             token_accounting.finish_body(exchange, head, exchange.metered)
         return permit
 
-    def _reserve(self, exchange: Exchange, metered: MeteredRequest, allowance: Allowance) -> Hold:
+    def _reserve(self, exchange: Exchange, metered: MeteredRequest, allowance: Allowance, now: Moment) -> Hold:
         """Take what a request needs of all limits, or nothing."""
-        now, per_request = self._now(), None
+        per_request = None
         if metered.depends_on_plan:
             selecting = Need(0, 0, route=metered.rules.name, models=metered.models)
             per_request = self._ledger.per_request(allowance, now, selecting)[0]
-        need = metered.reserve(per_request)
-        if exchange.fingerprint is not None:
-            return self._take_once(exchange, exchange.fingerprint, allowance, need)
-        return self._ledger.take(allowance, now, need)
+        return self._take(exchange, allowance, metered.reserve(per_request), now)
 
     def _check_limits(
-        self, exchange: Exchange, head: RequestHead, metered: MeteredRequest, allowance: Allowance
+        self, exchange: Exchange, head: RequestHead, metered: MeteredRequest, allowance: Allowance, *, now: Moment
     ) -> None:
         """Refuse a request that exceeds a limit whatever its body, before waiting for the body or reading it."""
-        fingerprint, now = exchange.fingerprint, self._now()
+        fingerprint = exchange.fingerprint
         need = metered.rules.unread_need
         asks = not metered.has_begun and not token_accounting.is_read_at_once(exchange, head, metered)
         if fingerprint is None:
@@ -179,9 +176,11 @@ class Gateway(Gate):
         except Refusal as refusal:
             raise self._unless_paid(exchange, fingerprint, refusal) from None
 
-    def _take_once(self, exchange: Exchange, fingerprint: Fingerprint, allowance: Allowance, need: Need | None) -> Hold:
+    def _take(self, exchange: Exchange, allowance: Allowance, need: Need | None, now: Moment) -> Hold:
         """Like the ledger's `take`, but a retry of a charged request is not refused for what it was charged already."""
-        now = self._now()
+        fingerprint = exchange.fingerprint
+        if fingerprint is None:
+            return self._ledger.take(allowance, now, need)
         if fingerprint.paid is not None:
             return self._ledger.take_again(allowance, now, need, fingerprint.paid)
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from keyproxy.ai.dialects.endpoint import DialectEndpoint, EndpointClass
+from keyproxy.ai.dialects.endpoint import EndpointClass
 from keyproxy.ai.models import Candidates
 from keyproxy.ai.requests.request_facts import RequestFacts, multiplied
 from keyproxy.reasons import Reason, Refusal
@@ -113,18 +113,18 @@ def need_of(
     if kind is EndpointClass.NONE:
         return TokenNeed(0, 0, 0)
     tokens_in = _input_tokens(facts, rules, candidates)
-    refers = bool(facts.reference)
+    refers, is_blank = bool(facts.reference), facts.input_override == 0 and facts.parts is None
     visible = 0 if refers else tokens_in
     if kind is EndpointClass.READS:
         output = TokenNeed(tokens_in, 0, 0)
     elif facts.maximum is not None:
         output = _stated(facts, candidates, facts.maximum, tokens_in)
-    elif facts.input_override == 0 and facts.parts is None and facts.dialect.usual.maximums:
-        output = TokenNeed(0, 0, 0)  # without a body the APIs produce nothing
+    elif is_blank and kind is not EndpointClass.GENERATES and facts.dialect.usual.maximums:
+        output = TokenNeed(0, 0, 0)  # an action, such as a cancellation
     else:
         can_insert = facts.parts is not None and cap != REFUSE
         if kind is EndpointClass.GENERATES and cap != OFF and not can_insert:
-            raise _maximum_required(facts.endpoint)
+            raise _maximum_required(facts)
         room = None if tokens_per_request is None else tokens_per_request - visible
         output = _unstated(facts, rules, candidates, tokens_in, room, inserts=cap == INSERT)
     if not refers or tokens_per_request is None:
@@ -137,9 +137,11 @@ def need_of(
     )  # fmt: skip
 
 
-def _maximum_required(endpoint: DialectEndpoint) -> Refusal:
-    names = " or ".join([f"'{path[-1]}'" for path in endpoint.maximums])
-    return Refusal(Reason.OUTPUT_MAXIMUM_REQUIRED, caller_text=f"Set {names}.", field=endpoint.maximums[0][-1])
+def _maximum_required(facts: RequestFacts) -> Refusal:
+    maximums = facts.endpoint.maximums
+    names = " or ".join([f"'{path[-1]}'" for path in maximums])
+    place = "" if facts.parts is not None else " in a body that is a JSON object"
+    return Refusal(Reason.OUTPUT_MAXIMUM_REQUIRED, caller_text=f"Set {names}{place}.", field=maximums[0][-1])
 
 
 def tunnel_need(rules: TokenRules, tokens_per_request: int | None) -> TokenNeed:
@@ -147,20 +149,18 @@ def tunnel_need(rules: TokenRules, tokens_per_request: int | None) -> TokenNeed:
     return TokenNeed(rules.unknown_input_max if tokens_per_request is None else tokens_per_request, 0, 0)
 
 
-def reasoning_reservation(facts: RequestFacts, candidates: Candidates, output: int) -> int:
+def reasoning_reservation(candidates: Candidates, output: int, thinking: int | None, multiplier: int) -> int:
     """The reasoning to charge for a stream that is aborted: the stated budget, else all of the output's reservation."""
     if not candidates.reasons:
         return 0
-    if facts.thinking is None:
-        return output
-    return min(output, multiplied(facts.thinking, facts.multiplier))
+    return output if thinking is None else min(output, multiplied(thinking, multiplier))
 
 
 def _input_tokens(facts: RequestFacts, rules: TokenRules, candidates: Candidates) -> int:
     if facts.reference:
         return candidates.context_tokens_max or rules.unknown_input_max
     if facts.input_override is not None:
-        return facts.input_override
+        return facts.input_override or (_REQUEST_TOKENS if facts.endpoint.kind is EndpointClass.GENERATES else 0)
     tokens = _media_tokens(facts, candidates)
     if facts.has_tools:
         tokens += facts.dialect.tools_tokens

@@ -16,7 +16,8 @@ import httptools
 import pytest
 
 from keyproxy.ai.responses.streams.aws_event_stream import make_message
-from keyproxy.model import Ending, TokenUse
+from keyproxy.ai.responses.token_use import TokenUse
+from keyproxy.model import Ending
 from keyproxy.wire.usage_reads import NOT_REPORTED, REPORTED, TIMED_OUT
 from tests import fakes
 from tests.rawhttp import Client, Message, Upstream

@@ -22,8 +22,9 @@ from google.genai import errors as genai_errors
 from google.genai import types as genai_types
 
 from keyproxy.ai.responses.streams.aws_event_stream import make_message
+from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.config.schema import RouteRow
-from keyproxy.model import Ending, TokenUse
+from keyproxy.model import Ending
 from tests import fakes
 from tests.rawhttp import Message, Upstream
 from tests.waiting import until
