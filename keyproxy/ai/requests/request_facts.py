@@ -221,6 +221,8 @@ def _alternatives(parts: RequestParts) -> tuple[str, ...]:
         if end - start > _ALTERNATIVES_BYTES_MAX:
             raise malformed(f"'{name}' is too long.", name)
         found += _names_in(orjson.loads(parts.content[start:end]), name)
+    if not found:
+        return ()
     names = tuple(dict.fromkeys(found))
     if len(names) > _ALTERNATIVES_MAX:
         raise malformed(f"The request names more than {_ALTERNATIVES_MAX} models.", "models")

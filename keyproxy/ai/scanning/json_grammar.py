@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from keyproxy.ai.json_characters import VALID
+
 _SPACE_PATTERN: Final = rb"[ \t\r\n]*+"
 _CHARACTERS_PATTERN: Final = (
-    rb'(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u(?:[0-9a-cefA-CEF][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2}'
+    rb"(?:" + VALID + rb'++|\\(?:["\\/bfnrt]|u(?:[0-9a-cefA-CEF][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2}'
     rb"|[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})))*+"
 )
 _PLAIN_PATTERN: Final = rb"(?>-?+(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][+-]?+[0-9]++)?+|true|false|null)"

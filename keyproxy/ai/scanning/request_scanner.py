@@ -181,7 +181,7 @@ class RequestScanner:
                 self._at = at
                 self._close(frame)
             elif byte <= _BLANK:
-                if byte == _BLANK and at + 1 < end and content[at + 1] > _BLANK:
+                if byte == _BLANK and (at + 1 == end or content[at + 1] > _BLANK):
                     at += 1
                     continue
                 space = SPACE.match(content, at, end)
@@ -323,7 +323,7 @@ class RequestScanner:
         self._state = _AFTER_VALUE
         if parent is None:
             self._at += 1
-            rest = SPACE.match(self._content, self._at)
+            rest = SPACE.match(self._content, self._at) if self._at < self._end else None
             if rest is not None and rest.end() < self._end:
                 raise self._malformed("something follows it")
             self._at = self._end
