@@ -12,6 +12,8 @@ import orjson
 
 from keyproxy.ai.json_characters import VALID
 
+_BACKSLASH: Final = 0x5C
+
 _SPACE_PATTERN: Final = rb"[ \t\r\n]*+"
 _CHARACTERS_PATTERN: Final = (
     rb"(?:" + VALID + rb'++|\\(?:["\\/bfnrt]|u(?:[0-9a-cefA-CEF][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2}'
@@ -39,7 +41,7 @@ NUMBERS: Final = re.compile(
 def decoded(content: bytes, start: int, end: int) -> bytes:
     """A string from where its characters stand, in UTF-8. Raises ValueError if they are malformed."""
     raw = content[start:end]
-    return raw if raw.find(b"\\") < 0 else str(orjson.loads(content[start - 1 : end + 1])).encode("utf-8")
+    return raw if _BACKSLASH not in raw else str(orjson.loads(content[start - 1 : end + 1])).encode("utf-8")
 
 
 class Utf8:

@@ -72,6 +72,7 @@ _ZERO: Final = 0x30
 _NINE: Final = 0x39
 _COLON: Final = 0x3A
 _OPEN_ARRAY: Final = 0x5B
+_BACKSLASH: Final = 0x5C
 _CLOSE_ARRAY: Final = 0x5D
 _OPEN_OBJECT: Final = 0x7B
 _CLOSE_OBJECT: Final = 0x7D
@@ -155,7 +156,8 @@ class RequestScanner:
         if has_controls:
             pieces = STRINGS.split(window)
         elif has_escapes:
-            pieces = window.replace(b"\\\\", b"..").replace(b'\\"', b"..").split(b'"')
+            # The backslash remains, to show which strings have escapes.
+            pieces = window.replace(b"\\\\", b"\\.").replace(b'\\"', b"\\.").split(b'"')
         else:
             pieces = window.split(b'"')
         last = len(pieces) - 1
@@ -169,13 +171,11 @@ class RequestScanner:
             stop = at + 1 + len(string)
             if stop >= self._end or content[stop] != _QUOTE:
                 return
-            if has_escapes:
-                string = content[at + 1 : stop]
-                if string.find(b"\\") >= 0:
-                    try:
-                        string = decoded(content, at + 1, stop)
-                    except ValueError:
-                        return
+            if has_escapes and _BACKSLASH in string:
+                try:
+                    string = decoded(content, at + 1, stop)
+                except ValueError:
+                    return
             if not self._take_string(string, at + 1, stop):
                 return
             self._at = at = stop + 1
