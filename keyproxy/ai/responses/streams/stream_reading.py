@@ -14,6 +14,7 @@ from typing import Final
 import orjson
 
 from keyproxy.ai.dialects.endpoint import Dialect, DialectEndpoint, EndpointClass
+from keyproxy.ai.json_characters import ON_LINE
 from keyproxy.ai.responses.json_members import MemberScanner
 from keyproxy.ai.responses.json_strings import StringCounter
 from keyproxy.ai.responses.produced_text import MEDIA_MEMBERS, ProducedText
@@ -25,7 +26,7 @@ EVENT_BYTES_MAX: Final = 262_144
 #: Scanned at a time, which bounds the copies.
 _SLICE_BYTES: Final = 65_536
 
-_VALUE: Final = rb'"[ \t]*+:[ \t]*+"(?!")([^"\\\r\n]*+(?:\\[^\r\n][^"\\\r\n]*+)*+)"'
+_VALUE: Final = rb'"[ \t]*+:[ \t]*+"(?!")(' + ON_LINE + rb"*+(?:\\[^\r\n]" + ON_LINE + rb'*+)*+)"'
 _NEVER: Final = re.compile(rb"(?!)")
 
 
@@ -33,12 +34,13 @@ class EventPatterns:
     """What to look for in the events of an endpoint, before any is parsed.
 
     `notable`: literals, each with a pattern that begins with it and rules out a null. `text`: finds texts. `media`:
-    finds base64. `kinds`: the types of events that must be parsed.
+    finds base64. `kinds`: the types of events that must be parsed. `members`: what is read of a long event.
     """
 
-    __slots__ = ("kinds", "media", "notable", "text")
+    __slots__ = ("kinds", "media", "members", "notable", "text")
 
-    def __init__(self, endpoint: DialectEndpoint) -> None:
+    def __init__(self, dialect: Dialect, endpoint: DialectEndpoint) -> None:
+        self.members: Final = ("type", *outermost_members(dialect, endpoint))
         names: dict[bytes, bytes] = {}
         kinds: set[str] = set()
         for fields in endpoint.usage:
@@ -63,8 +65,8 @@ class EventPatterns:
         self.media: Final = _values(MEDIA_MEMBERS) if has_media else None
 
 
-#: By endpoint, of which there are as many as the table has rows.
-_patterns: Final[dict[DialectEndpoint, EventPatterns]] = {}
+#: By dialect and endpoint, of which there are as many as the table has rows.
+_patterns: Final[dict[tuple[str, DialectEndpoint], EventPatterns]] = {}
 
 
 class _LongEvent:
@@ -93,16 +95,17 @@ class _LongEvent:
 class StreamReading:
     """What was read of one stream: its `usage`, and its `produced` text."""
 
-    def __init__(self, dialect: Dialect, endpoint: DialectEndpoint, choices: int = 1) -> None:
-        self.usage: Final = ResponseUsageReader(dialect, endpoint, choices)
+    def __init__(self, dialect: Dialect, endpoint: DialectEndpoint, usage: ResponseUsageReader) -> None:
+        self.usage: Final = usage
         self.produced: Final = ProducedText()
         #: The first event names the model.
         self.has_begun = False
-        patterns = _patterns.get(endpoint)
+        key = (dialect.name, endpoint)
+        patterns = _patterns.get(key)
         if patterns is None:
-            patterns = _patterns[endpoint] = EventPatterns(endpoint)
+            patterns = _patterns[key] = EventPatterns(dialect, endpoint)
         self._long: _LongEvent | None = None
-        self._names: Final = ("type", *outermost_members(dialect, endpoint))
+        self._names: Final = patterns.members
         self._notable: Final = patterns.notable
         self._kinds: Final = patterns.kinds
         self._text: Final = patterns.text
