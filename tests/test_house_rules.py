@@ -69,6 +69,7 @@ HOMES = {
     "cachetools": {"store"},
     "click": {"cli", "demo"},
     "httptools": {"wire"},
+    "multipart": {"ai"},
     "mypy_extensions": {"mypyc_compat"},
     "orjson": {"admin", "ai", "cli", "demo", "metrics", "process", "store"},
     "pydantic": {"admin"},

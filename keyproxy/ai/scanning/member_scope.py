@@ -25,7 +25,8 @@ _KNOWN_BYTES_MAX: Final = 64
 _HUMP: Final = re.compile(r"(?<=[a-z0-9])[A-Z]")
 
 
-def _fold(name: str) -> str:
+def folded(name: str) -> str:
+    """The name without the differences that some parsers ignore."""
     return name.partition("\0")[0].strip().upper().casefold().replace(_DOT_ABOVE, "")
 
 
@@ -67,7 +68,7 @@ class MemberScope:
         """`slots`: by each spelling, decoded."""
         self.known: Final[dict[bytes, Name]] = {}
         self._slots: Final = slots
-        self._folded: Final = {_fold(name.decode("utf-8")): name.decode("utf-8") for name in slots}
+        self._folded: Final = {folded(name.decode("utf-8")): name.decode("utf-8") for name in slots}
 
     def name(self, name: bytes) -> Name:
         """Look up a decoded name. Raises AmbiguousNameError."""
@@ -77,7 +78,7 @@ class MemberScope:
             return found
         slot = self._slots.get(name)
         if slot is None and self._slots:
-            meant = self._folded.get(_fold(name.decode("utf-8")))
+            meant = self._folded.get(folded(name.decode("utf-8")))
             if meant is not None:
                 raise AmbiguousNameError(meant)
         found = Name(slot, MEANINGS.get(name, NO_MEANING))
