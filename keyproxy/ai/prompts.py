@@ -119,7 +119,7 @@ def counting_paths(shape: str) -> tuple[tuple[str, ...], ...]:
 def instructions_of(shape: str, document: dict[str, Any]) -> Instructions:
     """The instructions of a request. Raises a Refusal (REQUEST_MALFORMED)."""
     row = _SHAPES[shape]
-    reading = _Reading(row)
+    reading = _InstructionReading(row)
     given = [name for name in row.instructions if name in document]
     if len(given) > 1:
         raise malformed(f"The request has both '{given[0]}' and '{given[1]}'.", given[1])
@@ -149,7 +149,7 @@ def digest_of(texts: list[str]) -> bytes:
     return hashlib.sha256(_NUL.join([text for text in texts if text]).encode("utf-8")).digest()
 
 
-class _Reading:
+class _InstructionReading:
     """Collects the instruction texts of one document."""
 
     def __init__(self, row: _Shape) -> None:
