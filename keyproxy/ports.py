@@ -125,6 +125,18 @@ class Ledger:
         raise NotImplementedError
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
+class PromptTemplates:
+    """The registered templates of instructions."""
+
+    def category(self, digest: bytes, tenant_id: str, now: Moment) -> str | None:
+        """The category registered for the digest and visible to the tenant; None: unregistered. Never waits.
+
+        Raises a Refusal (STORE_UNAVAILABLE) before the first load, and once the templates are older than stale_seconds.
+        """
+        raise NotImplementedError
+
+
 class Claims(Protocol):
     """Deduplicates charges of requests with an Idempotency-Key. All attempts together are charged as the largest one."""
 
@@ -206,6 +218,9 @@ class Exchange:
     #: The model in records: the name of a configured one, else as sent; empty if none was read. And the price charged.
     model: str = ""
     cost_micros: int = 0
+
+    #: The categories of the prompt with their sources, once the request is judged by them; None: it is not.
+    categories: tuple[tuple[str, str], ...] | None = None
 
     #: The fingerprint for recognising retries, for requests under limits with an Idempotency-Key.
     fingerprint: Fingerprint | None = None

@@ -16,7 +16,7 @@ from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.ledger_protocol import LeaseReport, Pool, Window
 from keyproxy.limits.plan import PERIODS
 from keyproxy.model import Identity, Missing, Moment
-from keyproxy.ports import Identities
+from keyproxy.ports import Identities, PromptTemplates
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.ledger.backend import LedgerBackend
 from keyproxy.store.ledger.postgres_backend import WindowState
@@ -25,6 +25,8 @@ from tests import fakes
 from tests.reference_ledger import ReferenceLedger
 
 KNOWN, OTHER, STRANGER = (fakes.key(number) for number in (1, 2, 3))
+
+_DIGEST = bytes(range(32))
 
 
 class IdentitiesStage(Protocol):
@@ -145,6 +147,94 @@ class IdentitiesContract:
             except Missing as missing:
                 await missing.fetch_missing()
                 return self._look(stage, secret, is_first_lookup=False)
+        except Refusal as refusal:
+            return refusal.reason
+
+
+class TemplatesStage(Protocol):
+    """An implementation of the port, over a store that can be filled and made unavailable."""
+
+    @property
+    def templates(self) -> PromptTemplates:
+        """The implementation under test. Nothing is loaded at first."""
+        ...
+
+    def now(self) -> Moment:
+        """The current time."""
+        ...
+
+    async def loads(self) -> None:
+        """Load the templates for the first time."""
+        ...
+
+    async def register(self, digest: bytes, category: str, tenant_id: str | None = None) -> None:
+        """Register a template in the store, and wait until it is effective."""
+        ...
+
+    async def remove(self, digest: bytes) -> None:
+        """Remove a template from the store, and wait until that is effective."""
+        ...
+
+    async def goes_down(self) -> None:
+        """Make the store unavailable."""
+        ...
+
+    async def comes_back(self) -> None:
+        """Make the store available again, and wait until that is noticed."""
+        ...
+
+    def grows_old(self) -> None:
+        """Let `stale_seconds` pass."""
+        ...
+
+
+class PromptTemplatesContract:
+    """The port PromptTemplates. The tenants `acme` and `other` exist."""
+
+    async def test_templates_are_unavailable_before_the_first_load(self, template_stage: TemplatesStage) -> None:
+        assert self._category(template_stage, _DIGEST) is Reason.STORE_UNAVAILABLE
+
+    async def test_registered_digest_has_its_category_and_any_other_has_none(
+        self, template_stage: TemplatesStage
+    ) -> None:
+        await template_stage.loads()
+        await template_stage.register(_DIGEST, "code")
+        assert self._category(template_stage, _DIGEST) == "code"
+        assert self._category(template_stage, b"\1" * 32) is None
+
+    async def test_template_of_a_tenant_is_unregistered_for_every_other_tenant(
+        self, template_stage: TemplatesStage
+    ) -> None:
+        await template_stage.loads()
+        await template_stage.register(_DIGEST, "code", "acme")
+        assert self._category(template_stage, _DIGEST, "acme") == "code"
+        assert self._category(template_stage, _DIGEST, "other") is None
+
+    async def test_changed_and_removed_templates_are_effective(self, template_stage: TemplatesStage) -> None:
+        await template_stage.loads()
+        await template_stage.register(_DIGEST, "code")
+        await template_stage.register(_DIGEST, "review")
+        assert self._category(template_stage, _DIGEST) == "review"
+        await template_stage.remove(_DIGEST)
+        assert self._category(template_stage, _DIGEST) is None
+
+    async def test_templates_are_served_during_an_outage_until_they_are_too_old(
+        self, template_stage: TemplatesStage
+    ) -> None:
+        await template_stage.loads()
+        await template_stage.register(_DIGEST, "code")
+        await template_stage.goes_down()
+        assert self._category(template_stage, _DIGEST) == "code"
+        assert self._category(template_stage, b"\1" * 32) is None
+        template_stage.grows_old()
+        for digest in (_DIGEST, b"\1" * 32):
+            assert self._category(template_stage, digest) is Reason.STORE_UNAVAILABLE
+        await template_stage.comes_back()
+        assert self._category(template_stage, _DIGEST) == "code"
+
+    def _category(self, stage: TemplatesStage, digest: bytes, tenant_id: str = "acme") -> str | Reason | None:
+        try:
+            return stage.templates.category(digest, tenant_id, stage.now())
         except Refusal as refusal:
             return refusal.reason
 

@@ -26,7 +26,7 @@ from keyproxy.limits.lease_table import LeaseTable
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import NEVER, Ending, Identity, KeyDigest, Missing, Moment, TokenUse
-from keyproxy.ports import Exchange, Identities, Ledger, Recorder
+from keyproxy.ports import Exchange, Identities, Ledger, PromptTemplates, Recorder
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.parsing.head_cache import RequestReader
 from tests.reference_ledger import ReferenceLedger
@@ -201,6 +201,26 @@ class FakeLedger(Ledger):
         replies = self.reference.sync("fake", self._serial, lines)
         assert replies is not None
         self.lease_sync.apply(lines, replies, mono, valid_seconds=1000.0)
+
+
+class FakePromptTemplates(PromptTemplates):
+    """Templates in memory. Before `is_loaded`, and once `is_too_old`, none can be looked up."""
+
+    def __init__(self) -> None:
+        self.table: dict[bytes, tuple[str, str | None]] = {}
+        self.is_loaded = True
+        self.is_too_old = False
+
+    def register(self, digest: bytes, category: str, tenant_id: str | None = None) -> None:
+        """Register a digest, for one tenant or for all."""
+        self.table[digest] = (category, tenant_id)
+
+    def category(self, digest: bytes, tenant_id: str, now: Moment) -> str | None:
+        """See the port."""
+        if not self.is_loaded or self.is_too_old:
+            raise Refusal(Reason.STORE_UNAVAILABLE)
+        category, owner = self.table.get(digest, (None, None))
+        return category if owner in (None, tenant_id) else None
 
 
 @dataclass(frozen=True)

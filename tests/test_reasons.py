@@ -25,6 +25,7 @@ PUBLIC_STATUSES = {
     "route_not_allowed": 403,
     "model_not_allowed": 403,
     "namespace_forbidden": 403,
+    "prompt_category_not_allowed": 403,
     "rate_limited": 429,
     "concurrency_limited": 429,
     "quota_exhausted": 429,
