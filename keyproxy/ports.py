@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from keyproxy.ai.access.judged_request import JudgedRequest
 from keyproxy.ai.metered_request import MeteredRequest
 from keyproxy.ai.responses.meter import Meter
 from keyproxy.auth.api_key import SecretKey
@@ -229,6 +230,9 @@ class Exchange:
     #: On metered routes: what the request reserves, and the meter of its response.
     metered: MeteredRequest | None = None
     meter: Meter | None = None
+
+    #: On routes that judge models, categories or namespaces: the values that the request is judged by.
+    judged: JudgedRequest | None = None
 
     #: What it holds of limits of concurrency before it has a permit.
     slots: Hold | None = None

@@ -69,12 +69,15 @@ def write_body(exchange: Exchange, metered: MeteredRequest) -> bool:
 
 def finish_body(exchange: Exchange, head: RequestHead, metered: MeteredRequest) -> None:
     """Set the header lines that go upstream, and release what was kept of the body."""
+    judgement = None if exchange.judged is None else exchange.judged.judgement
     if metered.uses_tokens:
         fields, length = head.fields, None
         if metered.edits and not fields.is_chunked:
             length = len(exchange.body)
         block = for_metering(head.block, accepts_codings=fields.accepts_codings, content_length=length)
-        exchange.block = block + metered.model_line
+        exchange.block = block + (metered.model_line if judgement is None or judgement.model is None else b"")
+    if judgement is not None:
+        exchange.block = (head.block if exchange.block is None else exchange.block) + judgement.lines
     metered.forget_content()
 
 

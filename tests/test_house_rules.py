@@ -35,6 +35,7 @@ RANKS = {
     "config": 5,
     "token_accounting": 6,
     "platform": 7,
+    "access_decision": 8,
     "metrics": 8,
     "store": 8,
     "wire": 8,

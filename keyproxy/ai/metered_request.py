@@ -30,6 +30,7 @@ from keyproxy.ai.reservation import (
 from keyproxy.ai.responses.meter import ResponseUse
 from keyproxy.ai.responses.usage_objects import UsageReport
 from keyproxy.ai.route_rules import RouteRules
+from keyproxy.ai.scanning.request_parts import RequestParts
 from keyproxy.limits import allowance
 from keyproxy.model import RequestHead
 from keyproxy.reasons import Reason, Refusal
@@ -49,8 +50,8 @@ class MeteredRequest:
     """
 
     __slots__ = (
-        "_deflation", "_facts", "_is_digested", "_reading", "asks_for_usage", "candidates", "cap", "endpoint", "is_read",
-        "is_tunnel", "model", "models", "need", "output", "rules",
+        "_deflation", "_facts", "_is_digested", "_reading", "asks_for_usage", "candidates", "cap", "endpoint",
+        "form_model", "is_read", "is_tunnel", "model", "models", "need", "output", "rules",
     )  # fmt: skip
 
     def __init__(self, rules: RouteRules, head: RequestHead) -> None:
@@ -66,6 +67,8 @@ class MeteredRequest:
         self.model = ""
         #: The names by which limits select the request: of all models that may serve it.
         self.models: tuple[str, ...] = ()
+        #: The model that a multipart form names, if the route reads it there.
+        self.form_model: str | None = None
         self.output = 0
         self.cap = 0
         self.asks_for_usage = False
@@ -129,7 +132,7 @@ class MeteredRequest:
     def _name_models(self, head: RequestHead, facts: RequestFacts) -> None:
         rules = self.rules
         path, _, query = head.line.target.partition(b"?")
-        value = rules.source_value(head) if rules.source.kind in ("path", "header") else None
+        value = rules.source_value(head) if rules.source.kind in ("path", "header") else self.form_model
         named = named_models(rules.source, rules.dialect, facts, path=path, query=query, value=value)
         if not named.others and not facts.alternatives:
             self.candidates = rules.candidates_of(rules.models.find(named.model))
@@ -142,6 +145,16 @@ class MeteredRequest:
             if name not in names:
                 names.append(name)
         self.models = tuple(names)
+
+    @property
+    def content(self) -> bytes:
+        """The inflated body, while it is kept."""
+        return b"" if self._reading is None else self._reading.content
+
+    @property
+    def parts(self) -> RequestParts | None:
+        """The scan of the body, while it is kept; None if it is not JSON."""
+        return None if self._reading is None else self._reading.parts
 
     @property
     def depends_on_plan(self) -> bool:

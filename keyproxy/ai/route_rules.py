@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from keyproxy.ai.dialects.endpoint import Dialect
+from keyproxy.ai.access.value_sources import path_value
+from keyproxy.ai.dialects.endpoint import Dialect, MemberPath
 from keyproxy.ai.model_source import ModelSource
 from keyproxy.ai.models import Candidates, Model, ModelTable
 from keyproxy.ai.requests.request_facts import malformed
@@ -19,7 +20,8 @@ class RouteRules:
     """The dialect of a route, its models, and its settings for reservations and caps.
 
     `placeholder`: matches a path of the route, with the model in its first group, if the route reads the model there.
-    `model_field`: the start of the header line that names the model to the upstream.
+    `model_field`: the start of the header line that names the model to the upstream. `judged`: members that count because
+    the request is judged by them.
     """
 
     __slots__ = (
@@ -40,6 +42,7 @@ class RouteRules:
         cap_field: str = "",
         placeholder: re.Pattern[bytes] | None = None,
         model_field: bytes = b"",
+        judged: tuple[MemberPath, ...] = (),
     ) -> None:
         self.name: Final = name
         self.dialect: Final = dialect
@@ -50,7 +53,7 @@ class RouteRules:
         self.cap_field: Final = cap_field
         self.placeholder: Final = placeholder
         self.model_field: Final = model_field
-        self.reading: Final = ReadingRules(dialect, bounds, model_member=source.json_member)
+        self.reading: Final = ReadingRules(dialect, bounds, model_member=source.json_member, judged=judged)
         #: What any request needs, before it is read.
         self.unread_need: Final = Need(1, 1, route=name)
         #: The candidates of requests that name one model, by its row.
@@ -66,8 +69,7 @@ class RouteRules:
     def source_value(self, head: RequestHead) -> str | None:
         """The model as a path or a header names it, for a source of that kind. Raises a Refusal if it stands twice."""
         if self.source.kind == "path" and self.placeholder is not None:
-            match = self.placeholder.fullmatch(head.line.path)
-            return None if match is None else match[1].decode("utf-8", "replace")
+            return path_value(self.placeholder, head.line.path)
         if self.source.kind == "header":
             return _header(head.block, self.source.name)
         return None

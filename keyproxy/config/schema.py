@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from keyproxy.ai.models import Model
-from keyproxy.config import addresses, token_settings, value_checks
+from keyproxy.config import addresses, bind_settings, token_settings, value_checks
 from keyproxy.config.token_settings import Money, Tokens
 from keyproxy.config.value_checks import Check, one_of, within
 from keyproxy.http import error_responses
@@ -198,6 +198,7 @@ class RouteRow:
     cap: str = _setting("", one_of(*token_settings.CAPS))
     cap_field: str = _setting("", token_settings.cap_field_fault)
     idempotency: str = _setting("once", one_of(*token_settings.IDEMPOTENCY))
+    binds: list[dict[str, str]] = _setting([], bind_settings.binds_fault)
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +285,13 @@ def cross_checks(settings: Settings) -> list[str]:
     wrong += token_settings.conflicts(
         settings.tokens, [(row.match, row.tokens, row.model, row.cap, row.cap_field) for row in settings.routes]
     )
+    wrong += [
+        f"routes[{number}].{fault}"
+        for number, row in enumerate(settings.routes, start=1)
+        for fault in bind_settings.place_faults(
+            row.match, bind_settings.read_binds(row.binds), settings.identity.header_prefix
+        )
+    ]
     matches = [row.match for row in settings.routes]
     wrong += [
         f"routes: {match!r} is configured twice; the first one always wins"

@@ -46,6 +46,8 @@ class Wire:
     ledger: fakes.FakeLedger
     charges: ReferenceClaims
     claims: Claims
+    owned_ids: fakes.FakeOwnedIds
+    templates: fakes.FakePromptTemplates
 
     def client(self) -> contextlib.AbstractAsyncContextManager[Client]:
         """A connection to the proxy."""
@@ -90,7 +92,11 @@ async def start() -> AsyncIterator[Start]:
                 models=tuple(models),
             )
             table = settings.route_table() if rows else routes or RouteTable([])
-            gateway = build_gateway(settings, table, identities=identities, ledger=ledger, claims=claims)
+            owned_ids, templates = fakes.FakeOwnedIds(), fakes.FakePromptTemplates()
+            gateway = build_gateway(
+                settings, table, identities=identities, owned_ids=owned_ids, templates=templates,
+                ledger=ledger, claims=claims,
+            )  # fmt: skip
             deadlines = Deadlines(loop, clock.monotonic, period_seconds=sweep_seconds)
             deadlines.start()
             stack.callback(deadlines.stop)
@@ -110,7 +116,9 @@ async def start() -> AsyncIterator[Start]:
             stack.push_async_callback(server.drain, 0.2)
             server.start(sock)
             address = sock.getsockname()
-            return Wire(address, far, identities, recorder, server, pool, gateway, ledger, charges, claims)
+            return Wire(
+                address, far, identities, recorder, server, pool, gateway, ledger, charges, claims, owned_ids, templates
+            )  # fmt: skip
 
         yield starting
 

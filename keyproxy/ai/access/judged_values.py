@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple
 
 from keyproxy.ai.dialects.endpoint import EACH, MemberPath
+from keyproxy.ai.prompts import Instructions
 from keyproxy.ai.requests.request_facts import malformed
 
 #: More elements under one pointer are refused.
@@ -24,16 +25,18 @@ MISSING: Final = Found(is_missing=True)
 
 class JudgedValues:
     """`model`: of the route's source, `other_models`: of every other place that names one. `found`: what stands at the
-    sources of binds and declared categories, by their text."""
+    sources of binds, by their text. `declared`, `matched`: see `CategoryValues`. `instructions`: None if no category
+    depends on them. No text of the request is kept."""
 
-    __slots__ = ("found", "model", "other_models")
+    __slots__ = ("declared", "found", "instructions", "matched", "model", "other_models")
 
-    def __init__(
-        self, *, model: str | None = None, other_models: tuple[str, ...] = (), found: dict[str, Found] | None = None
-    ) -> None:
-        self.model: Final = model
-        self.other_models: Final = other_models
+    def __init__(self, found: dict[str, Found] | None = None) -> None:
         self.found: Final[dict[str, Found]] = {} if found is None else found
+        self.model: str | None = None
+        self.other_models: tuple[str, ...] = ()
+        self.declared: tuple[object, ...] = ()
+        self.instructions: Instructions | None = None
+        self.matched: tuple[str, ...] = ()
 
     def at(self, source: str) -> Found:
         """What stands at a source, by its text."""

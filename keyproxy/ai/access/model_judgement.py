@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from keyproxy.ai.access.judged_values import JudgedValues
-from keyproxy.ai.access.namespaces import Ownership, is_id
+from keyproxy.ai.access.object_ids import is_object_id
+from keyproxy.ai.access.tenant_records import TenantRecords
 from keyproxy.ai.models import Model, ModelTable
 from keyproxy.ai.requests.request_facts import malformed
 from keyproxy.ai.scanning.member_scope import ALTERNATIVES
@@ -33,21 +34,22 @@ class JudgedModel:
         self.label: Final = OWNED_LABEL if row is None else row.name
 
 
-def judge_models(table: ModelTable, values: JudgedValues, identity: Identity, owns: Ownership) -> JudgedModel:
+def judge_models(table: ModelTable, values: JudgedValues, identity: Identity, records: TenantRecords) -> JudgedModel:
     """The model of the route's source. Raises a Refusal (REQUEST_MALFORMED, MODEL_NOT_ALLOWED) for any of the models."""
     if values.model is None:
         raise malformed("The request must name a model, as a string.", MODEL)
-    row = _allowed(table, values.model, identity, owns)
+    row = _allowed(table, values.model, identity, records)
     for other in values.other_models:
-        _allowed(table, other, identity, owns)
+        _allowed(table, other, identity, records)
+    records.require()
     return JudgedModel(values.model if row is None else row.name, row)
 
 
-def _allowed(table: ModelTable, name: str, identity: Identity, owns: Ownership) -> Model | None:
+def _allowed(table: ModelTable, name: str, identity: Identity, records: TenantRecords) -> Model | None:
     """The row of a model that the key may use, None for an owned one. Raises a Refusal."""
     row = table.find(name)
     if row is None:
-        if is_id(name) and owns(OWNED_KIND, name):
+        if is_object_id(name) and records.owns(OWNED_KIND, name):
             return None
         raise Refusal(Reason.MODEL_NOT_ALLOWED, "the model is neither listed nor owned", field=MODEL)
     if not row.scopes <= identity.scopes:

@@ -6,16 +6,14 @@ An id that does not is refused and never rewritten, and the refusal is the same 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Final
 
 from keyproxy.ai.access.judged_values import Found, JudgedValues
+from keyproxy.ai.access.object_ids import is_object_id
+from keyproxy.ai.access.tenant_records import TenantRecords
 from keyproxy.ai.access.value_sources import ValueSource
 from keyproxy.model import Identity
 from keyproxy.reasons import Reason, Refusal
-
-#: Whether the caller's tenant owns an id of a kind. May raise Missing, and a Refusal (STORE_UNAVAILABLE).
-Ownership = Callable[[str, str], bool]
 
 IS: Final = "is"
 STARTS: Final = "starts"
@@ -25,9 +23,6 @@ RULES: Final = (IS, STARTS, OWNED)
 REFUSE: Final = "refuse"
 ALLOW: Final = "allow"
 
-#: A segment that is empty, `.` or `..` would mean another id to a server that resolves paths.
-_VALUE: Final = re.compile(r"(?!/)(?!.*(?://|/\Z))(?!.*(?:\A|/)\.\.?(?:/|\Z))[A-Za-z0-9._:@|+~/=,!$-]+")
-ID_CHARACTERS_MAX: Final = 256
 _PLACEHOLDER: Final = re.compile(r"\{([a-z]*)\}")
 _LITERAL: Final = re.compile(r"[A-Za-z0-9._:@|+~/=,!$-]*")
 _KIND: Final = re.compile(r"[a-z][a-z0-9_-]{0,63}")
@@ -53,35 +48,32 @@ class Bind:
         #: Literal texts and names of owners, alternating.
         self._pieces: Final = tuple(_PLACEHOLDER.split(text))
 
-    def holds(self, found: Found, identity: Identity, owns: Ownership) -> bool:
+    def holds(self, found: Found, identity: Identity, records: TenantRecords) -> bool:
         """Whether what stands at the source satisfies the bind."""
         if found.is_other or (found.is_missing and not self.accepts_missing):
             return False
         if self.rule == OWNED:
-            return all(is_id(value) and owns(self.text, value) for value in found.values)
+            return all(is_object_id(value) and records.owns(self.text, value) for value in found.values)
         wanted = self._wanted(identity)
         if self.rule == IS:
-            return all(value == wanted and is_id(value) for value in found.values)
+            return all(value == wanted and is_object_id(value) for value in found.values)
         # Equal to it is not enough: the value names something within.
-        return all(value.startswith(wanted) and len(value) > len(wanted) and is_id(value) for value in found.values)
+        return all(
+            value.startswith(wanted) and len(value) > len(wanted) and is_object_id(value) for value in found.values
+        )
 
     def _wanted(self, identity: Identity) -> str:
         owners = {"tenant": identity.tenant_id, "user": identity.user_id, "key": identity.key_id}
         return "".join([owners[piece] if place % 2 else piece for place, piece in enumerate(self._pieces)])
 
 
-def judge_binds(binds: tuple[Bind, ...], values: JudgedValues, identity: Identity, owns: Ownership) -> None:
-    """Raise a Refusal (NAMESPACE_FORBIDDEN) unless all binds hold."""
+def judge_binds(binds: tuple[Bind, ...], values: JudgedValues, identity: Identity, records: TenantRecords) -> None:
+    """Raise a Refusal (NAMESPACE_FORBIDDEN) unless all binds hold, Missing if that is not known yet."""
     for bind in binds:
-        if not bind.holds(values.at(bind.source.text), identity, owns):
+        if not bind.holds(values.at(bind.source.text), identity, records):
             raise Refusal(
                 Reason.NAMESPACE_FORBIDDEN, f"{bind.source.text} does not satisfy {bind.rule} = {bind.text!r}"
             )
-
-
-def is_id(value: str) -> bool:
-    """Whether a value is in the form of ids that can be bound or owned."""
-    return len(value) <= ID_CHARACTERS_MAX and _VALUE.fullmatch(value) is not None
 
 
 def rule_fault(rule: str, text: str) -> str | None:

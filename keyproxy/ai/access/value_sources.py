@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Final, NamedTuple
+from urllib.parse import unquote_to_bytes
 
 from keyproxy.ai.dialects.endpoint import EACH, MemberPath
 
@@ -53,3 +54,9 @@ def _pointer(text: str) -> MemberPath:
     if members[-1] == EACH and len(members) == 1:
         raise ValueError(f"{text!r} selects no member")
     return tuple([member if member == EACH else member.replace("~1", "/").replace("~0", "~") for member in members])
+
+
+def path_value(placeholder: re.Pattern[bytes], path: bytes) -> str | None:
+    """What stands at a placeholder, the first group of the pattern, decoded once. `path`: as sent."""
+    match = placeholder.fullmatch(path)
+    return None if match is None else unquote_to_bytes(match[1]).decode("utf-8", "replace")

@@ -7,9 +7,10 @@ NUL, or accept camelCase and snake_case. JSON escapes do not make another name: 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Final
 
-from keyproxy.ai.dialects.endpoint import Dialect, MemberPath
+from keyproxy.ai.dialects.endpoint import EACH, Dialect, MemberPath
 from keyproxy.ai.scanning.member_meanings import MEANINGS, NO_MEANING
 
 #: Members with other models that the upstream may use instead.
@@ -93,12 +94,13 @@ class MemberScope:
 NO_SCOPE: Final = MemberScope({})
 
 
-def scope_of(dialect: Dialect, model_member: str = "model") -> MemberScope:
-    """Build the scope of a request's outermost object, once per route. `model_member`: the member with the model.
+def scope_of(dialect: Dialect, model_member: str = "model", judged: tuple[MemberPath, ...] = ()) -> MemberScope:
+    """Build the scope of a request's outermost object, once per route. `model_member`: the member with the model;
+    `judged`: further members that count.
 
     A member `model` counts on every metered route: it must not name another model than the route's source.
     """
-    paths: list[MemberPath] = [(model_member,), ("model",), *((name,) for name in ALTERNATIVES)]
+    paths: list[MemberPath] = [(model_member,), ("model",), *((name,) for name in ALTERNATIVES), *_until_arrays(judged)]
     for row in (*dialect.endpoints, dialect.usual):
         paths += [*row.maximums, *row.multipliers]
         if row.prompts:
@@ -109,6 +111,16 @@ def scope_of(dialect: Dialect, model_member: str = "model") -> MemberScope:
     if dialect.streams_by_member:
         paths.append(("stream",))
     return _scope(paths, "", has_twins=dialect.has_twins)
+
+
+def scope_of_paths(paths: Sequence[MemberPath]) -> MemberScope:
+    """Build the scope of an outermost object of which these members count."""
+    return _scope(_until_arrays(paths), "", has_twins=False)
+
+
+def _until_arrays(paths: Sequence[MemberPath]) -> list[MemberPath]:
+    found = [path[: path.index(EACH)] if EACH in path else path for path in paths]
+    return [path for path in found if path]
 
 
 def _scope(paths: list[MemberPath], prefix: str, *, has_twins: bool) -> MemberScope:
