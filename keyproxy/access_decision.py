@@ -88,7 +88,7 @@ def _reading(exchange: Exchange, head: RequestHead, judged: JudgedRequest) -> Mi
 
 def read_metered(exchange: Exchange, head: RequestHead, metered: MeteredRequest, judged: JudgedRequest) -> None:
     """Read what a metered request needs, and its values from the same scan of its body. Raises Missing as `read` does."""
-    is_scanned = metered.collects(head) and judged.is_scanned_by_metering(head)
+    is_scanned = metered.collects and judged.is_scanned_by_metering(head)
     if not is_scanned and judged.values is None:
         read(exchange, head, judged)
         metered.form_model = judged.form_model

@@ -109,22 +109,20 @@ class Gateway(Gate):
         judged = None if access is None else access_decision.begin(exchange, head, access)
         rules = self._metering.get(grant.route)
         if rules is not None:
-            return self._decide_metered(exchange, head, grant, rules, is_first_lookup=is_first_lookup)
+            return self._decide_metered(exchange, head, grant, rules, now=now, is_first_lookup=is_first_lookup)
         if judged is not None:
-            self._read_judged(exchange, head, judged, allowance)
+            self._read_judged(exchange, head, judged, allowance, now=now)
             access_decision.judge(exchange, head, judged, self._records(identity, now, is_first_lookup))
         if allowance is None:
             return Permit(grant)
         need = Need(0, 0, route=grant.route.name) if allowance.has_selectors else None
-        if exchange.fingerprint is not None:
-            return Permit(grant, self._take_once(exchange, exchange.fingerprint, allowance, need))
-        return Permit(grant, self._ledger.take(allowance, now, need))
+        return Permit(grant, self._take(exchange, allowance, need, now))
 
     def _records(self, identity: Identity, now: Moment, is_first_lookup: bool) -> StoreRecords:
         return StoreRecords(self._owned_ids, self._templates, identity.tenant_id, now, is_first_lookup=is_first_lookup)
 
     def _read_judged(
-        self, exchange: Exchange, head: RequestHead, judged: JudgedRequest, allowance: Allowance | None
+        self, exchange: Exchange, head: RequestHead, judged: JudgedRequest, allowance: Allowance | None, *, now: Moment
     ) -> None:
         """Read the values that a request is judged by, on a route without tokens."""
         self._release_slots(exchange)
@@ -135,15 +133,22 @@ class Gateway(Gate):
             return
         need = Need(0, 0, route=judged.rules.name)
         asks = not judged.has_begun and not access_decision.is_read_at_once(exchange, head)
-        self._check(exchange, allowance, need, asks=asks)
+        self._check(exchange, allowance, need, now=now, asks=asks)
         try:
             access_decision.read(exchange, head, judged)
         except Missing:
-            exchange.slots = self._ledger.take_slots(allowance, self._now(), need)
+            exchange.slots = self._ledger.take_slots(allowance, now, need)
             raise
 
     def _decide_metered(
-        self, exchange: Exchange, head: RequestHead, grant: Grant, rules: RouteRules, *, is_first_lookup: bool
+        self,
+        exchange: Exchange,
+        head: RequestHead,
+        grant: Grant,
+        rules: RouteRules,
+        *,
+        now: Moment,
+        is_first_lookup: bool,
     ) -> Permit:
         """Decide on a request whose tokens are counted."""
         metered, allowance, judged = exchange.metered, grant.identity.allowance, exchange.judged
@@ -152,7 +157,7 @@ class Gateway(Gate):
         self._release_slots(exchange)
         if not metered.is_read or (judged is not None and judged.values is None):
             if allowance is not None:
-                self._check_limits(exchange, head, metered, allowance)
+                self._check_limits(exchange, head, metered, allowance, now=now)
             try:
                 if judged is None:
                     token_accounting.read(exchange, head, metered)
@@ -161,17 +166,17 @@ class Gateway(Gate):
             except Missing:
                 if allowance is not None:
                     # The request counts as concurrent while its body arrives and is read.
-                    exchange.slots = self._ledger.take_slots(allowance, self._now(), rules.unread_need)
+                    exchange.slots = self._ledger.take_slots(allowance, now, rules.unread_need)
                 raise
             exchange.model = metered.model
         if judged is not None:
-            records = self._records(grant.identity, self._now(), is_first_lookup)
+            records = self._records(grant.identity, now, is_first_lookup)
             access_decision.judge(exchange, head, judged, records)
         if allowance is None:
             metered.reserve(None)
             hold = None
         else:
-            hold = self._reserve(exchange, metered, allowance)
+            hold = self._reserve(exchange, metered, allowance, now)
         token_accounting.fit(metered, hold)
         if hold is not None and hold.meters is not None and hold.covers > metered.tokens_reserved:
             hold = self._ledger.trim(hold, metered.tokens_reserved - (hold.paid or 0), metered.spend_reserved)
@@ -195,26 +200,23 @@ class Gateway(Gate):
             token_accounting.finish_body(exchange, head, exchange.metered)
         return permit
 
-    def _reserve(self, exchange: Exchange, metered: MeteredRequest, allowance: Allowance) -> Hold:
+    def _reserve(self, exchange: Exchange, metered: MeteredRequest, allowance: Allowance, now: Moment) -> Hold:
         """Take what a request needs of all limits, or nothing."""
-        now, per_request = self._now(), None
+        per_request = None
         if metered.depends_on_plan:
             selecting = Need(0, 0, route=metered.rules.name, models=metered.models)
             per_request = self._ledger.per_request(allowance, now, selecting)[0]
-        need = metered.reserve(per_request)
-        if exchange.fingerprint is not None:
-            return self._take_once(exchange, exchange.fingerprint, allowance, need)
-        return self._ledger.take(allowance, now, need)
+        return self._take(exchange, allowance, metered.reserve(per_request), now)
 
     def _check_limits(
-        self, exchange: Exchange, head: RequestHead, metered: MeteredRequest, allowance: Allowance
+        self, exchange: Exchange, head: RequestHead, metered: MeteredRequest, allowance: Allowance, *, now: Moment
     ) -> None:
         """Refuse a request that exceeds a limit whatever its body, before waiting for the body or reading it."""
         asks = not metered.has_begun and not token_accounting.is_read_at_once(exchange, head, metered)
-        self._check(exchange, allowance, metered.rules.unread_need, asks=asks)
+        self._check(exchange, allowance, metered.rules.unread_need, now=now, asks=asks)
 
-    def _check(self, exchange: Exchange, allowance: Allowance, need: Need, *, asks: bool) -> None:
-        fingerprint, now = exchange.fingerprint, self._now()
+    def _check(self, exchange: Exchange, allowance: Allowance, need: Need, *, now: Moment, asks: bool) -> None:
+        fingerprint = exchange.fingerprint
         if fingerprint is None:
             self._ledger.check(allowance, now, need, asks=asks)
             return
@@ -225,9 +227,11 @@ class Gateway(Gate):
         except Refusal as refusal:
             raise self._unless_paid(exchange, fingerprint, refusal) from None
 
-    def _take_once(self, exchange: Exchange, fingerprint: Fingerprint, allowance: Allowance, need: Need | None) -> Hold:
+    def _take(self, exchange: Exchange, allowance: Allowance, need: Need | None, now: Moment) -> Hold:
         """Like the ledger's `take`, but a retry of a charged request is not refused for what it was charged already."""
-        now = self._now()
+        fingerprint = exchange.fingerprint
+        if fingerprint is None:
+            return self._ledger.take(allowance, now, need)
         if fingerprint.paid is not None:
             return self._ledger.take_again(allowance, now, need, fingerprint.paid)
         try:

@@ -15,6 +15,7 @@ from typing import Protocol
 from keyproxy.ai.access.judged_request import JudgedRequest
 from keyproxy.ai.metered_request import MeteredRequest
 from keyproxy.ai.responses.meter import Meter
+from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.http.forwarding import Forwarding
 from keyproxy.http.idempotency_key import Fingerprint
@@ -32,7 +33,6 @@ from keyproxy.model import (
     ResponseHead,
     Route,
     TimeBudget,
-    TokenUse,
 )
 from keyproxy.mypyc_compat import mypyc_attr
 from keyproxy.reasons import Reason, Refusal

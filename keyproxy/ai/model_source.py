@@ -69,7 +69,7 @@ def named_models(
     `value`: of the source, for `path`, `header` and `form`, which the caller reads. Raises a Refusal
     (REQUEST_MALFORMED) for a query with two models.
     """
-    in_json = _json_model(facts)
+    in_json = json_model(facts)
     in_path = model_in_path(dialect, path)
     in_query = query_value(query, _MODEL) if query else None
     model: str | None
@@ -109,6 +109,7 @@ def query_value(query: bytes, name: str) -> str | None:
     return counted_pairs(query, CountedNames((name,)), "query").get(name)
 
 
-def _json_model(facts: RequestFacts) -> str | None:
+def json_model(facts: RequestFacts) -> str | None:
+    """Return the model that the request's JSON names where the dialects have it; None without one."""
     value = None if facts.parts is None else facts.parts.values.get(_MODEL)
     return value if isinstance(value, str) else None

@@ -64,7 +64,8 @@ def refusals(tokens: str, status: int) -> set[int]:
         (PREMIUM, {}, 400, None), (PREMIUM, {"model": None}, 400, None), (PREMIUM, {"model": 1}, 400, None),
         (PREMIUM, {"model": ["small"]}, 400, None), (PREMIUM, b"[]", 400, None), (PREMIUM, b"", 400, None),
         (PREMIUM, b"  ", 400, None), (PREMIUM, b'{"model":"small"', 400, None),
-        (PREMIUM, b'{"model":"small","model":"small"}', 400, None), (PREMIUM, b'{"model":"small","Model":"x"}', 400, None),
+        (PREMIUM, b'{"model":"small","model":"small"}', 400, None),
+        (PREMIUM, b'{"model":"small","Model":"x"}', 400, None),
         (PREMIUM, b'{"model":"small","mo\\u0064el":"big"}', 400, None),
         (PREMIUM, b'{"model":"small","model\\u0000":"big"}', 400, None),
     ],
@@ -167,7 +168,7 @@ async def test_doubled_names_within_a_list_of_models_are_refused(start: Start, v
 )  # fmt: skip
 @pytest.mark.parametrize("tokens", ["openai", "none"])
 async def test_the_model_is_read_where_the_route_reads_it(
-    start: Start, tokens: str, row: dict[str, str], target: str, lines: tuple[str, ...], body: Any, status: int
+    start: Start, tokens: str, row: dict[str, Any], target: str, lines: tuple[str, ...], body: Any, status: int
 ) -> None:
     wire = await judging(start, **(row | {"tokens": tokens}))
     told = await ask(wire, body, *lines, target=target)

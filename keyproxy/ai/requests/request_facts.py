@@ -71,10 +71,6 @@ class RequestFacts:
         self.input_override: int | None = None
         self.parts: RequestParts | None = None
 
-    def forget_content(self) -> None:
-        """Release the body, once the request is reserved and its edits are made."""
-        self.parts = None
-
 
 def facts_of(
     parts: RequestParts, dialect: Dialect, endpoint: DialectEndpoint, *, content_bytes: int, model_member: str
