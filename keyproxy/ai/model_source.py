@@ -36,11 +36,23 @@ class ModelSource(NamedTuple):
         return self.name if self.kind == "json" else ""
 
 
-class Named(NamedTuple):
+class Named:
     """The models of a request's single places. `model`: of the route's source."""
 
-    model: str | None
-    others: tuple[str, ...] = ()
+    __slots__ = ("model", "others")
+
+    def __init__(self, model: str | None, others: tuple[str, ...] = ()) -> None:
+        self.model: Final = model
+        self.others: Final = others
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Named) and (self.model, self.others) == (other.model, other.others)
+
+    def __hash__(self) -> int:
+        return hash((self.model, self.others))
+
+    def __repr__(self) -> str:
+        return f"Named({self.model!r}, {self.others})"
 
 
 def parse_model_source(text: str) -> ModelSource:
@@ -84,6 +96,8 @@ def named_models(
             model = in_json if in_json is not None else in_path
         case _:
             model = value
+    if (in_json is None or in_json == model) and in_path is None and in_query is None:
+        return Named(model)
     others = [other for other in (in_json, in_path, in_query) if other is not None and other != model]
     return Named(model, tuple(others))
 

@@ -210,6 +210,8 @@ def _alternatives(parts: RequestParts) -> tuple[str, ...]:
             continue
         start, end = parts.spans[name]
         found += named_in(parts.content[start:end], name)
+    if not found:
+        return ()
     names = tuple(dict.fromkeys(found))
     if len(names) > NAMES_MAX:
         raise malformed(f"The request names more than {NAMES_MAX} models.", "models")
