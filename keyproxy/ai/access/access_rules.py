@@ -46,8 +46,8 @@ class AccessRules:
     """The rules of one route. `model`, `categories`: None if it judges none.
 
     `placeholders`: of each placeholder that is read, a pattern of the route's paths with it in the first group.
-    `json_paths`: the members of JSON that count. `reads_json`, `reads_form`: whether a source is in the body.
-    `needs_document`: the values are read from a parsed document; a model alone is read from the scan.
+    `json_paths`: the members of JSON that count, besides those with models. `reads_json`, `reads_form`: whether a source
+    is in the body. `needs_document`: the values are read from a parsed document; a model alone is read from the scan.
     """
 
     __slots__ = (
@@ -86,8 +86,9 @@ class AccessRules:
         self.query_names: Final = CountedNames(queries)
         self.header_names: Final = CountedNames(headers)
         self.form_names: Final = CountedNames(forms)
-        self.json_paths: Final = _json_paths(self.sources, model, categories)
-        self.scope: Final[MemberScope] = scope_of_paths(self.json_paths)
+        self.json_paths: Final = _json_paths(self.sources, categories)
+        members = [] if model is None else [(name,) for name in (*MODEL_PLACES, model.json_member) if name]
+        self.scope: Final[MemberScope] = scope_of_paths(members, self.json_paths)
         self.needs_document: Final = _needs_document(self.sources, categories)
         self.reads_json: Final = self.needs_document or (model is not None and bool(model.json_member))
         self.reads_form: Final = source is not None and source.kind == _FORM
@@ -99,18 +100,12 @@ class AccessRules:
         return [one.name for one in self.sources if one.kind == PATH]
 
 
-def _json_paths(
-    sources: tuple[ValueSource, ...], model: ModelRules | None, categories: CategoryRules | None
-) -> tuple[MemberPath, ...]:
+def _json_paths(sources: tuple[ValueSource, ...], categories: CategoryRules | None) -> tuple[MemberPath, ...]:
     paths: list[MemberPath] = [one.pointer for one in sources if one.kind == JSON]
     if categories is not None:
         paths += [one.pointer for one in categories.declared if one.kind == JSON]
         if categories.uses_template or categories.uses_patterns:
             paths += counting_paths(categories.shape)
-    if model is not None:
-        paths += [(name,) for name in MODEL_PLACES]
-        if model.json_member:
-            paths.append((model.json_member,))
     return tuple(dict.fromkeys(paths))
 
 
