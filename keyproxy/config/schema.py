@@ -10,10 +10,14 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from keyproxy.ai import prompts
+from keyproxy.ai.categories import Category
 from keyproxy.ai.models import Model
-from keyproxy.config import addresses, token_settings, value_checks
+from keyproxy.config import addresses, categories, token_settings, value_checks
+from keyproxy.config.categories import CategoryKeys
 from keyproxy.config.token_settings import Money, Tokens
 from keyproxy.config.value_checks import Check, one_of, within
+from keyproxy.config.value_types import OneOrMany
 from keyproxy.http import error_responses
 from keyproxy.http.routes import RouteTable
 from keyproxy.model import Route
@@ -198,6 +202,9 @@ class RouteRow:
     cap: str = _setting("", one_of(*token_settings.CAPS))
     cap_field: str = _setting("", token_settings.cap_field_fault)
     idempotency: str = _setting("once", one_of(*token_settings.IDEMPOTENCY))
+    prompt: str = _setting("", one_of("", *prompts.SHAPES))
+    category: OneOrMany = _setting([], categories.category_fault)
+    unregistered: str = _setting("", categories.unregistered_fault)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +229,7 @@ class Settings:
     tokens: Tokens = field(default_factory=Tokens)
     money: Money = field(default_factory=Money)
     models: tuple[Model, ...] = ()
+    categories: tuple[Category, ...] = ()
     routes: tuple[RouteRow, ...] = ()
 
     def listeners(self) -> dict[str, str]:
@@ -257,7 +265,7 @@ class Settings:
 TABLES: Final[dict[str, type[Any]]] = {
     table.name: table.default_factory  # type: ignore[misc]
     for table in dataclasses.fields(Settings)
-    if table.name not in ("models", "routes")
+    if table.name not in ("models", "categories", "routes")
 }
 
 
@@ -283,6 +291,10 @@ def cross_checks(settings: Settings) -> list[str]:
     ]
     wrong += token_settings.conflicts(
         settings.tokens, [(row.match, row.tokens, row.model, row.cap, row.cap_field) for row in settings.routes]
+    )
+    wrong += categories.conflicts(
+        settings.categories,
+        [CategoryKeys(row.prompt, row.category, row.unregistered) for row in settings.routes],
     )
     matches = [row.match for row in settings.routes]
     wrong += [
