@@ -106,12 +106,13 @@ def conflicts(categories: Sequence[Category], routes: Sequence[CategoryKeys]) ->
 
 
 def _route_conflicts(names: set[str], keys: CategoryKeys) -> list[str]:
-    wrong = []
     sources = [parse_category_source(text) for text in keys.category]
     kinds = {source.kind for source in sources}
-    for source in sources:
-        if source.kind == FIXED and source.name not in names:
-            wrong.append(f"category: no row of [[categories]] has the name {source.name!r}")
+    wrong = [
+        f"category: no row of [[categories]] has the name {source.name!r}"
+        for source in sources
+        if source.kind == FIXED and source.name not in names
+    ]
     if keys.unregistered and keys.unregistered not in names:
         wrong.append(f"unregistered: no row of [[categories]] has the name {keys.unregistered!r}")
     if keys.unregistered and TEMPLATE not in kinds:
@@ -119,5 +120,7 @@ def _route_conflicts(names: set[str], keys: CategoryKeys) -> list[str]:
     if not keys.prompt and kinds & {TEMPLATE, PATTERNS}:
         wrong.append("prompt: is required by the category sources 'template' and 'patterns'")
     if kinds == {PATTERNS}:
-        wrong.append("category: 'patterns' only adds categories: name another source too, such as '=NAME' or 'template'")
+        wrong.append(
+            "category: 'patterns' only adds categories: name another source too, such as '=NAME' or 'template'"
+        )
     return wrong

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from keyproxy.config import loader
-from keyproxy.config.loader import Config, ConfigError
 from keyproxy.config.categories import CATEGORY_KEYS
+from keyproxy.config.loader import Config, ConfigError
 from keyproxy.config.models import MODEL_KEYS
 from keyproxy.config.schema import TABLES, RouteRow, Settings
 
