@@ -57,6 +57,28 @@ class Identities:
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
+class OwnedIds:
+    """Knows which ids of the upstream's objects belong to which tenant."""
+
+    def is_owned(
+        self,
+        kind: str,
+        id: str,  # noqa: A002 - the name of the column
+        tenant_id: str,
+        now: Moment,
+        *,
+        is_first_lookup: bool = True,
+    ) -> bool:
+        """Whether the tenant owns the id, from memory. Never waits.
+
+        `is_first_lookup`: see `Identities.known`.
+
+        Raises Missing if the store has to be asked, a Refusal (STORE_UNAVAILABLE) if it cannot be asked now.
+        """
+        raise NotImplementedError
+
+
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Ledger:
     """Enforces limits. Contract: what is reserved and used of a window never exceeds its limit and credits."""
 

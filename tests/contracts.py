@@ -15,8 +15,13 @@ from keyproxy.http import identity_headers
 from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.ledger_protocol import LeaseReport, Pool, Window
 from keyproxy.limits.plan import PERIODS
+<<<<<<< HEAD
 from keyproxy.model import Identity, Missing, Moment
 from keyproxy.ports import Identities, PromptTemplates
+=======
+from keyproxy.model import Identity, Missing, Moment, TimeBudget
+from keyproxy.ports import Identities, OwnedIds
+>>>>>>> roles
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.ledger.backend import LedgerBackend
 from keyproxy.store.ledger.postgres_backend import WindowState
@@ -245,6 +250,92 @@ BURST, INTERVAL_SECONDS = 400, 1e6
 
 
 SELECTORS = ("", "model:gpt-4o", "mode:live,model:gpt-4o,route:POST /v1/chat")
+
+
+class OwnedIdsStage(Protocol):
+    """An implementation of the port, over a store that can be filled and made unavailable."""
+
+    @property
+    def owned(self) -> OwnedIds:
+        """The implementation under test."""
+        ...
+
+    def now(self) -> Moment:
+        """The current time."""
+        ...
+
+    async def add(self, kind: str, object_id: str, tenant: str) -> None:
+        """Let a tenant own an id in the store, but not in the cache."""
+        ...
+
+    async def goes_down(self) -> None:
+        """Make the store unavailable."""
+        ...
+
+    async def comes_back(self) -> None:
+        """Make the store available again."""
+        ...
+
+
+class OwnedIdsContract:
+    """The port OwnedIds."""
+
+    async def test_uncached_id_is_missing_until_it_has_been_fetched(self, stage: OwnedIdsStage) -> None:
+        await stage.add("collection", "docs", "acme")
+        with pytest.raises(Missing) as error:
+            self._look(stage, "docs")
+        assert str(error.value) == "ownership"
+        await error.value.fetch_missing()
+        assert self._look(stage, "docs", is_first_lookup=False) is True
+        assert self._look(stage, "docs") is True
+
+    async def test_id_is_owned_by_its_tenant_under_its_kind_only(self, stage: OwnedIdsStage) -> None:
+        await stage.add("collection", "docs", "acme")
+        await stage.add("collection", "other/docs", "globex")
+        await stage.add("model", "ft:1", "acme")
+        assert await self._told(stage, "docs") is True
+        assert await self._told(stage, "docs", tenant="globex") is False
+        assert await self._told(stage, "docs", kind="model") is False
+        assert await self._told(stage, "other/docs") is False
+        assert await self._told(stage, "other/docs", tenant="globex") is True
+        assert await self._told(stage, "ft:1", kind="model") is True
+        assert await self._told(stage, "ft:2", kind="model") is False
+
+    async def test_foreign_and_unknown_ids_are_decided_alike(self, stage: OwnedIdsStage) -> None:
+        await stage.add("collection", "docs", "acme")
+        await stage.add("collection", "plans", "globex")
+        assert await self._told(stage, "plans") is await self._told(stage, "no-such-id") is False
+
+    async def test_outage_refuses_uncached_ids_as_unavailable_and_serves_cached_ones(
+        self, stage: OwnedIdsStage
+    ) -> None:
+        await stage.add("collection", "docs", "acme")
+        await stage.add("collection", "plans", "acme")
+        assert await self._told(stage, "docs") is True
+        await stage.goes_down()
+        assert await self._told(stage, "plans") is Reason.STORE_UNAVAILABLE
+        assert await self._told(stage, "docs") is True
+        await stage.comes_back()
+        assert await self._told(stage, "plans") is True
+
+    def _look(
+        self, stage: OwnedIdsStage, object_id: str, *, kind: str = "collection", tenant: str = "acme",
+        is_first_lookup: bool = True,
+    ) -> bool:  # fmt: skip
+        return stage.owned.is_owned(kind, object_id, tenant, stage.now(), is_first_lookup=is_first_lookup)
+
+    async def _told(
+        self, stage: OwnedIdsStage, object_id: str, *, kind: str = "collection", tenant: str = "acme"
+    ) -> bool | Reason:
+        try:
+            return self._look(stage, object_id, kind=kind, tenant=tenant)
+        except Missing as missing:
+            failure = await missing.failure(TimeBudget())
+            if failure is not None:
+                return failure.reason
+            return self._look(stage, object_id, kind=kind, tenant=tenant, is_first_lookup=False)
+        except Refusal as refusal:
+            return refusal.reason
 
 
 def window(measure: str = "requests_per_day", owner: str = "u_42", selector: str = "") -> Window:

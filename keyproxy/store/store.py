@@ -11,6 +11,7 @@ from keyproxy.model import Moment
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.change_feed import CHANNEL, ChangeFeed
 from keyproxy.store.identities.last_used import LastUsed
+from keyproxy.store.identities.owned_ids import OwnedIdCache
 from keyproxy.store.ledger.charge_dedup import Claims
 from keyproxy.store.ledger.charge_dedup_postgres import PostgresClaims
 from keyproxy.store.ledger.ledger import Ledger
@@ -65,13 +66,16 @@ class Store:
             feed=state,
             last_used=self.last_used,
             header_prefix=header_prefix,
-            # One connection is left for the change feed, which delivers revocations.
-            look_ups_max=max(1, store.pool_size_max - 1),
+            # One connection is left for the change feed, which delivers revocations, and one for lookups of owned ids.
+            look_ups_max=max(1, store.pool_size_max - 2),
             now=now,
         )
+        self.owned_ids = OwnedIdCache(self.database, cache, feed=state, look_ups_max=1, now=now)
         listener = NotificationListener(dsn, CHANNEL, shortage=self.database.shortage)
         reads_recalls = self.ledger.conversation if ledger.backend == "postgres" else None
-        self.feed = ChangeFeed(self.database, listener, self.identities, state, now, lease_holder=reads_recalls)
+        self.feed = ChangeFeed(
+            self.database, listener, self.identities, state, now, owned=self.owned_ids, lease_holder=reads_recalls
+        )
         self._follow_windows(backend)
         #: All background tasks that run while the store is open.
         self.lasting = (
@@ -124,6 +128,7 @@ class Store:
         await self.last_used.close()
         await self.feed.close()
         await self.identities.close()
+        await self.owned_ids.close()
         await self.database.close()
 
     async def check_connection(self) -> None:

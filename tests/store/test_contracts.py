@@ -6,10 +6,10 @@ import pytest
 
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.model import Moment
-from keyproxy.ports import Identities
+from keyproxy.ports import Identities, OwnedIds
 from keyproxy.reasons import Reason
 from tests import contracts, fakes
-from tests.store.harness import Clock, Rig, add_user
+from tests.store.harness import Clock, Rig, add_owned, add_user
 
 _STANDINGS = {
     None: "SELECT",
@@ -80,3 +80,58 @@ class TestIdentityCache(contracts.IdentitiesContract):
     def stage(self, rig: Rig) -> contracts.IdentitiesStage:
         """Make it over a relay that can be cut."""
         return _CacheStage(rig)
+
+
+class _FakeOwnedStage:
+    def __init__(self) -> None:
+        self.owned = fakes.FakeOwnedIds()
+        self.now = Clock()
+
+    async def add(self, kind: str, object_id: str, tenant: str) -> None:
+        self.owned.add(kind, object_id, tenant, is_slow=True)
+
+    async def goes_down(self) -> None:
+        self.owned.is_down = True
+
+    async def comes_back(self) -> None:
+        self.owned.is_down = False
+
+
+class _OwnedCacheStage:
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
+
+    @property
+    def owned(self) -> OwnedIds:
+        return self._rig.owned
+
+    def now(self) -> Moment:
+        return self._rig.clock()
+
+    async def add(self, kind: str, object_id: str, tenant: str) -> None:
+        await add_owned(self._rig.sql, object_id, tenant, kind=kind)
+        await self._rig.feed.poll()
+
+    async def goes_down(self) -> None:
+        await self._rig.goes_down()
+
+    async def comes_back(self) -> None:
+        await self._rig.comes_back()
+
+
+class TestFakeOwnedIds(contracts.OwnedIdsContract):
+    """The fake that the tests of the gateway use."""
+
+    @pytest.fixture
+    def stage(self) -> contracts.OwnedIdsStage:
+        """Make the fake in memory."""
+        return _FakeOwnedStage()
+
+
+class TestOwnedIdCache(contracts.OwnedIdsContract):
+    """The cache of ownership in front of the store."""
+
+    @pytest.fixture
+    def stage(self, rig: Rig) -> contracts.OwnedIdsStage:
+        """Make it over a relay that can be cut."""
+        return _OwnedCacheStage(rig)

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Final
 
 from keyproxy.http.identity_headers import identity_block
 from keyproxy.limits.allowance import Allowance
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
-from keyproxy.model import NEVER, Identity
+from keyproxy.model import NEVER, Identity, KeyDigest
 from keyproxy.reasons import Reason
+from keyproxy.store.identities.lookup_batcher import LookupQuery
 from keyproxy.store.postgres.database import Row
+
+#: The lookup of identities by the digests of their keys.
+BY_DIGEST: Final = LookupQuery(
+    "identities_by_digest",
+    "keys",
+    parameters=lambda digests: (digests,),
+    subject=lambda row: KeyDigest(row["digest"]),
+    name=lambda row: f"key {row['key_id']}",
+    groups=lambda row: (("user", row["user_id"]), ("tenant", row["tenant_id"])),
+)
 
 
 def identity_of(row: Row, header_prefix: str) -> Identity:

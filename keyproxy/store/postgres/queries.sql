@@ -26,6 +26,18 @@ LEFT JOIN keyproxy.plans AS up ON up.id = CASE WHEN k.is_test THEN coalesce(u.te
 LEFT JOIN keyproxy.plans AS tp ON tp.id = CASE WHEN k.is_test THEN coalesce(t.test_plan_id, t.plan_id) ELSE t.plan_id END
 WHERE k.digest = ANY($1::bytea[]);
 
+-- name: owners_by_id
+-- Whether the tenants $3 own the ids $2 of the kinds $1, and whether they own any id of that kind; one row for each. The
+-- subqueries are no EXISTS, which PostgreSQL may answer from a hash of the whole table.
+-- Needs: owned (kind, id), owned (tenant_id, kind, id).
+SELECT w.kind, w.id, w.tenant_id,
+       coalesce((SELECT o.tenant_id = w.tenant_id FROM keyproxy.owned AS o WHERE o.kind = w.kind AND o.id = w.id), false)
+           AS is_owned,
+       coalesce((
+           SELECT true FROM keyproxy.owned AS o WHERE o.tenant_id = w.tenant_id AND o.kind = w.kind LIMIT 1
+       ), false) AS owns_any
+FROM unnest($1::text[], $2::text[], $3::text[]) AS w (kind, id, tenant_id);
+
 -- name: changes_since
 -- The changes that are visible now and were not in the snapshot $1; with null, only the present snapshot. Changes of
 -- limits come last: if the last of the first $2 rows is one, all other changes are among them. The rows are not sorted

@@ -16,6 +16,7 @@ from keyproxy.config.schema import Cache
 from keyproxy.model import Identity, Moment, Route
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.identities.cache import LookupCounts
+from keyproxy.store.identities.identity_rows import BY_DIGEST
 from keyproxy.store.identities.lookup_batcher import LookupBatcher
 from keyproxy.store.postgres.database import Row
 from tests import fakes
@@ -621,7 +622,7 @@ async def test_key_requested_at_the_instant_a_lookup_ends_does_not_wait_forever(
     look_ups_max: int,
 ) -> None:
     store = ResponseWriter()
-    look_ups = LookupBatcher(store, lambda _digest, _row: None, look_ups_max=look_ups_max)  # type: ignore[arg-type]
+    look_ups = LookupBatcher(store, BY_DIGEST, lambda _digest, _row: None, look_ups_max=look_ups_max)  # type: ignore[arg-type]
     loop = asyncio.get_running_loop()
     begun = []
     for number in range(look_ups_max):
