@@ -15,13 +15,8 @@ from keyproxy.http import identity_headers
 from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.ledger_protocol import LeaseReport, Pool, Window
 from keyproxy.limits.plan import PERIODS
-<<<<<<< HEAD
-from keyproxy.model import Identity, Missing, Moment
-from keyproxy.ports import Identities, PromptTemplates
-=======
 from keyproxy.model import Identity, Missing, Moment, TimeBudget
-from keyproxy.ports import Identities, OwnedIds
->>>>>>> roles
+from keyproxy.ports import Identities, OwnedIds, PromptTemplates
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.ledger.backend import LedgerBackend
 from keyproxy.store.ledger.postgres_backend import WindowState
