@@ -75,6 +75,7 @@ HOMES = {
     "orjson": {"admin", "ai", "cli", "demo", "metrics", "process", "store"},
     "pydantic": {"admin"},
     "prometheus_client": {"metrics"},
+    "re2": {"process"},
     "redis": {"store"},
     "uvloop": {"cli", "demo"},
 }

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from keyproxy.model import Missing
 from keyproxy.mypyc_compat import mypyc_attr
 from keyproxy.reasons import Reason, Refusal
 
@@ -98,12 +99,51 @@ class PatternMatcher:
         """The categories with a pattern that occurs in a text, in UTF-8."""
         raise NotImplementedError
 
+    def is_quick(self, text_bytes: int) -> bool:
+        """Whether a text of this size is matched without a noticeable delay of other requests."""
+        raise NotImplementedError
+
+    async def matching_in_thread(self, text: bytes) -> tuple[str, ...]:
+        """As `matching`, while other requests go on. Raises a Refusal (OVERLOADED)."""
+        raise NotImplementedError
+
+
+class PatternSearch:
+    """The search for patterns in one prompt."""
+
+    __slots__ = ("_found", "_matcher", "_text")
+
+    def __init__(self, matcher: PatternMatcher, text: bytes) -> None:
+        self._matcher: Final = matcher
+        self._text = text
+        self._found: tuple[str, ...] | None = None
+
+    def categories(self) -> tuple[str, ...]:
+        """The categories with a pattern that occurs in the prompt. Never waits. Raises Missing for a long search."""
+        if self._found is None:
+            if not self._matcher.is_quick(len(self._text)):
+                raise Missing("pattern search", lambda _patience: self._search())
+            return self.finish()
+        return self._found
+
+    def finish(self) -> tuple[str, ...]:
+        """As `categories`, however long it takes."""
+        if self._found is None:
+            self._keep(self._matcher.matching(self._text))
+        return self._found or ()
+
+    async def _search(self) -> None:
+        self._keep(await self._matcher.matching_in_thread(self._text))
+
+    def _keep(self, found: tuple[str, ...]) -> None:
+        self._found, self._text = found, b""
+
 
 class CategoryValues:
     """The values of a route's sources in one request.
 
     `declared`: the value at each of the rules' `declared` sources, None if it is absent. `template`: the category of the
-    registered digest, None if it is unregistered. `matched`: what `CategoryRules.matched` returned.
+    registered digest, None if it is unregistered. `matched`: what the `PatternSearch` found.
     """
 
     __slots__ = ("declared", "matched", "template")
@@ -156,7 +196,7 @@ class CategoryRules:
         field: bytes = b"X-Keyproxy-Category: ",
     ) -> None:
         """`unregistered`: the category of unregistered instructions; empty: they are refused. `field`: the start of the
-        header line. `matcher`: required with the source `patterns`."""
+        header line. `matcher`: None if the configuration has no patterns."""
         listed = tuple(sources)
         self.shape: Final = shape
         self.declared: Final = tuple([one for one in listed if one.kind in (HEADER, JSON)])
@@ -165,20 +205,25 @@ class CategoryRules:
         self._fixed: Final = tuple([(one.name, "route") for one in listed if one.kind == FIXED])
         self._table: Final = {category.name: category for category in categories}
         self._unregistered: Final = unregistered
-        self._matcher: Final = matcher
+        self._matcher: Final = matcher if self.uses_patterns else None
         self._field: Final = field
         self._kept: Final[dict[tuple[tuple[str, str], ...], Categories]] = {}
 
-    def matched(self, texts: list[str]) -> tuple[str, ...]:
-        """The categories with a pattern that occurs in the prompt's texts. Raises a Refusal (BODY_TOO_LARGE)."""
+    def search(self, texts: list[str]) -> PatternSearch | None:
+        """The search for patterns in the prompt's texts; None without patterns. Raises a Refusal (BODY_TOO_LARGE)."""
         if self._matcher is None:
-            return ()
+            return None
         text = "\n".join(texts).encode("utf-8", "replace")
         if len(text) > PATTERN_TEXT_BYTES_MAX:
             raise Refusal(
                 Reason.BODY_TOO_LARGE, f"its prompt has more than {PATTERN_TEXT_BYTES_MAX} bytes of text for patterns"
             )
-        return self._matcher.matching(text)
+        return PatternSearch(self._matcher, text)
+
+    def matched(self, texts: list[str]) -> tuple[str, ...]:
+        """The categories with a pattern that occurs in the prompt's texts, however long the search takes."""
+        search = self.search(texts)
+        return () if search is None else search.finish()
 
     def judge(self, values: CategoryValues, scopes: frozenset[str]) -> Categories:
         """The categories of a request. Raises a Refusal (PROMPT_CATEGORY_NOT_ALLOWED).

@@ -10,10 +10,14 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from keyproxy.ai import prompts
+from keyproxy.ai.categories import Category
 from keyproxy.ai.models import Model
-from keyproxy.config import addresses, bind_settings, token_settings, value_checks
+from keyproxy.config import addresses, bind_settings, categories, token_settings, value_checks
+from keyproxy.config.categories import CategoryKeys
 from keyproxy.config.token_settings import Money, Tokens
 from keyproxy.config.value_checks import Check, one_of, within
+from keyproxy.config.value_types import OneOrMany
 from keyproxy.http import error_responses
 from keyproxy.http.routes import RouteTable
 from keyproxy.model import Route
@@ -199,6 +203,9 @@ class RouteRow:
     cap_field: str = _setting("", token_settings.cap_field_fault)
     idempotency: str = _setting("once", one_of(*token_settings.IDEMPOTENCY))
     binds: list[dict[str, str]] = _setting([], bind_settings.binds_fault)
+    prompt: str = _setting("", one_of("", *prompts.SHAPES))
+    category: OneOrMany = _setting([], categories.category_fault)
+    unregistered: str = _setting("", categories.unregistered_fault)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +230,7 @@ class Settings:
     tokens: Tokens = field(default_factory=Tokens)
     money: Money = field(default_factory=Money)
     models: tuple[Model, ...] = ()
+    categories: tuple[Category, ...] = ()
     routes: tuple[RouteRow, ...] = ()
 
     def listeners(self) -> dict[str, str]:
@@ -258,7 +266,7 @@ class Settings:
 TABLES: Final[dict[str, type[Any]]] = {
     table.name: table.default_factory  # type: ignore[misc]
     for table in dataclasses.fields(Settings)
-    if table.name not in ("models", "routes")
+    if table.name not in ("models", "categories", "routes")
 }
 
 
@@ -292,6 +300,10 @@ def cross_checks(settings: Settings) -> list[str]:
             row.match, bind_settings.read_binds(row.binds), settings.identity.header_prefix
         )
     ]
+    wrong += categories.conflicts(
+        settings.categories,
+        [CategoryKeys(row.prompt, row.category, row.unregistered) for row in settings.routes],
+    )
     matches = [row.match for row in settings.routes]
     wrong += [
         f"routes: {match!r} is configured twice; the first one always wins"

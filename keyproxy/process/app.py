@@ -25,6 +25,7 @@ from keyproxy.ports import PromptTemplates
 from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
 from keyproxy.process.ops_listener import Check, OpsListener, Verdict, gathered
+from keyproxy.process.patterns.re2_matcher import PatternError, compile_patterns
 from keyproxy.process.proxy_metrics import PROXY_METRICS, ROUND_TRIP_BOUNDS, Scrape
 from keyproxy.process.reload import PreparedConfig, ReloadError, new_socket, new_store, new_tls
 from keyproxy.process.store_health import carry_over, check_housekeeping, check_ledger, check_reaping
@@ -49,12 +50,13 @@ class Proxy:
     """A running data plane: the proxied port and the ops listener over one store."""
 
     def __init__(self, settings: Settings, dsn: str, *, access_log_fd: int) -> None:
-        """Raises TlsError."""
+        """Raises TlsError, PatternError."""
         self._settings = settings
         self._dsn = dsn
         self._loop = asyncio.get_running_loop()
         self._deadlines = Deadlines(self._loop, clock.monotonic)
         self.store = new_store(settings, dsn)
+        self._patterns = compile_patterns(settings.categories)
         self._access_log = AccessLog(access_log_fd, wall_offset=clock.wall_offset)
         self._recorder = Recorder(None, self._note_usage)
         self._log_as(settings)
@@ -109,11 +111,12 @@ class Proxy:
                 ops = new_socket(undo, was.ops, settings.ops)
                 tls = new_tls(settings)
                 upstreams = self.upstreams if settings.upstream == was.upstream else self._upstreams(settings)
+                patterns = compile_patterns(settings.categories)
                 store = await self._store_for(settings, dsn)
-            except (sockets.BindError, TlsError, StoreUnavailable) as error:
+            except (sockets.BindError, TlsError, PatternError, StoreUnavailable) as error:
                 raise ReloadError(str(error)) from error
             undo.pop_all()
-        return PreparedConfig(settings, dsn, proxy, ops, tls, upstreams, store)
+        return PreparedConfig(settings, dsn, proxy, ops, tls, upstreams, store, patterns)
 
     async def abandon(self, change: PreparedConfig) -> None:
         """Release the resources of a prepared configuration."""
@@ -126,7 +129,7 @@ class Proxy:
     async def apply(self, change: PreparedConfig) -> None:
         """Switch to a prepared configuration. Cannot fail, and drops no request."""
         settings, upstreams, store = change.settings, change.upstreams, change.store
-        self._settings, self._dsn = settings, change.dsn
+        self._settings, self._dsn, self._patterns = settings, change.dsn, change.patterns
         before, self._gateways = self._gateways, []
         self.server.change(self._terms(settings, store, upstreams, change.tls), change.proxy)
         self._log_as(settings)

@@ -15,6 +15,7 @@ from keyproxy.ai.categories import (
     PatternMatcher,
     parse_category_source,
 )
+from keyproxy.model import Missing
 from keyproxy.reasons import Reason, Refusal
 
 ROWS = [
@@ -28,16 +29,31 @@ ALL = frozenset({"prompt:code", "prompt:medical", "prompt:other", "hipaa"})
 
 
 class Words(PatternMatcher):
-    """Finds categories by their names."""
+    """Finds categories by their names. `slow_bytes`: texts from this size on are matched in a thread."""
+
+    def __init__(self, slow_bytes: int = 1 << 30) -> None:
+        self._slow_bytes = slow_bytes
 
     def matching(self, text: bytes) -> tuple[str, ...]:
         return tuple(row.name for row in ROWS if row.name.encode() in text)
 
+    def is_quick(self, text_bytes: int) -> bool:
+        return text_bytes < self._slow_bytes
 
-def rules(*sources: str, unregistered: str = "") -> CategoryRules:
+    async def matching_in_thread(self, text: bytes) -> tuple[str, ...]:
+        return self.matching(text)
+
+
+def rules(*sources: str, unregistered: str = "", matcher: PatternMatcher | None = None) -> CategoryRules:
     return CategoryRules(
-        map(parse_category_source, sources), ROWS, shape="openai", unregistered=unregistered, matcher=Words()
+        map(parse_category_source, sources), ROWS, shape="openai", unregistered=unregistered, matcher=matcher or Words()
     )
+
+
+def matched(judged: CategoryRules, texts: list[str]) -> tuple[str, ...]:
+    search = judged.search(texts)
+    assert search is not None
+    return search.categories()
 
 
 @pytest.mark.parametrize(
@@ -137,16 +153,27 @@ def test_every_category_needs_its_scopes_and_the_smallest_missing_one_is_named(
 
 def test_patterns_match_all_texts_and_no_text_spans_two() -> None:
     judged = rules("=chat", "patterns")
-    assert judged.matched(["some", "code", "and medical"]) == ("code", "medical")
-    assert judged.matched(["co", "de"]) == ()
+    assert matched(judged, ["some", "code", "and medical"]) == ("code", "medical")
+    assert matched(judged, ["co", "de"]) == ()
+    assert rules("=chat").search(["code"]) is None
 
 
-@pytest.mark.parametrize("texts", [["x" * PATTERN_TEXT_BYTES_MAX], ["é" * (PATTERN_TEXT_BYTES_MAX // 2)]])
+async def test_a_long_search_is_missing_until_a_thread_has_made_it() -> None:
+    search = rules("=chat", "patterns", matcher=Words(slow_bytes=5)).search(["medical"])
+    assert search is not None
+    for _ in range(2):
+        with pytest.raises(Missing) as missing:
+            search.categories()
+    await missing.value.fetch_missing()
+    assert search.categories() == search.categories() == ("medical",)
+
+
+@pytest.mark.parametrize("texts", [["x" * PATTERN_TEXT_BYTES_MAX], ["\u00e9" * (PATTERN_TEXT_BYTES_MAX // 2)]])
 def test_text_for_patterns_is_bounded_in_bytes(texts: list[str]) -> None:
     judged = rules("=chat", "patterns")
-    assert judged.matched(texts) == ()
+    assert matched(judged, texts) == ()
     with pytest.raises(Refusal) as error:
-        judged.matched([*texts, "x"])
+        judged.search([*texts, "x"])
     assert error.value.reason is Reason.BODY_TOO_LARGE
 
 

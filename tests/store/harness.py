@@ -22,6 +22,7 @@ from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.identities.owned_ids import OwnedIdCache
 from keyproxy.store.postgres import queries
 from keyproxy.store.postgres.database import Database, NotificationListener, Row, StoreUnavailable
+from keyproxy.store.prompt_templates import TemplateCache
 from tests import fakes
 from tests.server import address_of, password_of
 from tests.waiting import until
@@ -324,6 +325,7 @@ class Rig:
     last_used: LastUsed
     cache: IdentityCache
     owned: OwnedIdCache
+    templates: TemplateCache
     feed: ChangeFeed
 
     def hot(self, secret: SecretKey, *, is_first_lookup: bool = True) -> Identity | Reason | None:
@@ -401,6 +403,17 @@ async def add_owned(sql: Sql, object_id: str, tenant: str = "acme", *, kind: str
     """Let a tenant own an id; insert the tenant if it is missing."""
     await sql.execute("INSERT INTO keyproxy.tenants (id) VALUES ($1) ON CONFLICT DO NOTHING", tenant)
     await sql.execute("INSERT INTO keyproxy.owned (kind, id, tenant_id) VALUES ($1, $2, $3)", kind, object_id, tenant)
+
+
+async def add_template(sql: Sql, digest: bytes, category: str = "code", tenant: str | None = None) -> None:
+    """Register a template, or give it another category."""
+    await sql.execute(
+        "INSERT INTO keyproxy.prompt_templates (digest, category, tenant_id) VALUES ($1, $2, $3)"
+        " ON CONFLICT (digest) DO UPDATE SET category = excluded.category, tenant_id = excluded.tenant_id",
+        digest,
+        category,
+        tenant,
+    )
 
 
 async def add_keys(sql: Sql, numbers: Iterable[int], user: str = "u_42") -> list[SecretKey]:

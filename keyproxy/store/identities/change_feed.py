@@ -31,6 +31,7 @@ from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.owned_ids import OwnedId, OwnedIdCache
 from keyproxy.store.postgres.database import Database, NotificationListener, Row, StoreConflict, StoreUnavailable
 from keyproxy.store.postgres.failures import took_too_long
+from keyproxy.store.prompt_templates import TemplateCache
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class LeaseHolder(Protocol):
 
 
 class ChangeFeed:
-    """Polls for changes and applies them to the caches of identities and of ownership: see the module."""
+    """Polls for changes and applies them to the caches of identities, ownership and templates: see the module."""
 
     def __init__(
         self,
@@ -86,10 +87,12 @@ class ChangeFeed:
         now: Callable[[], Moment],
         *,
         owned: OwnedIdCache | None = None,
+        templates: TemplateCache | None = None,
         lease_holder: LeaseHolder | None = None,
     ) -> None:
         """Without a `listener` the feed only polls. Without a `lease_holder` it delivers no recalls."""
         self._owned = owned
+        self._templates = templates
         self._lease_holder = lease_holder
         self._database = database
         self._listener = listener
@@ -159,6 +162,8 @@ class ChangeFeed:
         self._snapshot, self._history = snapshot, history
         self._looked_at, self._server_seconds = queried_at, first["server_seconds"]
         self._state.current_until = queried_at + _CURRENT_SECONDS
+        if self._templates is not None:
+            self._templates.confirm(queried_at)
 
     async def _changes(self) -> tuple[Row, Sequence[Row] | None]:
         """The first row of `changes_since`, with the present snapshot, and all rows, or None if reading them timed out.
@@ -204,6 +209,9 @@ class ChangeFeed:
                 case "owned" if (owned := _owned_id(row["subject"])) is not None:
                     if self._owned is not None:
                         self._owned.forget(owned)
+                case "template" if (template := _digest(row["subject"])) is not None:
+                    if self._templates is not None:
+                        self._templates.changed(template)
                 case "key_limits" if (digest := _digest(row["subject"])) is not None:
                     self._cache.distrust_key(digest)
                 case "user_limits":
@@ -219,6 +227,9 @@ class ChangeFeed:
                     concerns_all = True
                 case "all" if row["subject"] == "plans":
                     concerns_all = True
+                case "all" if row["subject"] == "prompt_templates":
+                    if self._templates is not None:
+                        self._templates.forget_all()
                 case _:
                     # A whole table changed, or a kind that no trigger of ours writes: any key may have been revoked.
                     self._forget_all()
@@ -233,11 +244,15 @@ class ChangeFeed:
         self._cache.distrust_all()
         if self._owned is not None:
             self._owned.distrust_all()
+        if self._templates is not None:
+            self._templates.distrust_all()
 
     def _forget_all(self) -> None:
         self._cache.forget_all()
         if self._owned is not None:
             self._owned.forget_all()
+        if self._templates is not None:
+            self._templates.forget_all()
 
     async def _follow(self) -> None:
         failures = 0

@@ -38,6 +38,14 @@ SELECT w.kind, w.id, w.tenant_id,
        ), false) AS owns_any
 FROM unnest($1::text[], $2::text[], $3::text[]) AS w (kind, id, tenant_id);
 
+-- name: prompt_templates
+-- All templates of instructions; at most 10,000.
+SELECT t.digest, t.category, t.tenant_id FROM keyproxy.prompt_templates AS t;
+
+-- name: prompt_templates_by_digest
+-- The templates of the digests $1. Needs: prompt_templates (digest).
+SELECT t.digest, t.category, t.tenant_id FROM keyproxy.prompt_templates AS t WHERE t.digest = ANY ($1::bytea[]);
+
 -- name: changes_since
 -- The changes that are visible now and were not in the snapshot $1; with null, only the present snapshot. Changes of
 -- limits come last: if the last of the first $2 rows is one, all other changes are among them. The rows are not sorted

@@ -29,6 +29,7 @@ RIGHTS: Final = {
     "plans": ("SELECT", _ALL),
     "roles": ("SELECT", _ALL),
     "owned": ("SELECT", _ALL),
+    "prompt_templates": ("SELECT", _ALL),
     # Proxies only use two functions: see the migration that created the table.
     "foreign_hashes": ("", _ALL),
     "changes": ("SELECT, DELETE", "SELECT"),
