@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from keyproxy.ai.access.access_rules import AccessRules, ModelRules
 from keyproxy.ai.access.model_judgement import MODEL
 from keyproxy.ai.access.value_sources import PATH
+from keyproxy.ai.categories import CategoryRules, PatternMatcher, parse_category_source
 from keyproxy.ai.dialects.endpoint import Dialect
 from keyproxy.ai.dialects.table import DIALECTS
 from keyproxy.ai.model_source import DIALECT, NONE, parse_model_source
@@ -18,8 +19,8 @@ from keyproxy.http.routes import RouteTable, placeholder_pattern
 from keyproxy.model import Route
 
 
-def access_rules(settings: Settings, routes: RouteTable) -> dict[Route, AccessRules]:
-    """The rules of the routes that judge models, categories or namespaces."""
+def access_rules(settings: Settings, routes: RouteTable, patterns: PatternMatcher | None) -> dict[Route, AccessRules]:
+    """The rules of the routes that judge models, categories or namespaces. `patterns`: None without any."""
     rows = {row.match: row for row in settings.routes}
     table = ModelTable(settings.models)
     found: dict[Route, AccessRules] = {}
@@ -27,7 +28,8 @@ def access_rules(settings: Settings, routes: RouteTable) -> dict[Route, AccessRu
         row = rows.get(match, RouteRow(match))
         model = _model_rules(settings, row, table)
         binds = read_binds(row.binds)
-        if model is None and not binds:
+        categories = _category_rules(settings, row, patterns)
+        if model is None and categories is None and not binds:
             continue
         names = {bind.source.name for bind in binds if bind.source.kind == PATH}
         if model is not None:
@@ -36,6 +38,7 @@ def access_rules(settings: Settings, routes: RouteTable) -> dict[Route, AccessRu
         found[route] = AccessRules(
             route.name,
             model=model,
+            categories=categories,
             binds=binds,
             placeholders={name: placeholder_pattern(match, name) for name in names},
             bounds=settings.tokens.bounds(),
@@ -65,6 +68,19 @@ def _model_rules(settings: Settings, row: RouteRow, table: ModelTable) -> ModelR
         return None
     field = f"{settings.identity.header_prefix}Model: ".encode("ascii")
     return ModelRules(parse_model_source(row.model), table, dialect=_dialect(row), field=field)
+
+
+def _category_rules(settings: Settings, row: RouteRow, patterns: PatternMatcher | None) -> CategoryRules | None:
+    if not row.category:
+        return None
+    return CategoryRules(
+        [parse_category_source(text) for text in row.category],
+        settings.categories,
+        shape=row.prompt,
+        unregistered=row.unregistered,
+        matcher=patterns,
+        field=f"{settings.identity.header_prefix}Category: ".encode("ascii"),
+    )
 
 
 def _dialect(row: RouteRow) -> Dialect | None:

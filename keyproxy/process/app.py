@@ -21,7 +21,6 @@ from keyproxy.metrics.access_log import AccessLog, LabelledExchange
 from keyproxy.metrics.exposition import CONTENT_TYPE, Catalogue
 from keyproxy.metrics.recorder import Histogram, Recorder
 from keyproxy.platform import clock, sockets
-from keyproxy.ports import PromptTemplates
 from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
 from keyproxy.process.ops_listener import Check, OpsListener, Verdict, gathered
@@ -163,8 +162,8 @@ class Proxy:
         # Records keep the names of configured models, and of a bounded number of others.
         store.usage.model_names = ModelNames([model.name for model in settings.models])
         gateway = build_gateway(
-            settings, routes, identities=store.identities, owned_ids=store.owned_ids, templates=PromptTemplates(),
-            ledger=store.ledger, claims=store.claims,
+            settings, routes, identities=store.identities, owned_ids=store.owned_ids, templates=store.templates,
+            ledger=store.ledger, claims=store.claims, patterns=self._patterns,
         )  # fmt: skip
         self._gateways.append(gateway)
         return build_terms(settings, routes, gateway, upstreams, tls=tls)

@@ -7,6 +7,7 @@ import ssl
 from collections.abc import Callable, Mapping
 
 from keyproxy.ai.access.access_rules import AccessRules
+from keyproxy.ai.categories import PatternMatcher
 from keyproxy.ai.dialects.table import DIALECTS
 from keyproxy.ai.model_source import parse_model_source
 from keyproxy.ai.models import ModelTable
@@ -37,10 +38,11 @@ def build_gateway(
     templates: PromptTemplates,
     ledger: Ledger,
     claims: Claims,
+    patterns: PatternMatcher | None = None,
     now: Callable[[], Moment] = clock.now,
 ) -> Gateway:
-    """The gateway over these ports."""
-    access = access_rules(settings, routes)
+    """The gateway over these ports. `patterns`: of prompt categories, None without any."""
+    access = access_rules(settings, routes, patterns)
     return Gateway(
         key_format=_key_format(settings),
         identities=identities,

@@ -168,7 +168,7 @@ def _read_categories(values: JudgedValues, rules: CategoryRules, headers: dict[s
     if rules.uses_template:
         values.instructions = instructions_of(rules.shape, document)
     if rules.uses_patterns:
-        values.matched = rules.matched(prompt_text(rules.shape, document))
+        values.search = rules.search(prompt_text(rules.shape, document))
 
 
 def _judge_categories(
@@ -177,4 +177,5 @@ def _judge_categories(
     instructions, template = values.instructions, None
     if instructions is not None and instructions.is_registrable:
         template = records.category(instructions.digest)
-    return rules.judge(CategoryValues(values.declared, template, values.matched), identity.scopes)
+    matched = () if values.search is None else values.search.categories()
+    return rules.judge(CategoryValues(values.declared, template, matched), identity.scopes)

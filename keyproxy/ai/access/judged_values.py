@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
+from keyproxy.ai.categories import PatternSearch
 from keyproxy.ai.dialects.endpoint import EACH, MemberPath
 from keyproxy.ai.prompts import Instructions
 from keyproxy.ai.requests.request_facts import malformed
@@ -25,10 +26,10 @@ MISSING: Final = Found(is_missing=True)
 
 class JudgedValues:
     """`model`: of the route's source, `other_models`: of every other place that names one. `found`: what stands at the
-    sources of binds, by their text. `declared`, `matched`: see `CategoryValues`. `instructions`: None if no category
-    depends on them. No text of the request is kept."""
+    sources of binds, by their text. `declared`: see `CategoryValues`. `instructions`, `search`: None if no category
+    depends on them. No text of the request is kept once it is judged."""
 
-    __slots__ = ("declared", "found", "instructions", "matched", "model", "other_models")
+    __slots__ = ("declared", "found", "instructions", "model", "other_models", "search")
 
     def __init__(self, found: dict[str, Found] | None = None) -> None:
         self.found: Final[dict[str, Found]] = {} if found is None else found
@@ -36,7 +37,7 @@ class JudgedValues:
         self.other_models: tuple[str, ...] = ()
         self.declared: tuple[object, ...] = ()
         self.instructions: Instructions | None = None
-        self.matched: tuple[str, ...] = ()
+        self.search: PatternSearch | None = None
 
     def at(self, source: str) -> Found:
         """What stands at a source, by its text."""
