@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from keyproxy.ai.categories import Category
 from keyproxy.ai.models import Model
 from keyproxy.config.schema import LedgerSettings, Listen, RouteRow, Settings
 from keyproxy.config.schema import Upstream as UpstreamSettings
@@ -18,6 +19,7 @@ from keyproxy.config.token_settings import Tokens
 from keyproxy.gateway import Gateway
 from keyproxy.http.routes import RouteTable
 from keyproxy.platform import clock, sockets
+from keyproxy.process.patterns.re2_matcher import compile_patterns
 from keyproxy.process.terms import build_gateway, build_terms, build_upstreams
 from keyproxy.store.ledger.charge_dedup import Claims
 from keyproxy.wire.client.request_ids import RequestIds
@@ -69,6 +71,7 @@ async def start() -> AsyncIterator[Start]:
             tokens: dict[str, Any] | None = None,
             rows: Sequence[RouteRow] = (),
             models: Sequence[Model] = (),
+            categories: Sequence[Category] = (),
             serving: Upstream | None = None,
             routes: RouteTable | None = None,
             sweep_seconds: float = 0.1,
@@ -90,12 +93,13 @@ async def start() -> AsyncIterator[Start]:
                 tokens=Tokens(**(tokens or {})),
                 routes=tuple(rows),
                 models=tuple(models),
+                categories=tuple(categories),
             )
             table = settings.route_table() if rows else routes or RouteTable([])
             owned_ids, templates = fakes.FakeOwnedIds(), fakes.FakePromptTemplates()
             gateway = build_gateway(
                 settings, table, identities=identities, owned_ids=owned_ids, templates=templates,
-                ledger=ledger, claims=claims,
+                ledger=ledger, claims=claims, patterns=compile_patterns(categories),
             )  # fmt: skip
             deadlines = Deadlines(loop, clock.monotonic, period_seconds=sweep_seconds)
             deadlines.start()

@@ -133,12 +133,14 @@ class JudgedRequest:
         model, categories, lines = None, None, b""
         if rules.model is not None:
             model = judge_models(rules.model.table, values, identity, records)
+            records.require()
             lines = b"%b%b\r\n" % (rules.model.field, model.name.encode("ascii"))
         if rules.categories is not None:
             categories = _judge_categories(rules.categories, values, identity, records)
             lines += categories.header
         if rules.binds:
             judge_binds(rules.binds, values, identity, records)
+            records.require()
         judgement = self.judgement = Judgement(model, categories, lines)
         return judgement
 

@@ -35,13 +35,15 @@ class JudgedModel:
 
 
 def judge_models(table: ModelTable, values: JudgedValues, identity: Identity, records: TenantRecords) -> JudgedModel:
-    """The model of the route's source. Raises a Refusal (REQUEST_MALFORMED, MODEL_NOT_ALLOWED) for any of the models."""
+    """The model of the route's source. Raises a Refusal (REQUEST_MALFORMED, MODEL_NOT_ALLOWED) for any of the models.
+
+    `records.require` has to be called before the result is used.
+    """
     if values.model is None:
         raise malformed("The request must name a model, as a string.", MODEL)
     row = _allowed(table, values.model, identity, records)
     for other in values.other_models:
         _allowed(table, other, identity, records)
-    records.require()
     return JudgedModel(values.model if row is None else row.name, row)
 
 

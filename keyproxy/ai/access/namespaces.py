@@ -68,7 +68,7 @@ class Bind:
 
 
 def judge_binds(binds: tuple[Bind, ...], values: JudgedValues, identity: Identity, records: TenantRecords) -> None:
-    """Raise a Refusal (NAMESPACE_FORBIDDEN) unless all binds hold, Missing if that is not known yet."""
+    """Raise a Refusal (NAMESPACE_FORBIDDEN) unless all binds hold. `records.require` has to be called after it."""
     for bind in binds:
         if not bind.holds(values.at(bind.source.text), identity, records):
             raise Refusal(
