@@ -45,6 +45,9 @@ _SHAPES_MAX: Final = 2048
 _START_LINES_MAX: Final = 4096
 _LINE_BYTES_MAX: Final = 512
 
+#: A longer name may be a key, which must not be cached.
+_NAME_BYTES_MAX: Final = 48
+
 #: A longer head is not kept for comparison.
 _RAW_BYTES_MAX: Final = 2048
 
@@ -76,7 +79,7 @@ _STABLE_KINDS: Final = frozenset({Kind.HOST, Kind.CONNECTION, Kind.TRANSFER_ENCO
 _VARYING_KINDS: Final = frozenset(
     {
         Kind.PLAIN, Kind.CONTENT_TYPE, Kind.CONTENT_LENGTH, Kind.CREDENTIAL, Kind.FORWARDED, Kind.REQUEST_ID,
-        Kind.USAGE,
+        Kind.USAGE, Kind.DROPPED,
     }
 )  # fmt: skip
 
@@ -125,7 +128,7 @@ class _Reader(Generic[_Fields]):
 
     def _remember(self, minor_version: int, fields: _Fields, lines: list[bytes], parsed: ParsedFields) -> None:
         """Cache a head that was just parsed, if all its lines can be recognised again."""
-        if any(len(line) > _LINE_BYTES_MAX for line in lines):
+        if any(len(line) > _LINE_BYTES_MAX or line.find(b":") > _NAME_BYTES_MAX for line in lines):
             return
         meanings = [self._meaning(line) for line in lines]
         if len(self._shapes) >= _SHAPES_MAX or len(self._lines) >= _LINES_MAX or len(self._meanings) >= _LINES_MAX:
