@@ -19,11 +19,21 @@ from keyproxy.ai.responses.select_meter import meter_for
 from keyproxy.ai.route_rules import RouteRules
 from keyproxy.auth import authorization, credentials
 from keyproxy.auth.api_key import KeyFormat
-from keyproxy.http import idempotency_key
+from keyproxy.http import headers, idempotency_key
 from keyproxy.http.idempotency_key import Fingerprint
 from keyproxy.http.routes import RouteTable
 from keyproxy.limits.allowance import Allowance, Hold, Need
-from keyproxy.model import Grant, Missing, Moment, Permit, RequestHead, ResponseHead, Route, TimeBudget
+from keyproxy.model import (
+    Grant,
+    Missing,
+    Moment,
+    Permit,
+    PublicGrant,
+    RequestHead,
+    ResponseHead,
+    Route,
+    TimeBudget,
+)
 from keyproxy.ports import Claims, Exchange, Gate, Identities, Ledger
 from keyproxy.reasons import Blame, Reason, Refusal
 
@@ -75,6 +85,10 @@ class Gateway(Gate):
         head = exchange.head
         if head is None:
             raise Refusal(Reason.INTERNAL_ERROR, "cannot decide on a request without a head")
+        if self._routes.has_public:
+            route = self._routes.public(head.line.method, head.line.path)
+            if route is not None:
+                return self._decide_public(exchange, head, route)
         now = self._now()
         digest = exchange.digest = credentials.digest(head)
         try:
@@ -105,6 +119,14 @@ class Gateway(Gate):
         if exchange.fingerprint is not None:
             return Permit(grant, self._take_once(exchange, exchange.fingerprint, allowance, need))
         return Permit(grant, self._ledger.take(allowance, now, need))
+
+    def _decide_public(self, exchange: Exchange, head: RequestHead, route: Route) -> Permit:
+        """Decide on a request that needs no key: neither a credential nor the store is looked at."""
+        exchange.route = route
+        if head.fields.opens_tunnel:
+            head = exchange.head = headers.without_upgrade(head)
+        credentials.discard(head)
+        return Permit(PublicGrant(route))
 
     def _decide_metered(self, exchange: Exchange, head: RequestHead, grant: Grant, rules: RouteRules) -> Permit:
         """Decide on a request whose tokens are counted."""

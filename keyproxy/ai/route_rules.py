@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Final
+from urllib.parse import unquote_to_bytes
 
 from keyproxy.ai.dialects.endpoint import Dialect
 from keyproxy.ai.model_source import ModelSource
@@ -67,7 +68,7 @@ class RouteRules:
         """The model as a path or a header names it, for a source of that kind. Raises a Refusal if it stands twice."""
         if self.source.kind == "path" and self.placeholder is not None:
             match = self.placeholder.fullmatch(head.line.path)
-            return None if match is None else match[1].decode("utf-8", "replace")
+            return None if match is None else unquote_to_bytes(match[1]).decode("utf-8", "replace")
         if self.source.kind == "header":
             return _header(head.block, self.source.name)
         return None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from keyproxy.ai.models import Model
-from keyproxy.config import addresses, token_settings, value_checks
+from keyproxy.config import addresses, route_access, token_settings, value_checks
 from keyproxy.config.token_settings import Money, Tokens
 from keyproxy.config.value_checks import Check, one_of, within
 from keyproxy.http import error_responses
@@ -107,6 +107,8 @@ class IdentityHeaders:
     """The headers that the upstream trusts."""
 
     header_prefix: str = _setting("X-Keyproxy-", value_checks.header_prefix)
+    #: Whether headers that override method or target go upstream.
+    forward_overrides: bool = _setting(False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +200,8 @@ class RouteRow:
     cap: str = _setting("", one_of(*token_settings.CAPS))
     cap_field: str = _setting("", token_settings.cap_field_fault)
     idempotency: str = _setting("once", one_of(*token_settings.IDEMPOTENCY))
+    access: str = _setting(route_access.KEY, one_of(route_access.KEY, route_access.PUBLIC))
+    encoded_slash: str = _setting(route_access.REFUSE, one_of(route_access.REFUSE, route_access.FORWARD))
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +250,8 @@ class Settings:
                     Route(
                         row.name or row.match, frozenset(row.scopes), row.error_shape, row.tokens,
                         deduplicates=row.idempotency == token_settings.ONCE,
+                        is_public=row.access == route_access.PUBLIC,
+                        forwards_encoded_slash=row.encoded_slash == route_access.FORWARD,
                     ),
                 )
                 for row in self.routes
@@ -284,6 +290,7 @@ def cross_checks(settings: Settings) -> list[str]:
     wrong += token_settings.conflicts(
         settings.tokens, [(row.match, row.tokens, row.model, row.cap, row.cap_field) for row in settings.routes]
     )
+    wrong += route_access.contradictions(settings.routes)
     matches = [row.match for row in settings.routes]
     wrong += [
         f"routes: {match!r} is configured twice; the first one always wins"

@@ -26,7 +26,7 @@ import orjson
 
 from keyproxy.ai.metered_request import MeteredRequest
 from keyproxy.http.headers import trace_id
-from keyproxy.model import Identity, RequestHead, RequestLine
+from keyproxy.model import RequestHead, RequestLine, Route
 from keyproxy.ports import Exchange
 
 _log = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class AccessLog:
             self._written_bytes += len(lines)
 
     def _line(self, row: LabelledExchange, wall_offset: float) -> bytes:
-        exchange, route, _, code = row
+        exchange, code = row[0], row[3]
         wall = exchange.started_mono + wall_offset
         second = int(wall)
         if second != self._second:
@@ -146,10 +146,10 @@ class AccessLog:
         line = exchange.refused_line if head is None else head.line
         if line is not None and line.holds_key:
             line = None
-        key = (line, exchange.identity, exchange.status, route, code)
+        key = (line, exchange.identity, exchange.status, exchange.route, code)
         alike = self._alike.get(key)
         if alike is None:
-            alike = _alike(line, exchange.identity, exchange.status, labels=row[1:])
+            alike = _alike(line, exchange, labels=row[1:])
             if head is not None or line is None:  # a refused line does not come again as this object
                 self._remember(key, alike)
         client = b"" if exchange.peer is None else exchange.peer.client_address(head)
@@ -224,15 +224,17 @@ def _scrubbed(detail: str, head: RequestHead | None) -> str:
     return detail if len(detail) <= _DETAIL_CHARACTERS_MAX else detail[:_DETAIL_CHARACTERS_MAX] + "…"
 
 
-def _alike(line: RequestLine | None, identity: Identity | None, status: int, *, labels: tuple[str, str, str]) -> bytes:
+def _alike(line: RequestLine | None, exchange: Exchange, *, labels: tuple[str, str, str]) -> bytes:
     """The part of a log line that similar requests share, as JSON members."""
     route, mode, code = labels
+    identity = exchange.identity
     path = "" if line is None else line.path.decode("ascii", "replace")
     content = {
         "method": "" if line is None else line.method.decode("ascii"),
         "path": path if len(path) <= _PATH_CHARACTERS_MAX else path[:_PATH_CHARACTERS_MAX] + "…",
         "route": route,
-        "status": status,
+        "access": _access(exchange.route),
+        "status": exchange.status,
         "code": code,
         "tenant": None if identity is None else identity.tenant_id,
         "user": None if identity is None else identity.user_id,
@@ -240,3 +242,10 @@ def _alike(line: RequestLine | None, identity: Identity | None, status: int, *, 
         "mode": mode,
     }
     return orjson.dumps(content)[1:-1] + b","
+
+
+def _access(route: Route | None) -> str | None:
+    """Whether the route needs a key; None if no route was decided on."""
+    if route is None:
+        return None
+    return "public" if route.is_public else "key"

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from keyproxy.http import routes
-from keyproxy.http.routes import ANY_ROUTE, KNOWN_METHODS, InvalidPatternError, RouteTable
+from keyproxy.http import path_readings
+from keyproxy.http.path_patterns import InvalidPatternError
+from keyproxy.http.routes import ANY_ROUTE, KNOWN_METHODS, RouteTable
 from keyproxy.model import Route
 from keyproxy.reasons import Reason, Refusal
 
@@ -83,7 +84,9 @@ def test_the_first_match_wins(patterns: tuple[str, ...], first: str) -> None:
     "pattern",
     [
         "", "GET", "GET ", "/a", " /a", "get /a", "G3T /a", "GET,POST /a", "GET a", "GET  /a", "GET /a b", "GET /a?b",
-        "GET /a#b", "GET /{", "GET /{}", "GET /{Id}", "GET /{1}", "GET /a{id}", "GET /{id}b", "GET /{rest...}/b",
+        "GET /a#b", "GET /{", "GET /{}", "GET /{Id}", "GET /{1}", "GET /a{id}", "GET /{id}{b}", "GET /{rest...}/b",
+        "GET /{id}b{x}", "GET /{rest...}b",
+        "GET /{id}%20", "GET /{id};v", "GET /{id}/{id}", "GET /{id}/{id...}",
         "GET /{rest..}", "GET /é", "GET /a\n", "GET http://a/b", "*/a", "** /a",
     ],
 )  # fmt: skip
@@ -114,7 +117,7 @@ def test_a_pattern_is_refused_or_matches_its_own_text(pattern: str) -> None:
     ],
 )
 def test_a_path_has_the_reading_of_a_lenient_server(path: bytes, reading: bytes) -> None:
-    assert {path, reading} <= routes.readings(path)
+    assert {path, reading} <= path_readings.readings(path)
 
 
 @pytest.mark.parametrize(
