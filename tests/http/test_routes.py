@@ -62,6 +62,14 @@ def matched(routes_: RouteTable, path: bytes, method: bytes = b"GET") -> str | N
         ("GET /a/{rest...}", b"GET", b"/a", False),
         ("GET /a/{rest...}", b"GET", b"/ab", False),
         ("GET /{rest...}", b"GET", b"/", True),
+        ("GET /{model}:run", b"GET", b"/a:run", True),
+        ("GET /{model}:run", b"GET", b"/a:run:run", True),
+        ("GET /{model}:run", b"GET", b"/:run", False),
+        ("GET /{model}:run", b"GET", b"/a:running", False),
+        ("GET /{model}:run", b"GET", b"/a/b:run", False),
+        ("GET /{model}:run", b"GET", b"/a:run/", False),
+        ("GET /{a}.json/{b}", b"GET", b"/x.json/y", True),
+        ("GET /{a}.json/{b}", b"GET", b"/xjson/y", False),
     ],
 )
 def test_a_pattern_matches_whole_paths_of_its_method(pattern: str, method: bytes, path: bytes, matches: bool) -> None:
@@ -78,6 +86,21 @@ def test_without_routes_any_path_is_allowed() -> None:
 )
 def test_the_first_match_wins(patterns: tuple[str, ...], first: str) -> None:
     assert matched(table(*patterns), b"/a") == first
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        (b"/models/a:run", "POST /models/{model}:run"),
+        (b"/models/a%3Arun", "refused"),
+        (b"/models/a:run;v=1", "refused"),
+        (b"/models/a:%72un", "refused"),
+        (b"/models/%61:run", "POST /models/{model}:run"),
+        (b"/models/a:list", "* /models/{model}"),
+    ],
+)
+def test_text_after_a_placeholder_is_matched_as_sent_and_normalised(path: bytes, name: str) -> None:
+    assert matched(table("POST /models/{model}:run", "* /models/{model}"), path, b"POST") == name
 
 
 @pytest.mark.parametrize(

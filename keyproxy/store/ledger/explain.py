@@ -202,7 +202,7 @@ async def explain(
     try:
         method = question.method.encode("ascii")
         table, path = configured.route_table(), question.path.encode("utf-8", "surrogateescape")
-        target = request_target.judge(method, path, b"localhost")
+        target = request_target.judge(method, path, b"localhost", accepts_encoded_slash=table.forwards_encoded_slash)
         route = table.match(method, target.path)
         if route is not None and route.is_public:
             return Explanation(route.name, None, [], no_reservation())

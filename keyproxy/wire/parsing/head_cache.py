@@ -157,11 +157,18 @@ class RequestReader(_Reader[RequestFields]):
     _varies = _VARYING_KINDS
 
     def __init__(
-        self, names: FieldNames, holds_key: Callable[[bytes], bool], methods: frozenset[bytes] = KNOWN_METHODS
+        self,
+        names: FieldNames,
+        holds_key: Callable[[bytes], bool],
+        methods: frozenset[bytes] = KNOWN_METHODS,
+        *,
+        accepts_encoded_slash: bool = False,
     ) -> None:
-        """`holds_key`: whether a target contains a key; such a line is not cached. `methods`: the served methods."""
+        """`holds_key`: whether a target contains a key; such a line is not cached. `methods`: the served methods.
+        `accepts_encoded_slash`: whether a path may have `%2F`."""
         super().__init__(names)
         self.methods: Final = methods
+        self.accepts_encoded_slash: Final = accepts_encoded_slash
         self._holds_key = holds_key
         self._start_lines: dict[bytes, RequestLine] = {}
 
@@ -202,13 +209,16 @@ class RequestReader(_Reader[RequestFields]):
             return None
         method, sent, minor = match.groups()
         try:
-            going = request_target.judge(method, sent, None)
+            going = request_target.judge(method, sent, None, accepts_encoded_slash=self.accepts_encoded_slash)
         except Refusal:
             return None
         return request_line(method, going, int(minor), holds_key=self._holds_key(going.decoded))
 
     def _parse(self, raw: bytes, judged: RequestLine | None = None) -> RequestHead:
-        line, fields, parsed = parse_request(raw, self._names, self._holds_key, self.methods, line=judged)
+        line, fields, parsed = parse_request(
+            raw, self._names, self._holds_key, self.methods,
+            line=judged, accepts_encoded_slash=self.accepts_encoded_slash,
+        )  # fmt: skip
         start, *lines = raw[:-4].split(CRLF)
         if len(self._start_lines) >= _START_LINES_MAX:
             self._start_lines.clear()
