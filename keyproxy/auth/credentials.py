@@ -70,8 +70,9 @@ def discard(head: RequestHead) -> None:
         raise Refusal(Reason.KEY_IN_URL)
     if head.is_free_of_key:
         return
-    for _, value in head.credentials:
-        part = _part(SecretKey(value.partition(b" ")[2].strip() or value))
+    for name, value in head.credentials:
+        after_scheme = b"" if name == b"x-api-key" else value.partition(b" ")[2].strip()
+        part = _part(SecretKey(after_scheme or value))
         if len(part) >= _WORD_BYTES_MIN:
             _take_out(head, part)
     head.is_free_of_key = True

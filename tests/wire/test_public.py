@@ -132,6 +132,7 @@ BASIC = base64.b64encode(b"user:" + FOREIGN.encode()).decode()
         (f"Authorization: {FOREIGN}", FOREIGN),
         (f"Authorization: Basic {BASIC}", BASIC.rstrip("=")),
         (f"X-Api-Key: {FOREIGN}", FOREIGN),
+        (f"X-Api-Key: {FOREIGN} x", FOREIGN),
         (f"Authorization: Bearer {IDS}", IDS),
     ],
 )
