@@ -15,7 +15,8 @@ from keyproxy.ai.model_source import DIALECT, NONE, parse_model_source
 from keyproxy.ai.models import Model, ModelTable
 from keyproxy.config.bind_settings import read_binds
 from keyproxy.config.schema import RouteRow, Settings
-from keyproxy.http.routes import RouteTable, placeholder_pattern
+from keyproxy.http.path_patterns import placeholder_pattern
+from keyproxy.http.routes import RouteTable
 from keyproxy.model import Route
 
 

@@ -201,8 +201,11 @@ async def explain(
     route, need, refusal, reservation, hold = None, None, None, None, None
     try:
         method = question.method.encode("ascii")
-        target = request_target.judge(method, question.path.encode("utf-8", "surrogateescape"), b"localhost")
-        route = configured.route_table().match(method, target.path)
+        table, path = configured.route_table(), question.path.encode("utf-8", "surrogateescape")
+        target = request_target.judge(method, path, b"localhost", accepts_encoded_slash=table.forwards_encoded_slash)
+        route = table.match(method, target.path)
+        if route is not None and route.is_public:
+            return Explanation(route.name, None, [], no_reservation())
         reservation = _reservation(question, configured, route, identity.allowance)
         need = _need(question, route) if reservation is None else reservation.need
         authorization.admit(identity, route, now())

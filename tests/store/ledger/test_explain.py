@@ -255,3 +255,25 @@ async def test_credits_and_selectors_are_part_of_a_window_s_state(database: Data
         "policy": "user.tokens_per_day@model:gpt-4o", "selector": "model:gpt-4o", "limit": 100, "credited": 25,
         "remaining": 125,
     }  # fmt: skip
+
+
+async def test_a_public_route_is_explained_as_open_to_any_key_and_under_no_limit(database: Database, sql: Sql) -> None:
+    await give(sql, '{"requests_per_day": 5}')
+    await use(database, "requests_per_day", spent=5, limit=5)
+    configured = Settings(routes=(RouteRow("GET /healthz", access="public"), *ROUTES))
+    _, told = await explain_key(database, "key_1", Question("GET", "/healthz"), configured, now=clock.now)
+    assert (told.route, told.refusal, list(told.limits)) == ("GET /healthz", None, [])
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [("/v1/files/a%2Fb", None), ("/v1/files/a%2F..", "request_malformed"), ("/a%2Fb", "route_not_allowed")],
+)
+async def test_an_encoded_slash_is_explained_as_it_is_judged(
+    database: Database, sql: Sql, path: str, code: str | None
+) -> None:
+    await add_user(sql)
+    await add_key(sql)
+    configured = Settings(routes=(RouteRow("GET /v1/files/{id}", encoded_slash="forward"),))
+    _, told = await explain_key(database, "key_1", Question("GET", path), configured, now=clock.now)
+    assert (None if told.refusal is None else told.refusal.reason.code) == code
