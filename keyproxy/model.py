@@ -88,6 +88,7 @@ class RequestFields:
     `media_type`, without parameters, and `codings`, the values of Content-Encoding, describe the forwarded body, in
     lower case; `is_json`: the media type is JSON or missing. `accepts_codings`: Accept-Encoding is present.
     `has_idempotency_key`, `has_traceparent`: there is exactly one field of that name, whatever its value.
+    `digests_body`: a field signs or digests the body, so that changed bytes would not match.
     """
 
     host: bytes | None
@@ -103,6 +104,7 @@ class RequestFields:
     has_idempotency_key: bool = False
     has_traceparent: bool = False
     accepts_codings: bool = True
+    digests_body: bool = False
     is_json: bool = field(init=False)
     head_end: bytes = field(init=False)
 

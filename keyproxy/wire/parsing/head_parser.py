@@ -36,6 +36,9 @@ _PHRASE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 
 _WEBSOCKET_VERSION: Final = b"13"
 
+#: Fields that sign or digest the body.
+_DIGESTS: Final = frozenset({b"content-digest", b"digest", b"x-amz-content-sha256"})
+
 
 def parse_request(
     raw: bytes,
@@ -94,6 +97,7 @@ def parse_request(
         has_idempotency_key=sent.count(idempotency_key.NAME) == 1,
         has_traceparent=sent.count(b"traceparent") == 1,
         accepts_codings=b"accept-encoding" in sent,
+        digests_body=not _DIGESTS.isdisjoint(sent),
     )
     return line, fields, parsed
 

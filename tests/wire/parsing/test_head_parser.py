@@ -600,3 +600,18 @@ def test_thousands_of_connection_options_are_not_judged_one_by_one() -> None:
     _, _, parsed = parse_request(raw, names, lambda _target: False)
     assert parsed.is_forwarded == [True, False, True, False]
     assert set(names._remembered) == {b"Host", b"X7", b"X-Kept", b"Connection"}
+
+
+@pytest.mark.parametrize(
+    ("line", "digests"),
+    [
+        (b"Content-Digest: sha-256=:x:", True), (b"digest:x", True), (b"X-AMZ-Content-SHA256: x", True),
+        (b"A: digest: x", False), (b"Want-Digest: x", False), (b"Digests: x", False),
+    ],
+)  # fmt: skip
+def test_a_digest_of_the_body_is_found_in_the_headers(line: bytes, digests: bool) -> None:
+    """Also in heads that are recognised by their shape."""
+    reader = RequestReader(FieldNames(), lambda _: False)
+    for number in range(LEARNT_AFTER + 2):
+        raw = b"POST / HTTP/1.1\r\nHost: p\r\n%b\r\nX-Request-Id: %d\r\n\r\n" % (line, number)
+        assert reader.read(raw, len(raw) - 4).fields.digests_body is digests
