@@ -168,7 +168,8 @@ class AccessLog:
             upstream_seconds,
             exchange.bytes_in,
             exchange.bytes_out,
-            (b"" if exchange.metered is None else _tokens(exchange, exchange.metered))
+            (b',"category":null' if exchange.categories is None else _category(exchange.categories))
+            + (b"" if exchange.metered is None else _tokens(exchange, exchange.metered))
             + (b"" if exchange.reason is None else _why(exchange, head)),
         )
 
@@ -186,6 +187,11 @@ def _portions(lines: bytes) -> Iterator[bytes]:
         yield lines[start:end]
         start = end
     yield lines[start:]
+
+
+def _category(categories: tuple[tuple[str, str], ...]) -> bytes:
+    """The part of a log line with the categories of the prompt."""
+    return b',"category":' + orjson.dumps(sorted({name for name, _ in categories}))
 
 
 def _tokens(exchange: Exchange, metered: MeteredRequest) -> bytes:

@@ -116,6 +116,8 @@ class Recorder(ports.Recorder):
         self.retiring_count = 0
         #: Metered requests by model.
         self.models = ModelCounts()
+        #: Forwarded requests by the category of their prompt and its source.
+        self.categories: dict[tuple[str, ...], int] = {}
         self._cells: dict[tuple[str, str, int, str, str], Cell] = {}
         self._pending: list[Exchange] = []
         self._others = sinks
@@ -202,6 +204,9 @@ class Recorder(ports.Recorder):
         if waits := [one.connection_wait_seconds for one in ended if one.connection_wait_seconds]:
             self.connection_wait_seconds.observe(*waits)
         for exchange in ended:
+            if exchange.categories is not None and exchange.sent_mono:
+                for category in exchange.categories:
+                    self.categories[category] = self.categories.get(category, 0) + 1
             use, metered = exchange.token_use, exchange.metered
             if use is not None:
                 _count_tokens(cell, exchange, use)

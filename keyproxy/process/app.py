@@ -181,6 +181,7 @@ class Proxy:
             store=self.store,
             routes=self._settings.routes,
             models=[model.name for model in self._settings.models],
+            categories=[category.name for category in self._settings.categories],
             ledger_round_trips=self._ledger_round_trips,
         )
 

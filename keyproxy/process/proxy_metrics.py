@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
+from keyproxy.ai.categories import parse_category_source
 from keyproxy.ai.models import OTHER
 from keyproxy.config.schema import RouteRow
 from keyproxy.metrics.access_log import AccessLog
@@ -47,6 +48,8 @@ class Scrape(NamedTuple):
     routes: Sequence[RouteRow]
     #: The names of the configured models.
     models: Sequence[str]
+    #: The names of the configured categories of prompts.
+    categories: Sequence[str]
     #: The time from a message to the ledger to its response.
     ledger_round_trips: Histogram
 
@@ -132,6 +135,13 @@ def _spend(scrape: Scrape) -> dict[str, float]:
 def _caps(scrape: Scrape) -> dict[str, float]:
     routes = [row.name or row.match for row in scrape.routes if row.tokens != NO_TOKENS]
     return {**dict.fromkeys(routes, 0.0), **scrape.recorder.models.caps}
+
+
+def _categories(scrape: Scrape) -> dict[tuple[str, ...], float]:
+    """Series of the configured categories, and of the sources that routes have, start at 0."""
+    sources = {parse_category_source(text).counted for row in scrape.routes for text in row.category}
+    names: list[tuple[str, ...]] = [(category, source) for category in scrape.categories for source in sorted(sources)]
+    return {**dict.fromkeys(names, 0.0), **scrape.recorder.categories}
 
 
 def _summed(parts: Iterable[tuple[tuple[str, ...], Histogram]]) -> dict[tuple[str, ...], Histogram]:
@@ -223,6 +233,8 @@ PROXY_METRICS: Final[tuple[Metric[Scrape], ...]] = (
            ("model",), _spend, SUM),
     Metric("keyproxy_caps_inserted_total", COUNTER, "Requests forwarded with an inserted output maximum.",
            ("route",), _caps, SUM),
+    Metric("keyproxy_prompt_categories_total", COUNTER, "Requests that were forwarded, by category of their prompt.",
+           ("category", "source"), _categories, SUM),
     Metric("keyproxy_usage_reads_after_abort_total", COUNTER,
            "Streams read to their usage after the client had left, by outcome.",
            ("outcome",), lambda scrape: scrape.server.usage_reads.outcomes, SUM),

@@ -309,5 +309,21 @@ def test_a_metered_request_that_was_not_forwarded_has_no_tokens_and_the_reason(l
     assert (line["policy"], line["reason"]) == ("user.tokens_per_day", "held")
 
 
+@pytest.mark.parametrize(
+    ("categories", "logged_as"),
+    [
+        (None, None),
+        ((("code", "route"),), ["code"]),
+        ((("code", "template"), ("chat", "route"), ("code", "pattern")), ["chat", "code"]),
+    ],
+)
+def test_a_judged_request_is_logged_with_its_categories_and_any_other_with_null(
+    logged: Logged, categories: tuple[tuple[str, str], ...] | None, logged_as: list[str] | None
+) -> None:
+    one = ended(head_of())
+    one.categories = categories
+    assert line_of(logged, one)["category"] == logged_as
+
+
 def test_requests_of_other_routes_are_logged_without_these(logged: Logged) -> None:
     assert "model" not in line_of(logged, ended(head_of()))
