@@ -33,7 +33,7 @@ from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.recorder import Recorder
 from keyproxy.model import Missing, Permit, RequestHead, TimeBudget
 from keyproxy.platform import clock
-from keyproxy.ports import Exchange
+from keyproxy.ports import Exchange, OwnedIds, PromptTemplates
 from keyproxy.process.terms import build_gateway, build_terms
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.last_used import LastUsed
@@ -245,8 +245,9 @@ class Bench:
         self.log.start()
         self.recorder = Recorder(self.log, lambda rows: self.usage.take(rows))
         self.gateway = build_gateway(
-            settings, self.routes, identities=identities, ledger=self.ledger, claims=claims, now=clock.now
-        )
+            settings, self.routes, identities=identities, owned_ids=OwnedIds(), templates=PromptTemplates(),
+            ledger=self.ledger, claims=claims, now=clock.now,
+        )  # fmt: skip
         deadlines = Deadlines(loop, clock.monotonic)
         pool = UpstreamPool(
             "http://127.0.0.1:9",

@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from keyproxy.ai.access.judged_request import JudgedRequest
 from keyproxy.ai.metered_request import MeteredRequest
 from keyproxy.ai.responses.meter import Meter
+from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.http.forwarding import Forwarding
 from keyproxy.http.idempotency_key import Fingerprint
@@ -31,7 +33,6 @@ from keyproxy.model import (
     ResponseHead,
     Route,
     TimeBudget,
-    TokenUse,
 )
 from keyproxy.mypyc_compat import mypyc_attr
 from keyproxy.reasons import Reason, Refusal
@@ -229,6 +230,9 @@ class Exchange:
     #: On metered routes: what the request reserves, and the meter of its response.
     metered: MeteredRequest | None = None
     meter: Meter | None = None
+
+    #: On routes that judge models, categories or namespaces: the values that the request is judged by.
+    judged: JudgedRequest | None = None
 
     #: What it holds of limits of concurrency before it has a permit.
     slots: Hold | None = None

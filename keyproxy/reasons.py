@@ -123,6 +123,20 @@ class Reason(enum.Enum):
         "Route not allowed",
         "No route of this proxy matches the method and path.",
     )
+    MODEL_NOT_ALLOWED = ProblemSpec(
+        "model_not_allowed",
+        403,
+        Blame.CALLER,
+        "Model not allowed",
+        "The API key may not use a model that the request names.",
+    )
+    NAMESPACE_FORBIDDEN = ProblemSpec(
+        "namespace_forbidden",
+        403,
+        Blame.CALLER,
+        "Namespace forbidden",
+        "The request names an id that does not belong to the caller.",
+    )
     PROMPT_CATEGORY_NOT_ALLOWED = ProblemSpec(
         "prompt_category_not_allowed",
         403,

@@ -28,7 +28,7 @@ _EXTENSION_TOKENS: Final = 256
 
 def read(exchange: Exchange, head: RequestHead, metered: MeteredRequest) -> None:
     """Read what a request needs. Raises Missing until its body has arrived and is read."""
-    if metered.collects(head):
+    if metered.collects:
         if not exchange.is_complete:
             raise Missing("body", lambda _patience: exchange.whole_body())
         if metered.has_begun or not metered.reads_at_once(head, exchange.body):
@@ -43,7 +43,7 @@ def _reading(exchange: Exchange, head: RequestHead, metered: MeteredRequest) -> 
 
 def is_read_at_once(exchange: Exchange, head: RequestHead, metered: MeteredRequest) -> bool:
     """Whether reading the body is as cheap as checking whether a limit refuses the request."""
-    if not metered.collects(head):
+    if not metered.collects:
         return True
     return exchange.is_complete and metered.reads_at_once(head, exchange.body)
 
@@ -69,12 +69,15 @@ def write_body(exchange: Exchange, metered: MeteredRequest) -> bool:
 
 def finish_body(exchange: Exchange, head: RequestHead, metered: MeteredRequest) -> None:
     """Set the header lines that go upstream, and release what was kept of the body."""
+    judgement = None if exchange.judged is None else exchange.judged.judgement
     if metered.uses_tokens:
         fields, length = head.fields, None
         if metered.edits and not fields.is_chunked:
             length = len(exchange.body)
         block = for_metering(head.block, accepts_codings=fields.accepts_codings, content_length=length)
-        exchange.block = block + metered.model_line
+        exchange.block = block + (metered.model_line if judgement is None or judgement.model is None else b"")
+    if judgement is not None:
+        exchange.block = (head.block if exchange.block is None else exchange.block) + judgement.lines
     metered.forget_content()
 
 
@@ -94,11 +97,10 @@ def charge(exchange: Exchange, metered: MeteredRequest) -> tuple[int, int]:
     # A tunnel has no end that could be missing.
     was_sent = exchange.was_sent_whole or metered.is_tunnel
     charged = metered.charge(_end(exchange), status=status, use=use, was_sent_whole=was_sent)
-    tokens = charged.tokens
-    exchange.token_use = tokens.use
+    used = exchange.token_use = charged.tokens.use
     exchange.is_estimated = charged.is_estimated
-    exchange.cost_micros = metered.cost(tokens, None if use is None else use.model)
-    return charged.total, exchange.cost_micros
+    cost_micros = exchange.cost_micros = metered.cost(used, None if use is None else use.model)
+    return used.total, cost_micros
 
 
 def _end(exchange: Exchange) -> ResponseEnd:

@@ -15,6 +15,7 @@ from keyproxy.ai.model_source import ModelSource
 from keyproxy.ai.models import ModelTable
 from keyproxy.ai.requests.request_reading import BodyBounds
 from keyproxy.ai.reservation import TokenRules
+from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.ai.route_rules import RouteRules
 from keyproxy.auth import credentials
 from keyproxy.auth.api_key import KeyFormat, SecretKey
@@ -25,7 +26,7 @@ from keyproxy.limits.lease_sync import LeaseSync, Short
 from keyproxy.limits.lease_table import LeaseTable
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
-from keyproxy.model import NEVER, Ending, Identity, KeyDigest, Missing, Moment, TokenUse
+from keyproxy.model import NEVER, Ending, Identity, KeyDigest, Missing, Moment
 from keyproxy.ports import Exchange, Identities, Ledger, OwnedIds, PromptTemplates, Recorder
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.parsing.head_cache import RequestReader

@@ -23,6 +23,8 @@ PUBLIC_STATUSES = {
     "expectation_failed": 417,
     "insufficient_scope": 403,
     "route_not_allowed": 403,
+    "model_not_allowed": 403,
+    "namespace_forbidden": 403,
     "prompt_category_not_allowed": 403,
     "rate_limited": 429,
     "concurrency_limited": 429,

@@ -13,8 +13,8 @@ from typing import Final
 from keyproxy.ai.charge import Charge, Reserved, ResponseEnd, charge_of
 from keyproxy.ai.dialects.endpoint import DialectEndpoint
 from keyproxy.ai.dialects.table import TOKENLESS, endpoint_of
-from keyproxy.ai.model_source import candidates_of, named_models
-from keyproxy.ai.models import Candidates, PricedUse, recorded_name
+from keyproxy.ai.models import Candidates
+from keyproxy.ai.request_models import NO_MODELS, RequestModels
 from keyproxy.ai.requests.body_edit import cap_member, edited, edits_of, is_digested, pieces
 from keyproxy.ai.requests.inflation import Deflation
 from keyproxy.ai.requests.request_facts import RequestFacts
@@ -28,10 +28,12 @@ from keyproxy.ai.reservation import (
     tunnel_need,
 )
 from keyproxy.ai.responses.meter import ResponseUse
-from keyproxy.ai.responses.usage_objects import UsageReport
+from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.ai.route_rules import RouteRules
+from keyproxy.ai.scanning.request_parts import RequestParts
 from keyproxy.limits import allowance
 from keyproxy.model import RequestHead
+from keyproxy.mypyc_compat import mypyc_attr
 from keyproxy.reasons import Reason, Refusal
 
 _NO_NEED: Final = TokenNeed(0, 0, 0)
@@ -40,17 +42,19 @@ _NO_NEED: Final = TokenNeed(0, 0, 0)
 _AT_ONCE_BYTES: Final = 65_536
 
 
+@mypyc_attr(acyclic=True)
 class MeteredRequest:
     """What one request reserves, and what it is charged.
 
-    `is_tunnel`: it opens one. `is_read`: its needs are known. `model`: its name in records, empty without one. `need`:
-    the tokens to reserve. `output`: those of it that are reserved for output, with all extensions. `cap`: the inserted
-    maximum, 0 for none. `asks_for_usage`: the request for the stream's usage is inserted, so the client must not see it.
+    `is_tunnel`: it opens one. `is_read`: its needs are known. `need`: the tokens to reserve. `output`: those of it that
+    are reserved for output, with all extensions. `cap`: the inserted maximum, 0 for none. `choices`: the number of
+    alternatives that it asks for. `asks_for_usage`: the request for the stream's usage is inserted, so the client must
+    not see it.
     """
 
     __slots__ = (
-        "_deflation", "_facts", "_is_digested", "_reading", "asks_for_usage", "candidates", "cap", "endpoint", "is_read",
-        "is_tunnel", "model", "models", "need", "output", "rules",
+        "_deflation", "_facts", "_is_collected", "_is_digested", "_models", "_reading", "_thinking", "asks_for_usage",
+        "cap", "choices", "endpoint", "form_model", "is_read", "is_tunnel", "need", "output", "rules",
     )  # fmt: skip
 
     def __init__(self, rules: RouteRules, head: RequestHead) -> None:
@@ -61,14 +65,17 @@ class MeteredRequest:
             rules.dialect.usual if self.is_tunnel else endpoint_of(rules.dialect, line.method, line.path)
         )
         self.is_read = self.endpoint is TOKENLESS
+        self._is_collected: Final = is_collected(head.fields)
         self.need = _NO_NEED
-        self.candidates: Candidates = rules.candidates_of(None)
-        self.model = ""
-        #: The names by which limits select the request: of all models that may serve it.
-        self.models: tuple[str, ...] = ()
+        #: The model that a multipart form names, if the route reads it there.
+        self.form_model: str | None = None
         self.output = 0
         self.cap = 0
+        self.choices = 1
         self.asks_for_usage = False
+        self._models: RequestModels = NO_MODELS
+        #: The stated budget for reasoning.
+        self._thinking: int | None = None
         self._is_digested = False
         self._facts: RequestFacts | None = None
         self._reading: RequestReading | None = None
@@ -81,9 +88,10 @@ class MeteredRequest:
         """Whether the endpoint uses any."""
         return self.endpoint is not TOKENLESS
 
-    def collects(self, head: RequestHead) -> bool:
+    @property
+    def collects(self) -> bool:
         """Whether the body has to be complete before it is forwarded."""
-        return not (self.is_tunnel or self.is_read) and is_collected(head.fields)
+        return self._is_collected and not (self.is_tunnel or self.is_read)
 
     def reads_at_once(self, head: RequestHead, body: bytes) -> bool:
         """Whether the reading of a complete body is not worth a wait."""
@@ -99,7 +107,7 @@ class MeteredRequest:
         if self.is_tunnel:
             self._judge_tunnel(head)
             return True
-        if is_collected(head.fields):
+        if self._is_collected:
             reading = self._reading
             if reading is None:
                 reading = self._reading = RequestReading(self.rules.reading, self.endpoint, head.fields, body)
@@ -117,31 +125,46 @@ class MeteredRequest:
 
     def _judge_tunnel(self, head: RequestHead) -> None:
         facts = RequestFacts(self.rules.dialect, self.endpoint, 0)
-        self._name_models(head, facts)
+        self._models = self.rules.models_of(head, facts, self.form_model)
         self.is_read = True
 
     def _judge(self, head: RequestHead, facts: RequestFacts) -> None:
-        self._name_models(head, facts)
-        self._is_digested = is_digested(head.block)
+        self._models = self.rules.models_of(head, facts, self.form_model)
+        self.choices, self._thinking = facts.multiplier, facts.thinking
+        may_be_edited = facts.lacks_usage or facts.maximum is None
+        self._is_digested = may_be_edited and is_digested(head.block)
         self.asks_for_usage = facts.lacks_usage and facts.parts is not None and not self._is_digested
         self.is_read = True
 
-    def _name_models(self, head: RequestHead, facts: RequestFacts) -> None:
-        rules = self.rules
-        path, _, query = head.line.target.partition(b"?")
-        value = rules.source_value(head) if rules.source.kind in ("path", "header") else None
-        named = named_models(rules.source, rules.dialect, facts, path=path, query=query, value=value)
-        if not named.others and not facts.alternatives:
-            self.candidates = rules.candidates_of(rules.models.find(named.model))
-        else:
-            self.candidates = candidates_of(rules.models, named, facts.alternatives)
-        self.model = recorded_name(self.candidates.model, named.model)
-        names = [self.model] if self.model else []
-        for row, sent in zip(self.candidates.models[1:], facts.alternatives, strict=True):
-            name = recorded_name(row, sent)
-            if name not in names:
-                names.append(name)
-        self.models = tuple(names)
+    @property
+    def candidates(self) -> Candidates:
+        """The models that may serve it."""
+        return self._models.candidates
+
+    @property
+    def model(self) -> str:
+        """The name of its model in records, empty without one."""
+        return self._models.model
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names by which limits select it: of all models that may serve it."""
+        return self._models.names
+
+    @property
+    def model_line(self) -> bytes:
+        """The header line with the configured name of its model; empty without one, or if it may be another."""
+        return self._models.line
+
+    @property
+    def content(self) -> bytes:
+        """The inflated body, while it is kept."""
+        return b"" if self._reading is None else self._reading.content
+
+    @property
+    def parts(self) -> RequestParts | None:
+        """The scan of the body, while it is kept; None if it is not JSON."""
+        return None if self._reading is None else self._reading.parts
 
     @property
     def depends_on_plan(self) -> bool:
@@ -163,7 +186,7 @@ class MeteredRequest:
             try:
                 need = need_of(facts, rules.tokens, candidates, cap=cap, tokens_per_request=tokens_per_request)
             except MaximumRequiredError:
-                raise self._maximum_required() from None
+                raise self._maximum_required(facts) from None
         self.need = need
         self.output = need.output_most
         return allowance.Need(
@@ -173,9 +196,12 @@ class MeteredRequest:
             route=rules.name, models=self.models, is_priced=candidates.is_priced,
         )  # fmt: skip
 
-    def _maximum_required(self) -> Refusal:
+    def _maximum_required(self, facts: RequestFacts) -> Refusal:
         names = " or ".join([f"'{path[-1]}'" for path in self.endpoint.maximums])
-        return Refusal(Reason.OUTPUT_MAXIMUM_REQUIRED, caller_text=f"Set {names}.", field=self.endpoint.maximums[0][-1])
+        place = "" if facts.parts is not None else " in a body that is a JSON object"
+        return Refusal(
+            Reason.OUTPUT_MAXIMUM_REQUIRED, caller_text=f"Set {names}{place}.", field=self.endpoint.maximums[0][-1]
+        )
 
     # -- what it may use
 
@@ -228,40 +254,21 @@ class MeteredRequest:
         self._deflation = Deflation(pieces(reading.content, edits), reading.bits)
         return None
 
-    @property
-    def model_line(self) -> bytes:
-        """The header line with the configured name of the model; empty without one, or if another may be used instead."""
-        candidates = self.candidates
-        if candidates.model is None or len(candidates.models) > 1:
-            return b""
-        return b"%b%b\r\n" % (self.rules.model_field, candidates.model.name.encode("ascii"))
-
     def forget_content(self) -> None:
-        """Release the body."""
+        """Release the body, once the request is reserved and its edits are made."""
         self._reading = self._deflation = None
-        if self._facts is not None:
-            self._facts.forget_content()
+        self._facts = None
 
     # -- its response
 
-    @property
-    def choices(self) -> int:
-        """The number of alternatives that it asks for."""
-        return 1 if self._facts is None else self._facts.multiplier
-
     def charge(self, end: ResponseEnd, *, status: int | None, use: ResponseUse | None, was_sent_whole: bool) -> Charge:
         """What the request is charged. See `charge_of`."""
-        facts, need = self._facts, self.need
-        reasoning = 0 if facts is None else reasoning_reservation(facts, self.candidates, self.output)
+        need, reasoning = self.need, reasoning_reservation(self.candidates, self.output, self._thinking, self.choices)
         reserved = Reserved(
             self.endpoint.kind, need.tokens_in, self.output, reasoning=reasoning, is_tunnel=self.is_tunnel
         )
         return charge_of(reserved, end, status=status, use=use, was_sent_whole=was_sent_whole)
 
-    def cost(self, tokens: UsageReport, response_model: str | None) -> int:
+    def cost(self, use: TokenUse, response_model: str | None) -> int:
         """What these tokens cost, in micro-units."""
-        use = PricedUse(
-            tokens.tokens_in, tokens.tokens_out,
-            cached=tokens.cached, cache_write=tokens.cache_write, reasoning=tokens.reasoning,
-        )  # fmt: skip
         return self.candidates.cost(use, response_model)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from typing import Final, NamedTuple
-from urllib.parse import unquote_to_bytes
 
+from keyproxy.ai.access.counted_names import CountedNames, counted_pairs
 from keyproxy.ai.dialects.endpoint import Dialect
 from keyproxy.ai.dialects.table import model_in_path
 from keyproxy.ai.models import Candidates, Model, ModelTable
@@ -19,8 +19,6 @@ _KINDS: Final = ("json", "path", "query", "header", "form")
 _MEMBER_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 _FIELD_NAME: Final = re.compile(r"[A-Za-z0-9-]{1,64}")
 
-#: A query with the model in it is short.
-_PAIRS_MAX: Final = 1_000
 _MODEL: Final = "model"
 
 
@@ -38,11 +36,23 @@ class ModelSource(NamedTuple):
         return self.name if self.kind == "json" else ""
 
 
-class Named(NamedTuple):
+class Named:
     """The models of a request's single places. `model`: of the route's source."""
 
-    model: str | None
-    others: tuple[str, ...] = ()
+    __slots__ = ("model", "others")
+
+    def __init__(self, model: str | None, others: tuple[str, ...] = ()) -> None:
+        self.model: Final = model
+        self.others: Final = others
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Named) and (self.model, self.others) == (other.model, other.others)
+
+    def __hash__(self) -> int:
+        return hash((self.model, self.others))
+
+    def __repr__(self) -> str:
+        return f"Named({self.model!r}, {self.others})"
 
 
 def parse_model_source(text: str) -> ModelSource:
@@ -71,7 +81,7 @@ def named_models(
     `value`: of the source, for `path`, `header` and `form`, which the caller reads. Raises a Refusal
     (REQUEST_MALFORMED) for a query with two models.
     """
-    in_json = _json_model(facts)
+    in_json = json_model(facts)
     in_path = model_in_path(dialect, path)
     in_query = query_value(query, _MODEL) if query else None
     model: str | None
@@ -86,6 +96,8 @@ def named_models(
             model = in_json if in_json is not None else in_path
         case _:
             model = value
+    if (in_json is None or in_json == model) and in_path is None and in_query is None:
+        return Named(model)
     others = [other for other in (in_json, in_path, in_query) if other is not None and other != model]
     return Named(model, tuple(others))
 
@@ -108,24 +120,10 @@ def query_value(query: bytes, name: str) -> str | None:
 
     Raises a Refusal if it occurs twice, or in a spelling that some servers take for it.
     """
-    pairs = re.split(rb"[&;]", query, maxsplit=_PAIRS_MAX)
-    if len(pairs) > _PAIRS_MAX:
-        raise malformed(f"The query has more than {_PAIRS_MAX} parameters.")
-    found: str | None = None
-    for pair in pairs:
-        raw_name, _, raw_value = pair.partition(b"=")
-        given = _decoded(raw_name)
-        if given == name and found is None:
-            found = _decoded(raw_value)
-        elif re.split(r"[\0\[]", given)[0].strip().casefold() == name.casefold():
-            raise malformed(f"The query parameter '{name}' appears twice or in another spelling.", name)
-    return found
+    return counted_pairs(query, CountedNames((name,)), "query").get(name)
 
 
-def _decoded(raw: bytes) -> str:
-    return unquote_to_bytes(raw.replace(b"+", b" ")).decode("utf-8", "replace")
-
-
-def _json_model(facts: RequestFacts) -> str | None:
+def json_model(facts: RequestFacts) -> str | None:
+    """Return the model that the request's JSON names where the dialects have it; None without one."""
     value = None if facts.parts is None else facts.parts.values.get(_MODEL)
     return value if isinstance(value, str) else None

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from keyproxy.ai.responses.token_use import TokenUse
+
 _MILLION: Final = 1_000_000
 
 #: A name of a model as sent that may appear in records.
@@ -31,7 +33,7 @@ class Price:
     cache_write: int
     reasoning: int
 
-    def cost(self, use: PricedUse) -> int:
+    def cost(self, use: TokenUse) -> int:
         """The cost of a request in micro-units, rounded up."""
         cached, written, reasoned = use.cached, use.cache_write, use.reasoning
         total = max(0, use.tokens_in - cached - written) * self.input + cached * self.cached_input
@@ -50,22 +52,6 @@ class Price:
         if price == 0:
             return None if left >= 0 else 0
         return max(0, left // price)
-
-
-class PricedUse:
-    """The tokens of a request by price. `cached` and `cache_write` are parts of `tokens_in`, `reasoning` of
-    `tokens_out`."""
-
-    __slots__ = ("cache_write", "cached", "reasoning", "tokens_in", "tokens_out")
-
-    def __init__(
-        self, tokens_in: int, tokens_out: int, *, cached: int = 0, cache_write: int = 0, reasoning: int = 0
-    ) -> None:
-        self.tokens_in: Final = tokens_in
-        self.tokens_out: Final = tokens_out
-        self.cached: Final = cached
-        self.cache_write: Final = cache_write
-        self.reasoning: Final = reasoning
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,14 +153,18 @@ class Candidates:
                     least = found
         return least
 
-    def cost(self, use: PricedUse, response_model: str | None = None) -> int:
+    def cost(self, use: TokenUse, response_model: str | None = None) -> int:
         """What the use costs: at the price of the model that the response names, if it is one of several; else of the
         dearest."""
         if len(self.models) > 1 and response_model is not None:
             for model in self.models:
                 if model is not None and (model.name == response_model or response_model in model.aliases):
                     return 0 if model.price is None else model.price.cost(use)
-        return max([0 if one is None or one.price is None else one.price.cost(use) for one in self.models])
+        dearest = 0
+        for model in self.models:
+            if model is not None and model.price is not None:
+                dearest = max(dearest, model.price.cost(use))
+        return dearest
 
 
 def _largest(numbers: list[int]) -> int:

@@ -116,14 +116,14 @@ def need_of(
     if kind is EndpointClass.NONE:
         return TokenNeed(0, 0, 0)
     tokens_in = _input_tokens(facts, rules, candidates)
-    refers = bool(facts.reference)
+    refers, is_blank = bool(facts.reference), facts.input_override == 0 and facts.parts is None
     visible = 0 if refers else tokens_in
     if kind is EndpointClass.READS:
         output = TokenNeed(tokens_in, 0, 0)
     elif facts.maximum is not None:
         output = _stated(facts, candidates, facts.maximum, tokens_in)
-    elif facts.input_override == 0 and facts.parts is None and facts.dialect.usual.maximums:
-        output = TokenNeed(0, 0, 0)  # without a body the APIs produce nothing
+    elif is_blank and kind is not EndpointClass.GENERATES and facts.dialect.usual.maximums:
+        output = TokenNeed(0, 0, 0)  # an action, such as a cancellation
     else:
         can_insert = facts.parts is not None and cap != REFUSE
         if kind is EndpointClass.GENERATES and cap != OFF and not can_insert:
@@ -145,20 +145,18 @@ def tunnel_need(rules: TokenRules, tokens_per_request: int | None) -> TokenNeed:
     return TokenNeed(rules.unknown_input_max if tokens_per_request is None else tokens_per_request, 0, 0)
 
 
-def reasoning_reservation(facts: RequestFacts, candidates: Candidates, output: int) -> int:
+def reasoning_reservation(candidates: Candidates, output: int, thinking: int | None, multiplier: int) -> int:
     """The reasoning to charge for a stream that is aborted: the stated budget, else all of the output's reservation."""
     if not candidates.reasons:
         return 0
-    if facts.thinking is None:
-        return output
-    return min(output, multiplied(facts.thinking, facts.multiplier))
+    return output if thinking is None else min(output, multiplied(thinking, multiplier))
 
 
 def _input_tokens(facts: RequestFacts, rules: TokenRules, candidates: Candidates) -> int:
     if facts.reference:
         return candidates.context_tokens_max or rules.unknown_input_max
     if facts.input_override is not None:
-        return facts.input_override
+        return facts.input_override or (_REQUEST_TOKENS if facts.endpoint.kind is EndpointClass.GENERATES else 0)
     tokens = _media_tokens(facts, candidates)
     if facts.has_tools:
         tokens += facts.dialect.tools_tokens

@@ -13,7 +13,7 @@ from typing import Any, Final
 from keyproxy.ai import prompts
 from keyproxy.ai.categories import Category
 from keyproxy.ai.models import Model
-from keyproxy.config import addresses, categories, token_settings, value_checks
+from keyproxy.config import addresses, bind_settings, categories, token_settings, value_checks
 from keyproxy.config.categories import CategoryKeys
 from keyproxy.config.token_settings import Money, Tokens
 from keyproxy.config.value_checks import Check, one_of, within
@@ -202,6 +202,7 @@ class RouteRow:
     cap: str = _setting("", one_of(*token_settings.CAPS))
     cap_field: str = _setting("", token_settings.cap_field_fault)
     idempotency: str = _setting("once", one_of(*token_settings.IDEMPOTENCY))
+    binds: list[dict[str, str]] = _setting([], bind_settings.binds_fault)
     prompt: str = _setting("", one_of("", *prompts.SHAPES))
     category: OneOrMany = _setting([], categories.category_fault)
     unregistered: str = _setting("", categories.unregistered_fault)
@@ -292,6 +293,13 @@ def cross_checks(settings: Settings) -> list[str]:
     wrong += token_settings.conflicts(
         settings.tokens, [(row.match, row.tokens, row.model, row.cap, row.cap_field) for row in settings.routes]
     )
+    wrong += [
+        f"routes[{number}].{fault}"
+        for number, row in enumerate(settings.routes, start=1)
+        for fault in bind_settings.place_faults(
+            row.match, bind_settings.read_binds(row.binds), settings.identity.header_prefix
+        )
+    ]
     wrong += categories.conflicts(
         settings.categories,
         [CategoryKeys(row.prompt, row.category, row.unregistered) for row in settings.routes],

@@ -22,6 +22,7 @@ from keyproxy.limits.allowance import Allowance, Bundle, Hold, Need
 from keyproxy.limits.lease import Lease
 from keyproxy.limits.lease_binding import LeaseBinding
 from keyproxy.limits.lease_sync import LeaseShortage, LeaseSync, Short
+from keyproxy.limits.ledger_protocol import SPEND
 from keyproxy.reasons import Reason, Refusal
 
 
@@ -228,7 +229,7 @@ class LeaseTable:
         wanted = [(lease, tokens) for lease in meters.token_leases] + [(lease, spend) for lease in meters.spend_windows]
         short = [LeaseShortage(lease, units, units) for lease, units in wanted if lease.free < units or not is_valid]
         if short and not self.is_lenient:
-            self._refuse_or_request(short, meters.leases, now_mono)
+            self._refuse_or_request(short, meters.leases, now_mono, hold)
         return hold
 
     def _continued(self, hold: Hold, now_mono: float) -> Hold:
@@ -344,13 +345,18 @@ class LeaseTable:
         if lease.free < lease.low:
             self._reviews.make_urgent(lease)
 
-    def _refuse_or_request(self, short: Sequence[LeaseShortage], leases: Sequence[Lease], now_mono: float) -> None:
-        """Raise a Refusal if the ledger just refused one of them, else Short."""
+    def _refuse_or_request(
+        self, short: Sequence[LeaseShortage], leases: Sequence[Lease], now_mono: float, extended: Hold | None = None
+    ) -> None:
+        """Raise a Refusal if the ledger just refused one of them, else Short. `extended`: the hold that needs them."""
         refused = [need for need in short if need.most and need.lease.is_refused(need.least, now_mono)]
         if refused:
             # The limit with the longest wait: after it, the other limits admit the request too.
-            need = max(refused, key=lambda one: one.lease.retry_mono)
-            raise refusals.refusal(need.lease, need.least, now_mono, leases)
+            lease, least, _ = max(refused, key=lambda one: one.lease.retry_mono)
+            if extended is not None and not lease.is_rate:
+                # What it holds already is part of what it needs: its own reservation does not refuse it.
+                least += extended.spend if lease.window.measure in SPEND else extended.tokens
+            raise refusals.refusal(lease, least, now_mono, leases)
         raise Short(short)
 
 

@@ -47,15 +47,21 @@ class _Selection:
     __slots__ = ("_beginning", "_limits", "until_mono")
 
     def __init__(self, leases: Sequence[Lease], now_mono: float) -> None:
-        self._beginning = _beginning(tuple([lease.policy for lease in leases]))
         nearest = sorted(leases, key=_nearness)[:REPORTED_MAX]
-        self._limits = [(lease, _reset_parameter(lease, now_mono)) for lease in nearest]
+        keys = [b"%b;r=" % lease.policy.key for lease in nearest]
+        ends = [b", " + key for key in keys[1:]] + [b"\r\n"]
+        self._beginning = _beginning(tuple([lease.policy for lease in leases])) + keys[0]
+        self._limits = [
+            (lease, _reset_parameter(lease, now_mono) + end) for lease, end in zip(nearest, ends, strict=True)
+        ]
         self.until_mono = now_mono + _KEPT_SECONDS
 
     def lines(self) -> bytes:
         """Return the lines with the current remaining amounts."""
-        items = [b"%b;r=%d%b" % (lease.policy.key, lease.remaining, reset) for lease, reset in self._limits]
-        return b"%b%b\r\n" % (self._beginning, b", ".join(items))
+        lines = self._beginning
+        for lease, text in self._limits:
+            lines = b"%b%d%b" % (lines, lease.remaining, text)
+        return lines
 
 
 def state(lease: Lease, now_mono: float) -> LimitState:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
+from keyproxy import limit_state
 from keyproxy.limit_state import LimitState
 from keyproxy.limits.lease import Lease
 from keyproxy.limits.ledger_protocol import CONCURRENCY, REQUESTS, SPEND, TOKENS
@@ -54,31 +55,36 @@ def never_fits(lease: Lease, need: int, now_mono: float, leases: Sequence[Lease]
         Reason.SPEND_LIMIT_PER_REQUEST if lease.window.measure in SPEND else Reason.TOKEN_LIMIT_PER_REQUEST,
         limit=state(lease, now_mono),
         applied=[state(other, now_mono) for other in leases],
-        caller_text=f"The request needs {need} {_unit(lease)}; {whole}.",
+        caller_text=f"The request needs {_amount(need, _unit(lease))}; {whole}.",
         limit_reason=LimitReason.NEVER_FITS,
     )
 
 
 def exceeds_limit_per_request(bound: LimitState, need: int, now_mono: float, leases: Sequence[Lease]) -> Refusal:
     """Build the refusal of a request that needs more than the plan allows per request."""
-    is_spend = bound.policy.unit != "tokens"
-    unit = "micro-units" if is_spend else "tokens"
+    is_spend = bound.policy.unit != limit_state.TOKENS
+    most = _amount(need, limit_state.MONEY if is_spend else limit_state.TOKENS)
     return Refusal(
         Reason.SPEND_LIMIT_PER_REQUEST if is_spend else Reason.TOKEN_LIMIT_PER_REQUEST,
         limit=bound,
         applied=[bound, *(state(other, now_mono) for other in leases)],
-        caller_text=f"The request may use up to {need} {unit}; the plan allows {bound.remaining} per request.",
+        caller_text=f"The request may use up to {most}; the plan allows {bound.remaining} per request.",
         limit_reason=LimitReason.NEVER_FITS,
     )
 
 
 def _unit(lease: Lease) -> str:
-    return "micro-units" if lease.window.measure in SPEND else "tokens"
+    return limit_state.MONEY if lease.window.measure in SPEND else limit_state.TOKENS
+
+
+def _amount(number: int, unit: str) -> str:
+    """A number with its unit: `1 token`, `2 tokens`."""
+    return f"{number} {unit.removesuffix('s') if number == 1 else unit}"
 
 
 def _caller_text(lease: Lease, need: int, *, is_held: bool) -> str:
     held = " Requests in flight reserve what is left." if is_held else ""
-    return f"The request may use up to {need} {_unit(lease)}.{held}"
+    return f"The request may use up to {_amount(need, _unit(lease))}.{held}"
 
 
 def _held_seconds(now_mono: float) -> int:

@@ -45,6 +45,8 @@ _HIDDEN: Final = "***"
 #: A shorter credential cannot be a key, and may be part of a word.
 _CREDENTIAL_BYTES_MIN: Final = 6
 
+_NO_TOKENS: Final = b',"tokens_in":null,"tokens_out":null,"tokens_cached":null,"tokens_reasoning":null'
+
 _OK: Final = "ok"
 _CLIENT_ERROR: Final = 400
 _SERVER_ERROR: Final = 500
@@ -146,10 +148,13 @@ class AccessLog:
         line = exchange.refused_line if head is None else head.line
         if line is not None and line.holds_key:
             line = None
-        key = (line, exchange.identity, exchange.status, route, code)
+        metered = exchange.metered
+        model = None if metered is None else exchange.model
+        categories = exchange.categories
+        key = (line, exchange.identity, exchange.status, route, code, model, categories)
         alike = self._alike.get(key)
         if alike is None:
-            alike = _alike(line, exchange.identity, exchange.status, labels=row[1:])
+            alike = _alike(line, exchange.identity, exchange.status, labels=row[1:], model=model, categories=categories)
             if head is not None or line is None:  # a refused line does not come again as this object
                 self._remember(key, alike)
         client = b"" if exchange.peer is None else exchange.peer.client_address(head)
@@ -168,8 +173,7 @@ class AccessLog:
             upstream_seconds,
             exchange.bytes_in,
             exchange.bytes_out,
-            (b',"category":null' if exchange.categories is None else _category(exchange.categories))
-            + (b"" if exchange.metered is None else _tokens(exchange, exchange.metered))
+            (b"" if metered is None else _tokens(exchange, metered))
             + (b"" if exchange.reason is None else _why(exchange, head)),
         )
 
@@ -189,27 +193,23 @@ def _portions(lines: bytes) -> Iterator[bytes]:
     yield lines[start:]
 
 
-def _category(categories: tuple[tuple[str, str], ...]) -> bytes:
-    """The part of a log line with the categories of the prompt."""
-    return b',"category":' + orjson.dumps(sorted({name for name, _ in categories}))
-
-
 def _tokens(exchange: Exchange, metered: MeteredRequest) -> bytes:
     """The part of a log line about a request on a metered route."""
-    model, use = exchange.model, exchange.token_use
-    line = b',"model":%b' % (orjson.dumps(model) if model else b"null")
+    use, cap = exchange.token_use, b"%d" % metered.cap if metered.cap else b"null"
     if use is None:
-        line += b',"tokens_in":null,"tokens_out":null,"tokens_cached":null,"tokens_reasoning":null'
-    else:
-        line += b',"tokens_in":%d,"tokens_out":%d,"tokens_cached":%d,"tokens_reasoning":%d' % (
-            use.tokens_in, use.tokens_out, use.cached, use.reasoning,
-        )  # fmt: skip
-    return line + b',"tokens_reserved":%d,"output_cap":%b,"cost_micros":%d,"estimated":%b' % (
-        metered.tokens_reserved,
-        b"%d" % metered.cap if metered.cap else b"null",
-        exchange.cost_micros,
-        b"true" if exchange.is_estimated else b"false",
-    )
+        return b'%b,"tokens_reserved":%b,"output_cap":%b,"cost_micros":0,"estimated":false' % (
+            _NO_TOKENS,
+            # A refused request may have been read, and reserves nothing.
+            b"null" if exchange.permit is None else b"%d" % metered.tokens_reserved,
+            cap,
+        )
+    return (
+        b',"tokens_in":%d,"tokens_out":%d,"tokens_cached":%d,"tokens_reasoning":%d,"tokens_reserved":%d,'
+        b'"output_cap":%b,"cost_micros":%d,"estimated":%b'
+    ) % (
+        use.tokens_in, use.tokens_out, use.cached, use.reasoning, metered.tokens_reserved,
+        cap, exchange.cost_micros, b"true" if exchange.is_estimated else b"false",
+    )  # fmt: skip
 
 
 def _why(exchange: Exchange, head: RequestHead | None) -> bytes:
@@ -230,8 +230,19 @@ def _scrubbed(detail: str, head: RequestHead | None) -> str:
     return detail if len(detail) <= _DETAIL_CHARACTERS_MAX else detail[:_DETAIL_CHARACTERS_MAX] + "…"
 
 
-def _alike(line: RequestLine | None, identity: Identity | None, status: int, *, labels: tuple[str, str, str]) -> bytes:
-    """The part of a log line that similar requests share, as JSON members."""
+def _alike(
+    line: RequestLine | None,
+    identity: Identity | None,
+    status: int,
+    *,
+    labels: tuple[str, str, str],
+    model: str | None,
+    categories: tuple[tuple[str, str], ...] | None,
+) -> bytes:
+    """The part of a log line that similar requests share, as JSON members.
+
+    `model`: None on a route without metering. `categories`: None on a route that does not judge them.
+    """
     route, mode, code = labels
     path = "" if line is None else line.path.decode("ascii", "replace")
     content = {
@@ -244,5 +255,8 @@ def _alike(line: RequestLine | None, identity: Identity | None, status: int, *, 
         "user": None if identity is None else identity.user_id,
         "key_id": None if identity is None else identity.key_id,
         "mode": mode,
+        "category": None if categories is None else sorted({name for name, _ in categories}),
     }
+    if model is not None:
+        content["model"] = model or None
     return orjson.dumps(content)[1:-1] + b","

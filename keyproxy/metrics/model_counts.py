@@ -6,7 +6,7 @@ from typing import Final
 
 from keyproxy.ai.metered_request import MeteredRequest
 from keyproxy.ai.models import OTHER
-from keyproxy.model import TokenUse
+from keyproxy.ai.responses.token_use import TokenUse
 
 #: The values of the label `kind`. Cached and stored tokens are parts of `in`, reasoning is a part of `out`.
 KINDS: Final = ("in", "out", "cached", "cache_write", "reasoning")

@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from keyproxy import ports
+from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.metrics.access_log import AccessLog, LabelledExchange
 from keyproxy.metrics.model_counts import ModelCounts
-from keyproxy.model import COMPLETED, Ending, TokenUse
+from keyproxy.model import COMPLETED, Ending
 from keyproxy.ports import Exchange
 
 NO_ROUTE: Final = "none"

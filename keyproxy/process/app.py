@@ -161,7 +161,10 @@ class Proxy:
         routes = settings.route_table()
         # Records keep the names of configured models, and of a bounded number of others.
         store.usage.model_names = ModelNames([model.name for model in settings.models])
-        gateway = build_gateway(settings, routes, identities=store.identities, ledger=store.ledger, claims=store.claims)
+        gateway = build_gateway(
+            settings, routes, identities=store.identities, owned_ids=store.owned_ids, templates=store.templates,
+            ledger=store.ledger, claims=store.claims, patterns=self._patterns,
+        )  # fmt: skip
         self._gateways.append(gateway)
         return build_terms(settings, routes, gateway, upstreams, tls=tls)
 

@@ -15,6 +15,7 @@ import pytest
 
 from keyproxy.admin.endpoint_table import ADDRESSES
 from keyproxy.admin.service import ENDPOINTS
+from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.cli import remote
 from keyproxy.cli.output import AdminApiUnavailable
@@ -22,7 +23,6 @@ from keyproxy.cli.remote.admin_client import AdminClient, Denied
 from keyproxy.cli.remote.remote_directory import RemoteDirectory
 from keyproxy.cli.remote.remote_usage import RemoteUsage
 from keyproxy.config.schema import Settings, Usage
-from keyproxy.model import TokenUse
 from keyproxy.platform import clock
 from keyproxy.store.directory.directory import (
     AuditFilter,

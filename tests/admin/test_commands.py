@@ -14,9 +14,9 @@ import asyncpg
 import orjson
 import pytest
 
+from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.cli import main
 from keyproxy.config.schema import Usage
-from keyproxy.model import TokenUse
 from keyproxy.platform import clock
 from keyproxy.store.usage.journal import UsageJournal
 from tests import fakes

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keyproxy.ai.models import Candidates, Model, ModelTable, PricedUse, price_of, recorded_name
+from keyproxy.ai.models import Candidates, Model, ModelTable, price_of, recorded_name
+from keyproxy.ai.responses.token_use import TokenUse
 
 GPT = price_of(2_500_000, 10_000_000, cached_input=1_250_000)
 MODEL = Model("gpt-4o", ("gpt-4o-2024-11-20",), price=GPT)
@@ -17,14 +18,14 @@ MODEL = Model("gpt-4o", ("gpt-4o-2024-11-20",), price=GPT)
 @pytest.mark.parametrize(
     ("use", "cost"),
     [
-        (PricedUse(13, 9), 123),
-        (PricedUse(1_000, 200, cached=600), 3_750),
-        (PricedUse(0, 0), 0),
-        (PricedUse(1, 0), 3),
-        (PricedUse(2, 0), 5),
+        (TokenUse(13, 9), 123),
+        (TokenUse(1_000, 200, cached=600), 3_750),
+        (TokenUse(0, 0), 0),
+        (TokenUse(1, 0), 3),
+        (TokenUse(2, 0), 5),
     ],
 )
-def test_a_request_costs_the_figures_of_the_design(use: PricedUse, cost: int) -> None:
+def test_a_request_costs_the_figures_of_the_design(use: TokenUse, cost: int) -> None:
     assert Candidates(MODEL).cost(use) == cost
 
 
@@ -51,7 +52,7 @@ def test_a_cost_is_the_exact_sum_rounded_up_once_and_within_its_reservation(
 ) -> None:  # fmt: skip
     price = price_of(p_in, p_out, cached_input=p_cached, cache_write=p_write, reasoning=p_reason)
     assert price is not None
-    use = PricedUse(plain + cached + written, shown + reasoned, cached=cached, cache_write=written, reasoning=reasoned)
+    use = TokenUse(plain + cached + written, shown + reasoned, cached=cached, cache_write=written, reasoning=reasoned)
     exact = Fraction(plain * p_in + cached * p_cached + written * p_write + shown * p_out + reasoned * p_reason, 10**6)
     assert price.cost(use) == -(-exact.numerator // exact.denominator)
     if p_cached <= max(p_in, p_write):
@@ -111,11 +112,11 @@ def test_alternatives_reserve_at_the_dearest_price() -> None:
 def test_a_response_is_charged_at_the_price_of_the_model_it_names_or_of_the_dearest(
     response_model: str | None, cost: int
 ) -> None:
-    assert Candidates(CHEAP, (DEAR, MODEL)).cost(PricedUse(100, 0), response_model) == cost
+    assert Candidates(CHEAP, (DEAR, MODEL)).cost(TokenUse(100, 0), response_model) == cost
 
 
 def test_the_response_s_name_changes_nothing_without_alternatives() -> None:
-    assert Candidates(DEAR).cost(PricedUse(100, 0), "cheap") == 500
+    assert Candidates(DEAR).cost(TokenUse(100, 0), "cheap") == 500
 
 
 @pytest.mark.parametrize(
@@ -132,5 +133,5 @@ def test_numbers_of_several_models_are_the_largest_unless_one_is_unknown(
 def test_a_model_without_price_costs_nothing() -> None:
     candidates = Candidates(Model("free"))
     assert not candidates.is_priced
-    assert (candidates.cost(PricedUse(9, 9)), candidates.reservation(9, 9)) == (0, 0)
+    assert (candidates.cost(TokenUse(9, 9)), candidates.reservation(9, 9)) == (0, 0)
     assert candidates.affordable_output(9, 0) is None

@@ -227,7 +227,19 @@ def test_a_body_into_which_no_cap_can_be_inserted_needs_a_maximum() -> None:
         need_of(facts(b"[1,2]"), RULES, UNLISTED)
     with pytest.raises(MaximumRequiredError):
         need_of(facts(b"a prompt", given=fields(b"text/plain")), RULES, UNLISTED)
-    assert reserved(facts(b"")) == (0, 0)
+
+
+@pytest.mark.parametrize("body", [b"", b" \r\n"])
+def test_an_empty_body_reserves_like_any_other_into_which_no_cap_can_be_inserted(body: bytes) -> None:
+    with pytest.raises(MaximumRequiredError):
+        need_of(facts(body), RULES, UNLISTED)
+    uncapped = need_of(facts(body), RULES, UNLISTED, cap=OFF)
+    assert (uncapped.tokens_in, uncapped.output_most) == (3, 4_096)
+
+
+@pytest.mark.parametrize("path", [b"/v1/responses/resp_1/cancel", b"/v1/embeddings", b"/v1/images/edits"])
+def test_an_empty_body_on_an_endpoint_that_does_not_generate_text_reserves_nothing(path: bytes) -> None:
+    assert reserved(facts(b"", "openai", path)) == (0, 0)
 
 
 # -- content that is not in the request
@@ -266,7 +278,8 @@ def test_an_aborted_stream_of_a_reasoning_model_is_charged_its_reasoning(
 ) -> None:
     members = {} if thinking is None else {"thinking": {"budget_tokens": thinking}}
     found = facts({**HELLO, "max_tokens": 8_192, **members}, "anthropic")
-    assert reasoning_reservation(found, Candidates(Model("m", reasons=reasons)), 8_192) == tokens
+    candidates = Candidates(Model("m", reasons=reasons))
+    assert reasoning_reservation(candidates, 8_192, found.thinking, found.multiplier) == tokens
 
 
 @given(st.integers(0, 10**6), st.integers(0, 100), st.integers(1, 10), st.integers(0, 10_000), st.integers(16, 10_000))

@@ -138,6 +138,18 @@ def test_slices_of_a_string_have_the_estimate_of_the_whole_wherever_it_is_cut(
     assert estimate.tokens() == estimate_of(parts)
 
 
+@given(st.lists(st.one_of(texts.map(str.encode), st.binary(max_size=40)), max_size=6), st.binary(max_size=6))
+@example([b"aB", b"BB", b"b7 ", b"\t1"], b"")
+@example([b"a\xff", b"A \xff 1"], b"\xe0")
+@example([b"a" * 9, b"b" * 9, b"C" * 14], b"C")
+def test_bytes_and_counts_give_the_same_estimate_of_anything(pieces: list[bytes], rest: bytes) -> None:
+    bytewise, by_counts = TextEstimate(), TextEstimate()
+    for piece in [*pieces, rest]:
+        bytewise.add_bytewise(piece)
+        by_counts.add_by_counts(piece)
+        assert bytewise.quarters == by_counts.quarters
+
+
 @pytest.mark.parametrize("run", ["a", "A", "1", " ", "aB", "가", "😀", "ab1 "])
 def test_a_long_string_is_estimated_as_if_it_were_counted_at_once(run: str) -> None:
     text = run * 100_001

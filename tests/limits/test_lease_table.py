@@ -10,7 +10,7 @@ from keyproxy.limits.lease_table import LeaseTable
 from keyproxy.limits.ledger_protocol import Pool, Window
 from keyproxy.limits.ledger_rules import WindowAccount
 from keyproxy.limits.plan import Plan
-from keyproxy.reasons import Reason, Refusal
+from keyproxy.reasons import LimitReason, Reason, Refusal
 from tests.reference_ledger import ReferenceLedger
 
 LEASE_SECONDS = 10.0
@@ -540,10 +540,37 @@ def test_an_extension_holds_more_until_the_budget_is_gone(fleet: Fleet, process:
     process.lease_sync.mark_exhausted(short_of_more.value, process.now)
     with pytest.raises(Refusal) as refused:
         process.table.extend(hold, 1, process.now)
-    assert (refused.value.reason, refused.value.is_held) == (Reason.TOKEN_BUDGET_EXHAUSTED, True)
+    assert (refused.value.reason, refused.value.limit_reason) == (Reason.TOKEN_BUDGET_EXHAUSTED, LimitReason.SPENT)
+    assert refused.value.caller_text == "The request may use up to 101 tokens."
     process.used(hold, tokens=100)
     process.leave()
     assert fleet.row("tokens_per_day").spent == 100
+
+
+@pytest.mark.parametrize(
+    ("used", "in_flight", "extension", "reason"),
+    [(0, 60, 61, LimitReason.SPENT), (0, 60, 60, LimitReason.HELD), (1, 59, 60, LimitReason.SPENT),
+     (1, 59, 59, LimitReason.HELD), (60, 0, 1, LimitReason.SPENT)],
+)  # fmt: skip
+def test_an_extension_is_held_if_it_fits_once_other_requests_release_their_reservations_and_spent_otherwise(
+    process: Process, used: int, in_flight: int, extension: int, reason: LimitReason
+) -> None:
+    """Its own reservation is not one that it could wait for."""
+    allowance = under(Plan(tokens_per_day=100))
+    hold = process.take(allowance, Need(40, 40))
+    if in_flight:
+        process.take(allowance, Need(in_flight, in_flight))
+    if used:
+        process.used(process.take(allowance, Need(used, used)), tokens=used)
+        process.sync()
+    with pytest.raises(Short) as short:
+        process.table.extend(hold, extension, process.now)
+    process.lease_sync.request(short.value)
+    process.sync(everything=False)
+    process.lease_sync.mark_exhausted(short.value, process.now)
+    with pytest.raises(Refusal) as refused:
+        process.table.extend(hold, extension, process.now)
+    assert refused.value.limit_reason is reason
 
 
 @pytest.mark.parametrize("what_ends", ["the day", "the holder"])

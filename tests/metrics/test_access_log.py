@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.config.schema import Log
 from keyproxy.http import headers
 from keyproxy.http.forwarding import TrustRule
 from keyproxy.http.headers import FieldNames
+from keyproxy.http.routes import ANY_ROUTE
 from keyproxy.metrics.access_log import AccessLog
-from keyproxy.model import COMPLETED, Ending, RequestHead, TokenUse
+from keyproxy.model import COMPLETED, Ending, Grant, Permit, RequestHead
 from keyproxy.ports import Exchange
 from keyproxy.reasons import Reason
 from keyproxy.wire.parsing.head_beginnings import refused_line
@@ -307,6 +309,32 @@ def test_a_metered_request_that_was_not_forwarded_has_no_tokens_and_the_reason(l
     line = line_of(logged, one)
     assert (line["model"], line["tokens_in"], line["output_cap"], line["cost_micros"]) == (None, None, None, 0)
     assert (line["policy"], line["reason"]) == ("user.tokens_per_day", "held")
+    assert line["tokens_reserved"] is None
+
+
+def test_a_metered_request_that_failed_after_its_reservation_is_logged_with_it(logged: Logged) -> None:
+    one = ended(head_of(), reason=Reason.UPSTREAM_UNREACHABLE)
+    one.metered = fakes.metered_request()
+    one.permit = Permit(Grant(fakes.identity(), ANY_ROUTE))
+    line = line_of(logged, one)
+    assert (line["tokens_in"], line["tokens_reserved"], line["cost_micros"], line["estimated"]) == (
+        None,
+        4_096,
+        0,
+        False,
+    )
+
+
+def test_requests_alike_but_for_their_model_are_logged_with_their_own(logged: Logged) -> None:
+    head, rows = head_of(), []
+    for name in ("gpt-4o", "", "other", "gpt-4o"):
+        one = ended(head)
+        one.metered, one.model = fakes.metered_request(), name
+        rows.append(row(one))
+    logged.log.write([*rows, row(ended(head))])
+    lines = logged.lines()
+    assert [line["model"] for line in lines[:4]] == ["gpt-4o", None, "other", "gpt-4o"]
+    assert "model" not in lines[4]
 
 
 @pytest.mark.parametrize(

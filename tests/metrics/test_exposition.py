@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from keyproxy.admin.listener import traffic
 from keyproxy.admin.metrics_page import ADMIN_METRICS, AdminScrape, StoreFigures
 from keyproxy.admin.service import ENDPOINTS
+from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.config.schema import LedgerSettings, RouteRow
 from keyproxy.limits.allowance import Allowance, Bundle, Hold
 from keyproxy.limits.lease_sync import LeaseSync, Short
@@ -28,7 +29,7 @@ from keyproxy.metrics.exposition import PROCESS_METRICS, Catalogue
 from keyproxy.metrics.fleet import Fleet
 from keyproxy.metrics.metric import Combine, Metric, MetricKind
 from keyproxy.metrics.recorder import Histogram, Recorder
-from keyproxy.model import COMPLETED, Ending, Grant, Permit, Route, TokenUse
+from keyproxy.model import COMPLETED, Ending, Grant, Permit, Route
 from keyproxy.platform import clock
 from keyproxy.ports import Exchange
 from keyproxy.process.proxy_metrics import (

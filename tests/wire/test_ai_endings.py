@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-from keyproxy.model import Ending, TokenUse
+from keyproxy.ai.responses.token_use import TokenUse
+from keyproxy.model import Ending
 from keyproxy.wire.usage_reads import NOT_REPORTED, REPORTED, TIMED_OUT
 from tests import fakes
 from tests.rawhttp import Client, Message, Upstream

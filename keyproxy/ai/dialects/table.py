@@ -41,6 +41,7 @@ _SLASHES: Final = re.compile(rb"/{2,}")
 
 #: Paths contain models and ids, so the memory of earlier lookups is bounded, by entries and by their size.
 _remembered: Final[dict[tuple[str, bytes], DialectEndpoint]] = {}
+_models: Final[dict[tuple[str, bytes], str | None]] = {}
 _REMEMBERED_MAX: Final = 4_096
 _REMEMBERED_BYTES_MAX: Final = 256
 
@@ -64,6 +65,20 @@ def endpoint_of(dialect: Dialect, method: bytes, path: bytes) -> DialectEndpoint
 
 def model_in_path(dialect: Dialect, path: bytes) -> str | None:
     """Return the model that a path names, decoded; None if it names none, or not in UTF-8."""
+    if not dialect.model_paths:
+        return None
+    key = (dialect.name, path)
+    if key in _models:
+        return _models[key]
+    found = _model(dialect, path)
+    if len(path) <= _REMEMBERED_BYTES_MAX:
+        if len(_models) >= _REMEMBERED_MAX:
+            _models.clear()
+        _models[key] = found
+    return found
+
+
+def _model(dialect: Dialect, path: bytes) -> str | None:
     for pattern in dialect.model_paths:
         match = pattern.match(path)
         if match is not None:

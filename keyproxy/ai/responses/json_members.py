@@ -20,6 +20,8 @@ from typing import Final
 
 import orjson
 
+from keyproxy.ai.json_characters import INSIDE
+
 #: A longer value is not read.
 VALUE_BYTES_MAX: Final = 8192
 
@@ -27,13 +29,14 @@ VALUE_BYTES_MAX: Final = 8192
 _VALUES_MAX: Final = 256
 _STEPS_MAX: Final = 8_192
 
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_CONTENT: Final = INSIDE + rb"*+(?:\\." + INSIDE + rb"*+)*+"
+_STRING = re.compile(rb'"' + _CONTENT + rb'"', re.DOTALL)
 #: Everything up to the first unterminated string. Found first: searching on inside such a string would be quadratic.
-_WHOLE = re.compile(rb'[^"]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^"]*+)*+', re.DOTALL)
+_WHOLE = re.compile(rb'[^"]*+(?:"' + _CONTENT + rb'"[^"]*+)*+', re.DOTALL)
 #: The rest of a string that began in an earlier piece, up to its closing quote, which is excluded.
-_STRING_REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
+_STRING_REST = re.compile(_CONTENT, re.DOTALL)
 #: Strings, and what is between them, up to the next bracket.
-_STRINGS: Final = re.compile(rb'(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^"\[\]{}]*+)++', re.DOTALL)
+_STRINGS: Final = re.compile(rb'(?:"' + _CONTENT + rb'"[^"\[\]{}]*+)++', re.DOTALL)
 _SPACE: Final = re.compile(rb"[ \t\r\n]*+")
 _NUMBER: Final = re.compile(rb"[-+.0-9eE]++")
 _UNREADABLE: Final = object()

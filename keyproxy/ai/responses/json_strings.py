@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from keyproxy.ai.json_characters import INSIDE
 from keyproxy.ai.responses.produced_text import MEDIA_MEMBERS, base64_bytes, media_tokens
 from keyproxy.ai.text_estimate import QUARTERS, SEPARATOR, TextEstimate, json_text
 
@@ -21,7 +22,7 @@ _SPACES_MAX: Final = 64
 _MEDIA_KEYS: Final = tuple([b'"%b"' % name.encode() for name in MEDIA_MEMBERS])
 
 #: The content of a string, of whole escapes.
-_CONTENT: Final = rb'(?:[^"\\]++|\\u[^"\\]{4}|\\[^u]|\\u(?=[^"\\]{0,3}["\\]))*+'
+_CONTENT: Final = rb"(?:%b++|\\u%b{4}|\\[^u]|\\u(?=%b{0,3}[\"\\]))*+" % (INSIDE, INSIDE, INSIDE)
 _COLON: Final = rb"[ \t\r\n]{0,%d}+:" % _SPACES_MAX
 _MEDIA_NAME: Final = (
     rb'"(?:'
@@ -36,7 +37,7 @@ _STRINGS: Final = re.compile(rb'"(' + _CONTENT + rb'"(?:' + _COLON + rb")?)", re
 _MEDIA: Final = re.compile(_MEDIA_NAME + rb'"(' + _CONTENT + rb')"|"' + _CONTENT + rb'"', re.DOTALL)
 _REST: Final = re.compile(_CONTENT, re.DOTALL)
 #: Everything up to the first unterminated string.
-_WHOLE: Final = re.compile(rb'[^"]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^"]*+)*+', re.DOTALL)
+_WHOLE: Final = re.compile(rb'[^"]*+(?:"%b*+(?:\\.%b*+)*+"[^"]*+)*+' % (INSIDE, INSIDE), re.DOTALL)
 _MEDIA_BEFORE: Final = re.compile(_MEDIA_NAME + rb"\Z")
 _BEFORE_BYTES: Final = 2 * _SPACES_MAX + 32
 _IS_MEDIA: Final = re.compile(rb".*" + _MEDIA_NAME, re.DOTALL)

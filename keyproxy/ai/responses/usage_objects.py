@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from keyproxy.ai.dialects.endpoint import MemberPath, UsageFields
-from keyproxy.model import TokenUse
+from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.mypyc_compat import mypyc_attr
 
 #: A larger number is not credible, and would overflow the sums.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from keyproxy.ai.scanning.json_grammar import CONTROLS, Utf8
+from keyproxy.ai.scanning.json_grammar import Utf8
 from keyproxy.mypyc_compat import mypyc_attr
 
 _PIECE_BYTES: Final = 65_536
@@ -62,12 +62,11 @@ class Density:
 
 
 class EncodingCheck:
-    """Checks that a document is UTF-8, in portions. `is_on_one_line`: it has no control characters so far."""
+    """Checks that a document is UTF-8, in portions."""
 
-    __slots__ = ("_at", "_content", "_utf8", "is_on_one_line")
+    __slots__ = ("_at", "_content", "_utf8")
 
     def __init__(self, content: bytes) -> None:
-        self.is_on_one_line = True
         self._content: Final = content
         self._utf8: Final = Utf8()
         self._at = 0
@@ -81,6 +80,5 @@ class EncodingCheck:
             return 0
         if not self._utf8.takes(piece):
             raise JsonError("it is not UTF-8")
-        self.is_on_one_line = self.is_on_one_line and len(piece.translate(None, CONTROLS)) == len(piece)
         self._at += len(piece)
         return len(piece)

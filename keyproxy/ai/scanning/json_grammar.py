@@ -8,46 +8,25 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from keyproxy.ai.json_characters import VALID
+
 _SPACE_PATTERN: Final = rb"[ \t\r\n]*+"
 _CHARACTERS_PATTERN: Final = (
-    rb'(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u(?:[0-9a-cefA-CEF][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2}'
+    rb"(?:" + VALID + rb'++|\\(?:["\\/bfnrt]|u(?:[0-9a-cefA-CEF][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2}'
     rb"|[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})))*+"
 )
-_STRING_PATTERN: Final = rb'"' + _CHARACTERS_PATTERN + rb'"'
 _PLAIN_PATTERN: Final = rb"(?>-?+(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][+-]?+[0-9]++)?+|true|false|null)"
-
-
-def _nested(value: bytes) -> bytes:
-    """A pattern for a value, or an array or object of such values."""
-    space, member = _SPACE_PATTERN, _STRING_PATTERN + _SPACE_PATTERN + rb":" + _SPACE_PATTERN + value + _SPACE_PATTERN
-    array = rb"\[%b(?:%b%b(?:,%b%b%b)*+)?+\]" % (space, value, space, space, value, space)
-    members = rb"\{%b(?:%b(?:,%b%b)*+)?+\}" % (space, member, space, member)
-    return rb"(?>%b|%b|%b)" % (value, array, members)
-
-
-_SIMPLE_PATTERN: Final = rb"(?>" + _STRING_PATTERN + rb"|" + _PLAIN_PATTERN + rb"|\[\]|\{\})"
-#: Elements of an array, each followed by its comma. With one level more, some documents take three times as long.
-RUN: Final = re.compile(rb"(?:%b%b%b,)*+" % (_SPACE_PATTERN, _nested(_SIMPLE_PATTERN), _SPACE_PATTERN))
 SPACE: Final = re.compile(_SPACE_PATTERN)
 CHARACTERS: Final = re.compile(_CHARACTERS_PATTERN)
 PLAIN: Final = re.compile(_PLAIN_PATTERN)
 #: The characters of numbers and literals.
 WORD: Final = re.compile(rb"[-+.0-9A-Za-z]*+")
-#: Characters that strings may not contain.
-CONTROLS: Final = bytes(range(0x20))
-NAME: Final = re.compile(rb'"(' + _CHARACTERS_PATTERN + rb')"')
-COLON: Final = re.compile(_SPACE_PATTERN + rb":")
-
-
-_VALUE_PATTERN: Final = rb'(?>"(%b)"|(%b))' % (_CHARACTERS_PATTERN, _PLAIN_PATTERN)
-#: A member of an object. Groups: the name; a string, or a number or literal, and the comma that follows; or the opening
-#: bracket of its value.
-MEMBER: Final = re.compile(
-    rb'%b"(%b)"%b:%b(?>%b%b(?:(,)|(?=\}))|([{\[]))'
-    % (_SPACE_PATTERN, _CHARACTERS_PATTERN, _SPACE_PATTERN, _SPACE_PATTERN, _VALUE_PATTERN, _SPACE_PATTERN)
-)
-#: An element of an array. Groups: as of a member, without the name.
-ELEMENT: Final = re.compile(rb"%b(?>%b%b(?:(,)|(?=\]))|([{\[]))" % (_SPACE_PATTERN, _VALUE_PATTERN, _SPACE_PATTERN))
+#: Characters that stand in a string as escapes, and the character of escapes.
+SPECIAL: Final = bytes(range(0x20)) + b"\\"
+#: A string, with its characters in the group.
+STRING: Final = re.compile(rb'"(' + _CHARACTERS_PATTERN + rb')"')
+#: A string, or the beginning of one and all that follows: no quote is tried twice.
+STRINGS: Final = re.compile(rb'"(' + _CHARACTERS_PATTERN + rb')(?:"|.*+)', re.DOTALL)
 #: Numbers in an array, each followed by its comma.
 NUMBERS: Final = re.compile(
     rb"(?:%b-?+(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][+-]?+[0-9]++)?+%b,)*+" % (_SPACE_PATTERN, _SPACE_PATTERN)

@@ -29,10 +29,10 @@ class PendingText:
         self._long: list[tuple[int, int, bool]] = []
         self._long_at = -1
 
-    def add_name(self, name: bytes) -> None:
-        """Note a decoded name."""
-        self._short.append(name)
-        self.pending_bytes += len(name)
+    def add_decoded(self, text: bytes) -> None:
+        """Note a short decoded text."""
+        self._short.append(text)
+        self.pending_bytes += len(text)
 
     def add(self, start: int, end: int) -> None:
         """Note a string, by where its characters stand."""

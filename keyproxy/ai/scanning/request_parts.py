@@ -18,7 +18,7 @@ from keyproxy.ai.scanning.member_meanings import (
     REFERENCE,
     TOOLS,
 )
-from keyproxy.ai.scanning.member_scope import Slot
+from keyproxy.ai.scanning.member_scope import NO_SCOPE, MemberScope, Name
 from keyproxy.ai.scanning.open_frame import Frame
 from keyproxy.ai.scanning.pending_text import PendingText
 
@@ -26,6 +26,8 @@ from keyproxy.ai.scanning.pending_text import PendingText
 _KEPT_BYTES_MAX: Final = 1_024
 
 _BACKSLASH: Final = 0x5C
+_MINUS: Final = 0x2D
+_NINE: Final = 0x39
 
 #: Stands for a longer string.
 TOO_LONG: Final = "\0"
@@ -60,21 +62,35 @@ class RequestParts:
 
     # -- events of the scan
 
-    def note_slot(self, slot: Slot) -> None:
-        """A member that counts begins. Raises DoubledNameError."""
-        if slot.path in self.values:
-            raise DoubledNameError(slot.path)
-        self.values[slot.path] = []
-
-    def note_plain(self, slot: Slot, start: int, end: int) -> None:
-        """A number or literal is the value of a member that counts."""
-        self.values[slot.path] = self.content[start : min(end, start + _KEPT_BYTES_MAX)]
-        self.spans[slot.path] = (start, end)
-
-    def note_string(self, frame: Frame, start: int, end: int) -> None:
-        """A string is the value of the current member, or an element."""
-        slot = frame.slot
+    def note_name(self, frame: Frame, known: Name, name: bytes) -> None:
+        """A member begins. `name`: decoded. Raises DoubledNameError."""
+        frame.is_empty = False
+        frame.meaning = known.meaning
+        frame.slot = slot = known.slot
         if slot is not None:
+            if frame.seen & slot.bit:
+                raise DoubledNameError(slot.path)
+            frame.seen |= slot.bit
+            if slot.is_kept:
+                self.values[slot.path] = []
+        if frame.counts_names:
+            self.text.add_decoded(name)
+
+    def note_plain(self, frame: Frame, start: int, end: int) -> None:
+        """A number or literal is the value of the current member, or an element."""
+        frame.is_empty = False
+        slot = frame.slot
+        if slot is not None and slot.is_kept:
+            self.values[slot.path] = self.content[start : min(end, start + _KEPT_BYTES_MAX)]
+            self.spans[slot.path] = (start, end)
+        elif not frame.is_object and _MINUS <= self.content[start] <= _NINE:
+            self.array_numbers += 1
+
+    def note_string(self, frame: Frame, start: int, end: int, decoded: bytes | None) -> None:
+        """A string is the value of the current member, or an element. `decoded`: None: it may have escapes."""
+        frame.is_empty = False
+        slot = frame.slot
+        if slot is not None and slot.is_kept:
             self.values[slot.path] = self._kept(start, end)
             self.spans[slot.path] = (start - 1, end + 1)
         if not frame.is_object:
@@ -84,14 +100,28 @@ class RequestParts:
                 return
         elif frame.meaning and self.media.is_medium(frame, start, end):
             return
-        self.text.add(start, end)
+        if decoded is None:
+            self.text.add(start, end)
+        else:
+            self.text.add_decoded(decoded)
 
-    def open_frame(self, parent: Frame | None, start: int, *, is_object: bool) -> Frame:
-        """An array or object begins."""
+    def open_frame(self, parent: Frame | None, start: int, scope: MemberScope, *, is_object: bool) -> Frame:
+        """An array or object begins. `scope`: of the document."""
         if parent is None:
-            return Frame(start, 0, NO_MEANING, None, is_object=is_object)
+            frame = Frame(start, 0, NO_MEANING, None, is_object=is_object)
+            frame.scope = scope if is_object else scope.each or NO_SCOPE
+            if is_object:
+                self.is_object = True
+                self.opening = start
+            return frame
+        parent.is_empty = False
         own = parent.meaning if parent.is_object else NO_MEANING
-        frame = Frame(start, parent.depth + 1, own, parent.slot, is_object=is_object)
+        slot = parent.slot
+        frame = Frame(start, parent.depth + 1, own, slot, is_object=is_object)
+        if slot is not None or not parent.is_object:
+            inner = parent.scope if slot is None else slot.scope
+            if inner is not None:
+                frame.scope = inner if is_object else inner.each or NO_SCOPE
         frame.counts_names = parent.counts_names or own in (NAMED, TOOLS)
         if not parent.is_object:
             if not is_object:
@@ -107,7 +137,7 @@ class RequestParts:
     def close_frame(self, frame: Frame, parent: Frame | None, end: int) -> None:
         """An array or object ends."""
         slot = frame.own_slot
-        if slot is not None and parent is not None and parent.is_object and parent.slot is slot:
+        if slot is not None and slot.is_kept and parent is not None and parent.is_object and parent.slot is slot:
             self.values[slot.path] = {} if frame.is_object else []
             self.spans[slot.path] = (frame.start, end)
             if frame.is_empty:

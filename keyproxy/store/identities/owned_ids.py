@@ -17,7 +17,7 @@ from typing import Final, NamedTuple, TypeVar
 
 import cachetools
 
-from keyproxy.auth.object_ids import is_object_id
+from keyproxy.ai.access.object_ids import is_object_id
 from keyproxy.config.schema import Cache
 from keyproxy.model import Missing, Moment
 from keyproxy.ports import OwnedIds

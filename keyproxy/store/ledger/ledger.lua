@@ -318,9 +318,11 @@ local function judged(window, line, alive)
 end
 
 -- Pass a refusal on to PostgreSQL if the request needs more than is not spent: it writes the alert of a limit that is used up.
+-- More tokens or money than the limit never fit; a limit of 0 requests is used up.
 local function note_refusal(window, line)
     local limit, least = line[BOUND] + window[CREDITED], line[AT_LEAST]
-    if least <= limit and least > limit - window[SPENT] - window[OTHERS_SPENT] and window[NEED] == 0
+    local may_fit = least <= limit or (least == 1 and string.sub(window[MEASURE], 1, 9) == 'requests_')
+    if may_fit and least > limit - window[SPENT] - window[OTHERS_SPENT] and window[NEED] == 0
         and since(window[REFUSED_AT]) >= TOLD_SECONDS
     then
         window[NEED], window[LEAST], window[REFUSED_AT], window[IS_URGENT] = least, least, now, true

@@ -1,12 +1,14 @@
 -- All statements of the data plane and the control plane, by name. Parameters are asyncpg's.
 --
 -- name: identities_by_digest
--- The identities of the keys with the given digests, one row per known key. One query serves a batch of keys.
--- Needs: api_keys (digest), api_keys (replaces), users (id), tenants (id).
+-- The identities of the keys with the given digests, one row per known key. One query serves a batch of keys. The function
+-- is called for keys with roles or a ceiling only.
+-- Needs: api_keys (digest), api_keys (replaces), users (id), tenants (id), roles (id).
 SELECT
     k.digest,
     k.id AS key_id,
-    k.scopes,
+    CASE WHEN k.roles = '{}' AND u.roles IS NULL AND t.roles IS NULL THEN k.scopes
+         ELSE keyproxy.effective_scopes(k.scopes, k.roles, u.roles, t.roles) END AS scopes,
     k.is_test,
     extract(epoch FROM k.expires_at)::float8 AS expires_wall_seconds,
     k.revoked_at IS NOT NULL AS is_revoked,

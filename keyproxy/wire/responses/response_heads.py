@@ -75,14 +75,14 @@ def client_lines(response: ResponseHead, exchange: Exchange, server: ServerConte
         limits = permit.limit_headers(now)
         if limits and response.fields.states_limits:
             block = headers.without_limits(block)
-        block += limits
+        block = block + limits
     if identity is not None and identity.retiring_field is not None:
-        block += identity.retiring_header(server.wall())
+        block = block + identity.retiring_header(server.wall())
     metered = exchange.metered
     if metered is not None and metered.uses_tokens:
-        block += b"X-Keyproxy-Tokens-Reserved: %d\r\n" % metered.tokens_reserved
+        block = b"%bX-Keyproxy-Tokens-Reserved: %d\r\n" % (block, metered.tokens_reserved)
         if metered.cap:
-            block += b"X-Keyproxy-Output-Cap: %d\r\n" % metered.cap
+            block = b"%bX-Keyproxy-Output-Cap: %d\r\n" % (block, metered.cap)
     return block
 
 

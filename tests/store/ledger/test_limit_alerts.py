@@ -90,6 +90,25 @@ async def test_first_refusal_of_what_is_not_left_writes_the_alert_of_100(
     assert [percentage for percentage, *_ in await alerts(sql)] == reached
 
 
+@pytest.mark.parametrize("measure", ["requests_per_minute", "requests_per_day", "requests_per_month"])
+async def test_first_refusal_under_a_limit_of_zero_requests_writes_the_alert_of_100(
+    ledger: PostgresLedger, sql: Sql, measure: str
+) -> None:
+    await ledger.sync("a", 1, [line(1, window(measure), limit=0)])
+    assert await alerts(sql) == []
+    await ledger.sync("a", 2, [line(1, window(measure), limit=0, want=5, at_least=1)])
+    await ledger.sync("a", 3, [line(1, window(measure), limit=0, want=5, at_least=1)])
+    assert await alerts(sql) == [(100, 0, 0)]
+
+
+@pytest.mark.parametrize("measure", ["tokens_per_day", "spend_per_day"])
+async def test_request_that_never_fits_a_limit_of_zero_writes_no_alert(
+    ledger: PostgresLedger, sql: Sql, measure: str
+) -> None:
+    await ledger.sync("a", 1, [line(1, window(measure), limit=0, want=5, at_least=1)])
+    assert await alerts(sql) == []
+
+
 async def test_windows_without_calendar_and_spent_ones_of_zero_write_no_alert_by_themselves(
     ledger: PostgresLedger, sql: Sql
 ) -> None:

@@ -333,6 +333,16 @@ async def test_refusal_because_units_are_spent_writes_the_alert_of_a_window_that
     assert await granted(ledger, "b", 4, want=5, at_least=5) == 5
 
 
+async def test_first_refusal_under_a_limit_of_zero_requests_writes_the_alert_of_100(
+    ledger: RedisLedger, sql: Sql
+) -> None:
+    replies = await ledger.sync("a", 1, [line(1, window("requests_per_day"), limit=0, want=5)])
+    assert replies is not None
+    assert replies[0].granted == 0
+    await until_row(sql, "SELECT 1 FROM keyproxy.limit_alerts")
+    assert await alerted(sql) == [(100, 0, 0)]
+
+
 async def test_refusals_of_a_spent_window_send_postgresql_one_message_in_half_a_minute(
     ledger: RedisLedger, sql: Sql
 ) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import orjson
 import pytest
 
+from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.config.schema import Usage
-from keyproxy.model import Identity, RequestFields, RequestHead, RequestLine, TokenUse
+from keyproxy.model import Identity, RequestFields, RequestHead, RequestLine
 from keyproxy.ports import Exchange
 from keyproxy.reasons import Reason
 from keyproxy.store.postgres.database import Database, Row, StoreUnavailable

@@ -10,8 +10,8 @@ from typing import Any
 import asyncpg
 import pytest
 
+from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.config.schema import Usage
-from keyproxy.model import TokenUse
 from keyproxy.reasons import Reason
 from keyproxy.store.postgres.database import Database
 from keyproxy.store.usage import usage_queries

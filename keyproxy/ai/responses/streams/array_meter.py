@@ -11,6 +11,7 @@ import re
 from typing import Final
 
 from keyproxy.ai.dialects.endpoint import StreamFormat
+from keyproxy.ai.json_characters import INSIDE
 from keyproxy.ai.responses.meter import Meter
 from keyproxy.ai.responses.streams.stream_reading import EVENT_BYTES_MAX, StreamReading
 
@@ -20,8 +21,8 @@ _STEPS_MAX: Final = 16_384
 _ELEMENTS_MAX: Final = 1_024
 
 #: Up to the next bracket, or the string that does not end here.
-_TO_BRACKET: Final = re.compile(rb'(?:[^"{}\[\]]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
-_STRING_REST: Final = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
+_TO_BRACKET: Final = re.compile(rb'(?:[^"{}\[\]]++|"(?:' + INSIDE + rb'++|\\.)*+")*+', re.DOTALL)
+_STRING_REST: Final = re.compile(rb"(?:" + INSIDE + rb"++|\\.)*+", re.DOTALL)
 _OPENING: Final = b"{["
 _ARRAY: Final = ord("[")
 _QUOTE: Final = ord('"')

@@ -14,6 +14,7 @@ from typing import Final
 import orjson
 
 from keyproxy.ai.dialects.endpoint import Dialect, DialectEndpoint, EndpointClass
+from keyproxy.ai.json_characters import ON_LINE
 from keyproxy.ai.responses.json_members import MemberScanner
 from keyproxy.ai.responses.json_strings import StringCounter
 from keyproxy.ai.responses.produced_text import MEDIA_MEMBERS, ProducedText
@@ -25,7 +26,7 @@ EVENT_BYTES_MAX: Final = 262_144
 #: Scanned at a time, which bounds the copies.
 _SLICE_BYTES: Final = 65_536
 
-_VALUE: Final = rb'"[ \t]*+:[ \t]*+"(?!")([^"\\\r\n]*+(?:\\[^\r\n][^"\\\r\n]*+)*+)"'
+_VALUE: Final = rb'"[ \t]*+:[ \t]*+"(?!")(' + ON_LINE + rb"*+(?:\\[^\r\n]" + ON_LINE + rb'*+)*+)"'
 _NEVER: Final = re.compile(rb"(?!)")
 
 

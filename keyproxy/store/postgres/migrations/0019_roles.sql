@@ -36,6 +36,43 @@ CREATE INDEX api_keys_roles ON keyproxy.api_keys USING gin (roles) WHERE roles <
 CREATE INDEX users_roles ON keyproxy.users USING gin (roles) WHERE roles IS NOT NULL;
 CREATE INDEX tenants_roles ON keyproxy.tenants USING gin (roles) WHERE roles IS NOT NULL;
 
+-- The scopes of roles: what a ceiling allows. Null: there is no ceiling.
+CREATE FUNCTION keyproxy.scopes_of_roles(roles text[]) RETURNS text[] LANGUAGE sql STABLE PARALLEL SAFE AS $$
+    SELECT CASE WHEN roles IS NOT NULL THEN ARRAY(
+        SELECT DISTINCT pg_catalog.unnest(r.scopes) COLLATE "C" AS scope FROM keyproxy.roles AS r WHERE r.id = ANY (roles)
+        ORDER BY scope
+    ) END
+$$;
+
+-- What a key may do: its scopes and those of its roles, as far as the ceilings of its user and its tenant allow them.
+-- plpgsql keeps the plans of these statements, so that a batch of lookups does not pay for starting them where no key has
+-- roles. It has no settings of its own, which each call would apply and reset; all names are qualified instead.
+CREATE FUNCTION keyproxy.effective_scopes(scopes text[], key_roles text[], user_roles text[], tenant_roles text[])
+RETURNS text[] LANGUAGE plpgsql STABLE PARALLEL SAFE AS $$
+DECLARE
+    effective text[] := scopes;
+    ceiling text[];
+BEGIN
+    IF key_roles <> '{}' THEN
+        -- DISTINCT of one array, which is sorted; a UNION would start a hash table for each key.
+        effective := ARRAY(SELECT pg_catalog.unnest(r.scopes) FROM keyproxy.roles AS r WHERE r.id = ANY (key_roles));
+        effective := ARRAY(
+            SELECT DISTINCT e.scope COLLATE "C" AS scope FROM pg_catalog.unnest(scopes || effective) AS e (scope)
+            ORDER BY scope
+        );
+    END IF;
+    IF user_roles IS NOT NULL THEN
+        ceiling := ARRAY(SELECT pg_catalog.unnest(r.scopes) FROM keyproxy.roles AS r WHERE r.id = ANY (user_roles));
+        effective := ARRAY(SELECT e.scope FROM pg_catalog.unnest(effective) AS e (scope) WHERE e.scope = ANY (ceiling));
+    END IF;
+    IF tenant_roles IS NOT NULL THEN
+        ceiling := ARRAY(SELECT pg_catalog.unnest(r.scopes) FROM keyproxy.roles AS r WHERE r.id = ANY (tenant_roles));
+        effective := ARRAY(SELECT e.scope FROM pg_catalog.unnest(effective) AS e (scope) WHERE e.scope = ANY (ceiling));
+    END IF;
+    RETURN effective;
+END
+$$;
+
 -- Ids of the upstream's objects and the tenant that owns each. An id is a path without empty, `.` or `..` segments.
 CREATE TABLE keyproxy.owned (
     kind       text NOT NULL CHECK (kind ~ '^[a-z][a-z0-9_-]{0,63}$'),
