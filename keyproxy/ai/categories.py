@@ -130,12 +130,6 @@ class PatternSearch:
         if self._found is None:
             if not self._matcher.is_quick(len(self._text)):
                 raise Missing("pattern search", lambda _patience: self._search())
-            return self.finish()
-        return self._found
-
-    def finish(self) -> tuple[str, ...]:
-        """As `categories`, however long it takes."""
-        if self._found is None:
             self._keep(self._matcher.matching(self._text))
         return self._found or ()
 
@@ -226,11 +220,6 @@ class CategoryRules:
                 Reason.BODY_TOO_LARGE, f"its prompt has more than {PATTERN_TEXT_BYTES_MAX} bytes of text for patterns"
             )
         return PatternSearch(self._matcher, text)
-
-    def matched(self, texts: list[str]) -> tuple[str, ...]:
-        """The categories with a pattern that occurs in the prompt's texts, however long the search takes."""
-        search = self.search(texts)
-        return () if search is None else search.finish()
 
     def judge(self, values: CategoryValues, scopes: frozenset[str]) -> Categories:
         """The categories of a request. Raises a Refusal (PROMPT_CATEGORY_NOT_ALLOWED).
