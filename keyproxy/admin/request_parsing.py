@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.problems import FieldError, Problem, Refused
-from keyproxy.admin.schemas.field_types import AS_LIST, BY_NAME, ID, PLAN_ID, PRINTABLE, SCOPE
+from keyproxy.admin.schemas.field_types import AS_LIST, BY_NAME, CATEGORY, ID, PLAN_ID, PRINTABLE, SCOPE
 from keyproxy.admin.schemas.request_models import RequestModel
 
 BODY_BYTES_MAX: Final = 1 << 20
@@ -32,6 +32,7 @@ _Model = TypeVar("_Model", bound=RequestModel)
 _MEANINGS = {
     ID: "an id has up to 128 letters, digits and . _ : @ | + -, and starts with a letter or digit",
     PLAN_ID: "a plan's name has up to 128 letters, digits and . _ : @ -, and starts with a letter or digit",
+    CATEGORY: "a category has up to 64 lower-case letters, digits, _ and -, and starts with a letter",
     PRINTABLE: "control characters are not allowed",
     SCOPE: "a scope is one word such as jobs:write, without wildcards, of up to 64 characters",
 }

@@ -21,8 +21,10 @@ HEADER: Final = "header"
 JSON: Final = "json"
 PATTERNS: Final = "patterns"
 
-#: Sources in metrics.
-COUNTED_SOURCES: Final = ("route", "template", "declared", "pattern")
+#: Sources in metrics, by kind.
+_COUNTED: Final = {
+    FIXED: "route", TEMPLATE: "template", HEADER: "declared", JSON: "declared", PATTERNS: "pattern",
+}  # fmt: skip
 
 CATEGORY_NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _FIELD_NAME: Final = re.compile(r"[A-Za-z0-9-]{1,64}")
@@ -51,6 +53,11 @@ class CategorySource(NamedTuple):
     kind: str
     name: str = ""
     pointer: tuple[str, ...] = ()
+
+    @property
+    def counted(self) -> str:
+        """The source in metrics."""
+        return _COUNTED[self.kind]
 
     def __str__(self) -> str:
         if self.kind == FIXED:
@@ -123,12 +130,6 @@ class PatternSearch:
         if self._found is None:
             if not self._matcher.is_quick(len(self._text)):
                 raise Missing("pattern search", lambda _patience: self._search())
-            return self.finish()
-        return self._found
-
-    def finish(self) -> tuple[str, ...]:
-        """As `categories`, however long it takes."""
-        if self._found is None:
             self._keep(self._matcher.matching(self._text))
         return self._found or ()
 
@@ -202,7 +203,7 @@ class CategoryRules:
         self.declared: Final = tuple([one for one in listed if one.kind in (HEADER, JSON)])
         self.uses_template: Final = any(one.kind == TEMPLATE for one in listed)
         self.uses_patterns: Final = any(one.kind == PATTERNS for one in listed)
-        self._fixed: Final = tuple([(one.name, "route") for one in listed if one.kind == FIXED])
+        self._fixed: Final = tuple([(one.name, one.counted) for one in listed if one.kind == FIXED])
         self._table: Final = {category.name: category for category in categories}
         self._unregistered: Final = unregistered
         self._matcher: Final = matcher if self.uses_patterns else None
@@ -219,11 +220,6 @@ class CategoryRules:
                 Reason.BODY_TOO_LARGE, f"its prompt has more than {PATTERN_TEXT_BYTES_MAX} bytes of text for patterns"
             )
         return PatternSearch(self._matcher, text)
-
-    def matched(self, texts: list[str]) -> tuple[str, ...]:
-        """The categories with a pattern that occurs in the prompt's texts, however long the search takes."""
-        search = self.search(texts)
-        return () if search is None else search.finish()
 
     def judge(self, values: CategoryValues, scopes: frozenset[str]) -> Categories:
         """The categories of a request. Raises a Refusal (PROMPT_CATEGORY_NOT_ALLOWED).
@@ -251,12 +247,12 @@ class CategoryRules:
             category = self._unregistered if values.template is None else values.template
             if not category:
                 raise _refused("the system prompt is unregistered", "The system prompt is not registered.")
-            counted.append((category, TEMPLATE))
+            counted.append((category, _COUNTED[TEMPLATE]))
         for source, value in zip(self.declared, values.declared, strict=True):
             if not isinstance(value, str) or value not in self._table:
                 raise _refused(f"{source} names no configured category", "The request does not name a known category.")
-            counted.append((value, "declared"))
-        counted += [(name, "pattern") for name in values.matched]
+            counted.append((value, source.counted))
+        counted += [(name, _COUNTED[PATTERNS]) for name in values.matched]
         return tuple(counted)
 
     def _made(self, counted: tuple[tuple[str, str], ...]) -> Categories:

@@ -124,3 +124,10 @@ def _route_conflicts(names: set[str], keys: CategoryKeys) -> list[str]:
             "category: 'patterns' only adds categories: name another source too, such as '=NAME' or 'template'"
         )
     return wrong
+
+
+def category_warnings(categories: Sequence[Category], name: str) -> list[str]:
+    """Warnings about a template of a category: requests with it are refused if the category is not configured."""
+    if any(category.name == name for category in categories):
+        return []
+    return [f"no row of [[categories]] has the name {name!r}: prompts with this category are refused"]

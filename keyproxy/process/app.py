@@ -15,6 +15,7 @@ import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Final
 
+from keyproxy.ai.categories import TEMPLATE
 from keyproxy.config.schema import Listen, Settings
 from keyproxy.gateway import Gateway
 from keyproxy.metrics.access_log import AccessLog, LabelledExchange
@@ -184,6 +185,7 @@ class Proxy:
             store=self.store,
             routes=self._settings.routes,
             models=[model.name for model in self._settings.models],
+            categories=[category.name for category in self._settings.categories],
             ledger_round_trips=self._ledger_round_trips,
         )
 
@@ -269,6 +271,8 @@ class Proxy:
 
     async def _check_store(self) -> Check:
         database = self.store.database
+        if database.is_up and not self.store.templates.is_loaded and self._judges_templates():
+            return Check(Verdict.FAILED, "the prompt templates are not loaded")
         if database.is_up:
             shortage = database.shortage.because
             return Check(Verdict.DEGRADED if shortage else Verdict.OK, shortage and f"too few connections: {shortage}")
@@ -278,6 +282,9 @@ class Proxy:
         if too_old or not self.store.identities.sizes()["known"]:
             return Check(Verdict.FAILED, why)
         return Check(Verdict.DEGRADED, f"cached identities are served, other keys refused: {why}")
+
+    def _judges_templates(self) -> bool:
+        return any(TEMPLATE in row.category for row in self._settings.routes)
 
     async def _check_feed(self) -> Check:
         feed = self.store.feed

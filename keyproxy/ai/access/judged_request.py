@@ -177,7 +177,10 @@ def _judge_categories(
     rules: CategoryRules, values: JudgedValues, identity: Identity, records: TenantRecords
 ) -> Categories:
     instructions, template = values.instructions, None
-    if instructions is not None and instructions.is_registrable:
+    if instructions is not None:
+        # Looked up in any case: while templates are unavailable, no prompt of the route is judged.
         template = records.category(instructions.digest)
+        if not instructions.is_registrable:
+            template = None
     matched = () if values.search is None else values.search.categories()
     return rules.judge(CategoryValues(values.declared, template, matched), identity.scopes)

@@ -112,6 +112,40 @@ WHERE k.id = ANY (ARRAY(
 -- Sets the actor and source of changes in this transaction, for the audit log.
 SELECT set_config('keyproxy.actor', $1, true), set_config('keyproxy.origin', $2, true);
 
+-- name: register_template
+-- Returns the new template of instructions; no row if its digest is registered already.
+INSERT INTO keyproxy.prompt_templates (digest, category, name, tenant_id) VALUES ($1, $2, $3, $4)
+ON CONFLICT (digest) DO NOTHING
+RETURNING digest;
+
+-- name: template
+SELECT t.digest, t.category, t.name, t.tenant_id, t.created_at FROM keyproxy.prompt_templates AS t WHERE t.digest = $1;
+
+-- name: hold_template
+-- Locks the template until the transaction ends.
+SELECT t.digest, t.category, t.name, t.tenant_id, t.created_at
+FROM keyproxy.prompt_templates AS t
+WHERE t.digest = $1
+FOR NO KEY UPDATE;
+
+-- name: change_template
+-- The name stays as it is if $3 is null.
+UPDATE keyproxy.prompt_templates AS t
+SET category = $2, name = coalesce($3, t.name)
+WHERE t.digest = $1 AND (t.category, t.name) IS DISTINCT FROM ($2, coalesce($3, t.name));
+
+-- name: templates
+-- In the order of their digests, after $1, at most $2. Needs: prompt_templates (digest).
+SELECT t.digest, t.category, t.name, t.tenant_id, t.created_at
+FROM keyproxy.prompt_templates AS t
+WHERE t.digest > $1
+ORDER BY t.digest
+LIMIT $2;
+
+-- name: remove_template
+DELETE FROM keyproxy.prompt_templates AS t WHERE t.digest = $1
+RETURNING t.digest, t.category, t.name, t.tenant_id, t.created_at;
+
 -- name: create_tenant
 -- Returns the new tenant; no row if it exists already.
 INSERT INTO keyproxy.tenants (id, name, plan_id) VALUES ($1, $2, $3)
