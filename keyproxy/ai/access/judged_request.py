@@ -123,26 +123,30 @@ class JudgedRequest:
     # -- what it may use
 
     def judge(self, identity: Identity, records: TenantRecords) -> Judgement:
-        """Judge the values of a request that was read: model, categories, binds, in this order.
-
-        Raises a Refusal, and Missing for what is not in memory.
-        """
-        rules, values = self.rules, self.values
-        if values is None:
+        """Judge a request that was read. Raises a Refusal, and Missing for what is not in memory."""
+        if self.values is None:
             raise Refusal(Reason.INTERNAL_ERROR, "a request is judged before it is read")
-        model, categories, lines = None, None, b""
-        if rules.model is not None:
-            model = judge_models(rules.model.table, values, identity, records)
-            records.require()
-            lines = b"%b%b\r\n" % (rules.model.field, model.name.encode("ascii"))
-        if rules.categories is not None:
-            categories = _judge_categories(rules.categories, values, identity, records)
-            lines += categories.header
-        if rules.binds:
-            judge_binds(rules.binds, values, identity, records)
-            records.require()
-        judgement = self.judgement = Judgement(model, categories, lines)
+        judgement = self.judgement = judge_values(self.rules, self.values, identity, records)
         return judgement
+
+
+def judge_values(rules: AccessRules, values: JudgedValues, identity: Identity, records: TenantRecords) -> Judgement:
+    """Judge the values of a request: model, categories, binds, in this order.
+
+    Raises a Refusal, and Missing for what is not in memory.
+    """
+    model, categories, lines = None, None, b""
+    if rules.model is not None:
+        model = judge_models(rules.model.table, values, identity, records)
+        records.require()
+        lines = b"%b%b\r\n" % (rules.model.field, model.name.encode("ascii"))
+    if rules.categories is not None:
+        categories = _judge_categories(rules.categories, values, identity, records)
+        lines += categories.header
+    if rules.binds:
+        judge_binds(rules.binds, values, identity, records)
+        records.require()
+    return Judgement(model, categories, lines)
 
 
 def _parsed(content: bytes) -> Any:
