@@ -12,19 +12,33 @@ import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 
-from keyproxy import token_accounting
+from keyproxy import access_decision, token_accounting
+from keyproxy.access_decision import StoreRecords
+from keyproxy.ai.access.access_rules import AccessRules
+from keyproxy.ai.access.judged_request import JudgedRequest
 from keyproxy.ai.metered_request import MeteredRequest
 from keyproxy.ai.responses.meter import Meter
 from keyproxy.ai.responses.select_meter import meter_for
 from keyproxy.ai.route_rules import RouteRules
 from keyproxy.auth import authorization, credentials
 from keyproxy.auth.api_key import KeyFormat
-from keyproxy.http import idempotency_key
+from keyproxy.http import headers, idempotency_key
 from keyproxy.http.idempotency_key import Fingerprint
 from keyproxy.http.routes import RouteTable
 from keyproxy.limits.allowance import Allowance, Hold, Need
-from keyproxy.model import Grant, Missing, Moment, Permit, RequestHead, ResponseHead, Route, TimeBudget
-from keyproxy.ports import Claims, Exchange, Gate, Identities, Ledger
+from keyproxy.model import (
+    Grant,
+    Identity,
+    Missing,
+    Moment,
+    Permit,
+    PublicGrant,
+    RequestHead,
+    ResponseHead,
+    Route,
+    TimeBudget,
+)
+from keyproxy.ports import Claims, Exchange, Gate, Identities, Ledger, OwnedIds, PromptTemplates
 from keyproxy.reasons import Blame, Reason, Refusal
 
 _log = logging.getLogger(__name__)
@@ -38,21 +52,27 @@ class Gateway(Gate):
         *,
         key_format: KeyFormat,
         identities: Identities,
+        owned_ids: OwnedIds,
+        templates: PromptTemplates,
         ledger: Ledger,
         claims: Claims,
         routes: RouteTable,
         metering: Mapping[Route, RouteRules],
+        access: Mapping[Route, AccessRules],
         now: Callable[[], Moment],
         usage_wait_seconds: float = 0.0,
     ) -> None:
-        """`metering`: the rules of the metered routes."""
+        """`metering`: the rules of the metered routes; `access`: of those that judge models, categories or namespaces."""
         self.usage_wait_seconds = usage_wait_seconds
         self._key_format = key_format
         self._identities = identities
+        self._owned_ids = owned_ids
+        self._templates = templates
         self._ledger = ledger
         self._claims = claims
         self._routes = routes
         self._metering = dict(metering)
+        self._access = dict(access)
         self._now = now
         self._undecided: set[asyncio.Task[None]] = set()
 
@@ -75,6 +95,10 @@ class Gateway(Gate):
         head = exchange.head
         if head is None:
             raise Refusal(Reason.INTERNAL_ERROR, "cannot decide on a request without a head")
+        if self._routes.has_public:
+            route = self._routes.public(head.line.method, head.line.path)
+            if route is not None:
+                return self._decide_public(exchange, head, route)
         now = self._now()
         digest = exchange.digest = credentials.digest(head)
         try:
@@ -96,33 +120,81 @@ class Gateway(Gate):
         if deduplicates and exchange.fingerprint is None:
             # The fingerprint covers the body as received: compute it before the body is read or changed.
             exchange.fingerprint = idempotency_key.fingerprint(identity, head, exchange.body)
+        access = self._access.get(grant.route) if self._access else None
+        judged = None if access is None else access_decision.begin(exchange, head, access)
         rules = self._metering.get(grant.route)
         if rules is not None:
-            return self._decide_metered(exchange, head, grant, rules, now=now)
+            return self._decide_metered(exchange, head, grant, rules, now=now, is_first_lookup=is_first_lookup)
+        if judged is not None:
+            self._read_judged(exchange, head, judged, allowance, now=now)
+            access_decision.judge(exchange, head, judged, self._records(identity, now, is_first_lookup))
         if allowance is None:
             return Permit(grant)
         need = Need(0, 0, route=grant.route.name) if allowance.has_selectors else None
         return Permit(grant, self._take(exchange, allowance, need, now))
 
+    def _decide_public(self, exchange: Exchange, head: RequestHead, route: Route) -> Permit:
+        """Decide on a request that needs no key: neither a credential nor the store is looked at."""
+        exchange.route = route
+        if head.fields.opens_tunnel:
+            head = exchange.head = headers.without_upgrade(head)
+        credentials.discard(head)
+        return Permit(PublicGrant(route))
+
+    def _records(self, identity: Identity, now: Moment, is_first_lookup: bool) -> StoreRecords:
+        return StoreRecords(self._owned_ids, self._templates, identity.tenant_id, now, is_first_lookup=is_first_lookup)
+
+    def _read_judged(
+        self, exchange: Exchange, head: RequestHead, judged: JudgedRequest, allowance: Allowance | None, *, now: Moment
+    ) -> None:
+        """Read the values that a request is judged by, on a route without tokens."""
+        self._release_slots(exchange)
+        if judged.values is not None:
+            return
+        if allowance is None or not judged.collects(head):
+            access_decision.read(exchange, head, judged)
+            return
+        need = Need(0, 0, route=judged.rules.name)
+        asks = not judged.has_begun and not access_decision.is_read_at_once(exchange, head)
+        self._check(exchange, allowance, need, now=now, asks=asks)
+        try:
+            access_decision.read(exchange, head, judged)
+        except Missing:
+            exchange.slots = self._ledger.take_slots(allowance, now, need)
+            raise
+
     def _decide_metered(
-        self, exchange: Exchange, head: RequestHead, grant: Grant, rules: RouteRules, *, now: Moment
+        self,
+        exchange: Exchange,
+        head: RequestHead,
+        grant: Grant,
+        rules: RouteRules,
+        *,
+        now: Moment,
+        is_first_lookup: bool,
     ) -> Permit:
         """Decide on a request whose tokens are counted."""
-        metered, allowance = exchange.metered, grant.identity.allowance
+        metered, allowance, judged = exchange.metered, grant.identity.allowance, exchange.judged
         if metered is None:
             metered = exchange.metered = MeteredRequest(rules, head)
         self._release_slots(exchange)
-        if not metered.is_read:
+        if not metered.is_read or (judged is not None and judged.values is None):
             if allowance is not None:
                 self._check_limits(exchange, head, metered, allowance, now=now)
             try:
-                token_accounting.read(exchange, head, metered)
+                if judged is None:
+                    token_accounting.read(exchange, head, metered)
+                else:
+                    access_decision.read_metered(exchange, head, metered, judged)
             except Missing:
                 if allowance is not None:
                     # The request counts as concurrent while its body arrives and is read.
                     exchange.slots = self._ledger.take_slots(allowance, now, rules.unread_need)
                 raise
             exchange.model = metered.model
+        if judged is not None:
+            records = self._records(grant.identity, now, is_first_lookup)
+            access_decision.judge(exchange, head, judged, records)
         if allowance is None:
             metered.reserve(None)
             hold = None
@@ -163,9 +235,11 @@ class Gateway(Gate):
         self, exchange: Exchange, head: RequestHead, metered: MeteredRequest, allowance: Allowance, *, now: Moment
     ) -> None:
         """Refuse a request that exceeds a limit whatever its body, before waiting for the body or reading it."""
-        fingerprint = exchange.fingerprint
-        need = metered.rules.unread_need
         asks = not metered.has_begun and not token_accounting.is_read_at_once(exchange, head, metered)
+        self._check(exchange, allowance, metered.rules.unread_need, now=now, asks=asks)
+
+    def _check(self, exchange: Exchange, allowance: Allowance, need: Need, *, now: Moment, asks: bool) -> None:
+        fingerprint = exchange.fingerprint
         if fingerprint is None:
             self._ledger.check(allowance, now, need, asks=asks)
             return
@@ -230,8 +304,8 @@ class Gateway(Gate):
     def review(self, exchange: Exchange) -> None:
         """Recheck an exchange in flight: refuse it if its key is no longer valid for it.
 
-        Only the key, its owners and the route can have changed, so only they are checked. A store outage does not end
-        an exchange that was verified when it began.
+        The key, its owners, its scopes and what its tenant owns can have changed; what the request asks for has not. A
+        store outage does not end an exchange that was verified when it began.
         """
         try:
             self._review(exchange)
@@ -250,6 +324,8 @@ class Gateway(Gate):
         try:
             identity = self._identities.known(exchange.digest, now, is_first_lookup=False)
             authorization.admit(identity, exchange.route, now)
+            if exchange.judged is not None:
+                access_decision.review(exchange.judged, identity, self._records(identity, now, False))
         except Refusal as refusal:
             if refusal.reason.value.blame is Blame.CALLER:
                 exchange.refuse(refusal)

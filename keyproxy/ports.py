@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from keyproxy.ai.access.judged_request import JudgedRequest
 from keyproxy.ai.metered_request import MeteredRequest
 from keyproxy.ai.requests.inflation import ContentMemory
 from keyproxy.ai.responses.meter import Meter
@@ -54,6 +55,28 @@ class Identities:
 
     def fetching(self, key: SecretKey, missing: Missing) -> Missing:
         """What to fetch after `known` raised `missing`: the same, or also a lookup of a key from another program."""
+        raise NotImplementedError
+
+
+@mypyc_attr(allow_interpreted_subclasses=True)
+class OwnedIds:
+    """Knows which ids of the upstream's objects belong to which tenant."""
+
+    def is_owned(
+        self,
+        kind: str,
+        id: str,  # noqa: A002 - the name of the column
+        tenant_id: str,
+        now: Moment,
+        *,
+        is_first_lookup: bool = True,
+    ) -> bool:
+        """Whether the tenant owns the id, from memory. Never waits.
+
+        `is_first_lookup`: see `Identities.known`.
+
+        Raises Missing if the store has to be asked, a Refusal (STORE_UNAVAILABLE) if it cannot be asked now.
+        """
         raise NotImplementedError
 
 
@@ -126,6 +149,18 @@ class Ledger:
         raise NotImplementedError
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
+class PromptTemplates:
+    """The registered templates of instructions."""
+
+    def category(self, digest: bytes, tenant_id: str, now: Moment) -> str | None:
+        """The category registered for the digest and visible to the tenant; None: unregistered. Never waits.
+
+        Raises a Refusal (STORE_UNAVAILABLE) before the first load, and once the templates are older than stale_seconds.
+        """
+        raise NotImplementedError
+
+
 class Claims(Protocol):
     """Deduplicates charges of requests with an Idempotency-Key. All attempts together are charged as the largest one."""
 
@@ -163,7 +198,7 @@ class Exchange:
     #: The identity behind the key, once it is resolved; also for a request that is then refused.
     identity: Identity | None = None
 
-    #: The matched route, once the identity is resolved.
+    #: The matched route, once the identity is resolved; a public one, which needs none, at once.
     route: Route | None = None
 
     permit: Permit | None = None
@@ -197,6 +232,9 @@ class Exchange:
     metered: MeteredRequest | None = None
     meter: Meter | None = None
 
+    #: On routes that judge models, categories or namespaces: the values that the request is judged by.
+    judged: JudgedRequest | None = None
+
     #: What it holds of limits of concurrency before it has a permit.
     slots: Hold | None = None
 
@@ -207,6 +245,9 @@ class Exchange:
     #: The model in records: the name of a configured one, else as sent; empty if none was read. And the price charged.
     model: str = ""
     cost_micros: int = 0
+
+    #: The categories of the prompt with their sources, once the request is judged by them; None: it is not.
+    categories: tuple[tuple[str, str], ...] | None = None
 
     #: The fingerprint for recognising retries, for requests under limits with an Idempotency-Key.
     fingerprint: Fingerprint | None = None

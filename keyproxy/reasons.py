@@ -123,6 +123,27 @@ class Reason(enum.Enum):
         "Route not allowed",
         "No route of this proxy matches the method and path.",
     )
+    MODEL_NOT_ALLOWED = ProblemSpec(
+        "model_not_allowed",
+        403,
+        Blame.CALLER,
+        "Model not allowed",
+        "The API key may not use a model that the request names.",
+    )
+    NAMESPACE_FORBIDDEN = ProblemSpec(
+        "namespace_forbidden",
+        403,
+        Blame.CALLER,
+        "Namespace forbidden",
+        "The request names an id that does not belong to the caller.",
+    )
+    PROMPT_CATEGORY_NOT_ALLOWED = ProblemSpec(
+        "prompt_category_not_allowed",
+        403,
+        Blame.CALLER,
+        "Prompt category not allowed",
+        "The API key may not send this kind of prompt on this route.",
+    )
     RATE_LIMITED = ProblemSpec(
         "rate_limited",
         429,
@@ -281,7 +302,7 @@ class Refusal(Exception):
     """The refusal of one request. `caller_text` is appended to the reason's sentence; `detail` is only logged.
 
     `replaces_sentence`: `caller_text` replaces the reason's sentence. `field`: the member of the request's JSON at fault.
-    `missing_scopes` is set for SCOPE_INSUFFICIENT. `limit` is the limit that was exceeded, with its state at that time;
+    `missing_scopes`: for the challenge of a 403. `limit` is the limit that was exceeded, with its state at that time;
     `applied` is every limit that applies to the request, and is part of the response too. `retry_after_seconds` defaults
     to the limit's reset. `limit_reason`: why it refuses the request. Neither text may contain anything from the request
     that was not checked for secrets: see docs/threat-model.md.

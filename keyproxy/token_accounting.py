@@ -71,11 +71,15 @@ def write_body(exchange: Exchange, metered: MeteredRequest) -> bool:
 
 def finish_body(exchange: Exchange, head: RequestHead, metered: MeteredRequest) -> None:
     """Set the header lines that go upstream, and release what was kept of the body."""
+    judgement = None if exchange.judged is None else exchange.judged.judgement
     if metered.uses_tokens:
         fields, block = head.fields, head.block
         if metered.edits and not fields.is_chunked:
             block = with_length(block, head.content_length, len(exchange.body))
-        exchange.block = for_metering(block, accepts_codings=fields.accepts_codings) + metered.model_line
+        block = for_metering(block, accepts_codings=fields.accepts_codings)
+        exchange.block = block + (metered.model_line if judgement is None or judgement.model is None else b"")
+    if judgement is not None:
+        exchange.block = (head.block if exchange.block is None else exchange.block) + judgement.lines
     metered.forget_content()
 
 

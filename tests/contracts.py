@@ -15,8 +15,8 @@ from keyproxy.http import identity_headers
 from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.ledger_protocol import LeaseReport, Pool, Window
 from keyproxy.limits.plan import PERIODS
-from keyproxy.model import Identity, Missing, Moment
-from keyproxy.ports import Identities
+from keyproxy.model import Identity, Missing, Moment, TimeBudget
+from keyproxy.ports import Identities, OwnedIds, PromptTemplates
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.ledger.backend import LedgerBackend
 from keyproxy.store.ledger.postgres_backend import WindowState
@@ -25,6 +25,8 @@ from tests import fakes
 from tests.reference_ledger import ReferenceLedger
 
 KNOWN, OTHER, STRANGER = (fakes.key(number) for number in (1, 2, 3))
+
+_DIGEST = bytes(range(32))
 
 
 class IdentitiesStage(Protocol):
@@ -149,12 +151,186 @@ class IdentitiesContract:
             return refusal.reason
 
 
+class TemplatesStage(Protocol):
+    """An implementation of the port, over a store that can be filled and made unavailable."""
+
+    @property
+    def templates(self) -> PromptTemplates:
+        """The implementation under test. Nothing is loaded at first."""
+        ...
+
+    def now(self) -> Moment:
+        """The current time."""
+        ...
+
+    async def loads(self) -> None:
+        """Load the templates for the first time."""
+        ...
+
+    async def register(self, digest: bytes, category: str, tenant_id: str | None = None) -> None:
+        """Register a template in the store, and wait until it is effective."""
+        ...
+
+    async def remove(self, digest: bytes) -> None:
+        """Remove a template from the store, and wait until that is effective."""
+        ...
+
+    async def goes_down(self) -> None:
+        """Make the store unavailable."""
+        ...
+
+    async def comes_back(self) -> None:
+        """Make the store available again, and wait until that is noticed."""
+        ...
+
+    def grows_old(self) -> None:
+        """Let `stale_seconds` pass."""
+        ...
+
+
+class PromptTemplatesContract:
+    """The port PromptTemplates. The tenants `acme` and `other` exist."""
+
+    async def test_templates_are_unavailable_before_the_first_load(self, template_stage: TemplatesStage) -> None:
+        assert self._category(template_stage, _DIGEST) is Reason.STORE_UNAVAILABLE
+
+    async def test_registered_digest_has_its_category_and_any_other_has_none(
+        self, template_stage: TemplatesStage
+    ) -> None:
+        await template_stage.loads()
+        await template_stage.register(_DIGEST, "code")
+        assert self._category(template_stage, _DIGEST) == "code"
+        assert self._category(template_stage, b"\1" * 32) is None
+
+    async def test_template_of_a_tenant_is_unregistered_for_every_other_tenant(
+        self, template_stage: TemplatesStage
+    ) -> None:
+        await template_stage.loads()
+        await template_stage.register(_DIGEST, "code", "acme")
+        assert self._category(template_stage, _DIGEST, "acme") == "code"
+        assert self._category(template_stage, _DIGEST, "other") is None
+
+    async def test_changed_and_removed_templates_are_effective(self, template_stage: TemplatesStage) -> None:
+        await template_stage.loads()
+        await template_stage.register(_DIGEST, "code")
+        await template_stage.register(_DIGEST, "review")
+        assert self._category(template_stage, _DIGEST) == "review"
+        await template_stage.remove(_DIGEST)
+        assert self._category(template_stage, _DIGEST) is None
+
+    async def test_templates_are_served_during_an_outage_until_they_are_too_old(
+        self, template_stage: TemplatesStage
+    ) -> None:
+        await template_stage.loads()
+        await template_stage.register(_DIGEST, "code")
+        await template_stage.goes_down()
+        assert self._category(template_stage, _DIGEST) == "code"
+        assert self._category(template_stage, b"\1" * 32) is None
+        template_stage.grows_old()
+        for digest in (_DIGEST, b"\1" * 32):
+            assert self._category(template_stage, digest) is Reason.STORE_UNAVAILABLE
+        await template_stage.comes_back()
+        assert self._category(template_stage, _DIGEST) == "code"
+
+    def _category(self, stage: TemplatesStage, digest: bytes, tenant_id: str = "acme") -> str | Reason | None:
+        try:
+            return stage.templates.category(digest, tenant_id, stage.now())
+        except Refusal as refusal:
+            return refusal.reason
+
+
 LEASE_SECONDS = 1000.0
 LIMITS = {"concurrency": 5, "requests_per_day": 50, "tokens_per_month": 500, "spend_per_week": 10**12}
 BURST, INTERVAL_SECONDS = 400, 1e6
 
 
 SELECTORS = ("", "model:gpt-4o", "mode:live,model:gpt-4o,route:POST /v1/chat")
+
+
+class OwnedIdsStage(Protocol):
+    """An implementation of the port, over a store that can be filled and made unavailable."""
+
+    @property
+    def owned(self) -> OwnedIds:
+        """The implementation under test."""
+        ...
+
+    def now(self) -> Moment:
+        """The current time."""
+        ...
+
+    async def add(self, kind: str, object_id: str, tenant: str) -> None:
+        """Let a tenant own an id in the store, but not in the cache."""
+        ...
+
+    async def goes_down(self) -> None:
+        """Make the store unavailable."""
+        ...
+
+    async def comes_back(self) -> None:
+        """Make the store available again."""
+        ...
+
+
+class OwnedIdsContract:
+    """The port OwnedIds."""
+
+    async def test_uncached_id_is_missing_until_it_has_been_fetched(self, stage: OwnedIdsStage) -> None:
+        await stage.add("collection", "docs", "acme")
+        with pytest.raises(Missing) as error:
+            self._look(stage, "docs")
+        assert str(error.value) == "ownership"
+        await error.value.fetch_missing()
+        assert self._look(stage, "docs", is_first_lookup=False) is True
+        assert self._look(stage, "docs") is True
+
+    async def test_id_is_owned_by_its_tenant_under_its_kind_only(self, stage: OwnedIdsStage) -> None:
+        await stage.add("collection", "docs", "acme")
+        await stage.add("collection", "other/docs", "globex")
+        await stage.add("model", "ft:1", "acme")
+        assert await self._told(stage, "docs") is True
+        assert await self._told(stage, "docs", tenant="globex") is False
+        assert await self._told(stage, "docs", kind="model") is False
+        assert await self._told(stage, "other/docs") is False
+        assert await self._told(stage, "other/docs", tenant="globex") is True
+        assert await self._told(stage, "ft:1", kind="model") is True
+        assert await self._told(stage, "ft:2", kind="model") is False
+
+    async def test_foreign_and_unknown_ids_are_decided_alike(self, stage: OwnedIdsStage) -> None:
+        await stage.add("collection", "docs", "acme")
+        await stage.add("collection", "plans", "globex")
+        assert await self._told(stage, "plans") is await self._told(stage, "no-such-id") is False
+
+    async def test_outage_refuses_uncached_ids_as_unavailable_and_serves_cached_ones(
+        self, stage: OwnedIdsStage
+    ) -> None:
+        await stage.add("collection", "docs", "acme")
+        await stage.add("collection", "plans", "acme")
+        assert await self._told(stage, "docs") is True
+        await stage.goes_down()
+        assert await self._told(stage, "plans") is Reason.STORE_UNAVAILABLE
+        assert await self._told(stage, "docs") is True
+        await stage.comes_back()
+        assert await self._told(stage, "plans") is True
+
+    def _look(
+        self, stage: OwnedIdsStage, object_id: str, *, kind: str = "collection", tenant: str = "acme",
+        is_first_lookup: bool = True,
+    ) -> bool:  # fmt: skip
+        return stage.owned.is_owned(kind, object_id, tenant, stage.now(), is_first_lookup=is_first_lookup)
+
+    async def _told(
+        self, stage: OwnedIdsStage, object_id: str, *, kind: str = "collection", tenant: str = "acme"
+    ) -> bool | Reason:
+        try:
+            return self._look(stage, object_id, kind=kind, tenant=tenant)
+        except Missing as missing:
+            failure = await missing.failure(TimeBudget())
+            if failure is not None:
+                return failure.reason
+            return self._look(stage, object_id, kind=kind, tenant=tenant, is_first_lookup=False)
+        except Refusal as refusal:
+            return refusal.reason
 
 
 def window(measure: str = "requests_per_day", owner: str = "u_42", selector: str = "") -> Window:

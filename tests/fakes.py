@@ -27,7 +27,7 @@ from keyproxy.limits.lease_table import LeaseTable
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import NEVER, Ending, Identity, KeyDigest, Missing, Moment
-from keyproxy.ports import Exchange, Identities, Ledger, Recorder
+from keyproxy.ports import Exchange, Identities, Ledger, OwnedIds, PromptTemplates, Recorder
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.parsing.head_cache import RequestReader
 from tests.reference_ledger import ReferenceLedger
@@ -123,6 +123,38 @@ class FakeIdentities(Identities):
         self.slow.discard(digest)
 
 
+class FakeOwnedIds(OwnedIds):
+    """Ownership in memory. Ids in `slow` are missing until they were fetched; `is_down` refuses those that were not."""
+
+    def __init__(self) -> None:
+        self.table: dict[tuple[str, str], str] = {}
+        self.slow: set[tuple[str, str]] = set()
+        self.is_down = False
+        self.brought = 0
+
+    def add(self, kind: str, object_id: str, tenant: str, *, is_slow: bool = False) -> None:
+        """Let this tenant own this id."""
+        self.table[kind, object_id] = tenant
+        if is_slow:
+            self.slow.add((kind, object_id))
+
+    def is_owned(
+        self, kind: str, id: str, tenant_id: str, now: Moment, *, is_first_lookup: bool = True  # noqa: A002 - the port
+    ) -> bool:  # fmt: skip
+        """See the port."""
+        if (kind, id) in self.slow:
+            if self.is_down:
+                raise Refusal(Reason.STORE_UNAVAILABLE)
+            raise Missing("ownership", lambda _patience: self._bring(kind, id))
+        return self.table.get((kind, id)) == tenant_id
+
+    async def _bring(self, kind: str, object_id: str) -> None:
+        self.brought += 1
+        if self.is_down:
+            raise Refusal(Reason.STORE_UNAVAILABLE)
+        self.slow.discard((kind, object_id))
+
+
 class FakeLedger(Ledger):
     """A lease table and the reference ledger, which replies immediately. Not `answers`: it is unavailable.
 
@@ -212,6 +244,26 @@ class FakeLedger(Ledger):
         replies = self.reference.sync("fake", self._serial, lines)
         assert replies is not None
         self.lease_sync.apply(lines, replies, mono, valid_seconds=1000.0)
+
+
+class FakePromptTemplates(PromptTemplates):
+    """Templates in memory. Before `is_loaded`, and once `is_too_old`, none can be looked up."""
+
+    def __init__(self) -> None:
+        self.table: dict[bytes, tuple[str, str | None]] = {}
+        self.is_loaded = True
+        self.is_too_old = False
+
+    def register(self, digest: bytes, category: str, tenant_id: str | None = None) -> None:
+        """Register a digest, for one tenant or for all."""
+        self.table[digest] = (category, tenant_id)
+
+    def category(self, digest: bytes, tenant_id: str, now: Moment) -> str | None:
+        """See the port."""
+        if not self.is_loaded or self.is_too_old:
+            raise Refusal(Reason.STORE_UNAVAILABLE)
+        category, owner = self.table.get(digest, (None, None))
+        return category if owner in (None, tenant_id) else None
 
 
 @dataclass(frozen=True)

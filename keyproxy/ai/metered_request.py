@@ -29,6 +29,7 @@ from keyproxy.ai.reservation import (
 from keyproxy.ai.responses.meter import ResponseUse
 from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.ai.route_rules import RouteRules
+from keyproxy.ai.scanning.request_parts import RequestParts
 from keyproxy.limits import allowance
 from keyproxy.model import RequestHead
 from keyproxy.mypyc_compat import mypyc_attr
@@ -52,7 +53,7 @@ class MeteredRequest:
 
     __slots__ = (
         "_deflation", "_facts", "_is_collected", "_is_digested", "_models", "_reading", "_thinking", "asks_for_usage",
-        "cap", "choices", "endpoint", "is_read", "is_tunnel", "memory", "need", "output", "rules",
+        "cap", "choices", "endpoint", "form_model", "is_read", "is_tunnel", "memory", "need", "output", "rules",
     )  # fmt: skip
 
     def __init__(self, rules: RouteRules, head: RequestHead) -> None:
@@ -65,6 +66,8 @@ class MeteredRequest:
         self.is_read = self.endpoint is TOKENLESS
         self._is_collected: Final = is_collected(head.fields)
         self.need = _NO_NEED
+        #: The model that a multipart form names, if the route reads it there.
+        self.form_model: str | None = None
         self.output = 0
         self.cap = 0
         self.choices = 1
@@ -124,11 +127,11 @@ class MeteredRequest:
 
     def _judge_tunnel(self, head: RequestHead) -> None:
         facts = RequestFacts(self.rules.dialect, self.endpoint, 0)
-        self._models = self.rules.models_of(head, facts)
+        self._models = self.rules.models_of(head, facts, self.form_model)
         self.is_read = True
 
     def _judge(self, head: RequestHead, facts: RequestFacts) -> None:
-        self._models = self.rules.models_of(head, facts)
+        self._models = self.rules.models_of(head, facts, self.form_model)
         self.choices, self._thinking = facts.multiplier, facts.thinking
         self.asks_for_usage = facts.lacks_usage and facts.parts is not None and not self._is_digested
         self.is_read = True
@@ -152,6 +155,16 @@ class MeteredRequest:
     def model_line(self) -> bytes:
         """The header line with the configured name of its model; empty without one, or if it may be another."""
         return self._models.line
+
+    @property
+    def content(self) -> bytes:
+        """The inflated body, while it is kept."""
+        return b"" if self._reading is None else self._reading.content
+
+    @property
+    def parts(self) -> RequestParts | None:
+        """The scan of the body, while it is kept; None if it is not JSON."""
+        return None if self._reading is None else self._reading.parts
 
     @property
     def depends_on_plan(self) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from typing import Final, NamedTuple
-from urllib.parse import unquote_to_bytes
 
+from keyproxy.ai.access.counted_names import CountedNames, counted_pairs
 from keyproxy.ai.dialects.endpoint import Dialect
 from keyproxy.ai.dialects.table import model_in_path
 from keyproxy.ai.models import Candidates, Model, ModelTable
@@ -19,8 +19,6 @@ _KINDS: Final = ("json", "path", "query", "header", "form")
 _MEMBER_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 _FIELD_NAME: Final = re.compile(r"[A-Za-z0-9-]{1,64}")
 
-#: A query with the model in it is short.
-_PAIRS_MAX: Final = 1_000
 _MODEL: Final = "model"
 
 
@@ -122,22 +120,7 @@ def query_value(query: bytes, name: str) -> str | None:
 
     Raises a Refusal if it occurs twice, or in a spelling that some servers take for it.
     """
-    pairs = re.split(rb"[&;]", query, maxsplit=_PAIRS_MAX)
-    if len(pairs) > _PAIRS_MAX:
-        raise malformed(f"The query has more than {_PAIRS_MAX} parameters.")
-    found: str | None = None
-    for pair in pairs:
-        raw_name, _, raw_value = pair.partition(b"=")
-        given = _decoded(raw_name)
-        if given == name and found is None:
-            found = _decoded(raw_value)
-        elif re.split(r"[\0\[]", given)[0].strip().casefold() == name.casefold():
-            raise malformed(f"The query parameter '{name}' appears twice or in another spelling.", name)
-    return found
-
-
-def _decoded(raw: bytes) -> str:
-    return unquote_to_bytes(raw.replace(b"+", b" ")).decode("utf-8", "replace")
+    return counted_pairs(query, CountedNames((name,)), "query").get(name)
 
 
 def json_model(facts: RequestFacts) -> str | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from keyproxy.ai.dialects.endpoint import Dialect
+from keyproxy.ai.access.value_sources import path_value
+from keyproxy.ai.dialects.endpoint import Dialect, MemberPath
 from keyproxy.ai.model_source import ModelSource, candidates_of, json_model, named_models
 from keyproxy.ai.models import ModelTable
 from keyproxy.ai.request_models import RequestModels
@@ -28,7 +29,8 @@ class RouteRules:
     """The dialect of a route, its models, and its settings for reservations and caps.
 
     `placeholder`: matches a path of the route, with the model in its first group, if the route reads the model there.
-    `model_field`: the start of the header line that names the model to the upstream.
+    `model_field`: the start of the header line that names the model to the upstream. `judged`: members that count because
+    the request is judged by them.
     """
 
     __slots__ = (
@@ -49,6 +51,7 @@ class RouteRules:
         cap_field: str = "",
         placeholder: re.Pattern[bytes] | None = None,
         model_field: bytes = b"",
+        judged: tuple[MemberPath, ...] = (),
     ) -> None:
         self.name: Final = name
         self.dialect: Final = dialect
@@ -59,22 +62,25 @@ class RouteRules:
         self.cap_field: Final = cap_field
         self.placeholder: Final = placeholder
         self.model_field: Final = model_field
-        self.reading: Final = ReadingRules(dialect, bounds, model_member=source.json_member)
+        self.reading: Final = ReadingRules(dialect, bounds, model_member=source.json_member, judged=judged)
         #: What any request needs, before it is read.
         self.unread_need: Final = Need(1, 1, route=name)
         self._keeps: Final = source.kind in _KEPT_KINDS
         #: By target, and the model in its JSON as the route's source and as the dialect has it.
         self._kept: Final[dict[tuple[bytes, str | None, str | None], RequestModels]] = {}
 
-    def models_of(self, head: RequestHead, facts: RequestFacts) -> RequestModels:
-        """The models of a request. Raises a Refusal for one that names two different ones."""
+    def models_of(self, head: RequestHead, facts: RequestFacts, form_model: str | None = None) -> RequestModels:
+        """The models of a request. `form_model`: that of its multipart form, for a source of that kind.
+
+        Raises a Refusal for one that names two different ones.
+        """
         if facts.alternatives or not self._keeps:
-            return self._named(head, facts)
+            return self._named(head, facts, form_model)
         target, stated, in_json = head.line.target, facts.model, json_model(facts)
         key = (target, stated, in_json)
         found = self._kept.get(key)
         if found is None:
-            found = self._named(head, facts)
+            found = self._named(head, facts, None)
             if len(target) + len(stated or "") + len(in_json or "") <= _KEPT_CHARACTERS_MAX:
                 if len(self._kept) >= _KEPT_MAX:
                     self._kept.clear()
@@ -86,9 +92,9 @@ class RouteRules:
         """How many are kept."""
         return len(self._kept)
 
-    def _named(self, head: RequestHead, facts: RequestFacts) -> RequestModels:
+    def _named(self, head: RequestHead, facts: RequestFacts, form_model: str | None) -> RequestModels:
         path, _, query = head.line.target.partition(b"?")
-        value = self.source_value(head)
+        value = form_model if self.source.kind == "form" else self.source_value(head)
         named = named_models(self.source, self.dialect, facts, path=path, query=query, value=value)
         candidates = candidates_of(self.models, named, facts.alternatives)
         return RequestModels(candidates, named.model, facts.alternatives, field=self.model_field)
@@ -96,8 +102,7 @@ class RouteRules:
     def source_value(self, head: RequestHead) -> str | None:
         """The model as a path or a header names it, for a source of that kind. Raises a Refusal if it stands twice."""
         if self.source.kind == "path" and self.placeholder is not None:
-            match = self.placeholder.fullmatch(head.line.path)
-            return None if match is None else match[1].decode("utf-8", "replace")
+            return path_value(self.placeholder, head.line.path)
         if self.source.kind == "header":
             return _header(head.block, self.source.name)
         return None

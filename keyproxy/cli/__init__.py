@@ -21,6 +21,7 @@ from keyproxy.cli.commands.keys.remind import key_remind
 from keyproxy.cli.commands.migrate import migrate_command
 from keyproxy.cli.commands.plan import plan_group
 from keyproxy.cli.commands.process import drain_command, health_command
+from keyproxy.cli.commands.prompt import prompt_group
 from keyproxy.cli.commands.serve import demo_command, serve_command
 from keyproxy.cli.commands.tenant import tenant_group
 from keyproxy.cli.commands.usage import usage_group
@@ -66,6 +67,7 @@ for _command in (
     user_group,
     key_group,
     plan_group,
+    prompt_group,
     audit_group,
     usage_group,
     completion_command,

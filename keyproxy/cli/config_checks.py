@@ -1,4 +1,4 @@
-"""The checks of `keyproxy config check` beyond the configuration itself: certificates, routes and the database.
+"""The checks of `keyproxy config check` beyond the configuration itself: certificates, patterns, routes and the database.
 
 Each check returns sentences; all of them run, so that one call reports every problem.
 """
@@ -17,6 +17,7 @@ from keyproxy.config import loader
 from keyproxy.config.route_review import shadowed
 from keyproxy.config.schema import Settings
 from keyproxy.platform.sockets import conflicts
+from keyproxy.process.patterns.re2_matcher import PatternError, compile_patterns
 from keyproxy.store.embedded.embedded_postgres import EmbeddedError
 from keyproxy.store.postgres import migrations
 from keyproxy.store.postgres.database import StoreUnavailable
@@ -32,7 +33,7 @@ _TIMES: Final = {9: "is not valid yet", 10: "has expired"}
 def problems(loaded: loader.Config, *, offline: bool) -> list[str]:
     """Return a sentence for each problem."""
     settings = loaded.settings
-    found = [*conflicts(settings), *_certificates(settings), *shadowed(settings.routes)]
+    found = [*conflicts(settings), *_certificates(settings), *_patterns(settings), *shadowed(settings.routes)]
     return found if offline else [*found, *_database(loaded)]
 
 
@@ -50,6 +51,14 @@ def _certificates(settings: Settings) -> Iterator[str]:
         wrong = _authorities_problem(file) if file else None
         if wrong is not None:
             yield f"{key}: {wrong}"
+
+
+def _patterns(settings: Settings) -> list[str]:
+    try:
+        compile_patterns(settings.categories)
+    except PatternError as error:
+        return error.problems
+    return []
 
 
 def _certificate_problem(certificate_file: str, key_file: str) -> str | None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from keyproxy.config import value_types
+from keyproxy.config.categories import read_categories
 from keyproxy.config.models import read_models
 from keyproxy.config.schema import TABLES, RouteRow, Settings, cross_checks
 from keyproxy.config.value_types import Fault
@@ -80,6 +81,8 @@ class _Reading:
         self.wrong: list[str] = []
         #: The rows of `[[models]]`, of the last file with any.
         self.model_rows: object = []
+        #: Those of `[[categories]]`.
+        self.category_rows: object = []
         #: The source being read, and the source of each value: later sources override earlier ones.
         self.rank = 0
         self._ranks: dict[str, int] = {}
@@ -155,11 +158,12 @@ def load(path: Path | None, environment: Mapping[str, str], *, read: str | None 
             reading.wrong.append("KEYPROXY_ROUTES: must be a JSON array of objects")
     rows = tuple(_routes(reading, route_rows))
     models, wrong_models = read_models(reading.model_rows)
-    reading.wrong += wrong_models
+    categories, wrong_categories = read_categories(reading.category_rows)
+    reading.wrong += [*wrong_models, *wrong_categories]
     if reading.wrong:
         raise ConfigError(reading.wrong)
     tables = {table: cls(**reading.values[table]) for table, cls in TABLES.items()}
-    settings = Settings(**tables, models=models, routes=rows)
+    settings = Settings(**tables, models=models, categories=categories, routes=rows)
     loaded = Config(settings, _with_defaults(reading))
     wrong = cross_checks(settings)
     if wrong:
@@ -168,12 +172,14 @@ def load(path: Path | None, environment: Mapping[str, str], *, read: str | None 
 
 
 def flatten(settings: Settings) -> Iterator[tuple[str, object]]:
-    """Every key as (`table.key`, value), in the order of the file; then one for each model and route."""
+    """Every key as (`table.key`, value), in the order of the file; then one for each model, category and route."""
     for table in TABLES:
         for key, value in dataclasses.asdict(getattr(settings, table)).items():
             yield f"{table}.{key}", value
     for number, model in enumerate(settings.models, start=1):
         yield f"models[{number}]", {**dataclasses.asdict(model), "scopes": sorted(model.scopes)}
+    for number, category in enumerate(settings.categories, start=1):
+        yield f"categories[{number}]", {**dataclasses.asdict(category), "scopes": sorted(category.scopes)}
     for number, row in enumerate(settings.routes, start=1):
         yield f"routes[{number}]", dataclasses.asdict(row)
 
@@ -196,9 +202,10 @@ def _read_document(reading: _Reading, path: Path, content: str, route_rows: obje
     document = _parse(path, content)
     route_rows = document.pop("routes", route_rows)
     reading.model_rows = document.pop("models", reading.model_rows)
+    reading.category_rows = document.pop("categories", reading.category_rows)
     for table, keys in document.items():
         if table not in TABLES:
-            reading.unknown(table, [*TABLES, "models", "routes"], str(path))
+            reading.unknown(table, [*TABLES, "models", "categories", "routes"], str(path))
         elif not isinstance(keys, dict):
             reading.wrong.append(f"{table}: must be a table, [{table}] (set in {path})")
         else:

@@ -10,10 +10,14 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from keyproxy.ai import prompts
+from keyproxy.ai.categories import Category
 from keyproxy.ai.models import Model
-from keyproxy.config import addresses, token_settings, value_checks
+from keyproxy.config import addresses, bind_settings, categories, route_access, token_settings, value_checks
+from keyproxy.config.categories import CategoryKeys
 from keyproxy.config.token_settings import Money, Tokens
 from keyproxy.config.value_checks import Check, one_of, within
+from keyproxy.config.value_types import OneOrMany
 from keyproxy.http import error_responses
 from keyproxy.http.routes import RouteTable
 from keyproxy.model import Route
@@ -107,6 +111,8 @@ class IdentityHeaders:
     """The headers that the upstream trusts."""
 
     header_prefix: str = _setting("X-Keyproxy-", value_checks.header_prefix)
+    #: Whether headers that override method or target go upstream.
+    forward_overrides: bool = _setting(False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +204,12 @@ class RouteRow:
     cap: str = _setting("", one_of(*token_settings.CAPS))
     cap_field: str = _setting("", token_settings.cap_field_fault)
     idempotency: str = _setting("once", one_of(*token_settings.IDEMPOTENCY))
+    binds: list[dict[str, str]] = _setting([], bind_settings.binds_fault)
+    prompt: str = _setting("", one_of("", *prompts.SHAPES))
+    category: OneOrMany = _setting([], categories.category_fault)
+    unregistered: str = _setting("", categories.unregistered_fault)
+    access: str = _setting(route_access.KEY, one_of(route_access.KEY, route_access.PUBLIC))
+    encoded_slash: str = _setting(route_access.REFUSE, one_of(route_access.REFUSE, route_access.FORWARD))
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +234,7 @@ class Settings:
     tokens: Tokens = field(default_factory=Tokens)
     money: Money = field(default_factory=Money)
     models: tuple[Model, ...] = ()
+    categories: tuple[Category, ...] = ()
     routes: tuple[RouteRow, ...] = ()
 
     def listeners(self) -> dict[str, str]:
@@ -246,6 +259,8 @@ class Settings:
                     Route(
                         row.name or row.match, frozenset(row.scopes), row.error_shape, row.tokens,
                         deduplicates=row.idempotency == token_settings.ONCE,
+                        is_public=row.access == route_access.PUBLIC,
+                        forwards_encoded_slash=row.encoded_slash == route_access.FORWARD,
                     ),
                 )
                 for row in self.routes
@@ -257,7 +272,7 @@ class Settings:
 TABLES: Final[dict[str, type[Any]]] = {
     table.name: table.default_factory  # type: ignore[misc]
     for table in dataclasses.fields(Settings)
-    if table.name not in ("models", "routes")
+    if table.name not in ("models", "categories", "routes")
 }
 
 
@@ -284,6 +299,18 @@ def cross_checks(settings: Settings) -> list[str]:
     wrong += token_settings.conflicts(
         settings.tokens, [(row.match, row.tokens, row.model, row.cap, row.cap_field) for row in settings.routes]
     )
+    wrong += [
+        f"routes[{number}].{fault}"
+        for number, row in enumerate(settings.routes, start=1)
+        for fault in bind_settings.place_faults(
+            row.match, bind_settings.read_binds(row.binds), settings.identity.header_prefix
+        )
+    ]
+    wrong += categories.conflicts(
+        settings.categories,
+        [CategoryKeys(row.prompt, row.category, row.unregistered) for row in settings.routes],
+    )
+    wrong += route_access.contradictions(settings.routes)
     matches = [row.match for row in settings.routes]
     wrong += [
         f"routes: {match!r} is configured twice; the first one always wins"

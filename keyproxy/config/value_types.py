@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 from keyproxy.config.value_checks import Check
+
+#: A list of strings, or in place of it one string; an empty one is an empty list.
+OneOrMany: TypeAlias = list[str]
 
 #: Far beyond every bound, and exact as a float.
 _NUMBER_MAX: Final = 10**15
@@ -58,9 +61,20 @@ def _typed(value: object, wanted: str, *, is_text: bool) -> object:
             if isinstance(value, list) and all(isinstance(item, str) for item in value):
                 return value
             return Fault("must be a list of strings")
+        case "list[dict[str, str]]":
+            if isinstance(value, list) and all(_is_texts(item) for item in value):
+                return value
+            return Fault("must be a list of inline tables of strings")
+        case "OneOrMany":
+            listed = ([value] if value else []) if isinstance(value, str) else value
+            return _typed(listed, "list[str]", is_text=False)
         case "list[int]":
             return _whole_numbers(value if text is None else text.split(","), is_text=is_text)
     raise AssertionError(f"no reader for type {wanted}")
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(one, str) for one in value.values())
 
 
 def _switch(value: object, text: str | None) -> object:

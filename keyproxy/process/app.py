@@ -15,6 +15,7 @@ import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Final
 
+from keyproxy.ai.categories import TEMPLATE
 from keyproxy.config.schema import Listen, Settings
 from keyproxy.gateway import Gateway
 from keyproxy.metrics.access_log import AccessLog, LabelledExchange
@@ -24,6 +25,7 @@ from keyproxy.platform import clock, sockets
 from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
 from keyproxy.process.ops_listener import Check, OpsListener, Verdict, gathered
+from keyproxy.process.patterns.re2_matcher import PatternError, compile_patterns
 from keyproxy.process.proxy_metrics import PROXY_METRICS, ROUND_TRIP_BOUNDS, Scrape
 from keyproxy.process.reload import PreparedConfig, ReloadError, new_socket, new_store, new_tls
 from keyproxy.process.store_health import carry_over, check_housekeeping, check_ledger, check_reaping
@@ -48,12 +50,13 @@ class Proxy:
     """A running data plane: the proxied port and the ops listener over one store."""
 
     def __init__(self, settings: Settings, dsn: str, *, access_log_fd: int) -> None:
-        """Raises TlsError."""
+        """Raises TlsError, PatternError."""
         self._settings = settings
         self._dsn = dsn
         self._loop = asyncio.get_running_loop()
         self._deadlines = Deadlines(self._loop, clock.monotonic)
         self.store = new_store(settings, dsn)
+        self._patterns = compile_patterns(settings.categories)
         self._access_log = AccessLog(access_log_fd, wall_offset=clock.wall_offset)
         self._recorder = Recorder(None, self._note_usage)
         self._log_as(settings)
@@ -108,11 +111,12 @@ class Proxy:
                 ops = new_socket(undo, was.ops, settings.ops)
                 tls = new_tls(settings)
                 upstreams = self.upstreams if settings.upstream == was.upstream else self._upstreams(settings)
+                patterns = compile_patterns(settings.categories)
                 store = await self._store_for(settings, dsn)
-            except (sockets.BindError, TlsError, StoreUnavailable) as error:
+            except (sockets.BindError, TlsError, PatternError, StoreUnavailable) as error:
                 raise ReloadError(str(error)) from error
             undo.pop_all()
-        return PreparedConfig(settings, dsn, proxy, ops, tls, upstreams, store)
+        return PreparedConfig(settings, dsn, proxy, ops, tls, upstreams, store, patterns)
 
     async def abandon(self, change: PreparedConfig) -> None:
         """Release the resources of a prepared configuration."""
@@ -125,7 +129,7 @@ class Proxy:
     async def apply(self, change: PreparedConfig) -> None:
         """Switch to a prepared configuration. Cannot fail, and drops no request."""
         settings, upstreams, store = change.settings, change.upstreams, change.store
-        self._settings, self._dsn = settings, change.dsn
+        self._settings, self._dsn, self._patterns = settings, change.dsn, change.patterns
         before, self._gateways = self._gateways, []
         self.server.change(self._terms(settings, store, upstreams, change.tls), change.proxy)
         self._log_as(settings)
@@ -158,7 +162,10 @@ class Proxy:
         routes = settings.route_table()
         # Records keep the names of configured models, and of a bounded number of others.
         store.usage.model_names = ModelNames([model.name for model in settings.models])
-        gateway = build_gateway(settings, routes, identities=store.identities, ledger=store.ledger, claims=store.claims)
+        gateway = build_gateway(
+            settings, routes, identities=store.identities, owned_ids=store.owned_ids, templates=store.templates,
+            ledger=store.ledger, claims=store.claims, patterns=self._patterns,
+        )  # fmt: skip
         self._gateways.append(gateway)
         return build_terms(settings, routes, gateway, upstreams, tls=tls)
 
@@ -178,6 +185,7 @@ class Proxy:
             store=self.store,
             routes=self._settings.routes,
             models=[model.name for model in self._settings.models],
+            categories=[category.name for category in self._settings.categories],
             ledger_round_trips=self._ledger_round_trips,
         )
 
@@ -264,6 +272,8 @@ class Proxy:
 
     async def _check_store(self) -> Check:
         database = self.store.database
+        if database.is_up and not self.store.templates.is_loaded and self._judges_templates():
+            return Check(Verdict.FAILED, "the prompt templates are not loaded")
         if database.is_up:
             shortage = database.shortage.because
             return Check(Verdict.DEGRADED if shortage else Verdict.OK, shortage and f"too few connections: {shortage}")
@@ -273,6 +283,9 @@ class Proxy:
         if too_old or not self.store.identities.sizes()["known"]:
             return Check(Verdict.FAILED, why)
         return Check(Verdict.DEGRADED, f"cached identities are served, other keys refused: {why}")
+
+    def _judges_templates(self) -> bool:
+        return any(TEMPLATE in row.category for row in self._settings.routes)
 
     async def _check_feed(self) -> Check:
         feed = self.store.feed

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
+from keyproxy.ai.categories import parse_category_source
+from keyproxy.ai.model_source import DIALECT, NONE
 from keyproxy.ai.models import OTHER
 from keyproxy.config.schema import RouteRow
 from keyproxy.metrics.access_log import AccessLog
@@ -47,6 +49,8 @@ class Scrape(NamedTuple):
     routes: Sequence[RouteRow]
     #: The names of the configured models.
     models: Sequence[str]
+    #: The names of the configured categories of prompts.
+    categories: Sequence[str]
     #: The time from a message to the ledger to its response.
     ledger_round_trips: Histogram
 
@@ -111,7 +115,8 @@ def _tokens_estimated(scrape: Scrape) -> dict[tuple[str, ...], float]:
 
 def _by_model(scrape: Scrape) -> Mapping[str, ModelCount]:
     """The counts of every model. Series of the configured ones and of `other` start at 0."""
-    names = [*scrape.models, OTHER] if any(row.tokens != NO_TOKENS for row in scrape.routes) else []
+    names_models = any(row.tokens != NO_TOKENS or row.model not in (DIALECT, NONE) for row in scrape.routes)
+    names = [*scrape.models, OTHER] if names_models else []
     return {**{name: ModelCount() for name in names}, **scrape.recorder.models.models}
 
 
@@ -132,6 +137,13 @@ def _spend(scrape: Scrape) -> dict[str, float]:
 def _caps(scrape: Scrape) -> dict[str, float]:
     routes = [row.name or row.match for row in scrape.routes if row.tokens != NO_TOKENS]
     return {**dict.fromkeys(routes, 0.0), **scrape.recorder.models.caps}
+
+
+def _categories(scrape: Scrape) -> dict[tuple[str, ...], float]:
+    """Series of the configured categories, and of the sources that routes have, start at 0."""
+    sources = {parse_category_source(text).counted for row in scrape.routes for text in row.category}
+    names: list[tuple[str, ...]] = [(category, source) for category in scrape.categories for source in sorted(sources)]
+    return {**dict.fromkeys(names, 0.0), **scrape.recorder.categories}
 
 
 def _summed(parts: Iterable[tuple[tuple[str, ...], Histogram]]) -> dict[tuple[str, ...], Histogram]:
@@ -215,7 +227,7 @@ PROXY_METRICS: Final[tuple[Metric[Scrape], ...]] = (
     Metric("keyproxy_tokens_estimated_total", COUNTER,
            "Tokens charged by estimate, because the response reported no usage.",
            ("route", "mode"), _tokens_estimated, SUM),
-    Metric("keyproxy_model_requests_total", COUNTER, "Metered requests that were forwarded, by configured model.",
+    Metric("keyproxy_model_requests_total", COUNTER, "Metered or judged requests that were forwarded, by model.",
            ("model", "mode"), _model_requests, SUM),
     Metric("keyproxy_model_tokens_total", COUNTER, "Tokens charged, by configured model.",
            ("model", "kind"), _model_tokens, SUM),
@@ -223,6 +235,8 @@ PROXY_METRICS: Final[tuple[Metric[Scrape], ...]] = (
            ("model",), _spend, SUM),
     Metric("keyproxy_caps_inserted_total", COUNTER, "Requests forwarded with an inserted output maximum.",
            ("route",), _caps, SUM),
+    Metric("keyproxy_prompt_categories_total", COUNTER, "Requests that were forwarded, by category of their prompt.",
+           ("category", "source"), _categories, SUM),
     Metric("keyproxy_usage_reads_after_abort_total", COUNTER,
            "Streams read to their usage after the client had left, by outcome.",
            ("outcome",), lambda scrape: scrape.server.usage_reads.outcomes, SUM),

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from keyproxy.config.schema import Listen, Ops, Settings
 from keyproxy.platform import clock, sockets
+from keyproxy.process.patterns.re2_matcher import PatternError, Re2Matcher, compile_patterns
 from keyproxy.store.store import Store
 from keyproxy.wire.tls import TlsError, server_context, upstream_context
 from keyproxy.wire.upstream.pool import Upstreams
@@ -28,6 +29,7 @@ class PreparedConfig(NamedTuple):
     tls: ssl.SSLContext | None
     upstreams: Upstreams
     store: Store
+    patterns: Re2Matcher | None
 
 
 def new_socket(undo: contextlib.ExitStack, was: Listen | Ops, now: Listen | Ops) -> socket.socket | None:
@@ -67,10 +69,11 @@ def new_tls(settings: Settings) -> ssl.SSLContext | None:
     return server_context(listen.tls_certificate_file, listen.tls_key_file, listen.tls_client_ca_file)
 
 
-def check_files(settings: Settings) -> None:
-    """Check that the TLS files of the configuration can be loaded. Raises ReloadError."""
+def check_resources(settings: Settings) -> None:
+    """Check that the TLS files and the patterns of the configuration can be loaded. Raises ReloadError."""
     try:
         new_tls(settings)
         upstream_context(settings.upstream)
-    except TlsError as error:
+        compile_patterns(settings.categories)
+    except (TlsError, PatternError) as error:
         raise ReloadError(str(error)) from error

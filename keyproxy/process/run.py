@@ -21,7 +21,7 @@ from keyproxy.platform.tasks import cancel_all
 from keyproxy.process import control_channel, startup_conflicts
 from keyproxy.process.app import Proxy
 from keyproxy.process.control_socket import Control
-from keyproxy.process.reload import PreparedConfig, ReloadError, bound, check_files
+from keyproxy.process.reload import PreparedConfig, ReloadError, bound, check_resources
 from keyproxy.process.shutdown import Shutdown
 
 _log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ async def serve(
     shutdown.on_signals()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_requested.set)
     _raise_file_limit(settings)
-    check_files(settings)
+    check_resources(settings)
     async with contextlib.AsyncExitStack() as stack:
         control = None if private_ops is not None else Control(shutdown.begin)
         if control is not None:

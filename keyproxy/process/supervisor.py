@@ -30,7 +30,7 @@ from keyproxy.platform.tasks import cancel_all
 from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
 from keyproxy.process.ops_listener import Check, OpsListener, Verdict
-from keyproxy.process.reload import ReloadError, bound, check_files, new_socket
+from keyproxy.process.reload import ReloadError, bound, check_resources, new_socket
 from keyproxy.process.shutdown import Shutdown
 from keyproxy.process.worker_pool import Worker, WorkerPool
 
@@ -81,7 +81,7 @@ class Supervisor:
         shutdown, reload_requested = Shutdown(), asyncio.Event()
         shutdown.on_signals()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_requested.set)
-        check_files(self._settings)
+        check_resources(self._settings)
         control = Control(shutdown.begin)
         async with control.open(self._presence(self._settings)):
             try:
@@ -211,7 +211,7 @@ class Supervisor:
             try:
                 text = reread()
                 settings = read(text)
-                check_files(settings)
+                check_resources(settings)
                 control.check(self._presence(settings))
                 async with self._reloading:
                     await self._reload(settings, text)

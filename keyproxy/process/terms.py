@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+from keyproxy.ai.access.access_rules import AccessRules
+from keyproxy.ai.categories import PatternMatcher
 from keyproxy.ai.dialects.table import DIALECTS
 from keyproxy.ai.model_source import parse_model_source
 from keyproxy.ai.models import ModelTable
 from keyproxy.ai.route_rules import RouteRules
 from keyproxy.auth.api_key import KeyFormat
+from keyproxy.config.access_settings import access_rules
 from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.gateway import Gateway
 from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.http.forwarding import TrustRule
 from keyproxy.http.headers import FieldNames
-from keyproxy.http.routes import RouteTable, placeholder_pattern
+from keyproxy.http.path_patterns import placeholder_pattern
+from keyproxy.http.routes import RouteTable
 from keyproxy.model import NO_TOKENS, Moment, Route
 from keyproxy.platform import clock
-from keyproxy.ports import Claims, Identities, Ledger
+from keyproxy.ports import Claims, Identities, Ledger, OwnedIds, PromptTemplates
 from keyproxy.wire.context import ServerTerms
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.parsing.head_cache import ResponseReader
@@ -31,25 +35,34 @@ def build_gateway(
     routes: RouteTable,
     *,
     identities: Identities,
+    owned_ids: OwnedIds,
+    templates: PromptTemplates,
     ledger: Ledger,
     claims: Claims,
+    patterns: PatternMatcher | None = None,
     now: Callable[[], Moment] = clock.now,
 ) -> Gateway:
-    """The gateway over these ports."""
+    """The gateway over these ports. `patterns`: of prompt categories, None without any."""
+    access = access_rules(settings, routes, patterns)
     return Gateway(
         key_format=_key_format(settings),
         identities=identities,
+        owned_ids=owned_ids,
+        templates=templates,
         ledger=ledger,
         claims=claims,
         routes=routes,
-        metering=build_metering(settings, routes),
+        metering=build_metering(settings, routes, access),
+        access=access,
         now=now,
         usage_wait_seconds=settings.tokens.usage_wait_seconds,
     )
 
 
-def build_metering(settings: Settings, routes: RouteTable) -> dict[Route, RouteRules]:
-    """The rules of the metered routes."""
+def build_metering(
+    settings: Settings, routes: RouteTable, access: Mapping[Route, AccessRules]
+) -> dict[Route, RouteRules]:
+    """The rules of the metered routes. `access`: of those that judge their requests."""
     rows = {row.match: row for row in settings.routes}
     models = ModelTable(settings.models)
     found = {}
@@ -58,6 +71,7 @@ def build_metering(settings: Settings, routes: RouteTable) -> dict[Route, RouteR
             continue
         row = rows.get(match, RouteRow(match))
         source = parse_model_source(row.model)
+        judged = access.get(route)
         found[route] = RouteRules(
             route.name,
             DIALECTS[route.tokens],
@@ -68,6 +82,7 @@ def build_metering(settings: Settings, routes: RouteTable) -> dict[Route, RouteR
             cap=row.cap,
             cap_field=row.cap_field,
             placeholder=placeholder_pattern(match, source.name) if source.kind == "path" else None,
+            judged=() if judged is None else judged.json_paths,
             model_field=f"{settings.identity.header_prefix}Model: ".encode("ascii"),
         )
     return found
@@ -99,7 +114,7 @@ def build_terms(
         routes=routes,
         key_format=_key_format(settings),
         upstreams=upstreams,
-        names=FieldNames(prefix),
+        names=FieldNames(prefix, forward_overrides=settings.identity.forward_overrides),
         problems=ErrorRenderer(
             invalid_key_status=settings.errors.invalid_key_status, spent_status=settings.errors.spent_status
         ),

@@ -11,6 +11,7 @@ from keyproxy.model import Moment
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.change_feed import CHANNEL, ChangeFeed
 from keyproxy.store.identities.last_used import LastUsed
+from keyproxy.store.identities.owned_ids import OwnedIdCache
 from keyproxy.store.ledger.charge_dedup import Claims
 from keyproxy.store.ledger.charge_dedup_postgres import PostgresClaims
 from keyproxy.store.ledger.ledger import Ledger
@@ -18,6 +19,7 @@ from keyproxy.store.ledger.postgres_backend import PostgresLedger
 from keyproxy.store.ledger.redis_backend import RedisLedger
 from keyproxy.store.ledger.select_backend import ledger_backend
 from keyproxy.store.postgres.database import Database, NotificationListener
+from keyproxy.store.prompt_templates import TemplateCache
 from keyproxy.store.usage.journal import UsageJournal
 
 _DEFAULT_LIMITS: Final = schema.LimitSettings()
@@ -65,13 +67,18 @@ class Store:
             feed=state,
             last_used=self.last_used,
             header_prefix=header_prefix,
-            # One connection is left for the change feed, which delivers revocations.
-            look_ups_max=max(1, store.pool_size_max - 1),
+            # One connection is left for the change feed, which delivers revocations, and one for lookups of owned ids.
+            look_ups_max=max(1, store.pool_size_max - 2),
             now=now,
         )
+        self.owned_ids = OwnedIdCache(self.database, cache, feed=state, look_ups_max=1, now=now)
+        self.templates = TemplateCache(self.database, cache, now)
         listener = NotificationListener(dsn, CHANNEL, shortage=self.database.shortage)
         reads_recalls = self.ledger.conversation if ledger.backend == "postgres" else None
-        self.feed = ChangeFeed(self.database, listener, self.identities, state, now, lease_holder=reads_recalls)
+        self.feed = ChangeFeed(
+            self.database, listener, self.identities, state, now,
+            owned=self.owned_ids, templates=self.templates, lease_holder=reads_recalls,
+        )  # fmt: skip
         self._follow_windows(backend)
         #: All background tasks that run while the store is open.
         self.lasting = (
@@ -80,6 +87,7 @@ class Store:
             self.usage.lasting,
             self.last_used.lasting,
             self.feed.lasting,
+            self.templates.lasting,
         )
         #: All cleanup of expired rows.
         self.chores = (
@@ -107,6 +115,7 @@ class Store:
         await self.database.open()
         await self._ledger_database.open()
         await self._usage_database.open()
+        self.templates.start()
         self.feed.start()
         self.ledger.start()
         self.claims.start()
@@ -123,9 +132,12 @@ class Store:
         await self._usage_database.close()
         await self.last_used.close()
         await self.feed.close()
+        await self.templates.close()
         await self.identities.close()
+        await self.owned_ids.close()
         await self.database.close()
 
     async def check_connection(self) -> None:
-        """Check the database. Raises StoreUnavailable if it does not respond."""
+        """Check the database, and load the prompt templates. Raises StoreUnavailable if it does not respond."""
         await self.database.fetch("tenants", "", 1)
+        await self.templates.read()

@@ -32,6 +32,7 @@ def _name(endpoint: Endpoint) -> str:
 def _body(endpoint: Endpoint, tenant: str, user: str) -> object:
     bodies: dict[str, object] = {
         "create_tenant": {"id": tenant},
+        "register_prompt": {"category": "code"},
         "change_tenant": {"name": "changed"},
         "create_user": {"id": user, "tenant": tenant},
         "change_user": {"disabled": True},
@@ -173,7 +174,8 @@ async def test_a_bound_token_sees_and_touches_its_tenant_alone_at_every_endpoint
     bound = await api.token("admin:write", tenant="acme")
     before = await _all_of(api, "other")
     kind = endpoint.path.split("/")[2]
-    thing = {"tenants": "other", "users": "o_1", "keys": other.key_id, "plans": "basic"}.get(kind, "")
+    things = {"tenants": "other", "users": "o_1", "keys": other.key_id, "plans": "basic", "prompts": "0f" * 32}
+    thing = things.get(kind, "")
     body = _body(endpoint, "other", "o_1")
     paths = [_path(endpoint, thing)]
     if endpoint.name == "explain_key":

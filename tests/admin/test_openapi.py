@@ -19,6 +19,8 @@ from keyproxy.admin import openapi
 from keyproxy.admin.service import ENDPOINTS
 from tests.admin.conftest import FILE_TOKEN, Api
 
+DIGEST = "0f" * 32
+
 DOCUMENT = openapi.document(ENDPOINTS)
 SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
 OPERATIONS: list[Any] = [result.ok() for result in SCHEMA.get_all_operations() if isinstance(result, Ok)]
@@ -38,7 +40,8 @@ async def _things(api: Api) -> dict[str, str]:
     key = (await api.user("u_1"))["key"]["id"]
     await api.user("u_2", "other")
     await api.done("PUT", "/v1/plans/basic", {"limits": {"rate": 1.5}})
-    return {"/v1/tenants": "acme", "/v1/users": "u_1", "/v1/keys": key, "/v1/plans": "basic"}
+    await api.done("PUT", f"/v1/prompts/{DIGEST}", {"category": "code"})
+    return {"/v1/tenants": "acme", "/v1/users": "u_1", "/v1/keys": key, "/v1/plans": "basic", "/v1/prompts": DIGEST}
 
 
 def _ask(api: Api, operation: Any, mode: GenerationMode, things: dict[str, str]) -> None:

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from keyproxy.config import loader
+from keyproxy.config.categories import CATEGORY_KEYS
 from keyproxy.config.loader import Config, ConfigError
 from keyproxy.config.models import MODEL_KEYS
 from keyproxy.config.schema import TABLES, RouteRow, Settings
 
 EXAMPLE = (Path(__file__).parents[2] / "config.example.toml").read_text(encoding="utf-8")
-#: The same with the example model and route uncommented.
-EXAMPLE_WITH_ROUTE = re.sub(r"(?m)^# (?=\[\[(?:models|routes)\]\]|\w+ = )", "", EXAMPLE)
+#: The same with the example model, category and route uncommented.
+EXAMPLE_WITH_ROUTE = re.sub(r"(?m)^# (?=\[\[(?:models|categories|routes)\]\]|\w+ = )", "", EXAMPLE)
 
 #: Every key of the file, with its default.
 DEFAULTS = {
@@ -79,12 +80,16 @@ def test_the_example_s_route_has_every_key_and_shows_the_defaults_of_those_that_
     document = tomllib.loads(EXAMPLE_WITH_ROUTE)
     (route,) = document.pop("routes")
     (model,) = document.pop("models")
+    (category,) = document.pop("categories")
     assert rows(document) == DEFAULTS
     assert list(route) == [key.name for key in dataclasses.fields(RouteRow)]
     assert (route["error_shape"], route["model"], route["cap_field"], route["idempotency"]) == (
         RouteRow().error_shape, RouteRow().model, RouteRow().cap_field, RouteRow().idempotency,
     )  # fmt: skip
     assert list(model) == list(MODEL_KEYS)
+    assert list(category) == list(CATEGORY_KEYS)
+    assert route["binds"] == []
+    assert (route["prompt"], route["category"], route["unregistered"]) == ("", "", "")
 
 
 def test_the_example_loads_as_the_defaults(reader: Reader) -> None:
@@ -94,6 +99,7 @@ def test_the_example_loads_as_the_defaults(reader: Reader) -> None:
     (row,) = with_route.routes
     assert row == RouteRow("POST /v1/ai/jobs", ["jobs:write"], tokens="openai", name="jobs", cap="insert")
     assert [model.name for model in with_route.models] == ["gpt-4o"]
+    assert [(one.name, one.scopes) for one in with_route.categories] == [("code", frozenset({"prompt:code"}))]
     route = with_route.route_table().match(b"POST", b"/v1/ai/jobs")
     assert route is not None
     assert (route.name, route.scopes) == (row.name, frozenset(row.scopes))
@@ -459,7 +465,7 @@ def test_all_problems_are_reported_together(reader: Reader) -> None:
 def test_everything_is_shown_in_the_order_of_the_file_with_routes_last(reader: Reader) -> None:
     settings = reader.load(EXAMPLE_WITH_ROUTE).settings
     shown: dict[str, Any] = dict(loader.flatten(settings))
-    assert list(shown) == [*map(".".join, DEFAULTS), "models[1]", "routes[1]"]
+    assert list(shown) == [*map(".".join, DEFAULTS), "models[1]", "categories[1]", "routes[1]"]
     assert [shown[".".join(key)] for key in DEFAULTS] == list(DEFAULTS.values())
     assert shown["routes[1]"] == dataclasses.asdict(settings.routes[0])
 

@@ -109,8 +109,9 @@ def scrape(recorder: Recorder, number: int) -> Scrape:
         server=server(number),
         upstreams=cast("Upstreams", SimpleNamespace(distinct=lambda: {"live": pool})),
         store=store(number),
-        routes=[RouteRow("/plain"), RouteRow(TOKENS, tokens="openai")],
+        routes=[RouteRow("/plain"), RouteRow(TOKENS, tokens="openai", category=["template", "=chat", "=code"])],
         models=["gpt-4o"],
+        categories=["chat", "code"],
         ledger_round_trips=ledger_round_trips,
     )
 
@@ -231,6 +232,29 @@ def test_series_that_start_at_0_survive_worker_restarts() -> None:
 # -- what is counted as what
 
 
+def test_forwarded_requests_are_counted_by_the_categories_of_their_prompt_from_0_on() -> None:
+    recorder = Recorder(None)
+
+    def counts() -> dict[tuple[str, str], float]:
+        page = Catalogue(PROXY_METRICS, lambda: scrape(recorder, 1)).render().decode()
+        return {
+            (sample.labels["category"], sample.labels["source"]): sample.value
+            for family in text_string_to_metric_families(page)
+            if family.name == "keyproxy_prompt_categories"
+            for sample in family.samples
+        }
+
+    nothing = {("chat", "route"): 0, ("chat", "template"): 0, ("code", "route"): 0, ("code", "template"): 0}
+    assert counts() == nothing
+    forwarded = exchange(route=TOKENS)
+    forwarded.categories = (("chat", "route"), ("code", "template"), ("code", "pattern"))
+    refused = exchange(route=TOKENS, reason=Reason.TOKEN_BUDGET_EXHAUSTED)
+    refused.categories, refused.sent_mono = (("chat", "route"),), 0.0
+    for one in (forwarded, forwarded, refused, exchange(route=TOKENS)):
+        recorder.record(one)
+    assert counts() == {**nothing, ("chat", "route"): 2, ("code", "template"): 2, ("code", "pattern"): 2}
+
+
 def test_responses_are_counted_by_the_class_of_their_status() -> None:
     text = page(
         *[exchange(status=status) for status in (101, 200, 204, 302, 404, 500, 599)],
@@ -327,7 +351,7 @@ def populated(number: int = 1) -> str:
     for _ in range(number):
         one = exchange(route=TOKENS, use=TokenUse(1, 2), seconds={"connection_wait_seconds": 0.1})
         one.permit = Permit(Grant(fakes.identity(), Route(TOKENS)), Hold(Bundle(()), Bundle(()), 5))
-        one.is_estimated = True
+        one.is_estimated, one.categories = True, (("code", "route"),)
         one.identity = dataclasses.replace(fakes.identity(), retiring_field=b"X-Keyproxy-Key-Expires-In: ")
         ended += [one, exchange(reason=Reason.RATE_LIMITED)]
     return page(*ended, number=number)

@@ -23,8 +23,10 @@ from keyproxy.store.embedded.embedded_postgres import EmbeddedServer
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.change_feed import CHANNEL, ChangeFeed
 from keyproxy.store.identities.last_used import LastUsed
+from keyproxy.store.identities.owned_ids import OwnedIdCache
 from keyproxy.store.postgres import migrations
 from keyproxy.store.postgres.database import NotificationListener
+from keyproxy.store.prompt_templates import TemplateCache
 from tests.server import password_of
 from tests.store.harness import Clock, Relay, Rig, Sql, StatementRunner
 from tests.store.redis_harness import MakeServer, servers
@@ -98,12 +100,16 @@ async def make_rig(dsn: str, sql: Sql, relay: Relay) -> AsyncIterator[MakeRig]:
             )
             listening = NotificationListener(dsn, CHANNEL) if listener == "real" else listener
             assert not isinstance(listening, str)
-            feed = ChangeFeed(door, listening, identities, state, now or clock)
+            owned = OwnedIdCache(door, cache or Cache(), feed=state, look_ups_max=look_ups_max, now=now or clock)
+            templates = TemplateCache(door, cache or Cache(), now or clock)
+            feed = ChangeFeed(door, listening, identities, state, now or clock, owned=owned, templates=templates)
             await door.open()
             stack.push_async_callback(door.close)
             stack.push_async_callback(identities.close)
+            stack.push_async_callback(owned.close)
+            stack.push_async_callback(templates.close)
             stack.push_async_callback(feed.close)
-            return Rig(dsn, sql, relay, door, clock, state, last_used, identities, feed)
+            return Rig(dsn, sql, relay, door, clock, state, last_used, identities, owned, templates, feed)
 
         yield making
 

@@ -19,8 +19,10 @@ from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.change_feed import ChangeFeed
 from keyproxy.store.identities.last_used import LastUsed
+from keyproxy.store.identities.owned_ids import OwnedIdCache
 from keyproxy.store.postgres import queries
 from keyproxy.store.postgres.database import Database, NotificationListener, Row, StoreUnavailable
+from keyproxy.store.prompt_templates import TemplateCache
 from tests import fakes
 from tests.server import address_of, password_of
 from tests.waiting import until
@@ -322,6 +324,8 @@ class Rig:
     state: FeedState
     last_used: LastUsed
     cache: IdentityCache
+    owned: OwnedIdCache
+    templates: TemplateCache
     feed: ChangeFeed
 
     def hot(self, secret: SecretKey, *, is_first_lookup: bool = True) -> Identity | Reason | None:
@@ -393,6 +397,23 @@ async def add_user(sql: Sql, user: str = "u_42", tenant: str = "acme") -> None:
     """Insert a user, and its tenant if it is missing."""
     await sql.execute("INSERT INTO keyproxy.tenants (id) VALUES ($1) ON CONFLICT DO NOTHING", tenant)
     await sql.execute("INSERT INTO keyproxy.users (id, tenant_id) VALUES ($1, $2)", user, tenant)
+
+
+async def add_owned(sql: Sql, object_id: str, tenant: str = "acme", *, kind: str = "collection") -> None:
+    """Let a tenant own an id; insert the tenant if it is missing."""
+    await sql.execute("INSERT INTO keyproxy.tenants (id) VALUES ($1) ON CONFLICT DO NOTHING", tenant)
+    await sql.execute("INSERT INTO keyproxy.owned (kind, id, tenant_id) VALUES ($1, $2, $3)", kind, object_id, tenant)
+
+
+async def add_template(sql: Sql, digest: bytes, category: str = "code", tenant: str | None = None) -> None:
+    """Register a template, or give it another category."""
+    await sql.execute(
+        "INSERT INTO keyproxy.prompt_templates (digest, category, tenant_id) VALUES ($1, $2, $3)"
+        " ON CONFLICT (digest) DO UPDATE SET category = excluded.category, tenant_id = excluded.tenant_id",
+        digest,
+        category,
+        tenant,
+    )
 
 
 async def add_keys(sql: Sql, numbers: Iterable[int], user: str = "u_42") -> list[SecretKey]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 
 from keyproxy.auth.api_key import SecretKey
+from keyproxy.config.schema import Cache
 from keyproxy.model import Moment
-from keyproxy.ports import Identities
+from keyproxy.ports import Identities, OwnedIds, PromptTemplates
 from keyproxy.reasons import Reason
 from tests import contracts, fakes
-from tests.store.harness import Clock, Rig, add_user
+from tests.store.conftest import MakeRig
+from tests.store.harness import Clock, Rig, add_owned, add_template, add_tenant, add_user
 
 _STANDINGS = {
     None: "SELECT",
@@ -80,3 +82,140 @@ class TestIdentityCache(contracts.IdentitiesContract):
     def stage(self, rig: Rig) -> contracts.IdentitiesStage:
         """Make it over a relay that can be cut."""
         return _CacheStage(rig)
+
+
+class _FakeOwnedStage:
+    def __init__(self) -> None:
+        self.owned = fakes.FakeOwnedIds()
+        self.now = Clock()
+
+    async def add(self, kind: str, object_id: str, tenant: str) -> None:
+        self.owned.add(kind, object_id, tenant, is_slow=True)
+
+    async def goes_down(self) -> None:
+        self.owned.is_down = True
+
+    async def comes_back(self) -> None:
+        self.owned.is_down = False
+
+
+class _OwnedCacheStage:
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
+
+    @property
+    def owned(self) -> OwnedIds:
+        return self._rig.owned
+
+    def now(self) -> Moment:
+        return self._rig.clock()
+
+    async def add(self, kind: str, object_id: str, tenant: str) -> None:
+        await add_owned(self._rig.sql, object_id, tenant, kind=kind)
+        await self._rig.feed.poll()
+
+    async def goes_down(self) -> None:
+        await self._rig.goes_down()
+
+    async def comes_back(self) -> None:
+        await self._rig.comes_back()
+
+
+class TestFakeOwnedIds(contracts.OwnedIdsContract):
+    """The fake that the tests of the gateway use."""
+
+    @pytest.fixture
+    def stage(self) -> contracts.OwnedIdsStage:
+        """Make the fake in memory."""
+        return _FakeOwnedStage()
+
+
+class TestOwnedIdCache(contracts.OwnedIdsContract):
+    """The cache of ownership in front of the store."""
+
+    @pytest.fixture
+    def stage(self, rig: Rig) -> contracts.OwnedIdsStage:
+        """Make it over a relay that can be cut."""
+        return _OwnedCacheStage(rig)
+
+
+class _FakeTemplatesStage:
+    def __init__(self) -> None:
+        self.templates = fakes.FakePromptTemplates()
+        self.templates.is_loaded = False
+        self.now = Clock()
+
+    async def loads(self) -> None:
+        self.templates.is_loaded = True
+
+    async def register(self, digest: bytes, category: str, tenant_id: str | None = None) -> None:
+        self.templates.register(digest, category, tenant_id)
+
+    async def remove(self, digest: bytes) -> None:
+        del self.templates.table[digest]
+
+    async def goes_down(self) -> None:
+        """Nothing changes at first."""
+
+    def grows_old(self) -> None:
+        self.templates.is_too_old = True
+
+    async def comes_back(self) -> None:
+        self.templates.is_too_old = False
+
+
+class _TemplateCacheStage:
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
+
+    @property
+    def templates(self) -> PromptTemplates:
+        return self._rig.templates
+
+    def now(self) -> Moment:
+        return self._rig.clock()
+
+    async def loads(self) -> None:
+        for tenant in ("acme", "other"):
+            await add_tenant(self._rig.sql, tenant)
+        await self._follow()
+
+    async def register(self, digest: bytes, category: str, tenant_id: str | None = None) -> None:
+        await add_template(self._rig.sql, digest, category, tenant_id)
+        await self._follow()
+
+    async def remove(self, digest: bytes) -> None:
+        await self._rig.sql.execute("DELETE FROM keyproxy.prompt_templates WHERE digest = $1", digest)
+        await self._follow()
+
+    async def goes_down(self) -> None:
+        await self._rig.goes_down()
+
+    def grows_old(self) -> None:
+        self._rig.clock.advance(Cache().stale_seconds + 1)
+
+    async def comes_back(self) -> None:
+        await self._rig.comes_back()
+        await self._rig.templates.read()
+
+    async def _follow(self) -> None:
+        await self._rig.feed.poll()
+        await self._rig.templates.read()
+
+
+class TestFakePromptTemplates(contracts.PromptTemplatesContract):
+    """The fake that the tests of the gateway use."""
+
+    @pytest.fixture
+    def template_stage(self) -> contracts.TemplatesStage:
+        """Make the fake in memory."""
+        return _FakeTemplatesStage()
+
+
+class TestTemplateCache(contracts.PromptTemplatesContract):
+    """The templates of the store, in memory."""
+
+    @pytest.fixture
+    async def template_stage(self, make_rig: MakeRig) -> contracts.TemplatesStage:
+        """Make it over a relay that can be cut."""
+        return _TemplateCacheStage(await make_rig())

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from keyproxy.ai.categories import Category
 from keyproxy.ai.models import Model
 from keyproxy.config.schema import LedgerSettings, Listen, RouteRow, Settings
 from keyproxy.config.schema import Upstream as UpstreamSettings
@@ -18,6 +19,7 @@ from keyproxy.config.token_settings import Tokens
 from keyproxy.gateway import Gateway
 from keyproxy.http.routes import RouteTable
 from keyproxy.platform import clock, sockets
+from keyproxy.process.patterns.re2_matcher import compile_patterns
 from keyproxy.process.terms import build_gateway, build_terms, build_upstreams
 from keyproxy.store.ledger.charge_dedup import Claims
 from keyproxy.wire.client.request_ids import RequestIds
@@ -46,6 +48,8 @@ class Wire:
     ledger: fakes.FakeLedger
     charges: ReferenceClaims
     claims: Claims
+    owned_ids: fakes.FakeOwnedIds
+    templates: fakes.FakePromptTemplates
 
     def client(self) -> contextlib.AbstractAsyncContextManager[Client]:
         """A connection to the proxy."""
@@ -67,6 +71,7 @@ async def start() -> AsyncIterator[Start]:
             tokens: dict[str, Any] | None = None,
             rows: Sequence[RouteRow] = (),
             models: Sequence[Model] = (),
+            categories: Sequence[Category] = (),
             serving: Upstream | None = None,
             routes: RouteTable | None = None,
             sweep_seconds: float = 0.1,
@@ -88,9 +93,14 @@ async def start() -> AsyncIterator[Start]:
                 tokens=Tokens(**(tokens or {})),
                 routes=tuple(rows),
                 models=tuple(models),
+                categories=tuple(categories),
             )
             table = settings.route_table() if rows else routes or RouteTable([])
-            gateway = build_gateway(settings, table, identities=identities, ledger=ledger, claims=claims)
+            owned_ids, templates = fakes.FakeOwnedIds(), fakes.FakePromptTemplates()
+            gateway = build_gateway(
+                settings, table, identities=identities, owned_ids=owned_ids, templates=templates,
+                ledger=ledger, claims=claims, patterns=compile_patterns(categories),
+            )  # fmt: skip
             deadlines = Deadlines(loop, clock.monotonic, period_seconds=sweep_seconds)
             deadlines.start()
             stack.callback(deadlines.stop)
@@ -110,7 +120,9 @@ async def start() -> AsyncIterator[Start]:
             stack.push_async_callback(server.drain, 0.2)
             server.start(sock)
             address = sock.getsockname()
-            return Wire(address, far, identities, recorder, server, pool, gateway, ledger, charges, claims)
+            return Wire(
+                address, far, identities, recorder, server, pool, gateway, ledger, charges, claims, owned_ids, templates
+            )  # fmt: skip
 
         yield starting
 

@@ -23,6 +23,7 @@ from keyproxy.admin.schemas.field_types import (
     BY_NAME,
     Amount,
     Burst,
+    CategoryName,
     Id,
     Instant,
     KeyScope,
@@ -100,7 +101,7 @@ class KeysQuery(Paged):
 class AuditQuery(RequestModel):
     """Selects audit log rows; all given filters must match."""
 
-    entity: Literal["tenant", "user", "key", "plan", "token", "window"] | None = None
+    entity: Literal["tenant", "user", "key", "plan", "token", "window", "template"] | None = None
     entity_id: Text | None = None
     tenant: Id | None = None
     actor: Text | None = None
@@ -309,6 +310,16 @@ class PlanSet(RequestModel):
         if isinstance(self.limits, Limits):
             return self.limits.model_dump(exclude_none=True)
         return [entry.model_dump(exclude_none=True) for entry in self.limits]
+
+
+class PromptRegister(RequestModel):
+    """A prompt template to register, or to change."""
+
+    without_default: ClassVar[frozenset[str]] = frozenset({"name"})
+
+    category: Annotated[CategoryName, Field(description="The category of prompts with these instructions.")]
+    name: Annotated[Name | None, Field(description="A descriptive name; null or omitted: unchanged.")] = None
+    tenant: Annotated[Id | None, Field(description="The only tenant that it is registered for; null: all.")] = None
 
 
 class LimitChanges(Limits):

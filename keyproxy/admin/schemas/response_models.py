@@ -199,6 +199,30 @@ class PlanMade(Plan):
     warnings: _Warnings
 
 
+class Prompt(ResponseModel):
+    """A prompt template: the category of a system prompt, by the digest of its texts."""
+
+    digest: Annotated[str, Field(description="SHA-256 of the instruction texts, hexadecimal.")]
+    category: str
+    name: str
+    tenant: Annotated[str | None, Field(description="The only tenant that it is registered for; null: all.")]
+    created_at: Time
+
+
+class PromptRegistered(Prompt):
+    """A registered prompt template; `created`: it is new."""
+
+    created: bool
+    warnings: _Warnings
+
+
+class PromptRemoved(ResponseModel):
+    """A removed prompt template."""
+
+    digest: str
+    deleted: Literal[True]
+
+
 class Deleted(ResponseModel):
     """A deleted object."""
 
@@ -306,6 +330,12 @@ class Plans(Page):
     """Plans, sorted by name."""
 
     items: list[Plan]
+
+
+class Prompts(Page):
+    """Prompt templates, sorted by digest."""
+
+    items: list[Prompt]
 
 
 class AuditRows(Page):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
-
-import orjson
+from typing import Final
 
 from keyproxy.ai.dialects.endpoint import Dialect, DialectEndpoint, StreamSwitch
 from keyproxy.ai.dialects.table import DIALECTS
+from keyproxy.ai.requests.model_lists import NAMES_MAX, named_in
 from keyproxy.ai.scanning.content_media import MediaCount
 from keyproxy.ai.scanning.member_scope import ALTERNATIVES
 from keyproxy.ai.scanning.request_parts import RequestParts
@@ -18,10 +17,6 @@ from keyproxy.reasons import Reason, Refusal
 TOKENS_MAX: Final = 10**12
 #: Products of a maximum and its multipliers are clamped to this: no budget has so many tokens.
 _PRODUCT_MAX: Final = 10**15
-
-#: A longer list of alternative models is refused.
-_ALTERNATIVES_BYTES_MAX: Final = 65_536
-_ALTERNATIVES_MAX: Final = 64
 
 _NULL: Final = b"null"
 
@@ -217,35 +212,10 @@ def _alternatives(parts: RequestParts) -> tuple[str, ...]:
         if name not in parts.values:
             continue
         start, end = parts.spans[name]
-        if end - start > _ALTERNATIVES_BYTES_MAX:
-            raise malformed(f"'{name}' is too long.", name)
-        found += _names_in(orjson.loads(parts.content[start:end]), name)
+        found += named_in(parts.content[start:end], name)
     if not found:
         return ()
     names = tuple(dict.fromkeys(found))
-    if len(names) > _ALTERNATIVES_MAX:
-        raise malformed(f"The request names more than {_ALTERNATIVES_MAX} models.", "models")
+    if len(names) > NAMES_MAX:
+        raise malformed(f"The request names more than {NAMES_MAX} models.", "models")
     return names
-
-
-def _names_in(value: Any, member: str) -> list[str]:
-    if value is None:
-        return []
-    if isinstance(value, str):
-        return [value]
-    found: list[str] = []
-    for element in value if isinstance(value, list) else [False]:
-        if isinstance(element, str):
-            found.append(element)
-        elif isinstance(element, dict) and isinstance(element.get("model"), str):
-            found.append(element["model"])
-        elif isinstance(element, dict) and element and all(_is_names(names) for names in element.values()):
-            for key, names in element.items():
-                found += [key, *names]
-        else:
-            raise malformed(f"'{member}' must be a list of models.", member)
-    return found
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from typing import Final
 
-from keyproxy.ai.dialects.endpoint import Dialect, DialectEndpoint
+from keyproxy.ai.dialects.endpoint import Dialect, DialectEndpoint, MemberPath
 from keyproxy.ai.requests.inflation import ContentMemory, Inflation, compression_of
-from keyproxy.ai.requests.request_facts import RequestFacts, facts_of, malformed
+from keyproxy.ai.requests.request_facts import RequestFacts, facts_of
+from keyproxy.ai.requests.scan_faults import refusal_of
 from keyproxy.ai.scanning.content_media import AUDIO, IMAGE, VIDEO, media_kind
 from keyproxy.ai.scanning.json_bounds import JsonBounds, JsonError, TooDenseError
 from keyproxy.ai.scanning.json_grammar import Utf8
 from keyproxy.ai.scanning.member_scope import AmbiguousNameError, MemberScope, scope_of
-from keyproxy.ai.scanning.request_parts import DoubledNameError
+from keyproxy.ai.scanning.request_parts import DoubledNameError, RequestParts
 from keyproxy.ai.scanning.request_scanner import RequestScanner
 from keyproxy.ai.text_estimate import TextEstimate
 from keyproxy.model import RequestFields
@@ -48,18 +49,26 @@ class BodyBounds:
 class ReadingRules:
     """How requests of one route are read: made when the configuration is loaded.
 
-    `model_member`: the JSON member that names the model; empty: JSON does not name it.
+    `model_member`: the JSON member that names the model; empty: JSON does not name it. `judged`: further members that
+    count.
     """
 
     __slots__ = ("bounds", "dialect", "model_member", "scope")
 
-    def __init__(self, dialect: Dialect, bounds: BodyBounds, *, model_member: str | None = None) -> None:
+    def __init__(
+        self,
+        dialect: Dialect,
+        bounds: BodyBounds,
+        *,
+        model_member: str | None = None,
+        judged: tuple[MemberPath, ...] = (),
+    ) -> None:
         if model_member is None:
             model_member = "model" if dialect.model_member else ""
         self.dialect: Final = dialect
         self.bounds: Final = bounds
         self.model_member: Final = model_member
-        self.scope: Final[MemberScope] = scope_of(dialect, model_member or "model")
+        self.scope: Final[MemberScope] = scope_of(dialect, model_member or "model", judged)
 
 
 def is_collected(fields: RequestFields) -> bool:
@@ -78,7 +87,7 @@ def facts_of_form(rules: ReadingRules, endpoint: DialectEndpoint, content_length
 
 
 class RequestReading:
-    """A complete body that is being read. `facts` is set once `advance` has returned True.
+    """A complete body that is being read. `facts` is set once `advance` has returned True, and `parts` if it is JSON.
 
     `content`: the inflated body, `bits`: zlib's number for its compression, None for none.
     """
@@ -94,6 +103,7 @@ class RequestReading:
     ) -> None:
         """Raises a Refusal (BODY_TOO_LARGE, REQUEST_MALFORMED), as `advance` does. `memory`: of the inflated content."""
         self.facts: RequestFacts | None = None
+        self.parts: RequestParts | None = None
         self.content = body
         self._rules: Final = rules
         self._endpoint: Final = endpoint
@@ -145,14 +155,11 @@ class RequestReading:
             if not self._fields.is_json:
                 self._scanner, self._plain = None, _PlainText(self.content)
                 return False
-            raise malformed(f"The body is not well-formed JSON in UTF-8: {not_json}.") from not_json
-        except TooDenseError as dense:  # other names: the compiled build gives a name one type
-            raise malformed(f"The body exceeds {dense}, which is {dense.bound}.") from dense
-        except AmbiguousNameError as spelt:
-            raise malformed(f"'{spelt}' is spelled with capitals or with look-alike letters.", str(spelt)) from spelt
-        except DoubledNameError as doubled:
-            raise malformed(f"'{doubled}' appears twice.", str(doubled)) from doubled
+            raise refusal_of(not_json) from not_json
+        except (TooDenseError, AmbiguousNameError, DoubledNameError) as fault:
+            raise refusal_of(fault) from fault
         rules = self._rules
+        self.parts = scanner.parts
         self.facts = facts_of(
             scanner.parts, rules.dialect, self._endpoint,
             content_bytes=len(self.content), model_member=rules.model_member,

@@ -7,9 +7,10 @@ NUL, or accept camelCase and snake_case. JSON escapes do not make another name: 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Final
 
-from keyproxy.ai.dialects.endpoint import Dialect, MemberPath
+from keyproxy.ai.dialects.endpoint import EACH, Dialect, MemberPath
 from keyproxy.ai.scanning.member_meanings import MEANINGS, NO_MEANING
 
 #: Members with other models that the upstream may use instead.
@@ -25,7 +26,8 @@ _KNOWN_BYTES_MAX: Final = 64
 _HUMP: Final = re.compile(r"(?<=[a-z0-9])[A-Z]")
 
 
-def _fold(name: str) -> str:
+def folded(name: str) -> str:
+    """The name without the differences that some parsers ignore."""
     return name.partition("\0")[0].strip().upper().casefold().replace(_DOT_ABOVE, "")
 
 
@@ -34,14 +36,19 @@ class AmbiguousNameError(Exception):
 
 
 class Slot:
-    """A member that counts. `path`: its names, outermost first, in the dialect's own spelling, joined by dots."""
+    """A member that counts. `path`: its names, outermost first, in the dialect's own spelling, joined by dots.
 
-    __slots__ = ("path", "scope")
+    `scope`: of its value. `is_kept`: its value is kept by the scan; others are only to be unambiguous. `bit`: tells the
+    members of one scope apart.
+    """
 
-    def __init__(self, path: str, scope: MemberScope | None) -> None:
+    __slots__ = ("bit", "is_kept", "path", "scope")
+
+    def __init__(self, path: str, scope: MemberScope | None, bit: int, *, is_kept: bool) -> None:
         self.path: Final = path
-        #: The members that count in its value.
         self.scope: Final = scope
+        self.bit: Final = bit
+        self.is_kept: Final = is_kept
 
 
 class Name:
@@ -58,16 +65,23 @@ class MemberScope:
     """The members of one object that count.
 
     `known`: names that have occurred, by their bytes in JSON, which are also the decoded name: those with escapes are
-    left out, because they are different names with the same bytes.
+    left out, because they are different names with the same bytes. `each`: the scope of the elements of an array in the
+    place of the object; None: no member counts in them.
     """
 
-    __slots__ = ("_folded", "_slots", "known")
+    __slots__ = ("_folded", "_has_twins", "_slots", "each", "known")
 
-    def __init__(self, slots: dict[bytes, Slot]) -> None:
-        """`slots`: by each spelling, decoded."""
+    def __init__(self, slots: dict[bytes, Slot], each: MemberScope | None = None, *, has_twins: bool = False) -> None:
+        """`slots`: by each spelling, decoded. `has_twins`: another spelling in camelCase or snake_case is ambiguous."""
         self.known: Final[dict[bytes, Name]] = {}
+        self.each: Final = each
         self._slots: Final = slots
-        self._folded: Final = {_fold(name.decode("utf-8")): name.decode("utf-8") for name in slots}
+        self._has_twins: Final = has_twins
+        self._folded: Final = {self._fold(name): name.decode("utf-8") for name in reversed(slots)}
+
+    def _fold(self, name: bytes) -> str:
+        found = folded(name.decode("utf-8"))
+        return found.replace("_", "") if self._has_twins else found
 
     def name(self, name: bytes) -> Name:
         """Look up a decoded name. Raises AmbiguousNameError."""
@@ -77,7 +91,7 @@ class MemberScope:
             return found
         slot = self._slots.get(name)
         if slot is None and self._slots:
-            meant = self._folded.get(_fold(name.decode("utf-8")))
+            meant = self._folded.get(self._fold(name))
             if meant is not None:
                 raise AmbiguousNameError(meant)
         found = Name(slot, MEANINGS.get(name, NO_MEANING))
@@ -92,34 +106,49 @@ class MemberScope:
 NO_SCOPE: Final = MemberScope({})
 
 
-def scope_of(dialect: Dialect, model_member: str = "model") -> MemberScope:
-    """Build the scope of a request's outermost object, once per route. `model_member`: the member with the model.
+def scope_of(dialect: Dialect, model_member: str = "model", judged: Sequence[MemberPath] = ()) -> MemberScope:
+    """Build the scope of a request's document, once per route. `model_member`: the member with the model.
+
+    `judged`: further members that count; EACH in a path is every element of an array.
 
     A member `model` counts on every metered route: it must not name another model than the route's source.
     """
-    paths: list[MemberPath] = [(model_member,), ("model",), *((name,) for name in ALTERNATIVES)]
+    kept: list[MemberPath] = [(model_member,), ("model",), *((name,) for name in ALTERNATIVES)]
     for row in (*dialect.endpoints, dialect.usual):
-        paths += [*row.maximums, *row.multipliers]
+        kept += [*row.maximums, *row.multipliers]
         if row.prompts:
-            paths.append((row.prompts,))
+            kept.append((row.prompts,))
         if row.adds_include_usage:
-            paths.append(("stream_options", "include_usage"))
-    paths += dialect.thinking
+            kept.append(("stream_options", "include_usage"))
+    kept += dialect.thinking
     if dialect.streams_by_member:
-        paths.append(("stream",))
-    return _scope(paths, "", has_twins=dialect.has_twins)
+        kept.append(("stream",))
+    return _scope(kept, judged, "", has_twins=dialect.has_twins)
 
 
-def _scope(paths: list[MemberPath], prefix: str, *, has_twins: bool) -> MemberScope:
+def scope_of_paths(kept: Sequence[MemberPath], judged: Sequence[MemberPath]) -> MemberScope:
+    """Build the scope of a document in which these members count. `kept`: those whose values the scan keeps."""
+    return _scope(kept, judged, "", has_twins=False)
+
+
+def _scope(kept: Sequence[MemberPath], judged: Sequence[MemberPath], prefix: str, *, has_twins: bool) -> MemberScope:
     slots: dict[bytes, Slot] = {}
-    for first in dict.fromkeys([path[0] for path in paths]):
-        inner = [path[1:] for path in paths if path[0] == first and len(path) > 1]
-        path = prefix + first
-        slot = Slot(path, _scope(inner, f"{path}.", has_twins=has_twins) if inner else None)
-        slots[first.encode()] = slot
-        if has_twins:
-            slots[snake_case(first).encode()] = slot
-    return MemberScope(slots)
+    each: MemberScope | None = None
+    for number, name in enumerate(dict.fromkeys([path[0] for path in (*kept, *judged)])):
+        kept_here = [path[1:] for path in kept if path[0] == name]
+        kept_within = [path for path in kept_here if path]
+        judged_within = [path[1:] for path in judged if path[0] == name and len(path) > 1]
+        path, scope = prefix + name, None
+        if kept_within or judged_within:
+            scope = _scope(kept_within, judged_within, f"{path}.", has_twins=has_twins)
+        if name == EACH:
+            each = scope
+            continue
+        slot = Slot(path, scope, 1 << number, is_kept=bool(kept_here))
+        slots[name.encode()] = slot
+        if has_twins and kept_here:
+            slots[snake_case(name).encode()] = slot
+    return MemberScope(slots, each, has_twins=has_twins)
 
 
 def snake_case(name: str) -> str:

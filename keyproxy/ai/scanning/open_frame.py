@@ -14,13 +14,14 @@ from keyproxy.mypyc_compat import mypyc_attr
 class Frame:
     """An open array or object. `meaning`, `name`: of the member that is being read; `own`: of the one it is itself.
 
-    `counts_names`: names in it are part of the prompt. `depth`: 0 for the document. `slot`: the member that is being
-    read, if it counts. `own_slot`: the one that it is the value of.
+    `counts_names`: names in it are part of the prompt. `depth`: 0 for the document. `scope`: of an object, the members
+    that count; of an array, the scope of its elements. `slot`: the member that is being read, if it counts. `own_slot`:
+    the one that it is the value of. `seen`: the bits of the members that count and have occurred.
     """
 
     __slots__ = (
         "counts_names", "depth", "elements", "is_empty", "is_object", "meaning", "own", "own_slot", "part",
-        "scope", "slot", "start",
+        "scope", "seen", "slot", "start",
     )  # fmt: skip
 
     def __init__(self, start: int, depth: int, own: int, own_slot: Slot | None, *, is_object: bool) -> None:
@@ -31,6 +32,7 @@ class Frame:
         self.is_object: Final = is_object
         self.scope: MemberScope = NO_SCOPE
         self.slot: Slot | None = None
+        self.seen = 0
         self.meaning = NO_MEANING
         self.counts_names = False
         self.is_empty = True

@@ -17,7 +17,7 @@ from keyproxy.ai.scanning.member_meanings import (
     REFERENCE,
     TOOLS,
 )
-from keyproxy.ai.scanning.member_scope import MemberScope, Name
+from keyproxy.ai.scanning.member_scope import NO_SCOPE, MemberScope, Name
 from keyproxy.ai.scanning.open_frame import Frame
 from keyproxy.ai.scanning.pending_text import PendingText
 from keyproxy.mypyc_compat import mypyc_attr
@@ -68,9 +68,11 @@ class RequestParts:
         frame.meaning = known.meaning
         frame.slot = slot = known.slot
         if slot is not None:
-            if slot.path in self.values:
+            if frame.seen & slot.bit:
                 raise DoubledNameError(slot.path)
-            self.values[slot.path] = []
+            frame.seen |= slot.bit
+            if slot.is_kept:
+                self.values[slot.path] = []
         if frame.counts_names:
             self.text.add_decoded(name)
 
@@ -78,7 +80,7 @@ class RequestParts:
         """A number or literal is the value of the current member, or an element."""
         frame.is_empty = False
         slot = frame.slot
-        if slot is not None:
+        if slot is not None and slot.is_kept:
             self.values[slot.path] = self.content[start : min(end, start + _KEPT_BYTES_MAX)]
             self.spans[slot.path] = (start, end)
         elif not frame.is_object and _MINUS <= self.content[start] <= _NINE:
@@ -88,7 +90,7 @@ class RequestParts:
         """A string is the value of the current member, or an element. `text`: it is short, and decoded."""
         frame.is_empty = False
         slot = frame.slot
-        if slot is not None:
+        if slot is not None and slot.is_kept:
             self.values[slot.path] = self._kept(start, end, text)
             self.spans[slot.path] = (start - 1, end + 1)
         if not frame.is_object:
@@ -107,8 +109,8 @@ class RequestParts:
         """An array or object begins. `scope`: of the document."""
         if parent is None:
             frame = Frame(start, 0, NO_MEANING, None, is_object=is_object)
+            frame.scope = scope if is_object else scope.each or NO_SCOPE
             if is_object:
-                frame.scope = scope
                 self.is_object = True
                 self.opening = start
             return frame
@@ -116,8 +118,10 @@ class RequestParts:
         own = parent.meaning if parent.is_object else NO_MEANING
         slot = parent.slot
         frame = Frame(start, parent.depth + 1, own, slot, is_object=is_object)
-        if slot is not None and slot.scope is not None and is_object:
-            frame.scope = slot.scope
+        if slot is not None or not parent.is_object:
+            inner = parent.scope if slot is None else slot.scope
+            if inner is not None:
+                frame.scope = inner if is_object else inner.each or NO_SCOPE
         frame.counts_names = parent.counts_names or own in (NAMED, TOOLS)
         if not parent.is_object:
             if not is_object:
@@ -133,7 +137,7 @@ class RequestParts:
     def close_frame(self, frame: Frame, parent: Frame | None, end: int) -> None:
         """An array or object ends."""
         slot = frame.own_slot
-        if slot is not None and parent is not None and parent.is_object and parent.slot is slot:
+        if slot is not None and slot.is_kept and parent is not None and parent.is_object and parent.slot is slot:
             self.values[slot.path] = {} if frame.is_object else []
             self.spans[slot.path] = (frame.start, end)
             if frame.is_empty:

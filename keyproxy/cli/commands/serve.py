@@ -35,7 +35,7 @@ def serve_command(config_path: Path | None, owner: int | None, ops_fd: int | Non
     reloads the configuration: all of it is applied, or none.
     """
     from keyproxy.process import control_channel, run, supervisor
-    from keyproxy.process.reload import ReloadError, check_files
+    from keyproxy.process.reload import ReloadError, check_resources
 
     supervisor_end: socket.socket | None = None
     if owner is not None:
@@ -46,7 +46,7 @@ def serve_command(config_path: Path | None, owner: int | None, ops_fd: int | Non
     settings = loaded.settings
     check_addresses(settings)
     try:
-        check_files(settings)
+        check_resources(settings)
     except ReloadError as error:
         raise ConfigError([str(error)]) from error
 

@@ -89,6 +89,27 @@ class RemotePlans:
         return await self._client.call("delete_plan", name)
 
 
+class RemotePromptTemplates:
+    """PromptTemplateOperations over the admin API."""
+
+    def __init__(self, client: AdminClient) -> None:
+        self._client = client
+
+    async def register(
+        self, digest: str, category: str, *, name: str | None = None, tenant_id: str | None = None
+    ) -> Entity:
+        return await self._client.call("register_prompt", digest, category=category, name=name, tenant=tenant_id)
+
+    async def get(self, digest: str) -> Entity:
+        return await self._client.call("show_prompt", digest)
+
+    async def remove(self, digest: str) -> Entity:
+        return await self._client.call("remove_prompt", digest)
+
+    async def list_page(self, cursor: str | None, limit: int) -> EntityPage:
+        return await self._client.page("list_prompts", cursor, limit)
+
+
 class RemoteCredits:
     """CreditOperations over the admin API."""
 
@@ -145,6 +166,7 @@ class RemoteDirectory:
         self.key_importer = RemoteKeyImporter(client)
         self.leaked_keys = RemoteLeakedKeys(client)
         self.plans = RemotePlans(client)
+        self.prompts = RemotePromptTemplates(client)
         self.credits = RemoteCredits(client)
         self.audit = RemoteAudit(client)
 

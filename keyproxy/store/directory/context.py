@@ -27,6 +27,10 @@ _RULES: Final = (
     (re.compile(r"plans_id_check"), _ID_RULE.replace(" | +", "")),
     (re.compile(r"\w+_name_check"), "a name has at most 200 characters"),
     (re.compile(r"api_keys_revoke_reason_check"), "a reason has at most 500 characters"),
+    (
+        re.compile(r"prompt_templates_category_check"),
+        "a category starts with a lower-case letter, contains only those, digits, _ and -, and has at most 64 characters",
+    ),
     (re.compile(r"window_credits_reason_check"), "a reason has 1 to 500 characters"),
     (re.compile(r"window_credits_bound"), "a limit and its credits together must stay from 0 to 10^15"),
     (

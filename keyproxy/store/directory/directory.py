@@ -10,6 +10,7 @@ Each kind of entity has its own object, and all share one context. The command l
 from __future__ import annotations
 
 from keyproxy.auth.api_key import KeyFormat
+from keyproxy.store.directory.access.prompts import PromptTemplateStore
 from keyproxy.store.directory.accounts import TenantStore, UserStore
 from keyproxy.store.directory.audit import AuditFilter, AuditLog
 from keyproxy.store.directory.context import DirectoryContext
@@ -59,5 +60,6 @@ class Directory:
         self.key_importer = KeyImporter(context)
         self.leaked_keys = LeakedKeys(context)
         self.plans = PlanStore(context)
+        self.prompts = PromptTemplateStore(context)
         self.credits = CreditStore(context)
         self.audit = AuditLog(context)

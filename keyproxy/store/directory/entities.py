@@ -137,8 +137,18 @@ def _plan(row: Row) -> Entity:
     }
 
 
+def _template(row: Row) -> Entity:
+    return {
+        "digest": row["digest"].hex(),
+        "category": row["category"],
+        "name": row["name"],
+        "tenant": row["tenant_id"],
+        "created_at": time_text(row["created_at"]),
+    }
+
+
 #: Convert a row of each kind to an entity.
-ENTITIES: Final = {"tenant": _tenant, "user": _user, "key": _key, "plan": _plan}
+ENTITIES: Final = {"tenant": _tenant, "user": _user, "key": _key, "plan": _plan, "template": _template}
 
 #: The fields of each kind that can be changed.
 CHANGEABLE: Final = {

@@ -31,7 +31,7 @@ from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.identities import drf_api_keys
 from keyproxy.store.identities.drf_api_keys import DrfApiKeys
 from keyproxy.store.identities.groups import Group
-from keyproxy.store.identities.identity_rows import identity_of
+from keyproxy.store.identities.identity_rows import BY_DIGEST, identity_of
 from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.identities.lookup_batcher import LookupBatcher
 from keyproxy.store.postgres.database import Database, Row
@@ -120,7 +120,7 @@ class IdentityCache(Identities):
         self._foreign = DrfApiKeys(database)
         self._users: WeakValueDictionary[str, Group] = WeakValueDictionary()
         self._tenants: WeakValueDictionary[str, Group] = WeakValueDictionary()
-        self._look_ups = LookupBatcher(database, self._settle, look_ups_max=look_ups_max)
+        self._look_ups = LookupBatcher(database, BY_DIGEST, self._settle, look_ups_max=look_ups_max)
 
     # -- the hot path
 
@@ -184,7 +184,7 @@ class IdentityCache(Identities):
         if entry is not None:
             entry.fresh_until = entry.stale_until = 0.0
         self._unknown.pop(digest, None)
-        self._look_ups.key_changed(digest)
+        self._look_ups.subject_changed(digest)
 
     def forget_user(self, user_id: str) -> None:
         """This user was changed or deleted: look up all of its keys again."""
@@ -200,7 +200,7 @@ class IdentityCache(Identities):
         if entry is not None:
             entry.fresh_until = 0.0
             entry.is_distrusted = True
-        self._look_ups.key_changed(digest)
+        self._look_ups.subject_changed(digest)
 
     def distrust_user(self, user_id: str) -> None:
         """Limits of this user changed: look its keys up before they are served again, unless the store is down."""

@@ -28,8 +28,10 @@ from keyproxy.model import KeyDigest, Moment
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
 from keyproxy.store.identities.cache import FeedState, IdentityCache
+from keyproxy.store.identities.owned_ids import OwnedId, OwnedIdCache
 from keyproxy.store.postgres.database import Database, NotificationListener, Row, StoreConflict, StoreUnavailable
 from keyproxy.store.postgres.failures import took_too_long
+from keyproxy.store.prompt_templates import TemplateCache
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ class LeaseHolder(Protocol):
 
 
 class ChangeFeed:
-    """Polls for changes and applies them to the identity cache: see the module."""
+    """Polls for changes and applies them to the caches of identities, ownership and templates: see the module."""
 
     def __init__(
         self,
@@ -84,9 +86,13 @@ class ChangeFeed:
         state: FeedState,
         now: Callable[[], Moment],
         *,
+        owned: OwnedIdCache | None = None,
+        templates: TemplateCache | None = None,
         lease_holder: LeaseHolder | None = None,
     ) -> None:
         """Without a `listener` the feed only polls. Without a `lease_holder` it delivers no recalls."""
+        self._owned = owned
+        self._templates = templates
         self._lease_holder = lease_holder
         self._database = database
         self._listener = listener
@@ -144,18 +150,20 @@ class ChangeFeed:
             # Snapshots of another history do not apply to this one.
             self._samples.clear()
             self._forget_before = ""
-            self._cache.distrust_all()
+            self._distrust_all()
         elif rows is None:
-            self._cache.forget_all()
+            self._forget_all()
         else:
             if max(queried_at - self._looked_at, first["server_seconds"] - self._server_seconds) > _GAP_SECONDS:
                 # By the server's clock too: the monotonic clock stops while a machine is suspended.
-                self._cache.distrust_all()
+                self._distrust_all()
             if first["kind"] is not None:
                 self._apply(rows)
         self._snapshot, self._history = snapshot, history
         self._looked_at, self._server_seconds = queried_at, first["server_seconds"]
         self._state.current_until = queried_at + _CURRENT_SECONDS
+        if self._templates is not None:
+            self._templates.confirm(queried_at)
 
     async def _changes(self) -> tuple[Row, Sequence[Row] | None]:
         """The first row of `changes_since`, with the present snapshot, and all rows, or None if reading them timed out.
@@ -184,8 +192,9 @@ class ChangeFeed:
             self._lease_holder.recall([int(row["subject"]) for row in rows if row["kind"] == _RECALL])
         if is_cut_off and rows[-1]["kind"] not in (*_LIMITS, _RECALL):
             # A change beyond these rows may have revoked any key.
-            self._cache.forget_all()
+            self._forget_all()
             return
+        may_end_any_key = False
         concerns_all = is_cut_off
         for row in rows:
             match row["kind"]:
@@ -195,6 +204,14 @@ class ChangeFeed:
                     self._cache.forget_user(row["subject"])
                 case "tenant":
                     self._cache.forget_tenant(row["subject"])
+                case "role":
+                    may_end_any_key = True
+                case "owned" if (owned := _owned_id(row["subject"])) is not None:
+                    if self._owned is not None:
+                        self._owned.forget(owned)
+                case "template" if (template := _digest(row["subject"])) is not None:
+                    if self._templates is not None:
+                        self._templates.changed(template)
                 case "key_limits" if (digest := _digest(row["subject"])) is not None:
                     self._cache.distrust_key(digest)
                 case "user_limits":
@@ -210,13 +227,32 @@ class ChangeFeed:
                     concerns_all = True
                 case "all" if row["subject"] == "plans":
                     concerns_all = True
+                case "all" if row["subject"] == "prompt_templates":
+                    if self._templates is not None:
+                        self._templates.forget_all()
                 case _:
                     # A whole table changed, or a kind that no trigger of ours writes: any key may have been revoked.
-                    self._cache.forget_all()
+                    self._forget_all()
                     return
-        if concerns_all:
-            # Once for any number of plans: it visits every entry.
+        # Once for any number of roles or plans: it visits every entry.
+        if may_end_any_key:
+            self._cache.forget_all()
+        elif concerns_all:
             self._cache.distrust_all()
+
+    def _distrust_all(self) -> None:
+        self._cache.distrust_all()
+        if self._owned is not None:
+            self._owned.distrust_all()
+        if self._templates is not None:
+            self._templates.distrust_all()
+
+    def _forget_all(self) -> None:
+        self._cache.forget_all()
+        if self._owned is not None:
+            self._owned.forget_all()
+        if self._templates is not None:
+            self._templates.forget_all()
 
     async def _follow(self) -> None:
         failures = 0
@@ -280,6 +316,14 @@ def _digest(subject: str) -> KeyDigest | None:
         return KeyDigest(bytes.fromhex(subject))
     except ValueError:
         return None
+
+
+def _owned_id(subject: str) -> OwnedId | None:
+    try:
+        kind, object_id, tenant_id = json.loads(subject)
+    except (ValueError, TypeError):
+        return None
+    return OwnedId(str(kind), str(object_id), str(tenant_id))
 
 
 def _window(subject: str) -> Window | None:

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+from typing import Final
 
 from keyproxy.http.identity_headers import identity_block
 from keyproxy.limits.allowance import Allowance
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
-from keyproxy.model import NEVER, Identity
+from keyproxy.model import NEVER, Identity, KeyDigest
 from keyproxy.reasons import Reason
+from keyproxy.store.identities.lookup_batcher import LookupQuery
 from keyproxy.store.postgres.database import Row
+
+#: The lookup of identities by the digests of their keys.
+BY_DIGEST: Final = LookupQuery(
+    "identities_by_digest",
+    "keys",
+    parameters=lambda digests: (digests,),
+    subject=lambda row: KeyDigest(row["digest"]),
+    name=lambda row: f"key {row['key_id']}",
+    groups=lambda row: (("user", row["user_id"]), ("tenant", row["tenant_id"])),
+)
+
+
+#: More effective scopes make a header too long for some upstreams; the directory refuses to store them.
+EFFECTIVE_SCOPES_MAX: Final = 128
+
+_log = logging.getLogger(__name__)
 
 
 def identity_of(row: Row, header_prefix: str) -> Identity:
@@ -24,12 +43,19 @@ def identity_of(row: Row, header_prefix: str) -> Identity:
     expires = row["expires_wall_seconds"]
     # There is no countdown to an infinite expiry.
     is_retiring = row["is_retiring"] and math.isfinite(expires)
+    scopes = row["scopes"]
+    if len(scopes) > EFFECTIVE_SCOPES_MAX:
+        _log.error(
+            "key %s has %d effective scopes and the maximum is %d: requests with it have none",
+            row["key_id"], len(scopes), EFFECTIVE_SCOPES_MAX,
+        )  # fmt: skip
+        scopes = []
     block = identity_block(
         header_prefix,
         (
             ("User", row["user_id"]),
             ("Tenant", row["tenant_id"]),
-            ("Scope", " ".join(row["scopes"])),
+            ("Scope", " ".join(scopes)),
             ("Test", "true" if row["is_test"] else "false"),
             ("Key-Id", row["key_id"]),
         ),
@@ -38,7 +64,7 @@ def identity_of(row: Row, header_prefix: str) -> Identity:
         key_id=row["key_id"],
         user_id=row["user_id"],
         tenant_id=row["tenant_id"],
-        scopes=frozenset(row["scopes"]),
+        scopes=frozenset(scopes),
         is_test=row["is_test"],
         expires_wall_seconds=NEVER if expires is None else expires,
         standing=standing,

@@ -1,12 +1,14 @@
 -- All statements of the data plane and the control plane, by name. Parameters are asyncpg's.
 --
 -- name: identities_by_digest
--- The identities of the keys with the given digests, one row per known key. One query serves a batch of keys.
--- Needs: api_keys (digest), api_keys (replaces), users (id), tenants (id).
+-- The identities of the keys with the given digests, one row per known key. One query serves a batch of keys. The function
+-- is called for keys with roles or a ceiling only.
+-- Needs: api_keys (digest), api_keys (replaces), users (id), tenants (id), roles (id).
 SELECT
     k.digest,
     k.id AS key_id,
-    k.scopes,
+    CASE WHEN k.roles = '{}' AND u.roles IS NULL AND t.roles IS NULL THEN k.scopes
+         ELSE keyproxy.effective_scopes(k.scopes, k.roles, u.roles, t.roles) END AS scopes,
     k.is_test,
     extract(epoch FROM k.expires_at)::float8 AS expires_wall_seconds,
     k.revoked_at IS NOT NULL AS is_revoked,
@@ -25,6 +27,26 @@ LEFT JOIN keyproxy.plans AS kp ON kp.id = k.plan_id
 LEFT JOIN keyproxy.plans AS up ON up.id = CASE WHEN k.is_test THEN coalesce(u.test_plan_id, u.plan_id) ELSE u.plan_id END
 LEFT JOIN keyproxy.plans AS tp ON tp.id = CASE WHEN k.is_test THEN coalesce(t.test_plan_id, t.plan_id) ELSE t.plan_id END
 WHERE k.digest = ANY($1::bytea[]);
+
+-- name: owners_by_id
+-- Whether the tenants $3 own the ids $2 of the kinds $1, and whether they own any id of that kind; one row for each. The
+-- subqueries are no EXISTS, which PostgreSQL may answer from a hash of the whole table.
+-- Needs: owned (kind, id), owned (tenant_id, kind, id).
+SELECT w.kind, w.id, w.tenant_id,
+       coalesce((SELECT o.tenant_id = w.tenant_id FROM keyproxy.owned AS o WHERE o.kind = w.kind AND o.id = w.id), false)
+           AS is_owned,
+       coalesce((
+           SELECT true FROM keyproxy.owned AS o WHERE o.tenant_id = w.tenant_id AND o.kind = w.kind LIMIT 1
+       ), false) AS owns_any
+FROM unnest($1::text[], $2::text[], $3::text[]) AS w (kind, id, tenant_id);
+
+-- name: prompt_templates
+-- All templates of instructions; at most 10,000.
+SELECT t.digest, t.category, t.tenant_id FROM keyproxy.prompt_templates AS t;
+
+-- name: prompt_templates_by_digest
+-- The templates of the digests $1. Needs: prompt_templates (digest).
+SELECT t.digest, t.category, t.tenant_id FROM keyproxy.prompt_templates AS t WHERE t.digest = ANY ($1::bytea[]);
 
 -- name: changes_since
 -- The changes that are visible now and were not in the snapshot $1; with null, only the present snapshot. Changes of
@@ -89,6 +111,40 @@ WHERE k.id = ANY (ARRAY(
 -- name: say_who_acts
 -- Sets the actor and source of changes in this transaction, for the audit log.
 SELECT set_config('keyproxy.actor', $1, true), set_config('keyproxy.origin', $2, true);
+
+-- name: register_template
+-- Returns the new template of instructions; no row if its digest is registered already.
+INSERT INTO keyproxy.prompt_templates (digest, category, name, tenant_id) VALUES ($1, $2, $3, $4)
+ON CONFLICT (digest) DO NOTHING
+RETURNING digest;
+
+-- name: template
+SELECT t.digest, t.category, t.name, t.tenant_id, t.created_at FROM keyproxy.prompt_templates AS t WHERE t.digest = $1;
+
+-- name: hold_template
+-- Locks the template until the transaction ends.
+SELECT t.digest, t.category, t.name, t.tenant_id, t.created_at
+FROM keyproxy.prompt_templates AS t
+WHERE t.digest = $1
+FOR NO KEY UPDATE;
+
+-- name: change_template
+-- The name stays as it is if $3 is null.
+UPDATE keyproxy.prompt_templates AS t
+SET category = $2, name = coalesce($3, t.name)
+WHERE t.digest = $1 AND (t.category, t.name) IS DISTINCT FROM ($2, coalesce($3, t.name));
+
+-- name: templates
+-- In the order of their digests, after $1, at most $2. Needs: prompt_templates (digest).
+SELECT t.digest, t.category, t.name, t.tenant_id, t.created_at
+FROM keyproxy.prompt_templates AS t
+WHERE t.digest > $1
+ORDER BY t.digest
+LIMIT $2;
+
+-- name: remove_template
+DELETE FROM keyproxy.prompt_templates AS t WHERE t.digest = $1
+RETURNING t.digest, t.category, t.name, t.tenant_id, t.created_at;
 
 -- name: create_tenant
 -- Returns the new tenant; no row if it exists already.

@@ -27,6 +27,9 @@ RIGHTS: Final = {
     "users": ("SELECT", _ALL),
     "api_keys": ("SELECT, UPDATE (last_used_at)", _ALL),
     "plans": ("SELECT", _ALL),
+    "roles": ("SELECT", _ALL),
+    "owned": ("SELECT", _ALL),
+    "prompt_templates": ("SELECT", _ALL),
     # Proxies only use two functions: see the migration that created the table.
     "foreign_hashes": ("", _ALL),
     "changes": ("SELECT, DELETE", "SELECT"),

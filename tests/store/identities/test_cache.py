@@ -17,6 +17,7 @@ from keyproxy.config.schema import Cache
 from keyproxy.model import Identity, Moment, Route
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.identities.cache import LookupCounts
+from keyproxy.store.identities.identity_rows import BY_DIGEST
 from keyproxy.store.identities.lookup_batcher import LookupBatcher
 from keyproxy.store.postgres.database import Row
 from tests import fakes
@@ -622,7 +623,7 @@ async def test_key_requested_at_the_instant_a_lookup_ends_does_not_wait_forever(
     look_ups_max: int,
 ) -> None:
     store = ResponseWriter()
-    look_ups = LookupBatcher(store, lambda _digest, _row: None, look_ups_max=look_ups_max)  # type: ignore[arg-type]
+    look_ups = LookupBatcher(store, BY_DIGEST, lambda _digest, _row: None, look_ups_max=look_ups_max)  # type: ignore[arg-type]
     loop = asyncio.get_running_loop()
     begun = []
     for number in range(look_ups_max):
@@ -654,7 +655,7 @@ async def test_lookups_end_at_the_close_although_the_database_s_client_loses_a_c
             return []
 
     store = Deaf()
-    look_ups = LookupBatcher(store, lambda _digest, _row: None, look_ups_max=2)  # type: ignore[arg-type]
+    look_ups = LookupBatcher(store, BY_DIGEST, lambda _digest, _row: None, look_ups_max=2)  # type: ignore[arg-type]
     flight = look_ups.enqueue(fakes.key(1).digest(), is_known=False)
     assert flight is not None
     await until(lambda: len(store.queries) == 1, "the store is queried")

@@ -19,6 +19,7 @@ import trustme
 
 from keyproxy.store.embedded import postgres_binaries
 from keyproxy.store.identities.change_feed import CHANNEL
+from keyproxy.store.identities.identity_rows import BY_DIGEST
 from keyproxy.store.identities.lookup_batcher import LookupBatcher
 from keyproxy.store.postgres import migrations
 from keyproxy.store.postgres.connecting import Connection, Connector, standing
@@ -357,7 +358,7 @@ async def test_results_of_a_server_that_became_read_only_are_discarded(start_ser
     secret = await add_key(sql)
     kept: list[object] = []
     async with opened(server.dsn()) as door:
-        look_ups = LookupBatcher(door, lambda _digest, row: kept.append(row), look_ups_max=2)
+        look_ups = LookupBatcher(door, BY_DIGEST, lambda _digest, row: kept.append(row), look_ups_max=2)
         await door.fetch("tenants", "", 1)
         moves = door.moves
         try:

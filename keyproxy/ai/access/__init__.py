@@ -1,0 +1,1 @@
+"""What a request asks for that its key must be allowed: a model, prompt categories, ids of its tenant."""

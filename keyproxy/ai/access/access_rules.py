@@ -1,0 +1,117 @@
+"""How the requests of one route are judged beyond its own scopes: made when the configuration is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from keyproxy.ai.access.counted_names import CountedNames
+from keyproxy.ai.access.model_judgement import MODEL_PLACES
+from keyproxy.ai.access.namespaces import Bind
+from keyproxy.ai.access.value_sources import HEADER, JSON, PATH, QUERY, ValueSource
+from keyproxy.ai.categories import CategoryRules
+from keyproxy.ai.dialects.endpoint import Dialect, MemberPath
+from keyproxy.ai.model_source import DIALECT, ModelSource
+from keyproxy.ai.models import ModelTable
+from keyproxy.ai.prompts import counting_paths
+from keyproxy.ai.requests.request_reading import BodyBounds
+from keyproxy.ai.scanning.member_scope import MemberScope, scope_of_paths
+
+_FORM: Final = "form"
+
+
+class ModelRules:
+    """`source`: where the request names its model; `dialect`: of the route's tokens, None without. `field`: the start of
+    the header line that names the model to the upstream."""
+
+    __slots__ = ("dialect", "field", "source", "table")
+
+    def __init__(self, source: ModelSource, table: ModelTable, *, dialect: Dialect | None, field: bytes) -> None:
+        self.source: Final = source
+        self.table: Final = table
+        self.dialect: Final = dialect
+        self.field: Final = field
+
+    @property
+    def json_member(self) -> str:
+        """The member that names the model; empty: JSON does not name it."""
+        if self.source.kind == JSON:
+            return self.source.name
+        is_usual = self.source.kind == DIALECT and self.dialect is not None and self.dialect.model_member
+        return "model" if is_usual else ""
+
+
+class AccessRules:
+    """The rules of one route. `model`, `categories`: None if it judges none.
+
+    `placeholders`: of each placeholder that is read, a pattern of the route's paths with it in the first group.
+    `json_paths`: the members of JSON that count, besides those with models. `reads_json`, `reads_form`: whether a source
+    is in the body. `needs_document`: the values are read from a parsed document; a model alone is read from the scan.
+    """
+
+    __slots__ = (
+        "binds", "bounds", "categories", "form_names", "header_names", "json_paths", "model", "name", "needs_document",
+        "placeholders", "query_names", "reads_body", "reads_form", "reads_json", "scope", "sources",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        model: ModelRules | None = None,
+        categories: CategoryRules | None = None,
+        binds: tuple[Bind, ...] = (),
+        placeholders: Mapping[str, re.Pattern[bytes]] | None = None,
+        bounds: BodyBounds | None = None,
+    ) -> None:
+        self.name: Final = name
+        self.model: Final = model
+        self.categories: Final = categories
+        self.binds: Final = binds
+        self.bounds: Final = BodyBounds() if bounds is None else bounds
+        self.placeholders: Final[dict[str, re.Pattern[bytes]]] = dict(placeholders or {})
+        sources = {bind.source.text: bind.source for bind in binds}
+        self.sources: Final[tuple[ValueSource, ...]] = tuple(sources.values())
+        queries = [one.name for one in self.sources if one.kind == QUERY]
+        headers = [one.name for one in self.sources if one.kind == HEADER]
+        forms: list[str] = []
+        source = None if model is None else model.source
+        if source is not None:
+            queries += [*MODEL_PLACES, *([source.name] if source.kind == QUERY else [])]
+            headers += [source.name.lower()] if source.kind == HEADER else []
+            forms += [*MODEL_PLACES, *([source.name] if source.kind == _FORM else [])]
+        declared = () if categories is None else categories.declared
+        headers += [one.name.lower() for one in declared if one.kind == HEADER]
+        self.query_names: Final = CountedNames(queries)
+        self.header_names: Final = CountedNames(headers)
+        self.form_names: Final = CountedNames(forms)
+        self.json_paths: Final = _json_paths(self.sources, categories)
+        members = [] if model is None else [(name,) for name in (*MODEL_PLACES, model.json_member) if name]
+        self.scope: Final[MemberScope] = scope_of_paths(members, self.json_paths)
+        self.needs_document: Final = _needs_document(self.sources, categories)
+        self.reads_json: Final = self.needs_document or (model is not None and bool(model.json_member))
+        self.reads_form: Final = source is not None and source.kind == _FORM
+        self.reads_body: Final = self.reads_json or self.reads_form or model is not None
+
+    @property
+    def path_names(self) -> list[str]:
+        """The placeholders that are read."""
+        return [one.name for one in self.sources if one.kind == PATH]
+
+
+def _json_paths(sources: tuple[ValueSource, ...], categories: CategoryRules | None) -> tuple[MemberPath, ...]:
+    paths: list[MemberPath] = [one.pointer for one in sources if one.kind == JSON]
+    if categories is not None:
+        paths += [one.pointer for one in categories.declared if one.kind == JSON]
+        if categories.uses_template or categories.uses_patterns:
+            paths += counting_paths(categories.shape)
+    return tuple(dict.fromkeys(paths))
+
+
+def _needs_document(sources: tuple[ValueSource, ...], categories: CategoryRules | None) -> bool:
+    if any(one.kind == JSON for one in sources):
+        return True
+    if categories is None:
+        return False
+    return categories.uses_template or categories.uses_patterns or any(one.kind == JSON for one in categories.declared)

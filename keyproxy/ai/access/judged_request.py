@@ -1,0 +1,190 @@
+"""What one request is judged by, from its arrival to its end.
+
+    begun -> read -> judged, and judged again while it lasts
+
+The values are read once, from the bytes that are forwarded. Scopes, owners and templates may change, so judging uses
+those of its own time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import orjson
+
+from keyproxy.ai.access.access_rules import AccessRules
+from keyproxy.ai.access.body_content import BodyContent, ContentReading, check_media_type, is_form
+from keyproxy.ai.access.counted_names import counted_headers, counted_pairs
+from keyproxy.ai.access.judged_values import MISSING, Found, JudgedValues, found_at, found_text
+from keyproxy.ai.access.model_judgement import JudgedModel, judge_models
+from keyproxy.ai.access.named_models import ModelPlaces, named_models
+from keyproxy.ai.access.namespaces import judge_binds
+from keyproxy.ai.access.tenant_records import TenantRecords
+from keyproxy.ai.access.value_sources import HEADER, JSON, PATH, QUERY, path_value
+from keyproxy.ai.categories import Categories, CategoryRules, CategoryValues
+from keyproxy.ai.prompts import instructions_of, prompt_text
+from keyproxy.ai.requests.request_facts import malformed
+from keyproxy.model import Identity, RequestHead
+from keyproxy.reasons import Reason, Refusal
+
+_NO_CONTENT: Final = BodyContent()
+
+
+class Judgement:
+    """What a request was found to use. `lines`: the header lines that say so to the upstream."""
+
+    __slots__ = ("categories", "lines", "model")
+
+    def __init__(self, model: JudgedModel | None, categories: Categories | None, lines: bytes) -> None:
+        self.model: Final = model
+        self.categories: Final = categories
+        self.lines: Final = lines
+
+
+class JudgedRequest:
+    """`values`: None until the request is read. `judgement`: the last one, None before the first. `form_model`: the model
+    that a form names, for its price."""
+
+    __slots__ = ("_reading", "form_model", "judgement", "rules", "values")
+
+    def __init__(self, rules: AccessRules, head: RequestHead) -> None:
+        """Raises a Refusal (REQUEST_MALFORMED) for a request that cannot have the values that the rules read."""
+        self.rules: Final = rules
+        self.values: JudgedValues | None = None
+        self.judgement: Judgement | None = None
+        self.form_model: str | None = None
+        self._reading: ContentReading | None = None
+        fields = head.fields
+        if fields.opens_tunnel:
+            if rules.reads_json or rules.reads_form:
+                raise malformed("A WebSocket handshake has no body, which this route reads.")
+        elif head.has_body and rules.reads_body:
+            check_media_type(rules, fields)
+
+    # -- its values
+
+    def collects(self, head: RequestHead) -> bool:
+        """Whether the body has to be complete before the request is judged."""
+        return self.rules.reads_body and head.has_body and not head.fields.opens_tunnel
+
+    def is_scanned_by_metering(self, head: RequestHead) -> bool:
+        """Whether the scan of a metered request has what is needed of the body."""
+        return head.fields.is_json and not is_form(head.fields)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the reading of the body has begun."""
+        return self._reading is not None
+
+    def read(self, head: RequestHead, body: bytes) -> bool:
+        """Read the next portion of the body; return whether it was the last. Raises a Refusal."""
+        if not self.collects(head):
+            self.take(head, _NO_CONTENT)
+            return True
+        reading = self._reading
+        if reading is None:
+            reading = self._reading = ContentReading(self.rules, head, body)
+        if not reading.advance() or reading.result is None:
+            return False
+        self._reading = None
+        self.take(head, reading.result)
+        return True
+
+    def take(self, head: RequestHead, content: BodyContent) -> None:
+        """Read the values from the content of a body. Raises a Refusal (REQUEST_MALFORMED, BODY_TOO_LARGE)."""
+        rules, parts = self.rules, content.parts
+        model = rules.model
+        if model is not None and parts is not None and not parts.is_object:
+            raise malformed("The body must be a JSON object on this route.")
+        _, _, raw_query = head.line.target.partition(b"?")
+        query = counted_pairs(raw_query, rules.query_names, "query") if raw_query and rules.query_names else {}
+        headers = counted_headers(head.block, rules.header_names) if rules.header_names else {}
+        document: Any = None
+        if rules.needs_document and parts is not None:
+            document = _parsed(content.content)
+        found: dict[str, Found] = {}
+        for source in rules.sources:
+            if source.kind == JSON:
+                found[source.text] = MISSING if parts is None else found_at(document, source.pointer)
+            elif source.kind == PATH:
+                found[source.text] = found_text(path_value(rules.placeholders[source.name], head.line.path))
+            else:
+                found[source.text] = found_text((query if source.kind == QUERY else headers).get(source.name))
+        values = JudgedValues(found)
+        if model is not None:
+            places = ModelPlaces(parts, query, headers, content.fields)
+            values.model, values.other_models = named_models(model, rules.placeholders, head.line.path, places)
+            if rules.reads_form:
+                self.form_model = values.model
+        if rules.categories is not None:
+            _read_categories(values, rules.categories, headers, document)
+        self.values = values
+
+    # -- what it may use
+
+    def judge(self, identity: Identity, records: TenantRecords) -> Judgement:
+        """Judge a request that was read. Raises a Refusal, and Missing for what is not in memory."""
+        if self.values is None:
+            raise Refusal(Reason.INTERNAL_ERROR, "a request is judged before it is read")
+        judgement = self.judgement = judge_values(self.rules, self.values, identity, records)
+        return judgement
+
+
+def judge_values(rules: AccessRules, values: JudgedValues, identity: Identity, records: TenantRecords) -> Judgement:
+    """Judge the values of a request: model, categories, binds, in this order.
+
+    Raises a Refusal, and Missing for what is not in memory.
+    """
+    model, categories, lines = None, None, b""
+    if rules.model is not None:
+        model = judge_models(rules.model.table, values, identity, records)
+        records.require()
+        lines = b"%b%b\r\n" % (rules.model.field, model.name.encode("ascii"))
+    if rules.categories is not None:
+        categories = _judge_categories(rules.categories, values, identity, records)
+        lines += categories.header
+    if rules.binds:
+        judge_binds(rules.binds, values, identity, records)
+        records.require()
+    return Judgement(model, categories, lines)
+
+
+def _parsed(content: bytes) -> Any:
+    try:
+        return orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        # The scan has accepted it: a number is beyond the range of a double.
+        raise malformed(f"The body is not well-formed JSON: {error.msg}.") from error
+
+
+def _read_categories(values: JudgedValues, rules: CategoryRules, headers: dict[str, str], document: Any) -> None:
+    declared: list[object] = []
+    for source in rules.declared:
+        if source.kind == HEADER:
+            declared.append(headers.get(source.name.lower()))
+        else:
+            found = MISSING if document is None else found_at(document, source.pointer)
+            declared.append(None if found.is_other or not found.values else found.values[0])
+    values.declared = tuple(declared)
+    if not (rules.uses_template or rules.uses_patterns):
+        return
+    document = {} if document is None else document
+    if not isinstance(document, dict):
+        raise malformed("The body must be a JSON object on this route.")
+    if rules.uses_template:
+        values.instructions = instructions_of(rules.shape, document)
+    if rules.uses_patterns:
+        values.search = rules.search(prompt_text(rules.shape, document))
+
+
+def _judge_categories(
+    rules: CategoryRules, values: JudgedValues, identity: Identity, records: TenantRecords
+) -> Categories:
+    instructions, template = values.instructions, None
+    if instructions is not None:
+        # Looked up in any case: while templates are unavailable, no prompt of the route is judged.
+        template = records.category(instructions.digest)
+        if not instructions.is_registrable:
+            template = None
+    matched = () if values.search is None else values.search.categories()
+    return rules.judge(CategoryValues(values.declared, template, matched), identity.scopes)

@@ -1,0 +1,1 @@
+"""Patterns of prompts: the only home of RE2."""
