@@ -7,6 +7,7 @@ from typing import Final
 
 from keyproxy.ai.requests.request_facts import malformed
 from keyproxy.ai.responses.inflating_meter import window_bits
+from keyproxy.mypyc_compat import mypyc_attr
 from keyproxy.reasons import Reason, Refusal
 
 _PIECE_BYTES: Final = 65_536
@@ -28,6 +29,7 @@ def compression_of(codings: tuple[bytes, ...], body: bytes) -> int | None:
     return window_bits(body, is_gzip=encodings[0] != b"deflate")
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class ContentMemory:
     """The memory that the inflated content of one request takes."""
 
