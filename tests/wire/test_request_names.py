@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from keyproxy.ai.models import Model
 from keyproxy.config.schema import IdentityHeaders, RouteRow, Settings
 from keyproxy.process.terms import build_terms
 from tests.wire.conftest import KEY, Start, request
@@ -170,6 +171,18 @@ async def test_without_a_route_that_forwards_them_they_are_refused_before_creden
     async with wire.client() as client:
         await client.send(request("GET", "/v1/files/a%2Fb", key=key))
         assert (await client.answer(method="GET")).status == 400
+
+
+@pytest.mark.parametrize("path", ["/v1/models/org%2Fname:run", "/v1/models/%6Frg%2fname:run"])
+async def test_a_model_in_the_path_is_read_decoded(start: Start, path: str) -> None:
+    row = RouteRow("POST /v1/models/{model}:run", tokens="openai", model="path:model", encoded_slash="forward")
+    wire = await start(rows=[row], models=[Model("org/name")])
+    async with wire.client() as client:
+        await client.send(request("POST", path, body=b'{"max_tokens":1,"messages":[]}'))
+        assert (await client.answer()).status == 200
+    (seen,) = wire.upstream.requests
+    assert seen.start == f"POST {path} HTTP/1.1"
+    assert wire.recorder.seen[-1].model == "org/name"
 
 
 @pytest.mark.parametrize("path", [f"/v1/files/a%2F{TEXT}", f"/v1/files/{TEXT.replace('_', '%5f')}%2Fb"])
