@@ -185,6 +185,25 @@ async def test_a_model_in_the_path_is_read_decoded(start: Start, path: str) -> N
     assert wire.recorder.seen[-1].model == "org/name"
 
 
+@pytest.mark.parametrize(
+    ("lines", "status"),
+    [
+        (["X-Model: m"], 200),
+        (["x-model: m", "X-Models: n", "X_Modell: n"], 200),
+        (["X_Model: m"], 400),
+        (["X-Model: m", "X.Model: n"], 400),
+        (["X-Model: m", "X-Model: m"], 400),
+    ],
+)
+async def test_a_model_in_a_header_has_one_spelling(start: Start, lines: list[str], status: int) -> None:
+    row = RouteRow("POST /v1/chat/completions", tokens="openai", model="header:X-Model")
+    wire = await start(rows=[row], models=[Model("m")])
+    async with wire.client() as client:
+        await client.send(request("POST", "/v1/chat/completions", *lines, body=b'{"max_tokens":1,"messages":[]}'))
+        assert (await client.answer()).status == status
+    assert wire.recorder.seen[-1].model == ("m" if status == 200 else "")
+
+
 @pytest.mark.parametrize("path", [f"/v1/files/a%2F{TEXT}", f"/v1/files/{TEXT.replace('_', '%5f')}%2Fb"])
 async def test_a_key_beside_an_encoded_slash_is_found(start: Start, path: str) -> None:
     wire = await start(rows=ROWS)
