@@ -9,6 +9,7 @@ import pytest
 from keyproxy.ai.models import Model
 from keyproxy.config.schema import IdentityHeaders, RouteRow, Settings
 from keyproxy.process.terms import build_terms
+from tests.rawhttp import Upstream, answer_with
 from tests.wire.conftest import KEY, Start, request
 
 TEXT = KEY.decode()
@@ -126,6 +127,18 @@ async def test_connection_must_not_name_a_framing_field_in_any_spelling(start: S
     async with wire.client() as client:
         await client.send(request("POST", "/", f"Connection: {option}", body=b"x"))
         assert (await client.answer()).status == 400
+
+
+async def test_names_in_responses_are_not_restricted(start: Start) -> None:
+    fields = ["X_Api_Key: a", "X-HTTP-Method: b", "X.Custom: c", "Content_Type: d", "Keep.Alive: e", "X_Mine: f"]
+    head = "\r\n".join(["HTTP/1.1 200 OK", "Content-Length: 0", "Connection: x-mine", *fields]) + "\r\n\r\n"
+    wire = await start(serving=Upstream(answer_with(head.encode())))
+    async with wire.client() as client:
+        for _ in range(10):
+            await client.send(request("POST", "/", body=b"x"))
+            answer = await client.answer()
+            names = [line.partition(":")[0] for line in fields]
+            assert [answer.one(name) for name in names] == ["a", "b", "c", "d", "e", None]
 
 
 # -- encoded slashes
