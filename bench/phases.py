@@ -244,7 +244,8 @@ class Bench:
         rows = (
             schema.RouteRow("POST /v1/ai/jobs", ["jobs:write"], tokens=tokens),
             schema.RouteRow(
-                "POST /v1/chat/completions", ["jobs:write"], tokens=tokens, model="json:model" if "model" in judges else "",
+                "POST /v1/chat/completions", ["jobs:write"], tokens=tokens,
+                model="json:model" if "model" in judges else "",
                 prompt="openai" if "category" in judges else "", category=["template"] if "category" in judges else [],
             ),
         )  # fmt: skip
