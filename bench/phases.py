@@ -19,6 +19,7 @@ from typing import Final, cast
 
 import uvloop
 
+from keyproxy.ai.categories import Category
 from keyproxy.ai.models import Model, price_of
 from keyproxy.auth import authorization, credentials
 from keyproxy.auth.api_key import KeyFormat, SecretKey
@@ -31,9 +32,10 @@ from keyproxy.limits.ledger_protocol import LeaseGrant
 from keyproxy.limits.plan import Limit, Plan
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.recorder import Recorder
-from keyproxy.model import Missing, Permit, RequestHead, TimeBudget
+from keyproxy.model import Missing, Moment, Permit, RequestHead, TimeBudget
 from keyproxy.platform import clock
 from keyproxy.ports import Exchange, OwnedIds, PromptTemplates
+from keyproxy.process.run import freeze_garbage
 from keyproxy.process.terms import build_gateway, build_terms
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.last_used import LastUsed
@@ -81,17 +83,13 @@ RESPONSE = (
 
 
 MODEL: Final = Model("gpt-4o", price=price_of(2_500_000, 10_000_000))
+CODE: Final = Category("code", frozenset({"jobs:write"}))
 
 
-def chat(secret: SecretKey) -> bytes:
-    """A request of an AI client with a maximum."""
-    body = json.dumps(
-        {
-            "model": "gpt-4o",
-            "messages": [{"role": "user", "content": "Hello, how are you?"}],
-            "max_completion_tokens": 50,
-        }
-    ).encode()
+def chat(secret: SecretKey, **members: object) -> bytes:
+    """A request of an AI client. `members`: further ones of its body."""
+    messages = [{"role": "user", "content": "Hello, how are you?"}]
+    body = json.dumps({"model": "gpt-4o", "messages": messages, **members}).encode()
     return (
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:8080\r\nAuthorization: Api-Key %b\r\n"
         b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (secret.reveal(), len(body), body)
@@ -108,6 +106,13 @@ _CHAT_BODY: Final = json.dumps(
 CHAT_RESPONSE: Final = RESPONSE[: RESPONSE.index(b"Content-Length")] + b"Content-Length: %d\r\n\r\n%b" % (
     len(_CHAT_BODY), _CHAT_BODY,
 )  # fmt: skip
+
+
+class _Templates(PromptTemplates):
+    """Every prompt is a registered template."""
+
+    def category(self, digest: bytes, tenant_id: str, now: Moment) -> str | None:
+        return CODE.name
 
 
 class _OneKey:
@@ -222,8 +227,15 @@ class Bench:
     """A proxy without sockets, whose requests are under one of PLANS."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, null: int, plan: Plan | None = None, *, dialect: str = "header"
+        self,
+        loop: asyncio.AbstractEventLoop,
+        null: int,
+        plan: Plan | None = None,
+        *,
+        dialect: str = "header",
+        judges: tuple[str, ...] = (),
     ) -> None:
+        """`judges`: of `model` and `category`, what the chat's route judges."""
         self.names = FieldNames()
         identities = known_key(loop, plan)
         self.identity = identities.known(SECRET.digest(), clock.now())
@@ -231,9 +243,13 @@ class Bench:
         tokens = "none" if plan is None or plan.limit("tokens/day") is None else dialect
         rows = (
             schema.RouteRow("POST /v1/ai/jobs", ["jobs:write"], tokens=tokens),
-            schema.RouteRow("POST /v1/chat/completions", ["jobs:write"], tokens=tokens),
-        )
-        settings = schema.Settings(routes=rows, models=(MODEL,))
+            schema.RouteRow(
+                "POST /v1/chat/completions", ["jobs:write"], tokens=tokens,
+                model="json:model" if "model" in judges else "",
+                prompt="openai" if "category" in judges else "", category=["template"] if "category" in judges else [],
+            ),
+        )  # fmt: skip
+        settings = schema.Settings(routes=rows, models=(MODEL,), categories=(CODE,))
         self.routes = settings.route_table()
         # None of them is started, so that no database or ledger is contacted.
         self.ledger = Ledger(cast("LedgerBackend", None), schema.LedgerSettings(), clock.now)
@@ -245,7 +261,7 @@ class Bench:
         self.log.start()
         self.recorder = Recorder(self.log, lambda rows: self.usage.take(rows))
         self.gateway = build_gateway(
-            settings, self.routes, identities=identities, owned_ids=OwnedIds(), templates=PromptTemplates(),
+            settings, self.routes, identities=identities, owned_ids=OwnedIds(), templates=_Templates(),
             ledger=self.ledger, claims=claims, now=clock.now,
         )  # fmt: skip
         deadlines = Deadlines(loop, clock.monotonic)
@@ -372,6 +388,7 @@ def main() -> None:
     loop = uvloop.new_event_loop()
     with open("/dev/null", "wb") as null:  # noqa: PTH123
         benches = {name: Bench(loop, null.fileno(), plan) for name, plan in PLANS.items()}
+        freeze_garbage()  # as a worker does
         bench = benches["no limits"]
         for kind, raws in requests(SECRET).items():
             print(f"\n{kind} request, {len(raws[0])} bytes                µs")
@@ -384,18 +401,23 @@ def main() -> None:
         print("\nlimits of key, user and tenant      µs    added   of it: 5, 9 take and settle")
         for name, taken in wholes.items():
             print(f"  {name:<28} {taken:8.2f} {taken - wholes['no limits']:8.2f} {takes[name]:8.2f}")
-        asking = chat(SECRET)
         chats = {
-            "chat, no limits": Bench(loop, null.fileno()),
-            "chat, windows, tokens": Bench(loop, null.fileno(), PLANS["windows, tokens"], dialect="openai"),
-            "chat, windows, tokens, price": Bench(loop, null.fileno(), PRICED, dialect="openai"),
+            "no limits": Bench(loop, null.fileno()),
+            "windows, tokens": Bench(loop, null.fileno(), PLANS["windows, tokens"], dialect="openai"),
+            "windows, tokens, price": Bench(loop, null.fileno(), PRICED, dialect="openai"),
+            "as the last, model judged": Bench(loop, null.fileno(), PRICED, dialect="openai", judges=("model",)),
+            "model and category judged": Bench(
+                loop, null.fileno(), PRICED, dialect="openai", judges=("model", "category")
+            ),
         }
-        wholes = timed(
-            {name: partial(one.whole, asking, CHAT_RESPONSE) for name, one in chats.items()}, *chats.values()
-        )
-        print("\na chat completion with a maximum     µs    added")
-        for name, taken in wholes.items():
-            print(f"  {name:<28} {taken:8.2f} {taken - wholes['chat, no limits']:8.2f}")
+        for kind, members in (("with a maximum", {"max_completion_tokens": 50}), ("without a maximum", {})):
+            asking = chat(SECRET, **members)
+            wholes = timed(
+                {name: partial(one.whole, asking, CHAT_RESPONSE) for name, one in chats.items()}, *chats.values()
+            )
+            print(f"\na chat completion {kind:<18} µs    added")
+            for name, taken in wholes.items():
+                print(f"  {name:<28} {taken:8.2f} {taken - wholes['no limits']:8.2f}")
         for one in (*benches.values(), *chats.values()):
             one.close()
 

@@ -22,11 +22,22 @@ from keyproxy.ai.responses.select_meter import meter_for
 from keyproxy.ai.route_rules import RouteRules
 from keyproxy.auth import authorization, credentials
 from keyproxy.auth.api_key import KeyFormat
-from keyproxy.http import idempotency_key
+from keyproxy.http import headers, idempotency_key
 from keyproxy.http.idempotency_key import Fingerprint
 from keyproxy.http.routes import RouteTable
 from keyproxy.limits.allowance import Allowance, Hold, Need
-from keyproxy.model import Grant, Identity, Missing, Moment, Permit, RequestHead, ResponseHead, Route, TimeBudget
+from keyproxy.model import (
+    Grant,
+    Identity,
+    Missing,
+    Moment,
+    Permit,
+    PublicGrant,
+    RequestHead,
+    ResponseHead,
+    Route,
+    TimeBudget,
+)
 from keyproxy.ports import Claims, Exchange, Gate, Identities, Ledger, OwnedIds, PromptTemplates
 from keyproxy.reasons import Blame, Reason, Refusal
 
@@ -84,6 +95,10 @@ class Gateway(Gate):
         head = exchange.head
         if head is None:
             raise Refusal(Reason.INTERNAL_ERROR, "cannot decide on a request without a head")
+        if self._routes.has_public:
+            route = self._routes.public(head.line.method, head.line.path)
+            if route is not None:
+                return self._decide_public(exchange, head, route)
         now = self._now()
         digest = exchange.digest = credentials.digest(head)
         try:
@@ -117,6 +132,14 @@ class Gateway(Gate):
             return Permit(grant)
         need = Need(0, 0, route=grant.route.name) if allowance.has_selectors else None
         return Permit(grant, self._take(exchange, allowance, need, now))
+
+    def _decide_public(self, exchange: Exchange, head: RequestHead, route: Route) -> Permit:
+        """Decide on a request that needs no key: neither a credential nor the store is looked at."""
+        exchange.route = route
+        if head.fields.opens_tunnel:
+            head = exchange.head = headers.without_upgrade(head)
+        credentials.discard(head)
+        return Permit(PublicGrant(route))
 
     def _records(self, identity: Identity, now: Moment, is_first_lookup: bool) -> StoreRecords:
         return StoreRecords(self._owned_ids, self._templates, identity.tenant_id, now, is_first_lookup=is_first_lookup)

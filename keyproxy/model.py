@@ -3,7 +3,7 @@ identity, so that a lookup costs no more than hashing a pointer.
 
 Each phase consumes the type that the phase before it made: a `RequestHead` is validated, an `Identity` is resolved, a
 `Grant` states that this identity may use this route now, a `Permit` is required for forwarding. There is no other way
-to make one.
+to make one. On public routes a `PublicGrant` takes the place of identity and grant.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ KeyDigest = NewType("KeyDigest", bytes)
 
 #: The owner of a request: tenant, user and mode. All keys of a user count together, test and live traffic separately.
 Owner = tuple[str, str, str]
+
+LIVE: Final = "live"
+TEST: Final = "test"
+
+#: All requests on public routes together.
+PUBLIC: Final[Owner] = ("", "", "public")
 
 NEVER = math.inf
 
@@ -82,6 +88,7 @@ class RequestFields:
     `media_type`, without parameters, and `codings`, the values of Content-Encoding, describe the forwarded body, in
     lower case; `is_json`: the media type is JSON or missing. `accepts_codings`: Accept-Encoding is present.
     `has_idempotency_key`, `has_traceparent`: there is exactly one field of that name, whatever its value.
+    `digests_body`: a field signs or digests the body, so that changed bytes would not match.
     """
 
     host: bytes | None
@@ -97,6 +104,7 @@ class RequestFields:
     has_idempotency_key: bool = False
     has_traceparent: bool = False
     accepts_codings: bool = True
+    digests_body: bool = False
     is_json: bool = field(init=False)
     head_end: bytes = field(init=False)
 
@@ -248,7 +256,7 @@ class Identity:
     owner: Owner = field(init=False)
 
     def __post_init__(self) -> None:
-        mode = "test" if self.is_test else "live"
+        mode = TEST if self.is_test else LIVE
         object.__setattr__(self, "mode", mode)
         object.__setattr__(self, "owner", (self.tenant_id, self.user_id, mode))
 
@@ -264,7 +272,8 @@ class Route:
     """One compiled row of the route table. `name` is its text in the configuration, and its label in the metrics.
 
     `tokens`: the dialect of metered requests; NO_TOKENS: no metering. `deduplicates`: repeats of a request with an
-    Idempotency-Key are charged once.
+    Idempotency-Key are charged once. `is_public`: requests need no key, and none is looked at.
+    `forwards_encoded_slash`: paths may have `%2F` in the value of a placeholder.
     """
 
     name: str
@@ -272,6 +281,8 @@ class Route:
     error_shape: str = "problem"
     tokens: str = NO_TOKENS
     deduplicates: bool = True
+    is_public: bool = False
+    forwards_encoded_slash: bool = False
 
 
 @mypyc_attr(acyclic=True)
@@ -286,12 +297,22 @@ class Grant:
 
 
 @mypyc_attr(acyclic=True)
+class PublicGrant:
+    """Any client may use this public route. No identity is known, so none goes upstream and no limits apply."""
+
+    __slots__ = ("route",)
+
+    def __init__(self, route: Route) -> None:
+        self.route: Final = route
+
+
+@mypyc_attr(acyclic=True)
 class Permit:
     """A decision to forward. Nothing is written upstream without one. `hold`: the request's reservation under limits."""
 
     __slots__ = ("grant", "hold")
 
-    def __init__(self, grant: Grant, hold: Hold | None = None) -> None:
+    def __init__(self, grant: Grant | PublicGrant, hold: Hold | None = None) -> None:
         self.grant: Final = grant
         self.hold: Final = hold
 

@@ -197,7 +197,7 @@ class Exchange:
     #: The identity behind the key, once it is resolved; also for a request that is then refused.
     identity: Identity | None = None
 
-    #: The matched route, once the identity is resolved.
+    #: The matched route, once the identity is resolved; a public one, which needs none, at once.
     route: Route | None = None
 
     permit: Permit | None = None

@@ -9,7 +9,7 @@ from typing import Final
 
 from keyproxy.ai.charge import ResponseEnd
 from keyproxy.ai.metered_request import MeteredRequest
-from keyproxy.ai.requests.forwarded_headers import for_metering
+from keyproxy.ai.requests.forwarded_headers import for_metering, with_length
 from keyproxy.ai.responses.meter import ResponseUse
 from keyproxy.limits.allowance import Hold
 from keyproxy.model import COMPLETED, Ending, Missing, RequestHead
@@ -71,10 +71,10 @@ def finish_body(exchange: Exchange, head: RequestHead, metered: MeteredRequest) 
     """Set the header lines that go upstream, and release what was kept of the body."""
     judgement = None if exchange.judged is None else exchange.judged.judgement
     if metered.uses_tokens:
-        fields, length = head.fields, None
+        fields, block = head.fields, head.block
         if metered.edits and not fields.is_chunked:
-            length = len(exchange.body)
-        block = for_metering(head.block, accepts_codings=fields.accepts_codings, content_length=length)
+            block = with_length(block, head.content_length, len(exchange.body))
+        block = for_metering(block, accepts_codings=fields.accepts_codings)
         exchange.block = block + (metered.model_line if judgement is None or judgement.model is None else b"")
     if judgement is not None:
         exchange.block = (head.block if exchange.block is None else exchange.block) + judgement.lines

@@ -44,17 +44,20 @@ _BAD_VALUES = [b"a\x00b", b"a\x7f", b"a\rb", b"a\nb", b"a\r\n b", b"a\x0b", b"\x
 _NAMES = [
     *_VALUES, b"X-Custom", b"X-Custom", b"User-Agent", b"Accept", b"Cookie", b"Forwarded", b"X-Forwarded-For",
     b"X-Forwarded-Host", b"X-Real-Ip", b"Keep-Alive", b"Upgrade", b"TE", b"Proxy-Authorization", b"X_Request_Id",
-    b"X-Keyproxy-User", b"X_Keyproxy_User", b"X-Keyproxy-Other",
+    b"X-Keyproxy-User", b"X_Keyproxy_User", b"X-Keyproxy-Other", b"X_Custom", b"X.Custom", b"X_Api_Key",
+    b"X.Forwarded.For", b"X-Original-Url",
 ]  # fmt: skip
 _BAD_NAMES = [
     b"",
     b"X Custom",
-    b"X_Custom",
-    b"X.Custom",
+    b"X!Custom",
     b"X\xe9",
     b"X\x00",
     b" X-Custom",
     b"Content_Length",
+    b"Transfer.Encoding",
+    b"Content_Type",
+    b"Content_Encoding",
     b"X(",
     b"X-Custom ",
 ]
@@ -99,8 +102,8 @@ def similar_heads(draw: st.DrawFn, *, is_request: bool = True) -> list[bytes]:
 
 
 def _respelt(name: bytes, flips: int) -> bytes:
-    """The name with some letters in the other case, and some `-` as `_`: one for each bit."""
-    other = name.swapcase().replace(b"-", b"_")
+    """The name with some letters in the other case, and some `-` as `_` or `.`: one for each bit."""
+    other = name.swapcase().replace(b"-", b"_."[flips % 2 : flips % 2 + 1])
     return bytes(pair[flips >> place & 1] for place, pair in enumerate(zip(name, other, strict=True)))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 TOKEN = frozenset(b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
-NAME = frozenset(b"-0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
+NAME = frozenset(b"-._0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 VALUE = frozenset([0x09, *range(0x20, 0x7F), *range(0x80, 0x100)])
 DIGITS = frozenset(b"0123456789")
 HEX = frozenset(b"0123456789abcdefABCDEF")
@@ -23,6 +23,11 @@ QUERY = frozenset(range(0x21, 0x7F)) - frozenset(b"\\#")
 METHODS = (b"GET", b"POST", b"PUT", b"DELETE", b"HEAD", b"OPTIONS", b"PATCH")
 
 SINGLE = (b"host", b"content-length", b"transfer-encoding")
+
+#: Names that frame a message. With another separator, servers that pass names to programs take them for these.
+JUDGED = frozenset({b"content-length", b"transfer-encoding", b"content-type", b"content-encoding"})
+SEPARATORS = frozenset(b"_.")
+FOLDED = bytes.maketrans(b"_.", b"--")
 
 
 class Malformed(Exception):
@@ -88,6 +93,8 @@ def _request(stream: bytes, at: int) -> tuple[Request, int]:
             break
         name, colon, value = line.partition(b":")
         if not name or not colon or set(name) - NAME or set(value) - VALUE:
+            raise Malformed
+        if set(name) & SEPARATORS and name.lower().translate(FOLDED) in JUDGED:
             raise Malformed
         fields.append((name.lower(), value.strip(b" \t")))
         is_odd = is_odd or value.endswith(b"\t")  # llhttp, for one, does not take every space for one

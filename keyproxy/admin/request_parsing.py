@@ -7,14 +7,14 @@ import difflib
 import json
 import re
 from collections.abc import Iterable
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, get_origin
 
 from aiohttp import web
 from pydantic import ValidationError
 
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.problems import FieldError, Problem, Refused
-from keyproxy.admin.schemas.field_types import AS_LIST, BY_NAME, CATEGORY, ID, PLAN_ID, PRINTABLE, SCOPE
+from keyproxy.admin.schemas.field_types import AS_LIST, BY_NAME, CATEGORY, ID, NAMESPACE, PLAN_ID, PRINTABLE, SCOPE
 from keyproxy.admin.schemas.request_models import RequestModel
 
 BODY_BYTES_MAX: Final = 1 << 20
@@ -34,6 +34,7 @@ _MEANINGS = {
     PLAN_ID: "a plan's name has up to 128 letters, digits and . _ : @ -, and starts with a letter or digit",
     CATEGORY: "a category has up to 64 lower-case letters, digits, _ and -, and starts with a letter",
     PRINTABLE: "control characters are not allowed",
+    NAMESPACE: "a namespace is SOURCE=VALUE, such as query:collection=acme/docs",
     SCOPE: "a scope is one word such as jobs:write, without wildcards, of up to 64 characters",
 }
 
@@ -48,10 +49,12 @@ def path_of(request: web.Request) -> dict[str, str]:
 
 def query_of(request: web.Request, model: type[_Model]) -> _Model:
     """Parse the query. Raises Refused."""
-    twice = [name for name in request.query if len(request.query.getall(name)) > 1]
+    lists = {name for name, field in model.model_fields.items() if get_origin(field.annotation) is list}
+    twice = [name for name in request.query if len(request.query.getall(name)) > 1 and name not in lists]
     if twice:
         raise Refused(Problem.INVALID, errors=[FieldError(f"query.{twice[0]}", "is given more than once")])
-    return _checked(model, dict(request.query), "query")
+    content = {name: request.query.getall(name) if name in lists else request.query[name] for name in request.query}
+    return _checked(model, content, "query")
 
 
 async def body_of(request: web.Request, endpoint: Endpoint) -> tuple[bytes, RequestModel | None]:

@@ -15,7 +15,7 @@ from keyproxy.ai.dialects.endpoint import DialectEndpoint
 from keyproxy.ai.dialects.table import TOKENLESS, endpoint_of
 from keyproxy.ai.models import Candidates
 from keyproxy.ai.request_models import NO_MODELS, RequestModels
-from keyproxy.ai.requests.body_edit import cap_member, edited, edits_of, is_digested, pieces
+from keyproxy.ai.requests.body_edit import cap_member, edited, edits_of, pieces
 from keyproxy.ai.requests.inflation import Deflation
 from keyproxy.ai.requests.request_facts import RequestFacts
 from keyproxy.ai.requests.request_reading import RequestReading, facts_of_form, is_collected
@@ -76,7 +76,7 @@ class MeteredRequest:
         self._models: RequestModels = NO_MODELS
         #: The stated budget for reasoning.
         self._thinking: int | None = None
-        self._is_digested = False
+        self._is_digested: Final = head.fields.digests_body
         self._facts: RequestFacts | None = None
         self._reading: RequestReading | None = None
         self._deflation: Deflation | None = None
@@ -131,8 +131,6 @@ class MeteredRequest:
     def _judge(self, head: RequestHead, facts: RequestFacts) -> None:
         self._models = self.rules.models_of(head, facts, self.form_model)
         self.choices, self._thinking = facts.multiplier, facts.thinking
-        may_be_edited = facts.lacks_usage or facts.maximum is None
-        self._is_digested = may_be_edited and is_digested(head.block)
         self.asks_for_usage = facts.lacks_usage and facts.parts is not None and not self._is_digested
         self.is_read = True
 

@@ -134,24 +134,31 @@ class TextEstimate:
         quarters: i64 = 0
         at: i64 = 0
         size: i64 = len(decoded)
+        classes = _CLASSES
         while at < size:
-            kind: i64 = _CLASSES[decoded[at]]
+            kind: i64 = classes[decoded[at]]
+            start: i64 = at
             at += 1
-            if kind in (_LOWER, _UPPER):
-                digits = spaces = 0
+            if kind == _LOWER:
+                while at < size and classes[decoded[at]] == kind:
+                    at += 1
+                run: i64 = letters + at - start
+                tokens += run // 7 - letters // 7 + 6 * (run // 16 - letters // 16)
                 if letters == 0:
                     tokens += 1
+                letters = run
+                capitals = digits = spaces = 0
+                continue
+            if kind == _UPPER:
+                digits = spaces = 0
+                if letters == 0 or capitals == 0:
+                    tokens += 1
                 letters += 1
+                capitals += 1
                 if letters % 7 == 0:
                     tokens += 1
                 if letters % 16 == 0:
                     tokens += 6
-                if kind == _LOWER:
-                    capitals = 0
-                    continue
-                if capitals == 0 and letters > 1:
-                    tokens += 1
-                capitals += 1
                 if capitals % 3 == 0:
                     tokens += 1
                 continue

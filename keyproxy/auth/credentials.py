@@ -10,20 +10,22 @@ only for a digest that is not in the cache, so that a known key costs one hash. 
 identical bytes on the same connection cost none.
 
 The key is not forwarded in any other field either, whatever its name: a client library may also send it as `Api-Key`,
-in a cookie or in a Referer. Such a line is dropped. If the key is in a field that the decision depends on, dropping the
-field would change the request, so the request is refused.
+in a cookie or in a Referer. Such a line is dropped, and has no effect. If the key is in Host or Content-Type, without
+which the request would be another one, the request is refused. On a public route no credential is checked, and the
+value of each counts as a key.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import dataclasses
 import re
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from keyproxy.auth.api_key import KeyFormat, SecretKey
-from keyproxy.model import CredentialField, KeyDigest, RequestHead, RequestLine
+from keyproxy.model import CredentialField, KeyDigest, RequestFields, RequestHead, RequestLine
 from keyproxy.reasons import Reason, Refusal
 
 #: Query parameters with a value that is always a credential. Compared in lower case, with `-` for `_`.
@@ -39,10 +41,8 @@ _BASIC = re.compile(rb"basic +([0-9A-Za-z+/]+)", re.IGNORECASE)
 #: A word of a key of this length is found anywhere; a shorter key only as a separate word.
 _WORD_BYTES_MIN: Final = 16
 
-#: Fields that determine how the request is read. Dropping one would change the request after the decision.
-_JUDGED_FIELDS: Final = frozenset(
-    {b"host", b"content-type", b"content-encoding", b"accept-encoding", b"idempotency-key"}
-)
+#: Fields that determine what the request is. It is refused if the key is in one.
+_NEEDED_FIELDS: Final = frozenset({b"host", b"content-type"})
 
 #: Contains only digits.
 _LENGTH: Final = b"content-length"
@@ -62,6 +62,20 @@ def digest(head: RequestHead) -> KeyDigest:
     if not head.is_free_of_key:
         _take_out(head, head.key_part)
     return found
+
+
+def discard(head: RequestHead) -> None:
+    """Drop every line that contains a credential, for a public route. Raises a Refusal like `digest`, for the URL."""
+    if head.line.holds_key:
+        raise Refusal(Reason.KEY_IN_URL)
+    if head.is_free_of_key:
+        return
+    for name, value in head.credentials:
+        after_scheme = b"" if name == b"x-api-key" else value.partition(b" ")[2].strip()
+        part = _part(SecretKey(after_scheme or value))
+        if len(part) >= _WORD_BYTES_MIN:
+            _take_out(head, part)
+    head.is_free_of_key = True
 
 
 def checked(head: RequestHead, key_format: KeyFormat) -> SecretKey:
@@ -122,6 +136,8 @@ def _take_out(head: RequestHead, part: bytes) -> None:
         raise Refusal(Reason.KEY_IN_URL)
     if block.find(part) >= 0 or block.find(b"asic ") >= 0:
         head.block = _without(block, part)
+        if len(head.block) < len(block):
+            head.fields = _fields_of(head.block, head.fields)
     if head.forwarded:
         head.forwarded = tuple([(name, value) for name, value in head.forwarded if not _stands_in(value, part)])
     head.is_free_of_key = True
@@ -133,9 +149,22 @@ def _without(block: bytes, part: bytes) -> bytes:
         name = line.partition(b":")[0].lower()
         if name == _LENGTH or not _stands_in(line, part):
             kept += line
-        elif name in _JUDGED_FIELDS:
-            raise Refusal(Reason.REQUEST_MALFORMED, "the key is in a field that the decision depends on")
+        elif name in _NEEDED_FIELDS:
+            raise Refusal(Reason.REQUEST_MALFORMED, "the key is in Host or Content-Type")
     return kept
+
+
+def _fields_of(block: bytes, fields: RequestFields) -> RequestFields:
+    """The fields, without the effect of lines that were dropped."""
+    kept = [line.partition(b":") for line in block.lower().splitlines()]
+    names = [name for name, _, _ in kept]
+    return dataclasses.replace(
+        fields,
+        codings=tuple([value.strip() for name, _, value in kept if name == b"content-encoding"]),
+        has_idempotency_key=names.count(b"idempotency-key") == 1,
+        has_traceparent=names.count(b"traceparent") == 1,
+        accepts_codings=b"accept-encoding" in names,
+    )
 
 
 def _stands_in(text: bytes, part: bytes) -> bool:

@@ -9,14 +9,16 @@ from collections.abc import Collection, Sequence
 
 from keyproxy.ai.reservation import OFF
 from keyproxy.config.schema import RouteRow
+from keyproxy.http.path_patterns import parse_pattern
 
 
 def shadowed(routes: Sequence[RouteRow]) -> list[str]:
     """Return one sentence for each route that an earlier one shadows completely."""
     found = []
+    patterns = [parse_pattern(row.match) for row in routes]
     for number, row in enumerate(routes, start=1):
         for earlier_number, earlier in enumerate(routes[: number - 1], start=1):
-            if _covers(earlier.match, row.match):
+            if patterns[earlier_number - 1].covers(patterns[number - 1]):
                 found.append(
                     f"routes[{number}]: {row.match!r} never matches, because routes[{earlier_number}] {earlier.match!r}"
                     " precedes it and matches the same requests; move the narrower one up"
@@ -45,31 +47,3 @@ def cap_warnings(routes: Sequence[RouteRow]) -> list[str]:
         for number, row in enumerate(routes, start=1)
         if row.cap == OFF
     ]
-
-
-def _covers(wide: str, narrow: str) -> bool:
-    """Whether the first pattern matches every request that the second one matches."""
-    wide_method, _, wide_path = wide.partition(" ")
-    narrow_method, _, narrow_path = narrow.partition(" ")
-    if wide_method not in ("*", narrow_method):
-        return False
-    wide_segments, narrow_segments = wide_path.split("/")[1:], narrow_path.split("/")[1:]
-    for place, segment in enumerate(wide_segments):
-        if place >= len(narrow_segments):
-            return False
-        if _is_rest(segment):
-            return True
-        other = narrow_segments[place]
-        if _is_rest(other) or (_is_placeholder(segment) and not other):
-            return False
-        if not _is_placeholder(segment) and segment != other:
-            return False
-    return len(wide_segments) == len(narrow_segments)
-
-
-def _is_placeholder(segment: str) -> bool:
-    return segment.startswith("{")
-
-
-def _is_rest(segment: str) -> bool:
-    return segment.endswith("...}")

@@ -13,7 +13,7 @@ from typing import Any, Final
 from keyproxy.ai import prompts
 from keyproxy.ai.categories import Category
 from keyproxy.ai.models import Model
-from keyproxy.config import addresses, bind_settings, categories, token_settings, value_checks
+from keyproxy.config import addresses, bind_settings, categories, route_access, token_settings, value_checks
 from keyproxy.config.categories import CategoryKeys
 from keyproxy.config.token_settings import Money, Tokens
 from keyproxy.config.value_checks import Check, one_of, within
@@ -111,6 +111,8 @@ class IdentityHeaders:
     """The headers that the upstream trusts."""
 
     header_prefix: str = _setting("X-Keyproxy-", value_checks.header_prefix)
+    #: Whether headers that override method or target go upstream.
+    forward_overrides: bool = _setting(False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +208,8 @@ class RouteRow:
     prompt: str = _setting("", one_of("", *prompts.SHAPES))
     category: OneOrMany = _setting([], categories.category_fault)
     unregistered: str = _setting("", categories.unregistered_fault)
+    access: str = _setting(route_access.KEY, one_of(route_access.KEY, route_access.PUBLIC))
+    encoded_slash: str = _setting(route_access.REFUSE, one_of(route_access.REFUSE, route_access.FORWARD))
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +259,8 @@ class Settings:
                     Route(
                         row.name or row.match, frozenset(row.scopes), row.error_shape, row.tokens,
                         deduplicates=row.idempotency == token_settings.ONCE,
+                        is_public=row.access == route_access.PUBLIC,
+                        forwards_encoded_slash=row.encoded_slash == route_access.FORWARD,
                     ),
                 )
                 for row in self.routes
@@ -304,6 +310,7 @@ def cross_checks(settings: Settings) -> list[str]:
         settings.categories,
         [CategoryKeys(row.prompt, row.category, row.unregistered) for row in settings.routes],
     )
+    wrong += route_access.contradictions(settings.routes)
     matches = [row.match for row in settings.routes]
     wrong += [
         f"routes: {match!r} is configured twice; the first one always wins"

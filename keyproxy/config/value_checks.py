@@ -10,8 +10,7 @@ from urllib.parse import urlsplit
 from keyproxy.config import addresses, dsn
 from keyproxy.http import webhook_signature
 from keyproxy.http.forwarding import TrustRule
-from keyproxy.http.routes import InvalidPatternError, RouteTable
-from keyproxy.model import Route
+from keyproxy.http.path_patterns import InvalidPatternError, parse_pattern
 
 #: Returns the fault of a value, or None.
 Check = Callable[[Any], str | None]
@@ -145,7 +144,7 @@ def trusted_networks(value: list[str]) -> str | None:
 def route_match(value: str) -> str | None:
     """The pattern of a route."""
     try:
-        RouteTable([(value, Route(value))])
+        parse_pattern(value)
     except InvalidPatternError as error:
         return str(error)
     return None

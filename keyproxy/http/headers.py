@@ -2,22 +2,24 @@
 
 `FieldNames.kind` is the only place that maps header names to their meaning. It classifies a name once and caches the
 result, since the same few names come with every request. A name is compared in canonical form, in lower case with `-`
-for `_`: servers that pass headers to CGI, WSGI or PHP programs fold the two, so `X_Keyproxy_User` is as reserved as
-`X-Keyproxy-User`. Reserved names are dropped in any spelling; any other name outside `[A-Za-z0-9-]` is refused, because
-such a server could take `Content_Length` for a field that this proxy ignores.
+for `_` and `.`: servers that pass headers to CGI, WSGI or PHP programs fold these, so `X_Keyproxy_User` is as reserved
+as `X-Keyproxy-User`. With `_` or `.`, a name that frames the message is refused, because such a server could take
+`Content_Length` for a field that this proxy ignores; other names that this proxy acts on are dropped; the rest is
+forwarded.
 
 `identity_headers` has the reserved prefix and the headers under it, `forwarding` the X-Forwarded-* fields.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import re
 from typing import Final
 
 from keyproxy.http import identity_headers
 from keyproxy.http.forwarding import Forwarding
-from keyproxy.model import Permit, RequestHead
+from keyproxy.model import Permit, PublicGrant, RequestHead
 
 
 class Kind(enum.Enum):
@@ -37,7 +39,8 @@ class Kind(enum.Enum):
     REQUEST_ID = enum.auto()
     FORWARDED = enum.auto()  # accepted only from a trusted peer
     USAGE = enum.auto()  # forwarded; in a response, the number of tokens used
-    UNREADABLE = enum.auto()  # a name that two servers could read differently
+    DROPPED = enum.auto()  # not forwarded: an override; a credential or hop-by-hop field in another spelling
+    UNREADABLE = enum.auto()  # of a request: a name that two servers could read differently; refused
 
 
 _KINDS: Final[dict[bytes, Kind]] = {
@@ -61,6 +64,23 @@ _KINDS: Final[dict[bytes, Kind]] = {
     ),
 }  # fmt: skip
 
+#: Fields that some servers let replace the method or the target, which the route was decided by.
+_OVERRIDES: Final = frozenset(
+    {
+        b"x-http-method-override", b"x-http-method", b"x-method-override", b"x-original-url", b"x-original-uri",
+        b"x-original-method", b"x-rewrite-url", b"x-override-url",
+    }
+)  # fmt: skip
+
+#: Kinds whose names, in another spelling, a server could take for the body's framing or its type.
+_FRAMING: Final = frozenset(
+    {Kind.HOST, Kind.CONTENT_LENGTH, Kind.TRANSFER_ENCODING, Kind.CONTENT_TYPE, Kind.CONNECTION, Kind.EXPECT,
+     Kind.UPGRADE}
+)  # fmt: skip
+
+#: Determines the content of a body too, but has no other meaning to this proxy.
+_CONTENT_ENCODING: Final = b"content-encoding"
+
 #: Fields that a Connection option must not name: removing them would change the message. RFC 9110 section 7.6.1.
 #: Names in lower case, in a set: a client may name thousands of options.
 NOT_HOP_BY_HOP: Final = frozenset({b"host", b"content-length", b"transfer-encoding", b"content-type"})
@@ -79,7 +99,8 @@ _LIMIT_NAMES: Final = frozenset(
     }
 )  # fmt: skip
 
-_NAME = re.compile(rb"[A-Za-z0-9-]+")
+_NAME = re.compile(rb"[A-Za-z0-9._-]+")
+_EXACT_NAME = re.compile(rb"[A-Za-z0-9-]+")
 _REMEMBERED_MAX: Final = 2048
 _REMEMBERED_BYTES_MAX: Final = 48
 
@@ -98,8 +119,9 @@ _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 class FieldNames:
     """Maps header names to their Kind, with the identity headers under one configured prefix."""
 
-    def __init__(self, header_prefix: str = "X-Keyproxy-") -> None:
+    def __init__(self, header_prefix: str = "X-Keyproxy-", *, forward_overrides: bool = False) -> None:
         self._prefix = canonical(header_prefix.encode("ascii"))
+        self._overrides = frozenset() if forward_overrides else _OVERRIDES
         self._remembered: dict[bytes, Kind] = {}
 
     def kind(self, name: bytes) -> Kind:
@@ -117,19 +139,26 @@ class FieldNames:
         return kind
 
     def _judge(self, name: bytes) -> Kind:
+        if not _NAME.fullmatch(name):
+            return Kind.UNREADABLE
         plain = canonical(name)
         if identity_headers.is_reserved(plain, self._prefix):
             return Kind.RESERVED
+        if plain in self._overrides:
+            return Kind.DROPPED
         kind = Kind.FORWARDED if plain.startswith(b"x-forwarded-") else _KINDS.get(plain, Kind.PLAIN)
-        if not _NAME.fullmatch(name):
-            # Set by this proxy, so dropped in any spelling. Any other such name is ambiguous between servers.
-            return Kind.RESERVED if kind in (Kind.REQUEST_ID, Kind.FORWARDED) else Kind.UNREADABLE
-        return kind
+        if _EXACT_NAME.fullmatch(name):
+            return kind
+        if kind in _FRAMING or plain == _CONTENT_ENCODING:
+            return Kind.UNREADABLE
+        if kind in (Kind.REQUEST_ID, Kind.FORWARDED):
+            return Kind.RESERVED
+        return Kind.DROPPED if kind in (Kind.CREDENTIAL, Kind.HOP) else Kind.PLAIN
 
 
 def canonical(name: bytes) -> bytes:
-    """A header name as CGI-like servers compare it: lower-case, `-` for `_`."""
-    return name.lower().replace(b"_", b"-")
+    """A header name as CGI-like servers compare it: lower-case, `-` for `_` and `.`."""
+    return name.lower().replace(b"_", b"-").replace(b".", b"-")
 
 
 def states_limits(name: bytes) -> bool:
@@ -138,7 +167,7 @@ def states_limits(name: bytes) -> bool:
     A provider's fields that name the limited unit (`x-ratelimit-remaining-tokens`, `anthropic-ratelimit-…`) are not:
     they describe the provider's own account, and clients read them that way.
     """
-    plain = canonical(name).replace(b".", b"-")
+    plain = canonical(name)
     return plain == b"ratelimit" or plain.startswith(b"ratelimit-") or plain in _LIMIT_NAMES
 
 
@@ -167,17 +196,25 @@ def trace_id(block: bytes) -> bytes:
     return b"" if found is None else found[1]
 
 
+def without_upgrade(head: RequestHead) -> RequestHead:
+    """A WebSocket handshake as an ordinary request: a server may ignore an upgrade. RFC 9110 section 7.8."""
+    fields = dataclasses.replace(head.fields, opens_tunnel=False)
+    plain = RequestHead(head.line, fields, head.block, head.credentials, head.content_length)
+    plain.forwarded, plain.request_id = head.forwarded, head.request_id
+    return plain
+
+
 def build_upstream_head(
     head: RequestHead, block: bytes, permit: Permit, *, request_id: bytes, forwarding: Forwarding, host: bytes
 ) -> bytes:
     """The head that goes upstream, with the header lines `block`. `host` is used if an HTTP/1.0 client sent none."""
-    fields = head.fields
+    fields, grant = head.fields, permit.grant
     return b"".join(
         (
             head.line.start,
             b"" if fields.host is not None else b"Host: %b\r\n" % host,
             block,
-            permit.grant.identity.header_block,
+            b"" if isinstance(grant, PublicGrant) else grant.identity.header_block,
             forwarding.block(head),
             b"X-Request-Id: ",
             request_id,

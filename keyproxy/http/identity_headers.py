@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 
 def is_reserved(canonical_name: bytes, canonical_prefix: bytes) -> bool:
-    """Whether a client's field of this name is stripped. Both in canonical form: lower-case, `-` for `_`."""
+    """Whether a client's field of this name is stripped. Both in canonical form."""
     return canonical_name.startswith(canonical_prefix)
 
 

@@ -4,6 +4,8 @@ A target is refused if another server could parse it differently, because the up
 than the route table allowed. The rules apply to the path; in a query only bytes that are invalid in any target are
 refused, since values such as `?next=%2Fa%2F..` do not affect routing.
 
+If a route forwards `%2F`, it is accepted here as if it were a letter, and the route decides.
+
 Precedents: RFC 9112 section 3.2 (forms), RFC 3986 section 6.2.2 (what normalisers fold), CVE-2021-41773 (`%2e`),
 CVE-2018-11759 (`;`), the overlong `%c0%af` of 2000, double decoding (`%252e`).
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import NamedTuple
+from typing import Final, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from keyproxy.reasons import Reason, Refusal
@@ -42,6 +44,10 @@ _DOT_SEGMENT = re.compile(rb"/\.\.?(?:;[^/]*)?(?=/|\Z)")
 #: In the decoded path only: sequences that a server with another round of decoding would change.
 _BAD_AGAIN = re.compile(rb"%(?:2e|2f|5c|[01][0-9a-f]|7f|c[01])", re.IGNORECASE)
 _BAD_BYTE = re.compile(rb"[\x00-\x1f\x7f\\]")
+
+#: The letter is no hexadecimal digit, so that it completes no other encoding.
+_ENCODED_SLASH = re.compile(rb"%2f", re.IGNORECASE)
+_LETTER: Final = b"x"
 _ESCAPE = re.compile(rb"%[0-9a-f]{2}", re.IGNORECASE)
 _DECODINGS_MAX = 3
 _ABSOLUTE = re.compile(rb"https?://([^/?]*)(.*)", re.IGNORECASE)
@@ -49,7 +55,7 @@ _HOST = re.compile(rb"(?:[A-Za-z0-9._-]{1,253}|\[([0-9A-Fa-f:.]{2,45})\])(?::([0
 _PORT_MAX = 65_535
 
 
-def judge(method: bytes, target: bytes, host: bytes | None) -> Target:
+def judge(method: bytes, target: bytes, host: bytes | None, *, accepts_encoded_slash: bool = False) -> Target:
     """The target as it goes upstream. Raises a Refusal (REQUEST_MALFORMED) with the fault."""
     if _PLAIN_PATH.fullmatch(target):
         return Target(target, target, target)
@@ -64,7 +70,7 @@ def judge(method: bytes, target: bytes, host: bytes | None) -> Target:
         if target == b"*":
             return Target(target, target, target)
     path = target.partition(b"?")[0]
-    decoded = _checked_path(path)
+    decoded = _checked_but_slashes(path) if accepts_encoded_slash else _checked_path(path)
     return Target(target, path, target if decoded is None else decoded + target[len(path) :])
 
 
@@ -98,6 +104,16 @@ def _checked_path(path: bytes) -> bytes | None:
     if is_bad:
         raise _refusal("the path is ambiguous")
     return None if _ESCAPE.search(path) else path
+
+
+def _checked_but_slashes(path: bytes) -> bytes | None:
+    """Like `_checked_path`, for a path in which `%2F` is accepted."""
+    decoded = _checked_path(_ENCODED_SLASH.sub(_LETTER, path))
+    if decoded is None or not _ENCODED_SLASH.search(path):
+        return decoded
+    for _ in range(_DECODINGS_MAX):
+        path = unquote_to_bytes(path)
+    return path
 
 
 def _has_bad_segment(path: bytes) -> bool:

@@ -1,20 +1,23 @@
 """The route table: compiled once, matched per request. The first match wins; a request without a match is refused.
 
-A pattern is `METHOD /path` or `* /path`; `{name}` matches one segment, `{rest...}` at the end the remainder. Without
-any routes, every path is allowed for any valid key.
+`path_patterns` has the patterns. Without any routes, every path is allowed for any valid key.
 
 The proxy must match the path that the upstream will see. Some servers normalise a path (`%61` for `a`, `//` for `/`,
 `;matrix=parameters` removed), so such a path is matched both as sent and normalised, and refused if the two match
 different routes: a broad route further down must not expose what a narrow one above it protects.
+
+A path with `%2F` is refused before it is matched, unless a route forwards it. Then servers that keep it must read a path
+of that route, and those that take it for a slash a path of that route or of none.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Final
-from urllib.parse import unquote_to_bytes
+from typing import Final, NamedTuple
 
+from keyproxy.http import path_readings
+from keyproxy.http.path_patterns import parse_pattern
 from keyproxy.model import Route
 from keyproxy.reasons import Reason, Refusal
 
@@ -30,27 +33,20 @@ KNOWN_METHODS: Final = frozenset(
     """.split()
 )
 
-#: Methods that are refused before routes are matched.
-_NEVER_SERVED: Final = ("CONNECT", "TRACE")
-
 ANY_ROUTE: Final = Route(name="any")
-
-_METHOD = re.compile(r"\*|[A-Z][A-Z-]{0,19}")
-_PLACEHOLDER = re.compile(r"\{([a-z][a-z0-9_]*)(\.\.\.)?\}")
-#: No `%` or `;`, and no dot segment or empty one: a path with these is refused before it is matched, or matches two
-#: routes, so such a pattern could never match.
-_LITERAL = re.compile(r"(?!\.\.?\Z)[A-Za-z0-9\-._~!$&'()*+,=:@]+")
-_PARAMETERS = re.compile(rb";[^/]*")
-_SLASHES = re.compile(rb"/{2,}")
-_FOLDED_BY_SOME: Final = (b"%", b"//", b";")
 
 #: The number of matched paths that are cached; then the cache is cleared. Paths contain ids, so most never recur.
 _REMEMBERED_MAX: Final = 4096
 _REMEMBERED_BYTES_MAX: Final = 256
 
 
-class InvalidPatternError(ValueError):
-    """A route pattern that cannot be compiled. The text names the fault."""
+class _Row(NamedTuple):
+    """A compiled route. `method` None: any. `values`: matches like `pattern`, with a group for each placeholder."""
+
+    method: bytes | None
+    pattern: re.Pattern[bytes]
+    values: re.Pattern[bytes]
+    route: Route
 
 
 class RouteTable:
@@ -60,13 +56,15 @@ class RouteTable:
         """`routes`: patterns with their routes, in order. Raises InvalidPatternError."""
         #: The patterns with their routes.
         self.rows: Final = tuple(routes)
-        self._compiled = [(*_compile(pattern), route) for pattern, route in routes]
+        self.has_public: Final = any(route.is_public for _, route in routes)
+        self.forwards_encoded_slash: Final = any(route.forwards_encoded_slash for _, route in routes)
+        self._compiled = [_compiled(pattern, route) for pattern, route in routes]
         self._remembered: dict[tuple[bytes, bytes], Route | None] = {}
 
     def match(self, method: bytes, path: bytes) -> Route | None:
         """The first route for this method and raw path, None if there is none.
 
-        Raises a Refusal (REQUEST_MALFORMED) for a path that matches different routes as sent and normalised.
+        Raises a Refusal (REQUEST_MALFORMED) for a path that servers could read as one of another route.
         """
         if not self._compiled:
             return ANY_ROUTE
@@ -74,15 +72,26 @@ class RouteTable:
             return self._remembered[method, path]
         except KeyError:
             pass
-        route = self._first(method, path)
-        is_folded = any(mark in path for mark in _FOLDED_BY_SOME)
-        if is_folded and any(self._first(method, reading) is not route for reading in readings(path)):
-            raise Refusal(Reason.REQUEST_MALFORMED, "the path matches another route once it is normalised")
+        row = self._first(method, path)
+        route = None if row is None else row.route
+        if self.forwards_encoded_slash and path_readings.has_encoded_slash(path):
+            if row is not None:
+                self._check_encoded_slash(method, path, row)
+        elif path_readings.is_folded_by_some(path):
+            self._check_readings(method, path_readings.readings(path), route)
         if len(self._remembered) >= _REMEMBERED_MAX:
             self._remembered.clear()
         if len(path) <= _REMEMBERED_BYTES_MAX:
             self._remembered[method, path] = route
         return route
+
+    def public(self, method: bytes, path: bytes) -> Route | None:
+        """The public route for this method and raw path; None if a key is needed, or the path is ambiguous."""
+        try:
+            route = self.match(method, path)
+        except Refusal:
+            return None
+        return route if route is not None and route.is_public else None
 
     def error_shape(self, method: bytes, path: bytes) -> str:
         """The error format of the route for this method and raw path; the default if none matches unambiguously."""
@@ -94,62 +103,42 @@ class RouteTable:
 
     def names(self) -> Iterable[str]:
         """Every value that the metric label `route` can take."""
-        return [*(route.name for *_, route in self._compiled), ANY_ROUTE.name]
+        return [*(row.route.name for row in self._compiled), ANY_ROUTE.name]
 
     def methods(self) -> frozenset[bytes]:
         """Every method that is served: the known ones, and those that a pattern names."""
-        return KNOWN_METHODS | {method for method, *_ in self._compiled if method is not None}
+        return KNOWN_METHODS | {row.method for row in self._compiled if row.method is not None}
 
-    def _first(self, method: bytes, path: bytes) -> Route | None:
-        for wanted, pattern, route in self._compiled:
-            if (wanted is None or wanted == method) and pattern.fullmatch(path):
-                return route
+    def _first(self, method: bytes, path: bytes) -> _Row | None:
+        for row in self._compiled:
+            if (row.method is None or row.method == method) and row.pattern.fullmatch(path):
+                return row
         return None
 
+    def _check_readings(
+        self, method: bytes, readings: Iterable[bytes], route: Route | None, *, may_meet_none: bool = False
+    ) -> None:
+        for reading in readings:
+            row = self._first(method, reading)
+            met = None if row is None else row.route
+            if met is not route and not (may_meet_none and met is None):
+                raise _ambiguous("the path matches another route once it is normalised")
 
-def readings(path: bytes) -> set[bytes]:
-    """The path as lenient servers may read it: percent-decoded or not, repeated slashes merged or not, `;parameters`
-    removed or not, in every combination.
-    """
-    found = {path, _PARAMETERS.sub(b"", path)}
-    found |= {unquote_to_bytes(one) for one in found}
-    found |= {_PARAMETERS.sub(b"", one) for one in found}
-    return found | {_SLASHES.sub(b"/", one) for one in found}
-
-
-def placeholder_pattern(text: str, name: str) -> re.Pattern[bytes]:
-    """A pattern of the same paths, with what stands at the placeholder `name` in its first group.
-
-    Raises InvalidPatternError.
-    """
-    return _compile(text, captured=name)[1]
-
-
-def _compile(text: str, *, captured: str = "") -> tuple[bytes | None, re.Pattern[bytes]]:
-    method, space, path = text.partition(" ")
-    if not space or not path.startswith("/") or " " in path:
-        raise InvalidPatternError(f"{text!r} is not 'METHOD /path'")
-    if not _METHOD.fullmatch(method):
-        raise InvalidPatternError(f"{method!r} in {text!r} is not a method: use upper case, or * for any")
-    if method in _NEVER_SERVED:
-        raise InvalidPatternError(f"{text!r} can never match: {method} is refused")
-    segments = path[1:].split("/")
-    pattern = "".join(
-        _segment(segment, text=text, is_last=place == len(segments) - 1, captured=captured)
-        for place, segment in enumerate(segments)
-    )
-    return (None if method == "*" else method.encode()), re.compile(pattern.encode())
+    def _check_encoded_slash(self, method: bytes, path: bytes, row: _Row) -> None:
+        """Raise a Refusal unless every server reads the path as one of this route, or of none."""
+        if not row.route.forwards_encoded_slash:
+            raise _ambiguous("the path has an encoded slash, which the route does not forward")
+        self._check_readings(method, path_readings.readings_that_keep(path), row.route)
+        self._check_readings(method, path_readings.readings_that_split(path), row.route, may_meet_none=True)
+        values = row.values.fullmatch(path)
+        if values is None or any(path_readings.has_unstable_segment(value) for value in values.groups()):
+            raise _ambiguous("a value with an encoded slash has an empty or dot segment")
 
 
-def _segment(segment: str, *, text: str, is_last: bool, captured: str) -> str:
-    placeholder = _PLACEHOLDER.fullmatch(segment)
-    if placeholder is None:
-        if not _LITERAL.fullmatch(segment) and not (is_last and not segment):
-            raise InvalidPatternError(f"segment {segment!r} of {text!r} is neither plain text nor one {{name}}")
-        return "/" + re.escape(segment)
-    is_captured = placeholder[1] == captured
-    if not placeholder[2]:
-        return "/([^/]+)" if is_captured else "/[^/]+"
-    if not is_last:
-        raise InvalidPatternError(f"{segment!r} in {text!r} must be the last segment")
-    return "/(.*)" if is_captured else "/.*"
+def _compiled(text: str, route: Route) -> _Row:
+    pattern = parse_pattern(text)
+    return _Row(pattern.method, pattern.compiled(), pattern.compiled(captured=None), route)
+
+
+def _ambiguous(detail: str) -> Refusal:
+    return Refusal(Reason.REQUEST_MALFORMED, detail)

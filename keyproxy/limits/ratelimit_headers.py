@@ -59,6 +59,12 @@ class _Selection:
     def lines(self) -> bytes:
         """Return the lines with the current remaining amounts."""
         lines = self._beginning
+        if len(self._limits) == REPORTED_MAX:
+            # One format call, not three: 3 % of a request in the compiled build.
+            (first, after_first), (second, after_second), (third, after_third) = self._limits
+            return b"%b%d%b%d%b%d%b" % (
+                lines, first.remaining, after_first, second.remaining, after_second, third.remaining, after_third,
+            )  # fmt: skip
         for lease, text in self._limits:
             lines = b"%b%d%b" % (lines, lease.remaining, text)
         return lines

@@ -26,7 +26,7 @@ import orjson
 
 from keyproxy.ai.metered_request import MeteredRequest
 from keyproxy.http.headers import trace_id
-from keyproxy.model import Identity, RequestHead, RequestLine
+from keyproxy.model import RequestHead, RequestLine, Route
 from keyproxy.ports import Exchange
 
 _log = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class AccessLog:
             self._written_bytes += len(lines)
 
     def _line(self, row: LabelledExchange, wall_offset: float) -> bytes:
-        exchange, route, _, code = row
+        exchange, code = row[0], row[3]
         wall = exchange.started_mono + wall_offset
         second = int(wall)
         if second != self._second:
@@ -148,13 +148,10 @@ class AccessLog:
         line = exchange.refused_line if head is None else head.line
         if line is not None and line.holds_key:
             line = None
-        metered = exchange.metered
-        model = None if metered is None else exchange.model
-        categories = exchange.categories
-        key = (line, exchange.identity, exchange.status, route, code, model, categories)
+        key = (line, exchange.identity, exchange.status, exchange.route, code, exchange.model, exchange.categories)
         alike = self._alike.get(key)
         if alike is None:
-            alike = _alike(line, exchange.identity, exchange.status, labels=row[1:], model=model, categories=categories)
+            alike = _alike(line, exchange, labels=row[1:])
             if head is not None or line is None:  # a refused line does not come again as this object
                 self._remember(key, alike)
         client = b"" if exchange.peer is None else exchange.peer.client_address(head)
@@ -173,7 +170,7 @@ class AccessLog:
             upstream_seconds,
             exchange.bytes_in,
             exchange.bytes_out,
-            (b"" if metered is None else _tokens(exchange, metered))
+            (b"" if exchange.metered is None else _tokens(exchange, exchange.metered))
             + (b"" if exchange.reason is None else _why(exchange, head)),
         )
 
@@ -230,33 +227,30 @@ def _scrubbed(detail: str, head: RequestHead | None) -> str:
     return detail if len(detail) <= _DETAIL_CHARACTERS_MAX else detail[:_DETAIL_CHARACTERS_MAX] + "…"
 
 
-def _alike(
-    line: RequestLine | None,
-    identity: Identity | None,
-    status: int,
-    *,
-    labels: tuple[str, str, str],
-    model: str | None,
-    categories: tuple[tuple[str, str], ...] | None,
-) -> bytes:
-    """The part of a log line that similar requests share, as JSON members.
-
-    `model`: None on a route without metering. `categories`: None on a route that does not judge them.
-    """
+def _alike(line: RequestLine | None, exchange: Exchange, *, labels: tuple[str, str, str]) -> bytes:
+    """The part of a log line that similar requests share, as JSON members."""
     route, mode, code = labels
+    identity, categories = exchange.identity, exchange.categories
     path = "" if line is None else line.path.decode("ascii", "replace")
     content = {
         "method": "" if line is None else line.method.decode("ascii"),
         "path": path if len(path) <= _PATH_CHARACTERS_MAX else path[:_PATH_CHARACTERS_MAX] + "…",
         "route": route,
-        "status": status,
+        "access": _access(exchange.route),
+        "status": exchange.status,
         "code": code,
         "tenant": None if identity is None else identity.tenant_id,
         "user": None if identity is None else identity.user_id,
         "key_id": None if identity is None else identity.key_id,
         "mode": mode,
+        "model": exchange.model or None,
         "category": None if categories is None else sorted({name for name, _ in categories}),
     }
-    if model is not None:
-        content["model"] = model or None
     return orjson.dumps(content)[1:-1] + b","
+
+
+def _access(route: Route | None) -> str | None:
+    """Whether the route needs a key; None if no route was decided on."""
+    if route is None:
+        return None
+    return "public" if route.is_public else "key"

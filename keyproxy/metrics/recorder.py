@@ -115,7 +115,7 @@ class Recorder(ports.Recorder):
         self.connection_wait_seconds = Histogram(REQUEST_BOUNDS)
         #: Requests with a key that was replaced by another one.
         self.retiring_count = 0
-        #: Metered requests by model.
+        #: Metered and judged requests by model.
         self.models = ModelCounts()
         #: Forwarded requests by the category of their prompt and its source.
         self.categories: dict[tuple[str, ...], int] = {}
@@ -208,11 +208,11 @@ class Recorder(ports.Recorder):
             if exchange.categories is not None and exchange.sent_mono:
                 for category in exchange.categories:
                     self.categories[category] = self.categories.get(category, 0) + 1
-            use, metered = exchange.token_use, exchange.metered
+            use = exchange.token_use
             if use is not None:
                 _count_tokens(cell, exchange, use)
-                if metered is not None:
-                    self.models.add(metered, use, mode=cell.mode, cost_micros=exchange.cost_micros)
+            if use is not None or (exchange.judged is not None and exchange.sent_mono):
+                self.models.add(exchange, cell.mode)
 
     def _count_in_turns(self) -> None:
         assert self._loop is not None  # noqa: S101 - for the type checker

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from keyproxy.ai.categories import parse_category_source
+from keyproxy.ai.model_source import DIALECT, NONE
 from keyproxy.ai.models import OTHER
 from keyproxy.config.schema import RouteRow
 from keyproxy.metrics.access_log import AccessLog
@@ -114,7 +115,8 @@ def _tokens_estimated(scrape: Scrape) -> dict[tuple[str, ...], float]:
 
 def _by_model(scrape: Scrape) -> Mapping[str, ModelCount]:
     """The counts of every model. Series of the configured ones and of `other` start at 0."""
-    names = [*scrape.models, OTHER] if any(row.tokens != NO_TOKENS for row in scrape.routes) else []
+    names_models = any(row.tokens != NO_TOKENS or row.model not in (DIALECT, NONE) for row in scrape.routes)
+    names = [*scrape.models, OTHER] if names_models else []
     return {**{name: ModelCount() for name in names}, **scrape.recorder.models.models}
 
 
@@ -225,7 +227,7 @@ PROXY_METRICS: Final[tuple[Metric[Scrape], ...]] = (
     Metric("keyproxy_tokens_estimated_total", COUNTER,
            "Tokens charged by estimate, because the response reported no usage.",
            ("route", "mode"), _tokens_estimated, SUM),
-    Metric("keyproxy_model_requests_total", COUNTER, "Metered requests that were forwarded, by configured model.",
+    Metric("keyproxy_model_requests_total", COUNTER, "Metered or judged requests that were forwarded, by model.",
            ("model", "mode"), _model_requests, SUM),
     Metric("keyproxy_model_tokens_total", COUNTER, "Tokens charged, by configured model.",
            ("model", "kind"), _model_tokens, SUM),

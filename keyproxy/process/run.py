@@ -48,7 +48,7 @@ def end_with(owner: int) -> None:
         sys.exit("the supervisor has already exited")
 
 
-def _freeze_garbage() -> None:
+def freeze_garbage() -> None:
     """Make the garbage collector ignore all objects that exist now, and collect rarely.
 
     A request leaves no cycles: reference counting frees its objects. Scanning a hundred thousand cached keys for cycles
@@ -98,7 +98,7 @@ async def serve(
         proxy_socket = stack.enter_context(contextlib.closing(bound(settings.listen)))
         ops_socket = stack.enter_context(contextlib.closing(private_ops or bound(settings.ops)))
         # Before the first connection: it blocks the event loop for the time of several hundred requests.
-        _freeze_garbage()
+        freeze_garbage()
         async with proxy.running(proxy_socket, ops_socket):
             started(sockets.address_of(proxy_socket), sockets.address_of(ops_socket))
             systemd.notify("READY=1")

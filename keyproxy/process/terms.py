@@ -19,7 +19,8 @@ from keyproxy.gateway import Gateway
 from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.http.forwarding import TrustRule
 from keyproxy.http.headers import FieldNames
-from keyproxy.http.routes import RouteTable, placeholder_pattern
+from keyproxy.http.path_patterns import placeholder_pattern
+from keyproxy.http.routes import RouteTable
 from keyproxy.model import NO_TOKENS, Moment, Route
 from keyproxy.platform import clock
 from keyproxy.ports import Claims, Identities, Ledger, OwnedIds, PromptTemplates
@@ -113,7 +114,7 @@ def build_terms(
         routes=routes,
         key_format=_key_format(settings),
         upstreams=upstreams,
-        names=FieldNames(prefix),
+        names=FieldNames(prefix, forward_overrides=settings.identity.forward_overrides),
         problems=ErrorRenderer(
             invalid_key_status=settings.errors.invalid_key_status, spent_status=settings.errors.spent_status
         ),

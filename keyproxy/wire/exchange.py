@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Final
 
 from keyproxy.http import headers
-from keyproxy.model import COMPLETED, Ending, Permit, RequestHead, ResponseHead
+from keyproxy.model import COMPLETED, PUBLIC, Ending, Permit, PublicGrant, RequestHead, ResponseHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire import phases
 from keyproxy.wire.body_buffer import BodyBuffer
@@ -351,16 +351,16 @@ class Exchange(PoolUser):
         if self._body_since_mono:
             self.body_wait_seconds += self._server.clock() - self._body_since_mono
             self._body_since_mono = 0.0
-        identity = permit.grant.identity
-        pool = self._server.upstreams.pool(is_test=identity.is_test)
-        self._pool = pool
-        upstream = None if self._is_retry or self.is_tunnel_request else pool.take(identity.owner, self.started_mono)
+        grant = permit.grant
+        owner = PUBLIC if isinstance(grant, PublicGrant) else grant.identity.owner
+        pool = self._pool = self._server.upstreams.for_owner(owner)
+        upstream = None if self._is_retry or self.is_tunnel_request else pool.take(owner, self.started_mono)
         if upstream is not None:
             self.connected(upstream)
         else:
             self._phase = phases.EXCHANGE.step(self._phase, phases.CONNECTING)
             self._connection_since_mono = self._connection_since_mono or self._server.clock()
-            pool.wait(self, identity.owner)
+            pool.wait(self, owner)
 
     def _release_buffer(self) -> None:
         """Give back the memory of a collected body, once the upstream has taken it."""

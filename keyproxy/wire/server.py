@@ -102,7 +102,10 @@ class ProxyServer(ServerContext):
         self.problems = terms.problems
         self.trust = terms.trust
         holds_key = functools.partial(credentials.holds_key, key_format=terms.key_format)
-        self.requests = RequestReader(terms.names, holds_key, terms.routes.methods())
+        routes = terms.routes
+        self.requests = RequestReader(
+            terms.names, holds_key, routes.methods(), accepts_encoded_slash=routes.forwards_encoded_slash
+        )
         self._tls = terms.tls
 
     def start(self, sock: socket.socket) -> None:

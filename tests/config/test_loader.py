@@ -88,6 +88,7 @@ def test_the_example_s_route_has_every_key_and_shows_the_defaults_of_those_that_
     )  # fmt: skip
     assert list(model) == list(MODEL_KEYS)
     assert list(category) == list(CATEGORY_KEYS)
+    assert route["binds"] == []
     assert (route["prompt"], route["category"], route["unregistered"]) == ("", "", "")
 
 

@@ -33,6 +33,14 @@ from keyproxy.config.schema import RouteRow
         ("* /v1/jobs", "GET /v1/jobs", True),
         ("GET /a/{b}/c", "GET /a/b/c", True),
         ("GET /a/{b}/c", "GET /a/b/d", False),
+        ("GET /m/{x}", "GET /m/{x}:run", True),
+        ("GET /m/{x}:run", "GET /m/{x}", False),
+        ("GET /m/{x}:run", "GET /m/{y}:run", True),
+        ("GET /m/{x}:run", "GET /m/a:run", True),
+        ("GET /m/{x}:run", "GET /m/:run", False),
+        ("GET /m/{x}n", "GET /m/{x}:run", True),
+        ("GET /m/{x}:run", "GET /m/{x}n", False),
+        ("GET /m/{x}:run", "GET /m/{x...}", False),
     ],
 )
 def test_a_route_is_shadowed_by_an_earlier_one_that_matches_all_it_does(

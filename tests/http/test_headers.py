@@ -15,7 +15,12 @@ from keyproxy.model import RequestFields, RequestHead, RequestLine
     [
         (Kind.PLAIN, "Accept Cookie X-Custom X-Keyproxy XKeyproxy-User Not-X-Keyproxy-User 1 - Origin X-Apikey Via"),
         (Kind.RESERVED, "X-Keyproxy-User X_Keyproxy_User x-keyproxy_user X_KEYPROXY-TENANT X-Keyproxy- X-Keyproxy--User"),
-        (Kind.RESERVED, "X-Keyproxy-Anything X_Request_Id x-request_id"),
+        (Kind.RESERVED, "X-Keyproxy-Anything X_Request_Id x-request.id X.Keyproxy.User X_Forwarded_For X-Forwarded.Port"),
+        (Kind.RESERVED, "X_Real_Ip X.Real-Ip"),
+        (Kind.DROPPED, "X_Api_Key X.Api.Key x-api_key Keep_Alive Proxy.Authorization Proxy_Connection Http2_Settings"),
+        (Kind.DROPPED, "X-Http-Method-Override X-Http-Method X-Method-Override X-Original-Url X-Original-Uri"),
+        (Kind.DROPPED, "X-Original-Method X-Rewrite-Url X-Override-Url X_Http_Method_Override X.Original-Url"),
+        (Kind.PLAIN, "X_Custom X.Y _ . Host_ Idempotency_Key X_Usage_Tokens X-Keyproxy X-Http-Method-Overrides"),
         (Kind.CREDENTIAL, "Authorization X-Api-Key"),
         (Kind.HOST, "Host"),
         (Kind.CONTENT_LENGTH, "Content-Length"),
@@ -28,7 +33,8 @@ from keyproxy.model import RequestFields, RequestHead, RequestLine
         (Kind.HOP, "Keep-Alive Proxy-Connection Proxy-Authenticate Proxy-Authorization"),
         (Kind.HOP, "TE Trailer Http2-Settings"),
         (Kind.UPGRADE, "Upgrade"),
-        (Kind.UNREADABLE, "Content_Length Transfer_Encoding X_Api_Key Host_ _ X.Y X.Keyproxy.User X!Keyproxy~User X|Y"),
+        (Kind.UNREADABLE, "Content_Length Content.Length Transfer_Encoding Content_Type Content.Encoding X|Y"),
+        (Kind.UNREADABLE, "X!Keyproxy~User X-Keyproxy-Us!er"),
     ],
 )  # fmt: skip
 def test_a_name_means_the_same_in_any_case(kind: Kind, names: str) -> None:
@@ -49,6 +55,13 @@ def test_invalid_name_is_unreadable(name: bytes) -> None:
 )
 def test_reserved_names_follow_the_configured_prefix(name: bytes, kind: Kind) -> None:
     assert FieldNames("X-Acme-").kind(name) is kind
+
+
+def test_overrides_are_forwarded_if_configured_in_any_spelling() -> None:
+    names = FieldNames(forward_overrides=True)
+    for name in (b"X-HTTP-Method-Override", b"x_http_method_override", b"X.Original.URL", b"X-Rewrite-Url"):
+        assert names.kind(name) is Kind.PLAIN
+    assert names.kind(b"X_Api_Key") is Kind.DROPPED
 
 
 def test_name_cache_is_bounded() -> None:

@@ -28,7 +28,7 @@ OURS = {
 }
 ENDS_HERE = {
     b"authorization", b"x-api-key", b"connection", b"keep-alive", b"te", b"trailer", b"upgrade", b"proxy-authorization",
-    b"forwarded", b"x-real-ip", b"expect", b"transfer-encoding",
+    b"forwarded", b"x-real-ip", b"expect", b"transfer-encoding", b"x-original-url",
 }  # fmt: skip
 FORWARDING = TrustRule([]).forwarding("10.0.0.1", is_tls=False)
 
@@ -49,14 +49,18 @@ def lines_of(head: bytes) -> list[bytes]:
 
 
 def canonical(line: bytes) -> bytes:
-    """The line's name as the most lenient server reads it: any case, `_` for `-`, spaces around it."""
-    return line.partition(b":")[0].strip().lower().replace(b"_", b"-")
+    """The line's name as the most lenient server reads it: any case, `_` or `.` for `-`, spaces around it."""
+    return folded(line.partition(b":")[0])
+
+
+def folded(name: bytes) -> bytes:
+    return name.strip().lower().replace(b"_", b"-").replace(b".", b"-")
 
 
 def end_to_end(head: bytes) -> list[bytes]:
     """The end-to-end lines of a client's head."""
     options = b",".join(line.partition(b":")[2] for line in lines_of(head) if canonical(line) == b"connection")
-    gone = ENDS_HERE | {option.strip().lower() for option in options.split(b",")}
+    gone = ENDS_HERE | {folded(option) for option in options.split(b",")}
     ours = (b"x-keyproxy-", b"x-forwarded-", b"x-request-id")
     kept: list[bytes] = []
     for line in lines_of(head):

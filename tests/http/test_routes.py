@@ -10,8 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from keyproxy.http import routes
-from keyproxy.http.routes import ANY_ROUTE, KNOWN_METHODS, InvalidPatternError, RouteTable
+from keyproxy.http import path_readings
+from keyproxy.http.path_patterns import InvalidPatternError
+from keyproxy.http.routes import ANY_ROUTE, KNOWN_METHODS, RouteTable
 from keyproxy.model import Route
 from keyproxy.reasons import Reason, Refusal
 
@@ -61,6 +62,14 @@ def matched(routes_: RouteTable, path: bytes, method: bytes = b"GET") -> str | N
         ("GET /a/{rest...}", b"GET", b"/a", False),
         ("GET /a/{rest...}", b"GET", b"/ab", False),
         ("GET /{rest...}", b"GET", b"/", True),
+        ("GET /{model}:run", b"GET", b"/a:run", True),
+        ("GET /{model}:run", b"GET", b"/a:run:run", True),
+        ("GET /{model}:run", b"GET", b"/:run", False),
+        ("GET /{model}:run", b"GET", b"/a:running", False),
+        ("GET /{model}:run", b"GET", b"/a/b:run", False),
+        ("GET /{model}:run", b"GET", b"/a:run/", False),
+        ("GET /{a}.json/{b}", b"GET", b"/x.json/y", True),
+        ("GET /{a}.json/{b}", b"GET", b"/xjson/y", False),
     ],
 )
 def test_a_pattern_matches_whole_paths_of_its_method(pattern: str, method: bytes, path: bytes, matches: bool) -> None:
@@ -80,10 +89,27 @@ def test_the_first_match_wins(patterns: tuple[str, ...], first: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        (b"/models/a:run", "POST /models/{model}:run"),
+        (b"/models/a%3Arun", "refused"),
+        (b"/models/a:run;v=1", "refused"),
+        (b"/models/a:%72un", "refused"),
+        (b"/models/%61:run", "POST /models/{model}:run"),
+        (b"/models/a:list", "* /models/{model}"),
+    ],
+)
+def test_text_after_a_placeholder_is_matched_as_sent_and_normalised(path: bytes, name: str) -> None:
+    assert matched(table("POST /models/{model}:run", "* /models/{model}"), path, b"POST") == name
+
+
+@pytest.mark.parametrize(
     "pattern",
     [
         "", "GET", "GET ", "/a", " /a", "get /a", "G3T /a", "GET,POST /a", "GET a", "GET  /a", "GET /a b", "GET /a?b",
-        "GET /a#b", "GET /{", "GET /{}", "GET /{Id}", "GET /{1}", "GET /a{id}", "GET /{id}b", "GET /{rest...}/b",
+        "GET /a#b", "GET /{", "GET /{}", "GET /{Id}", "GET /{1}", "GET /a{id}", "GET /{id}{b}", "GET /{rest...}/b",
+        "GET /{id}b{x}", "GET /{rest...}b",
+        "GET /{id}%20", "GET /{id};v", "GET /{id}/{id}", "GET /{id}/{id...}",
         "GET /{rest..}", "GET /é", "GET /a\n", "GET http://a/b", "*/a", "** /a",
     ],
 )  # fmt: skip
@@ -114,7 +140,7 @@ def test_a_pattern_is_refused_or_matches_its_own_text(pattern: str) -> None:
     ],
 )
 def test_a_path_has_the_reading_of_a_lenient_server(path: bytes, reading: bytes) -> None:
-    assert {path, reading} <= routes.readings(path)
+    assert {path, reading} <= path_readings.readings(path)
 
 
 @pytest.mark.parametrize(

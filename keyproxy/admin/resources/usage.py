@@ -12,7 +12,16 @@ from pydantic import Field, StringConstraints
 
 from keyproxy.admin.endpoints import ApiRequest, ApiResponse, ApiStream, Endpoint
 from keyproxy.admin.problems import FieldError, Problem, Refused
-from keyproxy.admin.schemas.field_types import Id, Instant, QueryBoolean, QuerySum, QueryTokens, Selector
+from keyproxy.admin.schemas.field_types import (
+    BoundValue,
+    CategoryName,
+    Id,
+    Instant,
+    QueryBoolean,
+    QuerySum,
+    QueryTokens,
+    Selector,
+)
 from keyproxy.admin.schemas.request_models import RequestModel
 from keyproxy.admin.schemas.response_models import ResponseModel
 from keyproxy.admin.scopes import Scope
@@ -25,6 +34,8 @@ from keyproxy.store.usage.usage_service import UsageService
 _USUAL_DAYS: Final = 30
 _LINES: Final = 500
 _NOT_THERE: Final = frozenset({Problem.NOT_FOUND})
+_CATEGORY: Final = "Categories that the request declares, or that its template has."
+_NAMESPACE: Final = "Values of bound sources that are not in the path, as SOURCE=VALUE."
 _BY: Final = rf"^({'|'.join(DIMENSIONS)})(,({'|'.join(DIMENSIONS)})){{0,{len(DIMENSIONS) - 1}}}$"
 
 
@@ -69,7 +80,9 @@ class ExplainQuery(RequestModel):
     method: Annotated[str, StringConstraints(pattern=r"^[A-Z]{1,20}$")] = "POST"
     path: Annotated[str, StringConstraints(pattern=r"^/[!-~]{0,999}$")]
     tokens: Annotated[QueryTokens | None, Field(description="Maximum tokens of prompt and response.")] = None
-    model: Annotated[Selector, Field(description="The model, for limits of single models.")] = ""
+    model: Annotated[Selector, Field(description="The model.")] = ""
+    category: Annotated[list[CategoryName], Field(description=_CATEGORY, max_length=64, default_factory=list)]
+    namespace: Annotated[list[BoundValue], Field(description=_NAMESPACE, max_length=64, default_factory=list)]
 
 
 class ExplainBody(RequestModel):
@@ -81,6 +94,8 @@ class ExplainBody(RequestModel):
         None
     )
     model: Annotated[Selector, Field(description="Replaces the model that the body names.")] = ""
+    category: Annotated[list[CategoryName], Field(description=_CATEGORY, max_length=64, default_factory=list)]
+    namespace: Annotated[list[BoundValue], Field(description=_NAMESPACE, max_length=64, default_factory=list)]
     body: Annotated[str, Field(max_length=1 << 20, description="The body, as text.")]
 
 
@@ -166,6 +181,22 @@ class Windows(ResponseModel):
     items: list[Limit]
 
 
+class JudgedCategory(ResponseModel):
+    """A category of the request's prompt, and the kind of source that names it."""
+
+    name: str
+    source: str
+
+
+class JudgedBind(ResponseModel):
+    """A bind of the route: the source of its value, its rule with its text, and whether it holds."""
+
+    value: str
+    rule: str
+    text: str
+    holds: bool
+
+
 class Explained(ResponseModel):
     """Whether the request would be accepted. Nothing was charged or sent.
 
@@ -189,6 +220,9 @@ class Explained(ResponseModel):
     output: int | None
     cap: int | None
     price: int | None
+    missing_scope: Annotated[str | None, Field(description="The smallest scope that the refused request lacks.")]
+    categories: list[JudgedCategory]
+    binds: list[JudgedBind]
     limits: list[Limit]
 
 
@@ -248,11 +282,19 @@ async def _windows(request: ApiRequest) -> ApiResponse:
     return ApiResponse({"items": await _desk(request).windows(user, is_test=request.query.is_test)})
 
 
+def _bound_values(given: list[str]) -> tuple[tuple[str, str], ...]:
+    parts = [one.partition("=") for one in given]
+    return tuple([(source, value) for source, _, value in parts])
+
+
 async def _explain(request: ApiRequest) -> ApiResponse:
     query: ExplainQuery = request.query
     key = request.path["id"]
     await request.directory.keys.get(key)  # 404 for tokens that may not see it
-    question = Question(query.method, query.path, query.tokens, query.model)
+    question = Question(
+        query.method, query.path, query.tokens, query.model,
+        categories=tuple(query.category), namespaces=_bound_values(query.namespace),
+    )  # fmt: skip
     return ApiResponse(await _desk(request).explained(key, question))
 
 
@@ -262,7 +304,10 @@ async def _explain_body(request: ApiRequest) -> ApiResponse:
     await request.directory.keys.get(key)  # 404 for tokens that may not see it
     # JSON may contain half of a surrogate pair, which other encodings cannot represent.
     content = body.body.encode("utf-8", "replace")
-    question = Question(body.method, body.path, body.tokens, body.model, body=content)
+    question = Question(
+        body.method, body.path, body.tokens, body.model,
+        body=content, categories=tuple(body.category), namespaces=_bound_values(body.namespace),
+    )  # fmt: skip
     return ApiResponse(await _desk(request).explained(key, question))
 
 

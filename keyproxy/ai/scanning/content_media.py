@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from keyproxy.mypyc_compat import mypyc_attr
+
 #: The kinds of media.
 IMAGE: Final = 1
 AUDIO: Final = 2
@@ -36,6 +38,7 @@ PART_KINDS: Final = {
 _URL_HEAD_BYTES_MAX: Final = 256
 
 
+@mypyc_attr(acyclic=True)
 class MediaCount:
     """The media of one request. `low_detail_images`: images that the model sees in low resolution.
 
@@ -91,6 +94,7 @@ def base64_bytes(content: bytes, start: int, end: int) -> int:
     return max(0, (length - padding) * 3 // 4)
 
 
+@mypyc_attr(acyclic=True)
 class PartFacts:
     """What an object has of a content part until it ends.
 

@@ -34,6 +34,7 @@ class JsonBounds:
         self.depth_max: Final = depth_max
 
 
+@mypyc_attr(acyclic=True)
 class Density:
     """Counts the values and containers of one document against the bounds. Raises TooDenseError."""
 

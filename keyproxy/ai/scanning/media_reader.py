@@ -44,6 +44,7 @@ from keyproxy.ai.scanning.member_meanings import (
 )
 from keyproxy.ai.scanning.open_frame import Frame
 from keyproxy.ai.scanning.pending_text import PendingText
+from keyproxy.mypyc_compat import mypyc_attr
 
 _LABEL_BYTES_MAX: Final = 256
 _BACKSLASH: Final = 0x5C
@@ -57,6 +58,7 @@ _INNER: Final = frozenset({SOURCE, INPUT_AUDIO, URL_OF_IMAGE, URL_OF_VIDEO, URL_
 _ITEM_REFERENCE: Final = b"item_reference"
 
 
+@mypyc_attr(acyclic=True)
 class MediaReader:
     """`count`: the media found. `reference`: the first kind of reference, empty without any."""
 

@@ -7,8 +7,10 @@ from typing import Final
 from keyproxy.ai.scanning.content_media import PartFacts
 from keyproxy.ai.scanning.member_meanings import NO_MEANING
 from keyproxy.ai.scanning.member_scope import NO_SCOPE, MemberScope, Slot
+from keyproxy.mypyc_compat import mypyc_attr
 
 
+@mypyc_attr(acyclic=True)
 class Frame:
     """An open array or object. `meaning`, `name`: of the member that is being read; `own`: of the one it is itself.
 

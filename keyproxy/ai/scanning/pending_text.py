@@ -8,6 +8,7 @@ import orjson
 
 from keyproxy.ai.scanning.json_grammar import CHARACTERS
 from keyproxy.ai.text_estimate import TextEstimate
+from keyproxy.mypyc_compat import mypyc_attr
 
 #: Texts up to this size are estimated together; longer ones in slices.
 _SHORT_BYTES: Final = 4_096
@@ -16,22 +17,25 @@ _SLICE_BYTES: Final = 32_768
 _BACKSLASH: Final = 0x5C
 
 
+@mypyc_attr(acyclic=True)
 class PendingText:
     """Estimates strings of `content`. `pending_bytes`: about how much is noted and not estimated yet."""
 
-    __slots__ = ("_content", "_long", "_long_at", "_short", "estimate", "pending_bytes")
+    __slots__ = ("_content", "_long", "_long_at", "_short", "_short_bytes", "estimate", "pending_bytes")
 
     def __init__(self, content: bytes) -> None:
         self.estimate: Final = TextEstimate()
         self.pending_bytes = 0
         self._content: Final = content
-        self._short: list[bytes] = []
+        self._short: Final[list[bytes]] = []
+        self._short_bytes = 0
         self._long: list[tuple[int, int, bool]] = []
         self._long_at = -1
 
     def add_decoded(self, text: bytes) -> None:
         """Note a short decoded text."""
         self._short.append(text)
+        self._short_bytes += len(text)
         self.pending_bytes += len(text)
 
     def add(self, start: int, end: int) -> None:
@@ -45,13 +49,15 @@ class PendingText:
         if _BACKSLASH in raw:
             raw = str(orjson.loads(self._content[start - 1 : end + 1])).encode("utf-8")
         self._short.append(raw)
+        self._short_bytes += size
 
     def read(self, budget: int) -> int:
         """Estimate pending texts of about `budget` bytes; return what is left of it, more than 0 if none is pending."""
         if self._short:
             self.estimate.add_all(self._short)
-            budget -= sum([len(text) for text in self._short])
-            self._short = []
+            self._short.clear()
+            budget -= self._short_bytes
+            self._short_bytes = 0
         while self._long and budget > 0:
             budget -= self._read_slice(*self._long[-1])
         if not self._long:

@@ -21,6 +21,7 @@ from keyproxy.ai.scanning.member_meanings import (
 from keyproxy.ai.scanning.member_scope import NO_SCOPE, MemberScope, Name
 from keyproxy.ai.scanning.open_frame import Frame
 from keyproxy.ai.scanning.pending_text import PendingText
+from keyproxy.mypyc_compat import mypyc_attr
 
 #: A longer value of a member that counts is kept as this many bytes.
 _KEPT_BYTES_MAX: Final = 1_024
@@ -37,6 +38,7 @@ class DoubledNameError(Exception):
     """A member that counts stands twice; the text is its path."""
 
 
+@mypyc_attr(acyclic=True)
 class RequestParts:
     """The result of a scan.
 

@@ -20,7 +20,7 @@ from keyproxy.ai.scanning.json_grammar import CHARACTERS, NUMBERS, PLAIN, SPACE,
 from keyproxy.ai.scanning.member_scope import MemberScope
 from keyproxy.ai.scanning.open_frame import Frame
 from keyproxy.ai.scanning.request_parts import RequestParts
-from keyproxy.mypyc_compat import i64
+from keyproxy.mypyc_compat import i64, mypyc_attr
 
 #: Split at a time, which bounds the copies.
 WINDOW_BYTES: Final = 4_096
@@ -72,6 +72,7 @@ _CLOSE_OBJECT: Final = 0x7D
 _AFTER_PLAIN: Final = b",]} \t\r\n"
 
 
+@mypyc_attr(acyclic=True)
 class RequestScanner:
     """Scans one complete document. `advance` does a bounded part of the work; the result is `parts`."""
 
@@ -210,6 +211,8 @@ class RequestScanner:
         if frame is None:
             return False
         if state in (_AT_NAME, _AT_FIRST_NAME):
+            if not self._has_colon(start + len(string) + 1):
+                return False
             self._name(frame, string, start)
             self._state = _AFTER_NAME
         elif state in (_AT_VALUE, _AT_FIRST_ELEMENT):
@@ -259,8 +262,10 @@ class RequestScanner:
             match = STRING.match(content, at, min(self._end, at + _MATCHED_BYTES))
             if match is None:
                 raise self._malformed(_FAULTS[state])
-            self._name(frame, match[1], at + 1)
             self._at = match.end()
+            if not self._has_colon(self._at):
+                raise self._malformed(_FAULTS[_AFTER_NAME])
+            self._name(frame, match[1], at + 1)
             self._state = _AFTER_NAME
         elif byte == _QUOTE:
             self._at = self._string_start = at + 1
@@ -292,6 +297,14 @@ class RequestScanner:
             raise self._malformed("a string is malformed or does not end")
 
     # -- values
+
+    def _has_colon(self, at: int) -> bool:
+        """Whether a colon follows: a name counts only with its colon."""
+        content = self._content
+        if at < self._end and content[at] != _COLON:
+            space = SPACE.match(content, at)
+            at = at if space is None else space.end()
+        return at < self._end and content[at] == _COLON
 
     def _name(self, frame: Frame, name: bytes, start: int) -> None:
         """A name, as it stands in the document."""

@@ -138,8 +138,12 @@ def seconds(span: timedelta | None) -> int | None:
     return None if span is None else max(1, int(span.total_seconds()))
 
 
-def _query(fields: Mapping[str, Any]) -> dict[str, str]:
-    return {name: _query_text(value) for name, value in fields.items() if value is not None}
+def _query(fields: Mapping[str, Any]) -> dict[str, str | list[str]]:
+    return {
+        name: [*map(_query_text, value)] if isinstance(value, list) else _query_text(value)
+        for name, value in fields.items()
+        if value is not None
+    }
 
 
 def _query_text(value: object) -> str:

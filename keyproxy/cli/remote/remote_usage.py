@@ -40,6 +40,10 @@ class RemoteUsage:
         fields: dict[str, Any] = {"method": question.method, "path": question.path, "tokens": question.tokens}
         if question.model:
             fields["model"] = question.model
+        if question.categories:
+            fields["category"] = list(question.categories)
+        if question.namespaces:
+            fields["namespace"] = [f"{source}={value}" for source, value in question.namespaces]
         if question.body is None:
             return await self._client.call("explain_key", key_id, **fields)
         try:

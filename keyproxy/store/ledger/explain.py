@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from keyproxy.auth import authorization
 from keyproxy.config import schema
+from keyproxy.config.access_settings import access_rules
 from keyproxy.http import request_target
 from keyproxy.limits import gcra
 from keyproxy.limits.allowance import NO_SELECTION, Allowance, Hold, Need, applies, is_of_mode
@@ -39,6 +40,7 @@ from keyproxy.store.identities.identity_rows import identity_of
 from keyproxy.store.identities.lookup_batcher import UNUSABLE
 from keyproxy.store.ledger.backend import REAP_PORTION
 from keyproxy.store.ledger.body_reservation import BodyReservation, RequestUrl, no_reservation, reservation_of
+from keyproxy.store.ledger.explained_access import ExplainedAccess, OwnerReader, StatedValues
 from keyproxy.store.ledger.ledger import Ledger
 from keyproxy.store.ledger.postgres_backend import WindowState
 from keyproxy.store.ledger.select_backend import ledger_backend
@@ -60,7 +62,8 @@ class Question(NamedTuple):
     """The request to explain. `tokens`: the maximum that it may use; None if it does not state one.
 
     `spend`: what these may cost, in micro-units; None: the model has no price. `body`: read instead of both, on a route
-    that counts tokens; `model` then replaces the one that the request names.
+    that counts tokens or judges what the body names; `model` then replaces the one that the request names.
+    `categories`, `namespaces`: what the request would contain; see `StatedValues`.
     """
 
     method: str
@@ -69,18 +72,21 @@ class Question(NamedTuple):
     model: str = ""
     spend: int | None = 0
     body: bytes | None = None
+    categories: tuple[str, ...] = ()
+    namespaces: tuple[tuple[str, str], ...] = ()
 
 
 class Explanation(NamedTuple):
     """The decision. `refusal` None: it would be forwarded. `limits`: the state of each, and whether it would refuse.
 
-    `reservation`: what a body reserves, as `BodyReservation.shown` returns it.
+    `reservation`: what a body reserves, as `BodyReservation.shown` returns it. `access`: see `ExplainedAccess.shown`.
     """
 
     route: str | None
     refusal: Refusal | None
     limits: Sequence[Mapping[str, Any]]
     reservation: Mapping[str, Any]
+    access: Mapping[str, Any]
 
 
 class _DryBackend:
@@ -153,7 +159,7 @@ async def explain_key(
         raise Invalid(f"key {key_id!r} is refused because its row is invalid: {error}") from error
     windows = ledger_backend(database, configured.ledger)
     try:
-        explanation = await explain(identity, question, configured, windows, now=now)
+        explanation = await explain(identity, question, configured, windows, owners=database, now=now)
     finally:
         await windows.close()
     return identity, explanation
@@ -194,25 +200,34 @@ async def explain(
     configured: schema.Settings,
     windows: WindowReader,
     *,
+    owners: OwnerReader,
     now: Callable[[], Moment],
 ) -> Explanation:
     """The decision on a request of this identity. Raises StoreUnavailable if the windows cannot be read, and Invalid."""
     backend = _DryBackend(windows, now)
     route, need, refusal, reservation, hold = None, None, None, None, None
+    access = ExplainedAccess(None, StatedValues(b""), identity)
     try:
         method = question.method.encode("ascii")
-        target = request_target.judge(method, question.path.encode("utf-8", "surrogateescape"), b"localhost")
-        route = configured.route_table().match(method, target.path)
+        table, path = configured.route_table(), question.path.encode("utf-8", "surrogateescape")
+        target = request_target.judge(method, path, b"localhost", accepts_encoded_slash=table.forwards_encoded_slash)
+        route = table.match(method, target.path)
+        if route is not None and route.is_public:
+            return Explanation(route.name, None, [], no_reservation(), access.shown())
         reservation = _reservation(question, configured, route, identity.allowance)
         need = _need(question, route) if reservation is None else reservation.need
-        authorization.admit(identity, route, now())
+        grant = authorization.admit(identity, route, now())
+        rules = access_rules(configured, table, None).get(grant.route)
+        stated = StatedValues(target.target, question.model, question.categories, question.namespaces, question.body)
+        access = ExplainedAccess(rules, stated, identity)
+        await access.judge(owners)
         if identity.allowance is not None:
             hold = await _take(backend, identity.allowance, need, ledger=configured.ledger, now=now)
     except Refusal as error:
         refusal = error
     limits = await _limits(identity.allowance, backend, need, refusal)
     shown = no_reservation() if reservation is None else reservation.shown(hold)
-    return Explanation(None if route is None else route.name, refusal, limits, shown)
+    return Explanation(None if route is None else route.name, refusal, limits, shown, access.shown())
 
 
 def _reservation(

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from keyproxy.config.schema import Settings
 from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.model import Moment
-from keyproxy.store.ledger.explain import Question, explain_key, windows_of_user
+from keyproxy.store.ledger.explain import Explanation, Question, explain_key, windows_of_user
 from keyproxy.store.postgres.database import Database
 from keyproxy.store.usage.usage_queries import UsageFilter, UsageReader
 
@@ -54,7 +54,9 @@ class UsageService(UsageReader):
             "policy": None,
             "detail": None,
             "retry_after_seconds": None,
+            "missing_scope": None if refusal is None else min(refusal.missing_scopes, default=None),
             **explanation.reservation,
+            **_access(explanation),
             "limits": list(explanation.limits),
         }
         if refusal is None:
@@ -67,3 +69,8 @@ class UsageService(UsageReader):
             "detail": f"{refusal.reason.value.sentence} {refusal.caller_text or refusal.detail}".rstrip(),
             "retry_after_seconds": refusal.retry_after_seconds,
         }
+
+
+def _access(explanation: Explanation) -> Mapping[str, Any]:
+    """What the request was judged by; on a route that judges no model, the one that it reserves for."""
+    return {**explanation.access, "model": explanation.access["model"] or explanation.reservation["model"]}

@@ -319,7 +319,9 @@ class ClientConnection(ExchangeOwner):
         server = self.server
         exchange = self.exchange = Exchange(self, server, None, server.clock())
         holds_key = functools.partial(credentials.holds_key, key_format=server.key_format)
-        exchange.refused_line = refused_line(self.stream.buffer, holds_key)
+        exchange.refused_line = refused_line(
+            self.stream.buffer, holds_key, accepts_encoded_slash=server.routes.forwards_encoded_slash
+        )
         exchange.refuse(refusal)
 
     def _defect(self) -> None:

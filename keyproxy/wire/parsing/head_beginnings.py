@@ -68,7 +68,9 @@ def check_response_beginning(buffer: bytes, checked_bytes: int) -> None:
         raise Refusal(Reason.UPSTREAM_INVALID, "a line of the response head ends in something other than CRLF")
 
 
-def refused_line(buffer: bytes, holds_key: Callable[[bytes], bool]) -> RequestLine | None:
+def refused_line(
+    buffer: bytes, holds_key: Callable[[bytes], bool], *, accepts_encoded_slash: bool = False
+) -> RequestLine | None:
     """Return what the access log may show of the request line of a refused head; None without a method.
 
     An invalid target is left out: in one that decodes ambiguously, a key might not be found.
@@ -78,7 +80,7 @@ def refused_line(buffer: bytes, holds_key: Callable[[bytes], bool]) -> RequestLi
         return None
     method, sent = match.groups()
     try:
-        target = request_target.judge(method, sent or b"", None)
+        target = request_target.judge(method, sent or b"", None, accepts_encoded_slash=accepts_encoded_slash)
     except Refusal:
         return RequestLine(method, b"", b"", 1, b"")
     return RequestLine(method, target.target, target.path, 1, b"", holds_key(target.decoded))

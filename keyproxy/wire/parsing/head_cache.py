@@ -45,6 +45,9 @@ _SHAPES_MAX: Final = 2048
 _START_LINES_MAX: Final = 4096
 _LINE_BYTES_MAX: Final = 512
 
+#: A longer name may be a key, which must not be cached.
+_NAME_BYTES_MAX: Final = 48
+
 #: A longer head is not kept for comparison.
 _RAW_BYTES_MAX: Final = 2048
 
@@ -76,7 +79,7 @@ _STABLE_KINDS: Final = frozenset({Kind.HOST, Kind.CONNECTION, Kind.TRANSFER_ENCO
 _VARYING_KINDS: Final = frozenset(
     {
         Kind.PLAIN, Kind.CONTENT_TYPE, Kind.CONTENT_LENGTH, Kind.CREDENTIAL, Kind.FORWARDED, Kind.REQUEST_ID,
-        Kind.USAGE,
+        Kind.USAGE, Kind.DROPPED,
     }
 )  # fmt: skip
 
@@ -125,7 +128,7 @@ class _Reader(Generic[_Fields]):
 
     def _remember(self, minor_version: int, fields: _Fields, lines: list[bytes], parsed: ParsedFields) -> None:
         """Cache a head that was just parsed, if all its lines can be recognised again."""
-        if any(len(line) > _LINE_BYTES_MAX for line in lines):
+        if any(len(line) > _LINE_BYTES_MAX or line.find(b":") > _NAME_BYTES_MAX for line in lines):
             return
         meanings = [self._meaning(line) for line in lines]
         if len(self._shapes) >= _SHAPES_MAX or len(self._lines) >= _LINES_MAX or len(self._meanings) >= _LINES_MAX:
@@ -154,11 +157,18 @@ class RequestReader(_Reader[RequestFields]):
     _varies = _VARYING_KINDS
 
     def __init__(
-        self, names: FieldNames, holds_key: Callable[[bytes], bool], methods: frozenset[bytes] = KNOWN_METHODS
+        self,
+        names: FieldNames,
+        holds_key: Callable[[bytes], bool],
+        methods: frozenset[bytes] = KNOWN_METHODS,
+        *,
+        accepts_encoded_slash: bool = False,
     ) -> None:
-        """`holds_key`: whether a target contains a key; such a line is not cached. `methods`: the served methods."""
+        """`holds_key`: whether a target contains a key; such a line is not cached. `methods`: the served methods.
+        `accepts_encoded_slash`: whether a path may have `%2F`."""
         super().__init__(names)
         self.methods: Final = methods
+        self.accepts_encoded_slash: Final = accepts_encoded_slash
         self._holds_key = holds_key
         self._start_lines: dict[bytes, RequestLine] = {}
 
@@ -199,13 +209,16 @@ class RequestReader(_Reader[RequestFields]):
             return None
         method, sent, minor = match.groups()
         try:
-            going = request_target.judge(method, sent, None)
+            going = request_target.judge(method, sent, None, accepts_encoded_slash=self.accepts_encoded_slash)
         except Refusal:
             return None
         return request_line(method, going, int(minor), holds_key=self._holds_key(going.decoded))
 
     def _parse(self, raw: bytes, judged: RequestLine | None = None) -> RequestHead:
-        line, fields, parsed = parse_request(raw, self._names, self._holds_key, self.methods, line=judged)
+        line, fields, parsed = parse_request(
+            raw, self._names, self._holds_key, self.methods,
+            line=judged, accepts_encoded_slash=self.accepts_encoded_slash,
+        )  # fmt: skip
         start, *lines = raw[:-4].split(CRLF)
         if len(self._start_lines) >= _START_LINES_MAX:
             self._start_lines.clear()

@@ -36,6 +36,9 @@ _PHRASE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 
 _WEBSOCKET_VERSION: Final = b"13"
 
+#: Fields that sign or digest the body.
+_DIGESTS: Final = frozenset({b"content-digest", b"digest", b"x-amz-content-sha256"})
+
 
 def parse_request(
     raw: bytes,
@@ -44,11 +47,12 @@ def parse_request(
     methods: Collection[bytes] = KNOWN_METHODS,
     *,
     line: RequestLine | None = None,
+    accepts_encoded_slash: bool = False,
 ) -> tuple[RequestLine, RequestFields, ParsedFields]:
     """Parse a request head from its bytes, which end with the empty line.
 
     `holds_key`: whether a target contains a key. `methods`: the served methods. `line`: the request line, if it was
-    judged before.
+    judged before. `accepts_encoded_slash`: whether a path may have `%2F`.
 
     Raises a Refusal: REQUEST_MALFORMED or HEADERS_TOO_LARGE, and for a well-formed head METHOD_NOT_ALLOWED,
     METHOD_NOT_IMPLEMENTED or EXPECTATION_FAILED.
@@ -74,7 +78,7 @@ def parse_request(
     if opens_tunnel:
         _check_handshake(method, parts.fields, parsed)
     if line is None:
-        going = request_target.judge(method, parts.start, parsed.host)
+        going = request_target.judge(method, parts.start, parsed.host, accepts_encoded_slash=accepts_encoded_slash)
         line = request_line(method, going, minor, holds_key=holds_key(going.decoded))
     _check_is_served(method, parsed, methods)
     media_type, codings = _content(parts.fields, parsed)
@@ -93,6 +97,7 @@ def parse_request(
         has_idempotency_key=sent.count(idempotency_key.NAME) == 1,
         has_traceparent=sent.count(b"traceparent") == 1,
         accepts_codings=b"accept-encoding" in sent,
+        digests_body=not _DIGESTS.isdisjoint(sent),
     )
     return line, fields, parsed
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Final
 
-from keyproxy.http.headers import NOT_HOP_BY_HOP, FieldNames, Kind
+from keyproxy.http.headers import NOT_HOP_BY_HOP, FieldNames, Kind, canonical
 from keyproxy.model import CredentialField
 from keyproxy.reasons import Reason, Refusal
 
@@ -81,19 +81,19 @@ class ParsedFields:
 
 
 def parse_fields(fields: Fields, names: FieldNames, *, is_request: bool, hops: Collection[bytes] = ()) -> ParsedFields:
-    """Parse the fields of a head. `hops`: the names in Connection, in lower case. Raises a Refusal."""
+    """Parse the fields of a head. `hops`: the names in Connection, in canonical form. Raises a Refusal."""
     parsed = ParsedFields()
     for name, value in fields:
         kind = names.kind(name)
         is_forwarded = False
-        if kind is Kind.PLAIN or (kind is Kind.UNREADABLE and not is_request):
+        if kind is Kind.PLAIN or (kind in (Kind.UNREADABLE, Kind.DROPPED) and not is_request):
             # An upstream's field names are not restricted: they are relayed to the client, which they do not mislead.
-            is_forwarded = name.lower() not in hops
+            is_forwarded = canonical(name) not in hops
         elif kind is Kind.USAGE:
-            is_forwarded = name.lower() not in hops
+            is_forwarded = canonical(name) not in hops
             parsed.usages += [value] if is_forwarded else []
         elif kind is Kind.UNREADABLE:
-            raise malformed("a header name has characters other than letters, digits and '-'")
+            raise malformed("a header name is invalid, or a framing field in another spelling")
         elif kind is Kind.CREDENTIAL and is_request:
             parsed.credentials.append(CredentialField(name.lower(), value))
         elif kind is Kind.FORWARDED and is_request:
@@ -108,10 +108,10 @@ def parse_fields(fields: Fields, names: FieldNames, *, is_request: bool, hops: C
                     parsed.expects_continue = True
                 elif member.strip(_OWS):
                     parsed.fails_expectation = True
-        elif kind not in (Kind.HOP, Kind.RESERVED):
+        elif kind not in (Kind.HOP, Kind.RESERVED, Kind.DROPPED):
             is_forwarded = _parse_framing(parsed, kind, value, is_request=is_request)
         parsed.is_forwarded.append(is_forwarded)
-    named = set(parsed.options) - _OPTIONS_WITHOUT_FIELD
+    named = {canonical(option) for option in parsed.options} - _OPTIONS_WITHOUT_FIELD
     if named and not hops:
         if not named.isdisjoint(NOT_HOP_BY_HOP):
             raise malformed("Connection names a field that is not hop-by-hop")

@@ -84,6 +84,10 @@ class Turns(Generic[T]):
         """The number of places that the user holds."""
         return self._held.get(user, 0)
 
+    def queued(self, user: Owner) -> int:
+        """The number of queued items of the user."""
+        return len(self._queues.get(user, ()))
+
     def wait(self, user: Owner, one: T, now: float) -> bool:
         """Queue an item. False: the queue is full."""
         if len(self._since) >= self.waiting_max:
@@ -145,7 +149,7 @@ class Turns(Generic[T]):
 
     def is_within_cap(self, user: Owner) -> bool:
         """Whether the user's places and queued items together stay within the cap."""
-        return self.held(user) + len(self._queues.get(user, ())) <= self.cap
+        return self.held(user) + self.queued(user) <= self.cap
 
     def waits(self, user: Owner) -> bool:
         """Whether any item of the user is queued."""

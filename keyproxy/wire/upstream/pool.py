@@ -6,8 +6,8 @@
 `take` is the hot path and never waits. `wait` queues an exchange and, if the bound allows, starts to connect; whichever
 connection becomes free first, new or returned, goes to the next exchange in turn. The queue is bounded in length and
 time. While exchanges wait, those in flight are reviewed regularly: exchanges with a slow client are ended immediately,
-those of a user beyond its share after a while. Tunnels have a lower bound of their own, so that idle tunnels leave
-connections for requests.
+those of a user beyond its share after a while. Tunnels, and requests on public routes, have a lower bound of their own,
+so that they leave connections for other requests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Final
 
 from keyproxy.config.schema import Upstream as UpstreamSettings
-from keyproxy.model import Owner
+from keyproxy.model import PUBLIC, TEST, Owner
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.parsing.head_cache import ResponseReader
@@ -42,9 +42,10 @@ _LOOK_SECONDS: Final = 0.1
 
 _TOO_MANY: Final = "too many requests wait for an upstream connection"
 
-#: The fraction of the connections that tunnels may take, and for how long readiness reports that an exchange had to
-#: wait.
+#: The fraction of the connections that tunnels may take, and that requests on public routes may take; and for how long
+#: readiness reports that an exchange had to wait.
 _TUNNELS_DIVISOR: Final = 2
+_PUBLIC_DIVISOR: Final = 4
 _PRESSED_SECONDS: Final = 5.0
 
 
@@ -87,7 +88,8 @@ class UpstreamPool(ConnectionOwner):
         self._expiry: asyncio.TimerHandle | None = None
         self._looking: asyncio.TimerHandle | None = None
         self._is_retired = False
-        self._next_look_mono = 0.0
+        self._public_max = max(1, settings.connections_max // _PUBLIC_DIVISOR)
+        self._next_look_mono = self._next_public_look_mono = 0.0
         self._pressed_mono = float("-inf")
 
     @property
@@ -98,6 +100,8 @@ class UpstreamPool(ConnectionOwner):
     def take(self, owner: Owner, now: float) -> UpstreamConnection | None:
         """Take the most recently used idle connection; None if there is none, or none for this user."""
         if not self._idle or not self._turns.may_take(owner, now):
+            return None
+        if owner is PUBLIC and not self._has_room_for_public():
             return None
         connection = self._take_idle(now)
         if connection is not None:
@@ -113,6 +117,10 @@ class UpstreamPool(ConnectionOwner):
             if not preemption.make_room_for_tunnel(self._open, waiting, owner, tunnels_max):
                 exchange.upstream_lost(Refusal(Reason.OVERLOADED, f"{tunnels_max} tunnels are open or about to be"))
                 return
+        if owner is PUBLIC and not self._has_room_for_public():
+            self._end_slow_public(now)
+            exchange.upstream_lost(Refusal(Reason.OVERLOADED, f"{self._public_max} public requests are in flight"))
+            return
         if not self._queue(exchange, owner, now):
             exchange.upstream_lost(Refusal(Reason.OVERLOADED, _TOO_MANY))
             return
@@ -288,6 +296,15 @@ class UpstreamPool(ConnectionOwner):
         """Whether one more connection may be opened."""
         return len(self._open) + len(self._connecting) < self.settings.connections_max
 
+    def _has_room_for_public(self) -> bool:
+        return self._turns.held(PUBLIC) + self._turns.queued(PUBLIC) < self._public_max
+
+    def _end_slow_public(self, now: float) -> None:
+        """At the bound of public requests: end those whose clients are too slow, for the ones that come next."""
+        if now >= self._next_public_look_mono:
+            self._next_public_look_mono = now + _LOOK_SECONDS
+            preemption.end_slow_of(self._open, PUBLIC, now, self.settings.connect_timeout_seconds)
+
     def _make_room(self, now: float) -> None:
         """End exchanges in flight, if others wait and get no connection."""
         if now < self._next_look_mono:
@@ -349,6 +366,10 @@ class Upstreams:
     def pool(self, *, is_test: bool) -> UpstreamPool:
         """The pool for requests of one mode."""
         return self._pools[is_test]
+
+    def for_owner(self, owner: Owner) -> UpstreamPool:
+        """The pool for the requests of one owner."""
+        return self._pools[owner[2] == TEST]
 
     def distinct(self) -> dict[str, UpstreamPool]:
         """Every pool once, by the mode it serves."""

@@ -42,6 +42,13 @@ def end_stalled(
             _end_if_slow(connection, now, patience_seconds)
 
 
+def end_slow_of(connections: Collection[UpstreamConnection], owner: Owner, now: float, patience_seconds: float) -> None:
+    """End the exchanges of one owner that were too slow for longer than `patience_seconds`."""
+    for connection in list(connections):
+        if connection.owner == owner:
+            _end_if_slow(connection, now, patience_seconds)
+
+
 def end_beyond_share(
     connections: Collection[UpstreamConnection],
     turns: Turns[User],

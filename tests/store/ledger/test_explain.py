@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+from keyproxy.ai.categories import Category
 from keyproxy.ai.models import Model, price_of
 from keyproxy.config import schema
 from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.limits.ledger_protocol import LeaseReport, Pool, Window
 from keyproxy.platform import clock
 from keyproxy.store.directory.directory import NotFound
+from keyproxy.store.directory.errors import Invalid
 from keyproxy.store.ledger.explain import Explanation, Question, explain_key, windows_of_user
 from keyproxy.store.ledger.postgres_backend import PostgresLedger
 from keyproxy.store.postgres.database import Database
@@ -255,3 +257,114 @@ async def test_credits_and_selectors_are_part_of_a_window_s_state(database: Data
         "policy": "user.tokens_per_day@model:gpt-4o", "selector": "model:gpt-4o", "limit": 100, "credited": 25,
         "remaining": 125,
     }  # fmt: skip
+
+
+async def test_a_public_route_is_explained_as_open_to_any_key_and_under_no_limit(database: Database, sql: Sql) -> None:
+    await give(sql, '{"requests_per_day": 5}')
+    await use(database, "requests_per_day", spent=5, limit=5)
+    configured = Settings(routes=(RouteRow("GET /healthz", access="public"), *ROUTES))
+    _, told = await explain_key(database, "key_1", Question("GET", "/healthz"), configured, now=clock.now)
+    assert (told.route, told.refusal, list(told.limits)) == ("GET /healthz", None, [])
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [("/v1/files/a%2Fb", None), ("/v1/files/a%2F..", "request_malformed"), ("/a%2Fb", "route_not_allowed")],
+)
+async def test_an_encoded_slash_is_explained_as_it_is_judged(
+    database: Database, sql: Sql, path: str, code: str | None
+) -> None:
+    await add_user(sql)
+    await add_key(sql)
+    configured = Settings(routes=(RouteRow("GET /v1/files/{id}", encoded_slash="forward"),))
+    _, told = await explain_key(database, "key_1", Question("GET", path), configured, now=clock.now)
+    assert (None if told.refusal is None else told.refusal.reason.code) == code
+
+
+JUDGING = Settings(
+    models=(Model("small"), Model("big", scopes=frozenset({"model:premium"}))),
+    categories=(Category("code", frozenset({"prompt:code"})), Category("plain")),
+    routes=(
+        RouteRow("POST /chat", tokens="openai", prompt="openai", category=["=plain", "template"]),
+        RouteRow("POST /kind", category=["header:X-Kind"]),
+        RouteRow(
+            "POST /c/{c...}",
+            binds=[
+                {"value": "path:c", "starts": "{tenant}/"},
+                {"value": "header:X-Id", "owned": "collection", "missing": "allow"},
+            ],
+        ),
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("question", "code", "missing", "shown"),
+    [
+        (Question("POST", "/chat", model="small", categories=("plain",)), None, None, {"model": "small"}),
+        (Question("POST", "/chat", model="big", categories=("plain",)), "model_not_allowed", "model:premium", {}),
+        (Question("POST", "/chat", model="unlisted"), "model_not_allowed", None, {}),
+        (Question("POST", "/chat", model="mine", categories=("plain",)), None, None, {"model": "mine"}),
+        (Question("POST", "/chat", model="theirs", categories=("plain",)), "model_not_allowed", None, {}),
+        (Question("POST", "/chat"), "request_malformed", None, {}),
+        (Question("POST", "/chat?model=big", model="small"), "model_not_allowed", "model:premium", {}),
+        (Question("POST", "/chat", model="small"), "prompt_category_not_allowed", None, {}),
+        (
+            Question("POST", "/chat", model="small", categories=("code",)), "prompt_category_not_allowed",
+            "prompt:code", {"model": None, "categories": []},
+        ),
+        (
+            Question("POST", "/chat", body=b'{"model":"small","messages":[]}', categories=("plain",)), None, None,
+            {
+                "model": "small",
+                "categories": [{"name": "plain", "source": "route"}, {"name": "plain", "source": "template"}],
+            },
+        ),
+        (Question("POST", "/kind", categories=("plain",)), None, None,
+         {"categories": [{"name": "plain", "source": "declared"}]}),
+        (Question("POST", "/kind"), "prompt_category_not_allowed", None, {}),
+        (
+            Question("POST", "/c/acme/docs", namespaces=(("header:x-id", "c-1"),)), None, None,
+            {
+                "binds": [
+                    {"value": "path:c", "rule": "starts", "text": "{tenant}/", "holds": True},
+                    {"value": "header:X-Id", "rule": "owned", "text": "collection", "holds": True},
+                ]
+            },
+        ),
+        (
+            Question("POST", "/c/globex/docs", namespaces=(("header:X-Id", "c-2"),)), "namespace_forbidden", None,
+            {
+                "binds": [
+                    {"value": "path:c", "rule": "starts", "text": "{tenant}/", "holds": False},
+                    {"value": "header:X-Id", "rule": "owned", "text": "collection", "holds": False},
+                ]
+            },
+        ),
+        (Question("POST", "/c/acme/docs", namespaces=(("path:c", "globex/x"),)), "namespace_forbidden", None, {}),
+        (Question("POST", "/c/acme/docs"), None, None, {}),
+    ],
+)  # fmt: skip
+async def test_a_judged_request_is_explained_as_a_proxy_judges_it(
+    database: Database, sql: Sql, question: Question, code: str | None, missing: str | None, shown: dict[str, Any]
+) -> None:
+    await add_user(sql)
+    await add_key(sql)
+    await sql.execute("INSERT INTO keyproxy.tenants (id) VALUES ('globex')")
+    owned = "INSERT INTO keyproxy.owned (kind, id, tenant_id) VALUES ($1, $2, $3)"
+    for row in (("model", "mine", "acme"), ("model", "theirs", "globex"), ("collection", "c-1", "acme")):
+        await sql.execute(owned, *row)
+    _, told = await explain_key(database, "key_1", question, JUDGING, now=clock.now)
+    assert (None if told.refusal is None else told.refusal.reason.code) == code
+    assert (None if told.refusal is None else min(told.refusal.missing_scopes, default=None)) == missing
+    assert {name: told.access[name] for name in shown} == shown
+
+
+async def test_a_namespace_that_the_route_does_not_bind_is_an_error(database: Database, sql: Sql) -> None:
+    await add_user(sql)
+    await add_key(sql)
+    for namespaces in ((("query:c", "x"),), (("c", "x"),)):
+        with pytest.raises(Invalid, match="namespace"):
+            await explain_key(
+                database, "key_1", Question("POST", "/c/acme/x", namespaces=namespaces), JUDGING, now=clock.now
+            )

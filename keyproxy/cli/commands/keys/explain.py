@@ -35,10 +35,21 @@ LIMIT_COLUMNS: Final = (
 @click.option("--path", required=True, metavar="PATH", help="Path of the request, such as /v1/ai/jobs.")
 @click.option("--tokens", type=click.IntRange(0, LIMIT_MAX), metavar="N", help="Maximum tokens of prompt and response.")
 @click.option("--model", default="", metavar="NAME", help="Model; with --body in place of the one that it names.")
+@click.option("--category", "categories", multiple=True, metavar="NAME", help="Declared category, or the template's.")
+@click.option("--namespace", "namespaces", multiple=True, metavar="SOURCE=VALUE", help="Value of a bound source.")
 @click.option("--body", type=click.File("rb"), metavar="FILE", help="Body of the request; - is stdin.")
 @takes_call
 def key_explain(
-    call: Call, key_id: str, method: str, path: str, tokens: int | None, model: str, body: BinaryIO | None
+    call: Call,
+    key_id: str,
+    method: str,
+    path: str,
+    *,
+    tokens: int | None,
+    model: str,
+    categories: tuple[str, ...],
+    namespaces: tuple[str, ...],
+    body: BinaryIO | None,
 ) -> None:
     """Show whether a request with a key would be accepted, and the state of each limit. Nothing is charged or sent.
 
@@ -46,13 +57,22 @@ def key_explain(
     the output includes the tokens of input and output that it reserves, the output cap that is inserted, and the price
     of the reservation.
 
+    On a route that judges models, categories or namespaces, what is passed stands for what the request would contain;
+    what is not passed is absent from it.
+
     \b
     keyproxy key explain key_… --method POST --path /v1/ai/jobs --tokens 2000
     keyproxy key explain key_… --path /v1/chat/completions --model gpt-4o --body request.json
+    keyproxy key explain key_… --path /v1/search --namespace query:collection=acme/docs
     """
     if body is not None and tokens is not None:
         raise click.UsageError("pass either --tokens or --body")
-    question = Question(method, path, tokens, model, body=None if body is None else body.read())
+    question = Question(
+        method, path, tokens, model,
+        body=None if body is None else body.read(),
+        categories=categories,
+        namespaces=tuple([_namespace(one) for one in namespaces]),
+    )  # fmt: skip
     explanation = call.run_usage(lambda usage: usage.explained(key_id, question))
     limits = explanation.pop("limits")
     subject = {name: explanation.pop(name) for name in ("key", "user", "tenant", "mode")}
@@ -60,16 +80,29 @@ def key_explain(
     if call.as_json:
         call.print_result({**shown, "limits": limits}, ())
         return
+    categories_shown, binds = shown.pop("categories"), shown.pop("binds")
     call.print_result(_readable(shown), ())
+    for rows, columns in ((categories_shown, ("name", "source")), (binds, ("value", "rule", "text", "holds"))):
+        if rows:
+            click.echo()
+            call.print_result(rows, columns)
     if limits:
         click.echo()
         call.print_result(shown_limits(limits), (*LIMIT_COLUMNS, "refuses"))
 
 
+def _namespace(text: str) -> tuple[str, str]:
+    source, equals, value = text.partition("=")
+    if not equals:
+        raise click.BadParameter(f"{text!r} is not SOURCE=VALUE", param_hint="--namespace")
+    return source, value
+
+
 def _readable(explanation: Mapping[str, Any]) -> dict[str, Any]:
     """The explanation as people read it: money as decimals, and no reservation where no body was read."""
     if explanation["input"] is None:
-        return {name: value for name, value in explanation.items() if name not in _RESERVATION}
+        absent = [name for name in _RESERVATION if explanation[name] is None]
+        return {name: value for name, value in explanation.items() if name not in absent}
     price = explanation["price"]
     return {**explanation, "price": None if price is None else money_text(price)}
 
