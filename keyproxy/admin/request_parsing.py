@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.problems import FieldError, Problem, Refused
-from keyproxy.admin.schemas.field_types import AS_LIST, BY_NAME, ID, PLAN_ID, PRINTABLE, SCOPE
+from keyproxy.admin.schemas.field_types import AS_LIST, BY_NAME, ID, OBJECT_ID, PLAN_ID, PRINTABLE, ROLE, SCOPE
 from keyproxy.admin.schemas.request_models import RequestModel
 
 BODY_BYTES_MAX: Final = 1 << 20
@@ -25,6 +25,7 @@ _INTEGER_CHARACTERS_MAX: Final = 300
 _ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e]*)"')
 _IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 _PATH_ID = re.compile(ID)
+_PATH_OBJECT_ID = re.compile(OBJECT_ID)
 
 _Model = TypeVar("_Model", bound=RequestModel)
 
@@ -33,14 +34,17 @@ _MEANINGS = {
     ID: "an id has up to 128 letters, digits and . _ : @ | + -, and starts with a letter or digit",
     PLAN_ID: "a plan's name has up to 128 letters, digits and . _ : @ -, and starts with a letter or digit",
     PRINTABLE: "control characters are not allowed",
+    ROLE: "a role has up to 64 lower-case letters, digits, _ and -, and starts with a letter",
     SCOPE: "a scope is one word such as jobs:write, without wildcards, of up to 64 characters",
 }
 
 
 def path_of(request: web.Request) -> dict[str, str]:
     """Parse the path parameters. A value that cannot be an id is a 404. Raises Refused."""
-    for value in request.match_info.values():
-        if not _PATH_ID.fullmatch(value):
+    for name, value in request.match_info.items():
+        # Of two values the second is an owned id, which may contain slashes.
+        is_owned = name == "id" and len(request.match_info) > 1
+        if not (_PATH_OBJECT_ID if is_owned else _PATH_ID).fullmatch(value):
             raise Refused(Problem.NOT_FOUND)
     return dict(request.match_info)
 

@@ -21,6 +21,7 @@ class Scope(enum.StrEnum):
     KEYS_WRITE = "keys:write"
     USERS_WRITE = "users:write"
     PLANS_WRITE = "plans:write"
+    ACCESS_WRITE = "access:write"
     AUDIT_READ = "audit:read"
     USAGE_READ = "usage:read"
     LEAKS_WRITE = "leaks:write"
@@ -30,10 +31,11 @@ class Scope(enum.StrEnum):
 DESCRIPTIONS: Final = {
     Scope.ADMIN_READ: "reads everything",
     Scope.ADMIN_WRITE: "grants all scopes",
-    Scope.KEYS_READ: "reads tenants, users, keys and plans",
+    Scope.KEYS_READ: "reads tenants, users, keys, plans, roles and owned ids",
     Scope.KEYS_WRITE: "issues, imports, changes, rotates, revokes and deletes keys",
     Scope.USERS_WRITE: "creates users with their first key, changes and deletes them",
     Scope.PLANS_WRITE: "creates, changes and deletes plans, and credits windows",
+    Scope.ACCESS_WRITE: "creates, changes and deletes roles and owned ids",
     Scope.AUDIT_READ: "reads the audit log",
     Scope.USAGE_READ: "reads usage, the state of limits, and explanations of requests",
     Scope.LEAKS_WRITE: "reports leaked keys",

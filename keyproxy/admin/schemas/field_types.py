@@ -21,12 +21,16 @@ ID = r"^[A-Za-z0-9][A-Za-z0-9._:@|+\-]{0,127}$"
 PLAN_ID = r"^[A-Za-z0-9][A-Za-z0-9._:@\-]{0,127}$"
 PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 SCOPE = r"^[A-Za-z0-9][A-Za-z0-9._:/\-]{0,63}$"
+ROLE = r"^[a-z][a-z0-9_\-]{0,63}$"
+OBJECT_ID = r"^[A-Za-z0-9._:@|+~/=,!$\-]{1,256}$"
 
 Id = Annotated[str, StringConstraints(pattern=ID)]
 PlanId = Annotated[str, StringConstraints(pattern=PLAN_ID)]
 Name = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=200)]
 Reason = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=500)]
 KeyScope = Annotated[str, StringConstraints(pattern=SCOPE)]
+Role = Annotated[str, StringConstraints(pattern=ROLE)]
+AuditedId = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=400)]
 Text = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=200)]
 Life = Annotated[int, Field(ge=1, le=_LIFE_SECONDS_MAX)]
 Whole = Annotated[int, Field(ge=0, le=LIMIT_MAX)]

@@ -1,0 +1,1 @@
+"""What keys may do: roles, and the ids that tenants own."""
