@@ -67,7 +67,7 @@ async def _issue(request: ApiRequest) -> ApiResponse:
     body: KeyIssue = request.body
     wish = _wish(request, body)
     key = await request.directory.keys.issue(body.user, wish)
-    content = {**key, "warnings": [*request.config.warnings(wish.scopes), *key["warnings"]]}
+    content = {**key, "warnings": [*request.config.warnings(wish.scopes), *key.get("warnings", [])]}
     return ApiResponse(content, 201, location=f"/v1/keys/{key['id']}", is_version_of=key)
 
 
@@ -94,7 +94,7 @@ async def _change(request: ApiRequest) -> ApiResponse:
     changes |= {name: list(_distinct(changes[name])) for name in ("scopes", "roles") if name in changes}
     key = await request.directory.keys.change(request.path["id"], changes, if_match=request.if_match)
     warnings = request.config.warnings(changes["scopes"]) if "scopes" in changes else []
-    return ApiResponse({**key, "warnings": [*warnings, *key["warnings"]]}, is_version_of=key)
+    return ApiResponse({**key, "warnings": [*warnings, *key.get("warnings", [])]}, is_version_of=key)
 
 
 async def _rotate(request: ApiRequest) -> ApiResponse:

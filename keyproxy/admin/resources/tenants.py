@@ -61,7 +61,7 @@ async def _create_user(request: ApiRequest) -> ApiResponse:
         warnings = request.config.warnings(scopes)
     user = await request.directory.users.create(body.id, body.tenant, wish, plan=body.plan)
     status = 201 if user["created"] else 200
-    content = {**user, "warnings": [*warnings, *user["warnings"]]}
+    content = {**user, "warnings": [*warnings, *user.get("warnings", [])]}
     return ApiResponse(content, status, location=f"/v1/users/{user['id']}", is_version_of=user)
 
 

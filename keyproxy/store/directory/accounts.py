@@ -8,7 +8,7 @@ from typing import Any
 
 from keyproxy.store.directory.access.authority import ceiling_warnings
 from keyproxy.store.directory.context import DirectoryContext
-from keyproxy.store.directory.entities import ENTITIES, Entity, KeyWish, lifetime, new_key_id, reveal
+from keyproxy.store.directory.entities import ENTITIES, Entity, KeyWish, lifetime, new_key_id, reveal, with_warnings
 from keyproxy.store.directory.errors import Conflict, NotFound
 from keyproxy.store.postgres.database import StoreConflict
 
@@ -84,7 +84,7 @@ class UserStore:
         key = None
         if row is not None and key_id is not None and secret is not None:
             key = {**await context.get("key", key_id), "secret": reveal(secret)}
-        return {**user, "created": row is not None, "key": key, "warnings": warnings}
+        return with_warnings({**user, "created": row is not None, "key": key}, warnings)
 
     async def _existing(self, user_id: str, tenant_id: str) -> Entity:
         """Read a user, without the tenant binding. Raises Conflict if it belongs to another tenant."""

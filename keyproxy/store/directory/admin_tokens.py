@@ -12,7 +12,7 @@ from datetime import timedelta
 
 from keyproxy.auth.api_key import ENTROPY_BYTES, KeyFormat
 from keyproxy.store.directory.context import DirectoryContext
-from keyproxy.store.directory.entities import Actor, Entity, lifetime, random_digits, reveal
+from keyproxy.store.directory.entities import Actor, Entity, lifetime, random_digits, reveal, with_warnings
 from keyproxy.store.directory.errors import NotFound
 from keyproxy.store.postgres.database import Row, StatementRunner, StoreConflict
 from keyproxy.store.postgres.times import time_text
@@ -27,7 +27,7 @@ class AdminTokens:
     async def create(
         self, name: str, scopes: Sequence[str], *, tenant_id: str | None, expires_in: timedelta | None
     ) -> Entity:
-        """Create a token, and return it with its `secret` and `warnings`. `tenant_id`: the tenant that it is bound to."""
+        """Create a token, and return it with its `secret`, and `warnings` if any. `tenant_id`: what it is bound to."""
         secret = self._context.key_format.make_admin_token(secrets.token_bytes(ENTROPY_BYTES))
         token_id = "tok_" + random_digits()
         try:
@@ -47,7 +47,7 @@ class AdminTokens:
             warnings.append(
                 f"tenant {tenant_id!r} has no ceiling: this token can give its keys any scope; see `tenant set-roles`"
             )
-        return {**_token(row), "secret": reveal(secret), "warnings": warnings}
+        return with_warnings({**_token(row), "secret": reveal(secret)}, warnings)
 
     async def tokens(self, after: str, limit: int) -> list[Entity]:
         """List tokens, ordered by id, without their secrets."""

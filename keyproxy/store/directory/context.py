@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from keyproxy.auth.api_key import ENTROPY_BYTES, KeyFormat, SecretKey
 from keyproxy.store.directory.access import authority
-from keyproxy.store.directory.entities import CHANGEABLE, ENTITIES, Actor, Entity, etag
+from keyproxy.store.directory.entities import CHANGEABLE, ENTITIES, Actor, Entity, etag, with_warnings
 from keyproxy.store.directory.errors import Conflict, DirectoryError, Invalid, NotFound, Outdated
 from keyproxy.store.postgres.database import Row, StatementRunner, StoreConflict, Transaction
 
@@ -113,21 +113,21 @@ class DirectoryContext:
             row = await transaction.fetch_row(kind, entity_id)
             if row is None:
                 raise NotFound(f"there is no {kind} {entity_id!r}")
-            return {**ENTITIES[kind](row), **warnings}
+            return with_warnings(ENTITIES[kind](row), warnings)
 
     async def _check_authority(
         self, transaction: Transaction, kind: str, entity_id: str, changes: Mapping[str, Any]
-    ) -> Entity:
-        """Check what keys may do after these changes. Returns the `warnings` of a changed key."""
+    ) -> list[str]:
+        """Check what keys may do after these changes. Returns warnings of a changed key."""
         if kind == "key":
             if "scopes" not in changes and "roles" not in changes:
-                return {"warnings": []}
+                return []
             await authority.check_scopes(transaction, keys=[entity_id])
-            return {"warnings": await authority.ceiling_warnings(transaction, [entity_id])}
+            return await authority.ceiling_warnings(transaction, [entity_id])
         if "roles" in changes:
             user, tenant = (entity_id, None) if kind == "user" else (None, entity_id)
             await authority.check_scopes(transaction, user=user, tenant=tenant)
-        return {}
+        return []
 
     async def delete(self, kind: str, entity_id: str, if_match: str | None) -> Entity:
         """Delete an entity with `delete_<kind>`."""

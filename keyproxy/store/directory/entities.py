@@ -72,6 +72,11 @@ def etag(entity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def with_warnings(entity: Entity, warnings: Sequence[str]) -> Entity:
+    """The entity, with `warnings` if there are any."""
+    return {**entity, "warnings": list(warnings)} if warnings else entity
+
+
 def new_key_id() -> str:
     """A new, random id for a key."""
     return "key_" + random_digits()

@@ -15,7 +15,7 @@ from typing import Any, Final
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.store.directory.access.authority import ceiling_warnings, check_scopes, hold_roles
 from keyproxy.store.directory.context import DirectoryContext
-from keyproxy.store.directory.entities import Entity, KeyWish, lifetime, new_key_id, reveal
+from keyproxy.store.directory.entities import Entity, KeyWish, lifetime, new_key_id, reveal, with_warnings
 from keyproxy.store.directory.errors import Invalid, NotFound
 from keyproxy.store.postgres.times import time_text
 
@@ -73,7 +73,7 @@ class KeyBatches:
         A user with a working key of that name and mode gets no other, so that the same wishes can be sent again. Return,
         in the order of the wishes: `id`, `user`, `name`, `hint`, `scopes`, `roles`, `is_test`, `plan`, `expires_at`,
         `secret` and `reissues`; `created`: whether a key was issued; the other fields are present only if so. The first
-        issued one has the `warnings` of all. Raises NotFound for an unknown user or role.
+        issued one has the `warnings` of all, if any. Raises NotFound for an unknown user or role.
 
         `reissue_unseen`: a working key that matches the wish and was never used is revoked and issued again, because
         its secret was lost. `reissues` is its id. A key that was used, rotated or imported stays.
@@ -109,7 +109,7 @@ class KeyBatches:
                 issued.append({"user": user, "name": wish.name, "created": False})
                 continue
             reissues = reissued.get((user, wish.name, wish.is_test))
-            issued.append({**_issued(row, secret, time_text(expiries[row["id"]]), reissues), "warnings": warnings})
+            issued.append(with_warnings(_issued(row, secret, time_text(expiries[row["id"]]), reissues), warnings))
             warnings = []
         return issued
 

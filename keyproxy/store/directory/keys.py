@@ -10,7 +10,16 @@ from typing import Any, Final
 
 from keyproxy.store.directory.access.authority import ceiling_warnings, check_scopes, hold_roles
 from keyproxy.store.directory.context import DirectoryContext
-from keyproxy.store.directory.entities import ENTITIES, Entity, EntityPage, KeyWish, lifetime, new_key_id, reveal
+from keyproxy.store.directory.entities import (
+    ENTITIES,
+    Entity,
+    EntityPage,
+    KeyWish,
+    lifetime,
+    new_key_id,
+    reveal,
+    with_warnings,
+)
 from keyproxy.store.directory.errors import Conflict, Invalid, NotFound
 from keyproxy.store.postgres.times import time_text
 
@@ -48,7 +57,7 @@ class KeyStore:
     _context: DirectoryContext
 
     async def issue(self, user_id: str, wish: KeyWish) -> Entity:
-        """Issue a key, and return it with its `secret` and `warnings`."""
+        """Issue a key, and return it with its `secret`, and with `warnings` if there are any."""
         secret, key_id = self._context.new_secret(is_test=wish.is_test), new_key_id()
         async with self._context.transaction(wish.plan) as transaction:
             if self._context.tenant_id is not None:
@@ -61,7 +70,7 @@ class KeyStore:
                 raise NotFound(f"there is no user {user_id!r}: create it first")
             await check_scopes(transaction, keys=[key_id])
             warnings = await ceiling_warnings(transaction, [key_id])
-        return {**await self.get(key_id), "secret": reveal(secret), "warnings": warnings}
+        return with_warnings({**await self.get(key_id), "secret": reveal(secret)}, warnings)
 
     async def get(self, key_id: str) -> Entity:
         """Return one key, without its secret, which is not stored."""
@@ -93,7 +102,7 @@ class KeyStore:
         return EntityPage([ENTITIES["key"](row) for row in rows], following)
 
     async def change(self, key_id: str, changes: Mapping[str, Any], *, if_match: str | None = None) -> Entity:
-        """Change `name`, `plan` (None removes it), `scopes` or `roles`, and return the changed key."""
+        """Change `name`, `plan` (None removes it), `scopes` or `roles`. Returns the key, with `warnings` if any."""
         return await self._context.change("key", key_id, changes, if_match)
 
     async def rotate(
