@@ -74,7 +74,9 @@ async def test_open_stream_ends_within_two_seconds_of_a_change_of_roles_and_ceil
     site.upstream.answering = stream
     sql = await asyncpg.connect(dsn)
     await sql.execute(_SETUP)
-    head = f"POST /v1/ai/jobs HTTP/1.1\r\nHost: p\r\nAuthorization: Api-Key {key['secret']}\r\nContent-Length: 2\r\n\r\n"
+    head = (
+        f"POST /v1/ai/jobs HTTP/1.1\r\nHost: p\r\nAuthorization: Api-Key {key['secret']}\r\nContent-Length: 2\r\n\r\n"
+    )
     sent = head.encode() + b"{}"
     async with site.serving():
         for statement in NARROWING:

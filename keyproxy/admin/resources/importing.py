@@ -86,7 +86,9 @@ async def _import(request: ApiRequest) -> ApiResponse:
             "users": report.users,
             "problems": [{"index": index, "problem": problem} for index, problem in found],
             "warnings": [
-                *request.config.warnings(*(key.scopes for key in keys if not key.is_revoked)),
+                *request.config.warnings(
+                    *(key.scopes for key in keys if not key.is_revoked and (key.scopes or not key.roles))
+                ),
                 *report.warnings,
             ],
         }

@@ -67,13 +67,18 @@ async def _issue(request: ApiRequest) -> ApiResponse:
     body: KeyIssue = request.body
     wish = _wish(request, body)
     key = await request.directory.keys.issue(body.user, wish)
-    content = {**key, "warnings": [*request.config.warnings(wish.scopes), *key.get("warnings", [])]}
+    content = {**key, "warnings": [*_scope_warnings(request, wish), *key.get("warnings", [])]}
     return ApiResponse(content, 201, location=f"/v1/keys/{key['id']}", is_version_of=key)
 
 
 def _wish(request: ApiRequest, key: KeyIssue) -> KeyWish:
     life = request.config.lifetime(key.given())
     return KeyWish(key.name, _distinct(key.scopes), key.is_test, life, key.plan, _distinct(key.roles))
+
+
+def _scope_warnings(request: ApiRequest, wish: KeyWish) -> list[str]:
+    """Warnings about a key's own scopes. A key without any may have all it needs from its roles."""
+    return request.config.warnings(wish.scopes) if wish.scopes or not wish.roles else []
 
 
 def _distinct(words: Sequence[str]) -> tuple[str, ...]:
@@ -83,7 +88,7 @@ def _distinct(words: Sequence[str]) -> tuple[str, ...]:
 async def _issue_many(request: ApiRequest) -> ApiResponse:
     body: KeysIssue = request.body
     wishes = [(one.user, _wish(request, one)) for one in body.keys]
-    warnings = request.config.warnings(*(wish.scopes for _, wish in wishes))
+    warnings = [warning for _, wish in wishes for warning in _scope_warnings(request, wish)]
     items = await request.directory.key_batches.issue(wishes, reissue_unseen=body.reissue_unseen)
     above = [warning for item in items for warning in item.pop("warnings", ())]
     return ApiResponse({"items": items, "warnings": list(dict.fromkeys([*warnings, *above]))})
@@ -93,7 +98,8 @@ async def _change(request: ApiRequest) -> ApiResponse:
     changes = request.body.given()
     changes |= {name: list(_distinct(changes[name])) for name in ("scopes", "roles") if name in changes}
     key = await request.directory.keys.change(request.path["id"], changes, if_match=request.if_match)
-    warnings = request.config.warnings(changes["scopes"]) if "scopes" in changes else []
+    checks_scopes = "scopes" in changes and (changes["scopes"] or not key["roles"])
+    warnings = request.config.warnings(changes["scopes"]) if checks_scopes else []
     return ApiResponse({**key, "warnings": [*warnings, *key.get("warnings", [])]}, is_version_of=key)
 
 

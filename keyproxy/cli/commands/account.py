@@ -32,7 +32,7 @@ class AccountKind:
 
 
 _CEILING: Final = (
-    "Set or remove a {noun}'s ceiling: no key of the {noun} may do more than these roles allow. Takes effect within a"
+    "Set or remove a {noun}'s ceiling. No key of the {noun} may do more than these roles allow. Takes effect within a"
     " second."
 )
 

@@ -20,7 +20,7 @@ _tenant_option = click.option("--tenant", "tenant_id", required=True, metavar="T
 
 @click.group("owned")
 def owned_group() -> None:
-    """Manage owned ids: which of the upstream's objects belong to which tenant."""
+    """Manage owned ids: which object belongs to which tenant."""
 
 
 @owned_group.command("add")

@@ -17,7 +17,10 @@ _name_argument = click.argument("name", metavar="NAME", callback=role)
 
 @click.group("role")
 def role_group() -> None:
-    """Manage roles: named sets of scopes, for keys, and as ceilings of users and tenants."""
+    """Manage roles: named sets of scopes.
+
+    Keys have the scopes of their roles. Roles of a user or tenant are a ceiling: its keys may do no more.
+    """
 
 
 @role_group.command("set")
