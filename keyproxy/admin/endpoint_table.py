@@ -5,15 +5,18 @@ Plain data, without the models that validate requests, because importing those t
 
 from __future__ import annotations
 
+import re
 from typing import Final, NamedTuple
 from urllib.parse import quote
+
+_PLACEHOLDER: Final = re.compile(r"\{\w+\}")
 
 #: The maximum number of items in a page of a list.
 PAGE_MAX: Final = 500
 
 
 class EndpointAddress(NamedTuple):
-    """`path`: may contain `{id}`. `is_stream`: the response is lines of JSON."""
+    """`path`: may contain placeholders: `{id}`. `is_stream`: the response is lines of JSON."""
 
     method: str
     path: str
@@ -24,9 +27,10 @@ class EndpointAddress(NamedTuple):
         """Whether requests send their fields in the body, rather than in the query."""
         return self.method not in ("GET", "DELETE")
 
-    def path_of(self, entity_id: str) -> str:
-        """The path of one object."""
-        return self.path.replace("{id}", quote(entity_id, safe=""))
+    def path_of(self, *values: str) -> str:
+        """The path of one object. `values`: those of the placeholders, in their order."""
+        remaining = iter(values)
+        return _PLACEHOLDER.sub(lambda _: quote(next(remaining), safe=""), self.path)
 
 
 ADDRESSES: Final = {
@@ -58,6 +62,14 @@ ADDRESSES: Final = {
     "set_plan": EndpointAddress("PUT", "/v1/plans/{id}"),
     "change_plan": EndpointAddress("PATCH", "/v1/plans/{id}"),
     "delete_plan": EndpointAddress("DELETE", "/v1/plans/{id}"),
+    "list_roles": EndpointAddress("GET", "/v1/roles"),
+    "show_role": EndpointAddress("GET", "/v1/roles/{id}"),
+    "set_role": EndpointAddress("PUT", "/v1/roles/{id}"),
+    "delete_role": EndpointAddress("DELETE", "/v1/roles/{id}"),
+    "list_owned": EndpointAddress("GET", "/v1/owned"),
+    "show_owned": EndpointAddress("GET", "/v1/owned/{kind}/{id}"),
+    "add_owned": EndpointAddress("PUT", "/v1/owned/{kind}/{id}"),
+    "remove_owned": EndpointAddress("DELETE", "/v1/owned/{kind}/{id}"),
     "list_prompts": EndpointAddress("GET", "/v1/prompts"),
     "show_prompt": EndpointAddress("GET", "/v1/prompts/{id}"),
     "register_prompt": EndpointAddress("PUT", "/v1/prompts/{id}"),

@@ -13,13 +13,16 @@ from pydantic.json_schema import models_json_schema
 from keyproxy import __version__
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.problems import Problem
-from keyproxy.admin.schemas.field_types import ID, PLAN_ID
+from keyproxy.admin.schemas.field_types import ID, OBJECT_ID, PLAN_ID, ROLE
 from keyproxy.admin.schemas.request_models import NoQuery, RequestModel
 from keyproxy.admin.schemas.response_models import ProblemDetails
 from keyproxy.http.problem_json import MEDIA_TYPE
 
 _REFERENCE: Final = "#/components/schemas/{model}"
 _PARAMETER = re.compile(r"\{(\w+)\}")
+
+#: The patterns of ids, by the start of the path, where they differ from ID.
+_ID_PATTERNS: Final = {"/v1/plans": PLAN_ID, "/v1/roles": ROLE, "/v1/owned": OBJECT_ID}
 
 _ETAG: Final = {"description": "The version, for use in If-Match.", "schema": {"type": "string"}}
 _IF_MATCH: Final = {
@@ -54,7 +57,7 @@ def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
         "info": {
             "title": "keyproxy admin API",
             "version": __version__,
-            "description": "Manage tenants, users, keys and plans, and read the audit log and usage.",
+            "description": "Manage tenants, users, keys, plans, roles and owned ids, and read the audit log and usage.",
         },
         "security": [{"token": []}],
         "paths": paths,
@@ -106,9 +109,10 @@ def _operation(endpoint: Endpoint, references: dict[type[BaseModel], Any]) -> di
 
 
 def _path_parameters(endpoint: Endpoint) -> list[dict[str, Any]]:
-    pattern = PLAN_ID if endpoint.path.startswith("/v1/plans") else ID
+    pattern = next((one for start, one in _ID_PATTERNS.items() if endpoint.path.startswith(start)), ID)
+    patterns = {"id": pattern, "kind": ROLE}
     return [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "pattern": pattern}}
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "pattern": patterns[name]}}
         for name in _PARAMETER.findall(endpoint.path)
     ]
 

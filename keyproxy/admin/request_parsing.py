@@ -14,7 +14,17 @@ from pydantic import ValidationError
 
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.problems import FieldError, Problem, Refused
-from keyproxy.admin.schemas.field_types import AS_LIST, BY_NAME, CATEGORY, ID, NAMESPACE, PLAN_ID, PRINTABLE, SCOPE
+from keyproxy.admin.schemas.field_types import (
+    AS_LIST,
+    BY_NAME,
+    ID,
+    NAMESPACE,
+    OBJECT_ID,
+    PLAN_ID,
+    PRINTABLE,
+    ROLE,
+    SCOPE,
+)
 from keyproxy.admin.schemas.request_models import RequestModel
 
 BODY_BYTES_MAX: Final = 1 << 20
@@ -25,6 +35,7 @@ _INTEGER_CHARACTERS_MAX: Final = 300
 _ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e]*)"')
 _IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 _PATH_ID = re.compile(ID)
+_PATH_OBJECT_ID = re.compile(OBJECT_ID)
 
 _Model = TypeVar("_Model", bound=RequestModel)
 
@@ -32,8 +43,8 @@ _Model = TypeVar("_Model", bound=RequestModel)
 _MEANINGS = {
     ID: "an id has up to 128 letters, digits and . _ : @ | + -, and starts with a letter or digit",
     PLAN_ID: "a plan's name has up to 128 letters, digits and . _ : @ -, and starts with a letter or digit",
-    CATEGORY: "a category has up to 64 lower-case letters, digits, _ and -, and starts with a letter",
     PRINTABLE: "control characters are not allowed",
+    ROLE: "a role or a category has up to 64 lower-case letters, digits, _ and -, and starts with a letter",
     NAMESPACE: "a namespace is SOURCE=VALUE, such as query:collection=acme/docs",
     SCOPE: "a scope is one word such as jobs:write, without wildcards, of up to 64 characters",
 }
@@ -41,8 +52,10 @@ _MEANINGS = {
 
 def path_of(request: web.Request) -> dict[str, str]:
     """Parse the path parameters. A value that cannot be an id is a 404. Raises Refused."""
-    for value in request.match_info.values():
-        if not _PATH_ID.fullmatch(value):
+    for name, value in request.match_info.items():
+        # Of two values the second is an owned id, which may contain slashes.
+        is_owned = name == "id" and len(request.match_info) > 1
+        if not (_PATH_OBJECT_ID if is_owned else _PATH_ID).fullmatch(value):
             raise Refused(Problem.NOT_FOUND)
     return dict(request.match_info)
 

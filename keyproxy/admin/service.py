@@ -18,7 +18,7 @@ from keyproxy.admin import request_parsing
 from keyproxy.admin.authentication import Access
 from keyproxy.admin.endpoints import ApiConfig, ApiRequest, ApiResponse, ApiStream, Endpoint, needs
 from keyproxy.admin.problems import Problem, Refused
-from keyproxy.admin.resources import credit, importing, keys, plans, prompts, tenants, usage
+from keyproxy.admin.resources import access, credit, importing, keys, plans, prompts, tenants, usage
 from keyproxy.admin.scopes import Scope, allows
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.store.directory.directory import (
@@ -54,6 +54,7 @@ ENDPOINTS: Final = (
     *keys.ENDPOINTS,
     *importing.ENDPOINTS,
     *plans.ENDPOINTS,
+    *access.ENDPOINTS,
     *prompts.ENDPOINTS,
     *usage.ENDPOINTS,
     *credit.ENDPOINTS,

@@ -9,6 +9,8 @@ import click
 
 from keyproxy import __version__
 from keyproxy.auth.api_key import masked
+from keyproxy.cli.commands.access.owned import owned_group
+from keyproxy.cli.commands.access.role import role_group
 from keyproxy.cli.commands.admin import admin_group
 from keyproxy.cli.commands.audit import audit_group
 from keyproxy.cli.commands.completion import completion_command
@@ -67,6 +69,8 @@ for _command in (
     user_group,
     key_group,
     plan_group,
+    role_group,
+    owned_group,
     prompt_group,
     audit_group,
     usage_group,

@@ -41,8 +41,8 @@ _T = TypeVar("_T")
 PAGE: Final = 500
 _STATEMENT_SECONDS: Final = 60.0
 
-TENANT_COLUMNS: Final = ("id", "name", "plan", "disabled_at", "created_at", "users")
-USER_COLUMNS: Final = ("id", "tenant", "plan", "disabled_at", "created_at", "keys")
+TENANT_COLUMNS: Final = ("id", "name", "plan", "roles", "disabled_at", "created_at", "users")
+USER_COLUMNS: Final = ("id", "tenant", "plan", "roles", "disabled_at", "created_at", "keys")
 KEY_COLUMNS: Final = (
     "id",
     "user",
@@ -51,6 +51,7 @@ KEY_COLUMNS: Final = (
     "hint",
     "name",
     "scopes",
+    "roles",
     "is_test",
     "expires_at",
     "last_used_at",
@@ -141,10 +142,12 @@ class Call:
         *,
         is_test: bool = False,
         plan: str | None = None,
+        roles: Sequence[str] = (),
     ) -> KeyWish:
         """The properties of a new key. `expires_in` None: the configured lifetime; `never`: no expiry."""
-        self.warn_of_scopes(scopes)
-        return KeyWish(name, scopes, is_test, self.life(expires_in), plan)
+        if scopes or not roles:
+            self.warn_of_scopes(scopes)
+        return KeyWish(name, scopes, is_test, self.life(expires_in), plan, roles)
 
     def life(self, expires_in: timedelta | str | None) -> timedelta | None:
         """The key's lifetime; None: no expiry."""
@@ -162,6 +165,11 @@ class Call:
         routes = self.settings().routes
         warnings = (one for scopes in dict.fromkeys(map(tuple, keys)) for one in scope_warnings(routes, scopes))
         for warning in dict.fromkeys(warnings):
+            print_message(f"warning: {warning}")
+
+    def print_warnings(self, result: dict[str, Any]) -> None:
+        """Print and remove the `warnings` of a result. The admin API has returned them apart from it."""
+        for warning in result.pop("warnings", ()):
             print_message(f"warning: {warning}")
 
     def print_result(

@@ -1,4 +1,4 @@
-"""Click callbacks that parse the values of options: durations, times, scopes."""
+"""Click callbacks that parse the values of options: durations, times, scopes, roles."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 
 import click
 
-from keyproxy.config.value_checks import is_scope
+from keyproxy.config.value_checks import is_role, is_scope
 
 _DURATION = re.compile(r"([0-9]+)\s*(s|m|h|d|w)")
 _DURATION_DIGITS_MAX: Final = 12
@@ -65,4 +65,18 @@ def scopes(_context: click.Context, _parameter: click.Parameter, values: tuple[s
     for value in values:
         if not is_scope(value):
             raise click.BadParameter(f"{value!r} is not a scope: use a word such as jobs:write, without wildcards")
+    return tuple(dict.fromkeys(values))
+
+
+def role(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    """A click callback: a validated name of a role or of a kind of owned ids."""
+    if value is not None and not is_role(value):
+        raise click.BadParameter(f"{value!r} is not valid: use lower-case letters, digits, _ and -, such as reader")
+    return value
+
+
+def roles(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """A click callback: validated names of roles without duplicates."""
+    for value in values:
+        role(_context, _parameter, value)
     return tuple(dict.fromkeys(values))

@@ -13,7 +13,7 @@ NOTHING: Final = "-"
 
 _GAP: Final = "  "
 _CUT: Final = "…"
-_PROSE: Final = frozenset({"name", "scopes", "detail", "last_error", "changed", "revoke_reason", "route"})
+_PROSE: Final = frozenset({"name", "scopes", "roles", "detail", "last_error", "changed", "revoke_reason", "route"})
 _PROSE_CHARACTERS_MIN: Final = 8
 
 

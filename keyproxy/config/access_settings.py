@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from keyproxy.ai.access.access_rules import AccessRules, ModelRules
+from keyproxy.ai.access.access_rules import AccessRules
 from keyproxy.ai.access.model_judgement import MODEL
+from keyproxy.ai.access.named_models import ModelRules
 from keyproxy.ai.access.value_sources import PATH
 from keyproxy.ai.categories import CategoryRules, PatternMatcher, parse_category_source
 from keyproxy.ai.dialects.endpoint import Dialect
@@ -27,15 +28,12 @@ def access_rules(settings: Settings, routes: RouteTable, patterns: PatternMatche
     found: dict[Route, AccessRules] = {}
     for match, route in routes.rows:
         row = rows.get(match, RouteRow(match))
-        model = _model_rules(settings, row, table)
+        model = _model_rules(settings, row, match, table)
         binds = read_binds(row.binds)
         categories = _category_rules(settings, row, patterns)
         if model is None and categories is None and not binds:
             continue
         names = {bind.source.name for bind in binds if bind.source.kind == PATH}
-        if model is not None:
-            names |= {MODEL} if _has_placeholder(match, MODEL) else set()
-            names |= {model.source.name} if model.source.kind == PATH else set()
         found[route] = AccessRules(
             route.name,
             model=model,
@@ -64,11 +62,19 @@ def model_warnings(settings: Settings) -> list[str]:
     ]
 
 
-def _model_rules(settings: Settings, row: RouteRow, table: ModelTable) -> ModelRules | None:
+def _model_rules(settings: Settings, row: RouteRow, match: str, table: ModelTable) -> ModelRules | None:
     if not judges_model(row, settings.models):
         return None
-    field = f"{settings.identity.header_prefix}Model: ".encode("ascii")
-    return ModelRules(parse_model_source(row.model), table, dialect=_dialect(row), field=field)
+    source = parse_model_source(row.model)
+    names = {MODEL} if _has_placeholder(match, MODEL) else set()
+    names |= {source.name} if source.kind == PATH else set()
+    return ModelRules(
+        source,
+        table,
+        dialect=_dialect(row),
+        field=f"{settings.identity.header_prefix}Model: ".encode("ascii"),
+        placeholders={name: placeholder_pattern(match, name) for name in names},
+    )
 
 
 def _category_rules(settings: Settings, row: RouteRow, patterns: PatternMatcher | None) -> CategoryRules | None:

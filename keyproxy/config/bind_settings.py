@@ -55,6 +55,17 @@ def place_faults(match: str, binds: Sequence[Bind], header_prefix: str) -> list[
     return wrong
 
 
+def header_faults(model: str, categories: Sequence[str], header_prefix: str) -> list[str]:
+    """The faults of a route's other sources that name a header which does not go upstream as it was sent."""
+    wrong = []
+    for key, texts in (("model", [model]), ("category", categories)):
+        for text in texts:
+            kind, _, name = text.partition(":")
+            if kind == HEADER and not is_forwarded_header(name, header_prefix):
+                wrong.append(f"{key}: the header {name!r} is not forwarded as it was sent")
+    return wrong
+
+
 def is_forwarded_header(name: str, header_prefix: str) -> bool:
     """Whether a header of this name goes upstream as the client sent it."""
     return FieldNames(header_prefix).kind(name.encode("ascii")) in _FORWARDED

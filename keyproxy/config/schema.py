@@ -302,8 +302,11 @@ def cross_checks(settings: Settings) -> list[str]:
     wrong += [
         f"routes[{number}].{fault}"
         for number, row in enumerate(settings.routes, start=1)
-        for fault in bind_settings.place_faults(
-            row.match, bind_settings.read_binds(row.binds), settings.identity.header_prefix
+        for fault in (
+            *bind_settings.place_faults(
+                row.match, bind_settings.read_binds(row.binds), settings.identity.header_prefix
+            ),
+            *bind_settings.header_faults(row.model, row.category, settings.identity.header_prefix),
         )
     ]
     wrong += categories.conflicts(

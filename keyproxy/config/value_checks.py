@@ -157,8 +157,14 @@ def route_scopes(value: list[str]) -> str | None:
 
 
 _SCOPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}")
+_ROLE = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 
 
 def is_scope(text: str) -> bool:
     """Whether this is a valid scope, such as `jobs:write`; no wildcards, no spaces."""
     return _SCOPE.fullmatch(text) is not None
+
+
+def is_role(text: str) -> bool:
+    """Whether this is a valid name of a role or of a kind of owned ids, such as `reader`."""
+    return _ROLE.fullmatch(text) is not None

@@ -9,6 +9,7 @@ from keyproxy.store.store import Store
 def carry_over(before: Store, after: Store) -> None:
     """Carry the counters over to the new store, so that metrics never decrease."""
     after.identities.counts = before.identities.counts
+    after.owned_ids.counts = before.owned_ids.counts
     after.ledger.counts, after.ledger.refusals = before.ledger.counts, before.ledger.refusals
     was, now = before.ledger.conversation, after.ledger.conversation
     now.counts, now.observe = was.counts, was.observe

@@ -319,7 +319,7 @@ def test_whose_shows_the_owner_of_a_key_without_revoking_it(shell: Shell, key: d
         assert (absent.status, absent.json) == (1, {"keys": []})
 
 
-# -- scopes and plans that change
+# -- scopes that change
 
 
 def test_scopes_of_a_key_are_replaced_and_logged(shell: Shell, key: dict[str, Any]) -> None:
@@ -328,6 +328,129 @@ def test_scopes_of_a_key_are_replaced_and_logged(shell: Shell, key: dict[str, An
     (row,) = shell.run_json("audit", "list", "--entity", "key", "--id", key["id"], "--action", "update")
     assert (row["changed"], row["after"]["scopes"]) == (["scopes"], ["a", "b"])
     assert shell.run_json("key", "set-scopes", key["id"], "--none")["scopes"] == []
+
+
+# -- roles, ceilings and owned ids
+
+
+def test_a_role_is_set_shown_listed_and_deleted(shell: Shell) -> None:
+    made = shell.run_json("role", "set", "reader", "--scope", "jobs:read", "--scope", "models:read")
+    assert (made["id"], made["scopes"], made["created"]) == ("reader", ["jobs:read", "models:read"], True)
+    assert shell.run_json("role", "set", "reader", "--scope", "jobs:read")["scopes"] == ["jobs:read"]
+    assert shell.run_json("role", "set", "nothing", "--none")["scopes"] == []
+    assert [one["id"] for one in shell.run_json("role", "list")] == ["nothing", "reader"]
+    assert shell.run_json("role", "show", "reader")["keys"] == 0
+    assert "--scope" in shell.refused("role", "set", "reader", status=2)
+    assert "Reader" in shell.refused("role", "set", "Reader", "--none", status=2)
+    assert shell.refused("role", "delete", "reader") == "this cannot be undone, and stdin is not a terminal: pass --yes"
+    assert shell.run_json("role", "delete", "reader", "--yes") == {"id": "reader", "deleted": True}
+    assert shell.refused("role", "show", "reader") == "there is no role 'reader'"
+
+
+def test_keys_users_and_tenants_get_roles(shell: Shell, key: dict[str, Any]) -> None:
+    shell.run_json("role", "set", "reader", "--scope", "jobs:read")
+    shell.run_json("role", "set", "writer", "--scope", "jobs:write")
+    issued = shell.run_json("key", "issue", "--user", "u_42", "--role", "reader", "--role", "writer")
+    assert (issued["scopes"], issued["roles"]) == ([], ["reader", "writer"])
+    assert shell.run_json("key", "show", issued["id"])["roles"] == ["reader", "writer"]
+    assert {one["id"]: one["roles"] for one in shell.run_json("key", "list")} == {
+        key["id"]: [], issued["id"]: ["reader", "writer"],
+    }  # fmt: skip
+    assert "reader writer" in shell.run("key", "list").out
+    assert shell.run_json("key", "rotate", issued["id"])["roles"] == ["reader", "writer"]
+    assert shell.run_json("key", "set-roles", key["id"], "--role", "reader")["roles"] == ["reader"]
+    assert shell.run_json("key", "set-roles", key["id"], "--none")["roles"] == []
+    for group, name in (("user", "u_42"), ("tenant", "acme")):
+        assert shell.run_json(group, "set-roles", name, "--role", "reader", "--role", "writer")["roles"] == [
+            "reader", "writer",
+        ]  # fmt: skip
+        assert shell.run_json(group, "show", name)["roles"] == ["reader", "writer"]
+        assert shell.run_json(group, "set-roles", name, "--none")["roles"] == []
+        assert shell.run_json(group, "set-roles", name, "--no-ceiling")["roles"] is None
+        shell.refused(group, "set-roles", name, status=2)
+        shell.refused(group, "set-roles", name, "--none", "--no-ceiling", status=2)
+        assert shell.refused(group, "set-roles", name, "--role", "x") == "there is no role 'x': create it first"
+    assert shell.refused("key", "issue", "--user", "u_42", "--role", "x") == "there is no role 'x': create it first"
+    assert shell.refused("key", "set-roles", key["id"], "--role", "x") == "there is no role 'x': create it first"
+    shell.refused("key", "set-roles", key["id"], status=2)
+    assert shell.refused("role", "delete", "reader", "--yes") == (
+        "role 'reader' is assigned to 2 keys: assign others first"
+    )
+
+
+def test_many_keys_get_roles_from_the_table_or_the_option(shell: Shell, key: dict[str, Any]) -> None:
+    del key
+    shell.run_json("role", "set", "reader", "--scope", "a")
+    shell.run_json("role", "set", "writer", "--scope", "b")
+    table = "user,name,roles\nu_42,one,reader writer\nu_42,two,\n"
+    lines = shell.run("key", "issue-many", "-", "--role", "reader", "--json", stdin=table).out.splitlines()
+    assert [json.loads(line)["roles"] for line in lines] == [["reader", "writer"], ["reader"]]
+    digests = f"user,digest,id,roles\nu_42,{'01' * 32},k1,writer\nu_42,{'02' * 32},k2,\nu_42,{'03' * 32},k3,missing\n"
+    printed = shell.run("key", "import", "-", "--role", "reader", "--json", stdin=digests)
+    assert printed.status == 1
+    assert [one["problem"] for one in printed.json["problems"]] == ["there is no role 'missing'"]
+    assert [shell.run_json("key", "show", name)["roles"] for name in ("k1", "k2")] == [["writer"], ["reader"]]
+
+
+def test_scopes_above_a_ceiling_are_warned_of(shell: Shell, key: dict[str, Any]) -> None:
+    shell.run_json("role", "set", "reader", "--scope", "jobs:read")
+    shell.run_json("tenant", "set-roles", "acme", "--role", "reader")
+    warning = "keyproxy: warning: above the ceiling of tenant 'acme' and without effect: jobs:write\n"
+    for arguments in (
+        ("key", "set-scopes", key["id"], "--scope", "jobs:write"),
+        ("key", "issue", "--user", "u_42", "--scope", "jobs:write"),
+        ("user", "create", "u_43", "--tenant", "acme", "--scope", "jobs:write"),
+    ):
+        printed = shell.run(*arguments, "--json")
+        assert (printed.status, printed.err) == (0, warning)
+        assert "warnings" not in printed.json
+    assert shell.run("key", "set-scopes", key["id"], "--scope", "jobs:read").err == ""
+
+
+def test_a_token_for_a_tenant_without_a_ceiling_is_warned_of(shell: Shell, key: dict[str, Any]) -> None:
+    del key
+    arguments = ("admin", "token", "create", "--scope", "keys:write", "--scope", "tenant:acme", "--json")
+    printed = shell.run(*arguments)
+    assert printed.status == 0
+    assert printed.err.startswith("keyproxy: warning: tenant 'acme' has no ceiling")
+    assert "warnings" not in printed.json
+    shell.run_json("tenant", "set-roles", "acme", "--none")
+    assert shell.run(*arguments).err == ""
+    assert shell.run("admin", "token", "create", "--scope", "keys:write", "--json").err == ""
+
+
+def test_owned_ids_are_added_listed_and_removed(shell: Shell, key: dict[str, Any]) -> None:
+    del key
+    shell.run_json("tenant", "create", "globex")
+    made = shell.run_json("owned", "add", "collection", "acme/docs", "--tenant", "acme")
+    assert (made["kind"], made["id"], made["tenant"], made["created"]) == ("collection", "acme/docs", "acme", True)
+    shell.run_json("owned", "add", "model", "ft:1", "--tenant", "globex")
+    assert [(one["kind"], one["id"]) for one in shell.run_json("owned", "list")] == [
+        ("collection", "acme/docs"), ("model", "ft:1"),
+    ]  # fmt: skip
+    assert [one["id"] for one in shell.run_json("owned", "list", "--tenant", "globex")] == ["ft:1"]
+    assert [one["id"] for one in shell.run_json("owned", "list", "--kind", "collection")] == ["acme/docs"]
+    assert shell.run_json("owned", "show", "model", "ft:1")["tenant"] == "globex"
+    for command in ("add", "remove"):
+        assert shell.refused("owned", command, "model", "ft:1", "--tenant", "acme") == (
+            "model 'ft:1' belongs to tenant 'globex'"
+        )
+    assert "segments" in shell.refused("owned", "add", "model", "a/../b", "--tenant", "acme")
+    assert shell.run_json("owned", "remove", "model", "ft:1", "--tenant", "globex")["deleted"] is True
+    assert shell.refused("owned", "remove", "model", "ft:1", "--tenant", "globex") == "there is no owned model 'ft:1'"
+
+
+def test_explain_shows_roles_and_ceilings(shell: Shell, key: dict[str, Any]) -> None:
+    shell.run_json("role", "set", "reader", "--scope", "jobs:read")
+    shell.run_json("key", "set-roles", key["id"], "--role", "reader")
+    shell.run_json("tenant", "set-roles", "acme", "--role", "reader")
+    shown = shell.run_json("key", "explain", key["id"], "--path", "/v1/ai/jobs")
+    assert (shown["key_scopes"], shown["roles"]) == (["jobs:write"], ["reader"])
+    assert (shown["user_ceiling"], shown["tenant_ceiling"]) == (None, ["jobs:read"])
+    assert shown["effective_scopes"] == ["jobs:read"]
+
+
+# -- plans that change
 
 
 def test_a_plan_keeps_the_limits_that_are_not_named_unless_it_is_replaced(shell: Shell) -> None:

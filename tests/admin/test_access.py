@@ -21,7 +21,7 @@ UNKNOWN = KeyFormat().make_admin_token(bytes(32)).reveal().decode()
 
 
 def _path(endpoint: Endpoint, thing: str) -> str:
-    return endpoint.path.replace("{id}", thing)
+    return endpoint.path.replace("{kind}", "collection").replace("{id}", thing)
 
 
 def _name(endpoint: Endpoint) -> str:
@@ -50,6 +50,8 @@ def _body(endpoint: Endpoint, tenant: str, user: str) -> object:
         "set_plan": {"limits": {"concurrency": 1}},
         "credit_window": {"user": user, "limit": "tokens/day", "amount": 1, "reason": "r"},
         "explain_request": {"path": "/", "body": "{}"},
+        "set_role": {"scopes": ["jobs:read"]},
+        "add_owned": {"tenant": tenant},
     }
     return bodies.get(endpoint.name)
 
@@ -175,7 +177,7 @@ async def test_a_bound_token_sees_and_touches_its_tenant_alone_at_every_endpoint
     before = await _all_of(api, "other")
     kind = endpoint.path.split("/")[2]
     things = {"tenants": "other", "users": "o_1", "keys": other.key_id, "plans": "basic", "prompts": "0f" * 32}
-    thing = things.get(kind, "")
+    thing = things.get(kind, "thing")
     body = _body(endpoint, "other", "o_1")
     paths = [_path(endpoint, thing)]
     if endpoint.name == "explain_key":

@@ -64,6 +64,9 @@ async def key(api: Api) -> str:
     await api.done("PUT", "/v1/plans/five", {"limits": {"requests_per_day": 5, "tokens_per_month": 0}})
     await api.done("PATCH", "/v1/users/u_1", {"plan": "five"})
     await api.token("keys:read")
+    await api.done("PUT", "/v1/roles/reader", {"scopes": ["a", "b"]})
+    await api.done("PATCH", "/v1/users/u_1", {"roles": ["reader"]})
+    await api.done("PUT", "/v1/owned/collection/a%2Fb", {"tenant": "acme"})
     return key
 
 
@@ -75,6 +78,7 @@ async def key(api: Api) -> str:
         "audit list", "audit list --entity token", "audit export", "key whose KEY",
         "usage show", "usage show --by user --by mode", "usage show --tenant nobody", "usage windows --user u_1 --test",
         "usage export", "usage export --format csv", "usage export --events", "usage export --format cloudevents",
+        "role list", "role show reader", "role show nothing", "owned list", "owned list --tenant acme", "owned show m x",
         "key explain KEY --path /v1/ai/jobs", "key explain KEY --path /v1/ai/jobs --method GET --tokens 5",
         "usage show --by model", "usage credit --user u_1 --limit tokens/week --amount 5 --reason r",
         "tenant show nobody", "user show nobody", "key show key_x", "key explain key_x --path /",

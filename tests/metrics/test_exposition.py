@@ -79,6 +79,9 @@ def store(number: int) -> Store:
         identities=SimpleNamespace(
             counts=SimpleNamespace(by_name=lambda: lookups), sizes=lambda: dict.fromkeys(("known", "unknown"), number)
         ),
+        owned_ids=SimpleNamespace(
+            counts=SimpleNamespace(by_name=lambda: lookups), sizes=lambda: dict.fromkeys(("owned", "nothing"), number)
+        ),
         database=SimpleNamespace(is_up=number > 1),
         feed=SimpleNamespace(lag_seconds=lambda: float(number)),
         lasting=[SimpleNamespace(what="usage", defects=number)],

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Final
 from pydantic import Field, StringConstraints
 
 from keyproxy.admin.endpoints import ApiRequest, ApiResponse, Endpoint, needs
-from keyproxy.admin.schemas.field_types import PRINTABLE, Id, Instant, KeyScope, Name, Text
+from keyproxy.admin.schemas.field_types import PRINTABLE, Id, Instant, KeyScope, Name, Role, Text
 from keyproxy.admin.schemas.request_models import RequestModel
 from keyproxy.admin.schemas.response_models import ResponseModel
 from keyproxy.admin.scopes import Scope, allows
@@ -40,6 +40,7 @@ class KeyImport(RequestModel):
     created_at: Annotated[Instant | None, Field(description="Default: now.")] = None
     expires_at: Annotated[Instant | None, Field(description="null: never.")] = None
     revoked: bool = False
+    roles: Annotated[list[Role], Field(max_length=16, default_factory=list)]
 
 
 class KeysImport(RequestModel):
@@ -84,7 +85,12 @@ async def _import(request: ApiRequest) -> ApiResponse:
             "present": report.present,
             "users": report.users,
             "problems": [{"index": index, "problem": problem} for index, problem in found],
-            "warnings": request.config.warnings(*(key.scopes for key in keys if not key.is_revoked)),
+            "warnings": [
+                *request.config.warnings(
+                    *(key.scopes for key in keys if not key.is_revoked and (key.scopes or not key.roles))
+                ),
+                *report.warnings,
+            ],
         }
     )
 

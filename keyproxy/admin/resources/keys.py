@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Final
 
@@ -66,30 +67,40 @@ async def _issue(request: ApiRequest) -> ApiResponse:
     body: KeyIssue = request.body
     wish = _wish(request, body)
     key = await request.directory.keys.issue(body.user, wish)
-    content = {**key, "warnings": request.config.warnings(wish.scopes)}
+    content = {**key, "warnings": [*_scope_warnings(request, wish), *key.get("warnings", [])]}
     return ApiResponse(content, 201, location=f"/v1/keys/{key['id']}", is_version_of=key)
 
 
 def _wish(request: ApiRequest, key: KeyIssue) -> KeyWish:
-    scopes = tuple(dict.fromkeys(key.scopes))
-    return KeyWish(key.name, scopes, key.is_test, request.config.lifetime(key.given()), key.plan)
+    life = request.config.lifetime(key.given())
+    return KeyWish(key.name, _distinct(key.scopes), key.is_test, life, key.plan, _distinct(key.roles))
+
+
+def _scope_warnings(request: ApiRequest, wish: KeyWish) -> list[str]:
+    """Warnings about a key's own scopes. A key without any may have all it needs from its roles."""
+    return request.config.warnings(wish.scopes) if wish.scopes or not wish.roles else []
+
+
+def _distinct(words: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(words))
 
 
 async def _issue_many(request: ApiRequest) -> ApiResponse:
     body: KeysIssue = request.body
     wishes = [(one.user, _wish(request, one)) for one in body.keys]
-    warnings = request.config.warnings(*(wish.scopes for _, wish in wishes))
+    warnings = [warning for _, wish in wishes for warning in _scope_warnings(request, wish)]
     items = await request.directory.key_batches.issue(wishes, reissue_unseen=body.reissue_unseen)
-    return ApiResponse({"items": items, "warnings": warnings})
+    above = [warning for item in items for warning in item.pop("warnings", ())]
+    return ApiResponse({"items": items, "warnings": list(dict.fromkeys([*warnings, *above]))})
 
 
 async def _change(request: ApiRequest) -> ApiResponse:
     changes = request.body.given()
-    if "scopes" in changes:
-        changes["scopes"] = list(dict.fromkeys(changes["scopes"]))
+    changes |= {name: list(_distinct(changes[name])) for name in ("scopes", "roles") if name in changes}
     key = await request.directory.keys.change(request.path["id"], changes, if_match=request.if_match)
-    warnings = request.config.warnings(changes["scopes"]) if "scopes" in changes else []
-    return ApiResponse({**key, "warnings": warnings}, is_version_of=key)
+    checks_scopes = "scopes" in changes and (changes["scopes"] or not key["roles"])
+    warnings = request.config.warnings(changes["scopes"]) if checks_scopes else []
+    return ApiResponse({**key, "warnings": [*warnings, *key.get("warnings", [])]}, is_version_of=key)
 
 
 async def _rotate(request: ApiRequest) -> ApiResponse:
@@ -168,13 +179,13 @@ ENDPOINTS: Final = (
              Scope.KEYS_WRITE, _revoke_many, {200: KeysRevoked}, body=KeysRevoke, refuses=_NOT_THERE),
     Endpoint("show_key", "One key.",
              Scope.KEYS_READ, _key, {200: Key}, refuses=_NOT_THERE),
-    Endpoint("change_key", "Change a key's name, plan or scopes. Takes effect within a second.",
+    Endpoint("change_key", "Change a key's name, plan, scopes or roles. Takes effect within a second.",
              Scope.KEYS_WRITE, _change, {200: KeyChanged}, body=KeyChange, is_conditional=True, refuses=_NOT_THERE),
     Endpoint("delete_key", "Delete a key. Unlike a revoked key, it disappears from lists.",
              Scope.KEYS_WRITE, _delete, {200: Deleted}, is_conditional=True, refuses=_NOT_THERE),
     Endpoint("rotate_key",
-             "Replace a key. The old key works until the grace period ends. The new key has its scopes, mode, plan and "
-             "name, and both share their limits.",
+             "Replace a key. The old key works until the grace period ends. The new key has its scopes, roles, mode, "
+             "plan and name, and both share their limits.",
              Scope.KEYS_WRITE, _rotate, {201: KeyRotated}, body=KeyRotate, may_be_empty=True, is_conditional=True,
              refuses=_NOT_THERE),
     Endpoint("revoke_key", "Revoke a key permanently. Takes effect within a second.",

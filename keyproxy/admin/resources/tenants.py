@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from keyproxy.admin.endpoints import ApiRequest, ApiResponse, Endpoint, page
-from keyproxy.admin.problems import Problem
+from keyproxy.admin.problems import Problem, Refused
 from keyproxy.admin.schemas.request_models import Paged, TenantChange, TenantCreate, UserChange, UserCreate, UsersQuery
 from keyproxy.admin.schemas.response_models import Deleted, Tenant, TenantMade, Tenants, User, UserMade, Users
 from keyproxy.admin.scopes import Scope
@@ -31,6 +31,8 @@ async def _create_tenant(request: ApiRequest) -> ApiResponse:
 
 
 async def _change_tenant(request: ApiRequest) -> ApiResponse:
+    if request.is_bound and "roles" in request.body.model_fields_set:
+        raise Refused(Problem.TENANT_BOUND, "The token is restricted to a tenant and cannot change its ceiling.")
     tenant = await request.directory.tenants.change(request.path["id"], request.body.given(), if_match=request.if_match)
     return ApiResponse(tenant, is_version_of=tenant)
 
@@ -59,7 +61,7 @@ async def _create_user(request: ApiRequest) -> ApiResponse:
         warnings = request.config.warnings(scopes)
     user = await request.directory.users.create(body.id, body.tenant, wish, plan=body.plan)
     status = 201 if user["created"] else 200
-    content = {**user, "warnings": warnings}
+    content = {**user, "warnings": [*warnings, *user.get("warnings", [])]}
     return ApiResponse(content, status, location=f"/v1/users/{user['id']}", is_version_of=user)
 
 
@@ -80,9 +82,10 @@ ENDPOINTS: Final = (
              refuses=_NOT_THERE),
     Endpoint("show_tenant", "One tenant.",
              Scope.KEYS_READ, _tenant, {200: Tenant}, refuses=_NOT_THERE),
-    Endpoint("change_tenant", "Change a tenant's name or plans, or disable or enable it. Takes effect within a second.",
+    Endpoint("change_tenant", "Change a tenant's name, plans or ceiling, or disable or enable it. Takes effect within a "
+             "second.",
              Scope.ADMIN_WRITE, _change_tenant, {200: Tenant}, body=TenantChange, is_conditional=True,
-             refuses=_NOT_THERE),
+             refuses=_NOT_THERE | {Problem.TENANT_BOUND}),
     Endpoint("delete_tenant", "Delete a tenant with its users and their keys. The audit log keeps their last state.",
              Scope.ADMIN_WRITE, _delete_tenant, {200: Deleted}, is_global=True, is_conditional=True,
              refuses=_NOT_THERE),
@@ -94,7 +97,7 @@ ENDPOINTS: Final = (
              Scope.USERS_WRITE, _create_user, {201: UserMade, 200: UserMade}, body=UserCreate, refuses=_NOT_THERE),
     Endpoint("show_user", "One user.",
              Scope.KEYS_READ, _user, {200: User}, refuses=_NOT_THERE),
-    Endpoint("change_user", "Change a user's plans, or disable or enable it. Takes effect within a second.",
+    Endpoint("change_user", "Change a user's plans or ceiling, or disable or enable it. Takes effect within a second.",
              Scope.USERS_WRITE, _change_user, {200: User}, body=UserChange, is_conditional=True, refuses=_NOT_THERE),
     Endpoint("delete_user", "Delete a user with all its keys. The audit log keeps their last state.",
              Scope.USERS_WRITE, _delete_user, {200: Deleted}, is_conditional=True, refuses=_NOT_THERE),

@@ -211,6 +211,11 @@ class Explained(ResponseModel):
     user: str
     tenant: str
     mode: Literal["live", "test"]
+    key_scopes: list[str]
+    roles: list[str]
+    user_ceiling: Annotated[list[str] | None, Field(description="The scopes that it allows; null: there is none.")]
+    tenant_ceiling: Annotated[list[str] | None, Field(description="The scopes that it allows; null: there is none.")]
+    effective_scopes: Annotated[list[str], Field(description="What the key may do.")]
     route: str | None
     allowed: bool
     code: str | None

@@ -21,17 +21,20 @@ ID = r"^[A-Za-z0-9][A-Za-z0-9._:@|+\-]{0,127}$"
 PLAN_ID = r"^[A-Za-z0-9][A-Za-z0-9._:@\-]{0,127}$"
 PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 SCOPE = r"^[A-Za-z0-9][A-Za-z0-9._:/\-]{0,63}$"
+ROLE = r"^[a-z][a-z0-9_\-]{0,63}$"
+OBJECT_ID = r"^[A-Za-z0-9._:@|+~/=,!$\-]{1,256}$"
 
-CATEGORY = r"^[a-z][a-z0-9_\-]{0,63}$"
 NAMESPACE = r"^(path|query|header|json):[^=\x00-\x1f\x7f]{1,256}=[^\x00-\x1f\x7f]{0,512}$"
 
 Id = Annotated[str, StringConstraints(pattern=ID)]
 PlanId = Annotated[str, StringConstraints(pattern=PLAN_ID)]
 Name = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=200)]
 Reason = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=500)]
-CategoryName = Annotated[str, StringConstraints(pattern=CATEGORY)]
+CategoryName = Annotated[str, StringConstraints(pattern=ROLE)]
 BoundValue = Annotated[str, StringConstraints(pattern=NAMESPACE)]
 KeyScope = Annotated[str, StringConstraints(pattern=SCOPE)]
+Role = Annotated[str, StringConstraints(pattern=ROLE)]
+AuditedId = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=400)]
 Text = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=200)]
 Life = Annotated[int, Field(ge=1, le=_LIFE_SECONDS_MAX)]
 Whole = Annotated[int, Field(ge=0, le=LIMIT_MAX)]

@@ -22,6 +22,7 @@ from keyproxy.admin.schemas.field_types import (
     AS_LIST,
     BY_NAME,
     Amount,
+    AuditedId,
     Burst,
     CategoryName,
     Id,
@@ -38,6 +39,7 @@ from keyproxy.admin.schemas.field_types import (
     QueryRow,
     QuerySeconds,
     Reason,
+    Role,
     Selector,
     Text,
     Whole,
@@ -101,8 +103,8 @@ class KeysQuery(Paged):
 class AuditQuery(RequestModel):
     """Selects audit log rows; all given filters must match."""
 
-    entity: Literal["tenant", "user", "key", "plan", "token", "window", "template"] | None = None
-    entity_id: Text | None = None
+    entity: Literal["tenant", "user", "key", "plan", "token", "window", "role", "owned", "template"] | None = None
+    entity_id: AuditedId | None = None
     tenant: Id | None = None
     actor: Text | None = None
     action: Literal["insert", "update", "delete", "truncate", "window.credit"] | None = None
@@ -132,14 +134,22 @@ class TenantCreate(RequestModel):
     plan: PlanId | None = None
 
 
+#: Roles of a tenant or user.
+_Ceiling = Annotated[
+    Annotated[list[Role], Field(max_length=16)] | None,
+    Field(description="The ceiling of its keys: the scopes of these roles. []: nothing is allowed. null: no ceiling."),
+]
+
+
 class TenantChange(RequestModel):
     """Fields to change; omitted fields stay unchanged. A null plan removes the plan."""
 
-    without_default: ClassVar[frozenset[str]] = frozenset({"name", "plan", "test_plan", "disabled"})
+    without_default: ClassVar[frozenset[str]] = frozenset({"name", "plan", "test_plan", "roles", "disabled"})
 
     name: Name = ""
     plan: PlanId | None = None
     test_plan: PlanId | None = None
+    roles: _Ceiling = None
     disabled: bool = False
 
 
@@ -170,10 +180,11 @@ class UserCreate(RequestModel):
 class UserChange(RequestModel):
     """Fields to change; omitted fields stay unchanged. A null plan removes the plan."""
 
-    without_default: ClassVar[frozenset[str]] = frozenset({"name", "plan", "test_plan", "disabled"})
+    without_default: ClassVar[frozenset[str]] = frozenset({"plan", "test_plan", "roles", "disabled"})
 
     plan: PlanId | None = None
     test_plan: PlanId | None = None
+    roles: _Ceiling = None
     disabled: bool = False
 
 
@@ -182,6 +193,7 @@ class KeyIssue(FirstKey):
 
     user: Id
     is_test: bool = False
+    roles: Annotated[list[Role], Field(max_length=16)] = []
 
 
 class KeysIssue(RequestModel):
@@ -196,11 +208,12 @@ class KeysIssue(RequestModel):
 class KeyChange(RequestModel):
     """Fields to change; omitted fields stay unchanged. A null plan removes the plan."""
 
-    without_default: ClassVar[frozenset[str]] = frozenset({"name", "plan", "scopes"})
+    without_default: ClassVar[frozenset[str]] = frozenset({"name", "plan", "scopes", "roles"})
 
     name: Name = ""
     plan: PlanId | None = None
     scopes: Annotated[list[KeyScope], Field(max_length=64, description="All scopes; replace the previous ones.")] = []
+    roles: Annotated[list[Role], Field(max_length=16, description="All roles; replace the previous ones.")] = []
 
 
 class KeyRotate(RequestModel):

@@ -24,6 +24,7 @@ class Tenant(ResponseModel):
     name: str
     plan: str | None
     test_plan: str | None
+    roles: Annotated[list[str] | None, Field(description="The ceiling of all its keys; null: none.")]
     disabled_at: Time | None
     created_at: Time
     users: int
@@ -42,6 +43,7 @@ class User(ResponseModel):
     tenant: str
     plan: str | None
     test_plan: str | None
+    roles: Annotated[list[str] | None, Field(description="The ceiling of all its keys; null: none.")]
     disabled_at: Time | None
     created_at: Time
     keys: int
@@ -57,6 +59,7 @@ class Key(ResponseModel):
     hint: str
     name: str
     scopes: list[str]
+    roles: list[str]
     is_test: bool
     plan: str | None
     created_at: Time
@@ -72,7 +75,7 @@ _Secret = Annotated[
     str | None,
     Field(description="Shown once. null in the response to a repeated request, because it is not stored."),
 ]
-_Warnings = Annotated[list[str], Field(description="Warnings, such as a scope that no route requires.")]
+_Warnings = Annotated[list[str], Field(description="Warnings, such as a scope above a ceiling.")]
 
 
 class KeyMade(Key):
@@ -103,6 +106,7 @@ class KeyIssued(ResponseModel):
     id: str = ""
     hint: str = ""
     scopes: list[str] = []
+    roles: list[str] = []
     is_test: bool = False
     plan: str | None = None
     expires_at: Time | None = None

@@ -8,38 +8,16 @@ from typing import Final
 
 from keyproxy.ai.access.counted_names import CountedNames
 from keyproxy.ai.access.model_judgement import MODEL_PLACES
+from keyproxy.ai.access.named_models import ModelRules
 from keyproxy.ai.access.namespaces import Bind
 from keyproxy.ai.access.value_sources import HEADER, JSON, PATH, QUERY, ValueSource
 from keyproxy.ai.categories import CategoryRules
-from keyproxy.ai.dialects.endpoint import Dialect, MemberPath
-from keyproxy.ai.model_source import DIALECT, ModelSource
-from keyproxy.ai.models import ModelTable
+from keyproxy.ai.dialects.endpoint import MemberPath
 from keyproxy.ai.prompts import counting_paths
 from keyproxy.ai.requests.request_reading import BodyBounds
 from keyproxy.ai.scanning.member_scope import MemberScope, scope_of_paths
 
 _FORM: Final = "form"
-
-
-class ModelRules:
-    """`source`: where the request names its model; `dialect`: of the route's tokens, None without. `field`: the start of
-    the header line that names the model to the upstream."""
-
-    __slots__ = ("dialect", "field", "source", "table")
-
-    def __init__(self, source: ModelSource, table: ModelTable, *, dialect: Dialect | None, field: bytes) -> None:
-        self.source: Final = source
-        self.table: Final = table
-        self.dialect: Final = dialect
-        self.field: Final = field
-
-    @property
-    def json_member(self) -> str:
-        """The member that names the model; empty: JSON does not name it."""
-        if self.source.kind == JSON:
-            return self.source.name
-        is_usual = self.source.kind == DIALECT and self.dialect is not None and self.dialect.model_member
-        return "model" if is_usual else ""
 
 
 class AccessRules:

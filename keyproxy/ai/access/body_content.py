@@ -23,6 +23,7 @@ _PORTION: Final = 131_072
 _INFLATION_COST: Final = 32_768
 
 MULTIPART: Final = b"multipart/form-data"
+_USUAL: Final = b"application/json"
 _PAIRS: Final = b"application/x-www-form-urlencoded"
 
 _MEDIA_TYPE: Final = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+/[A-Za-z0-9!#$%&'*+.^_`|~-]+")
@@ -116,6 +117,8 @@ class ContentReading:
 
 def check_media_type(rules: AccessRules, fields: RequestFields) -> None:
     """Raise a Refusal (REQUEST_MALFORMED) unless a body of this type can have the values that the rules read."""
+    if fields.media_type == _USUAL and not rules.reads_form:
+        return
     if rules.reads_json and (is_form(fields) or not fields.is_json):
         raise malformed("The body must be JSON on this route, with Content-Type: application/json.")
     if rules.reads_form and fields.media_type != MULTIPART:

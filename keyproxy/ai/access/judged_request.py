@@ -16,8 +16,8 @@ from keyproxy.ai.access.access_rules import AccessRules
 from keyproxy.ai.access.body_content import BodyContent, ContentReading, check_media_type, is_form
 from keyproxy.ai.access.counted_names import counted_headers, counted_pairs
 from keyproxy.ai.access.judged_values import MISSING, Found, JudgedValues, found_at, found_text
-from keyproxy.ai.access.model_judgement import JudgedModel, judge_models
-from keyproxy.ai.access.named_models import ModelPlaces, named_models
+from keyproxy.ai.access.model_judgement import JudgedModel
+from keyproxy.ai.access.named_models import ModelPlaces
 from keyproxy.ai.access.namespaces import judge_binds
 from keyproxy.ai.access.tenant_records import TenantRecords
 from keyproxy.ai.access.value_sources import HEADER, JSON, PATH, QUERY, path_value
@@ -112,10 +112,10 @@ class JudgedRequest:
                 found[source.text] = found_text((query if source.kind == QUERY else headers).get(source.name))
         values = JudgedValues(found)
         if model is not None:
-            places = ModelPlaces(parts, query, headers, content.fields)
-            values.model, values.other_models = named_models(model, rules.placeholders, head.line.path, places)
+            places = ModelPlaces(parts, query=query, headers=headers, fields=content.fields)
+            values.models = model.models_of(head.line.target, places)
             if rules.reads_form:
-                self.form_model = values.model
+                self.form_model = values.models.model
         if rules.categories is not None:
             _read_categories(values, rules.categories, headers, document)
         self.values = values
@@ -136,10 +136,10 @@ def judge_values(rules: AccessRules, values: JudgedValues, identity: Identity, r
     Raises a Refusal, and Missing for what is not in memory.
     """
     model, categories, lines = None, None, b""
-    if rules.model is not None:
-        model = judge_models(rules.model.table, values, identity, records)
+    if values.models is not None:
+        model = values.models.judge(identity, records)
         records.require()
-        lines = b"%b%b\r\n" % (rules.model.field, model.name.encode("ascii"))
+        lines = model.line
     if rules.categories is not None:
         categories = _judge_categories(rules.categories, values, identity, records)
         lines += categories.header

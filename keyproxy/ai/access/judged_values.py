@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
+from keyproxy.ai.access.model_judgement import NamedModels
 from keyproxy.ai.categories import PatternSearch
 from keyproxy.ai.dialects.endpoint import EACH, MemberPath
 from keyproxy.ai.prompts import Instructions
@@ -25,16 +26,15 @@ MISSING: Final = Found(is_missing=True)
 
 
 class JudgedValues:
-    """`model`: of the route's source, `other_models`: of every other place that names one. `found`: what stands at the
-    sources of binds, by their text. `declared`: see `CategoryValues`. `instructions`, `search`: None if no category
-    depends on them. No text of the request is kept once it is judged."""
+    """`models`: None if the route judges none. `found`: what stands at the sources of binds, by their text. `declared`:
+    see `CategoryValues`. `instructions`, `search`: None if no category depends on them. No text of the request is kept
+    once it is judged."""
 
-    __slots__ = ("declared", "found", "instructions", "model", "other_models", "search")
+    __slots__ = ("declared", "found", "instructions", "models", "search")
 
     def __init__(self, found: dict[str, Found] | None = None) -> None:
         self.found: Final[dict[str, Found]] = {} if found is None else found
-        self.model: str | None = None
-        self.other_models: tuple[str, ...] = ()
+        self.models: NamedModels | None = None
         self.declared: tuple[object, ...] = ()
         self.instructions: Instructions | None = None
         self.search: PatternSearch | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from keyproxy.ai.access.judged_values import JudgedValues
 from keyproxy.ai.access.object_ids import is_object_id
 from keyproxy.ai.access.tenant_records import TenantRecords
 from keyproxy.ai.models import Model, ModelTable
@@ -24,35 +23,52 @@ OWNED_LABEL: Final = "owned"
 
 
 class JudgedModel:
-    """The model that a request may use. `name`: of its row, or the owned id. `label`: in metrics."""
+    """The model that a request may use. `name`: of its row, or the owned id. `label`: in metrics. `line`: the header line
+    that names it to the upstream."""
 
-    __slots__ = ("label", "name", "row")
+    __slots__ = ("label", "line", "name")
 
-    def __init__(self, name: str, row: Model | None) -> None:
+    def __init__(self, name: str, label: str, field: bytes) -> None:
+        """`field`: the start of the header line."""
         self.name: Final = name
-        self.row: Final = row
-        self.label: Final = OWNED_LABEL if row is None else row.name
+        self.label: Final = label
+        self.line: Final = b"%b%b\r\n" % (field, name.encode("ascii"))
 
 
-def judge_models(table: ModelTable, values: JudgedValues, identity: Identity, records: TenantRecords) -> JudgedModel:
-    """The model of the route's source. Raises a Refusal (REQUEST_MALFORMED, MODEL_NOT_ALLOWED) for any of the models.
+class NamedModels:
+    """The models that a request names. `model`: of the route's source, None if it has none. `others`: of every other
+    place. Requests that name the same in the same places share it."""
 
-    `records.require` has to be called before the result is used.
-    """
-    if values.model is None:
-        raise malformed("The request must name a model, as a string.", MODEL)
-    row = _allowed(table, values.model, identity, records)
-    for other in values.other_models:
-        _allowed(table, other, identity, records)
-    return JudgedModel(values.model if row is None else row.name, row)
+    __slots__ = ("_field", "_judged", "_row", "_table", "model", "others")
+
+    def __init__(self, model: str | None, others: tuple[str, ...], table: ModelTable, field: bytes) -> None:
+        """`field`: the start of the header line that names the model."""
+        self.model: Final = model
+        self.others: Final = others
+        self._table: Final = table
+        self._field: Final = field
+        row = self._row = table.find(model)
+        self._judged: Final = None if row is None else JudgedModel(row.name, row.name, field)
+
+    def judge(self, identity: Identity, records: TenantRecords) -> JudgedModel:
+        """The model of the source. Raises a Refusal (REQUEST_MALFORMED, MODEL_NOT_ALLOWED) for any of the models.
+
+        `records.require` has to be called before the result is used.
+        """
+        model, row, judged = self.model, self._row, self._judged
+        if model is None:
+            raise malformed("The request must name a model, as a string.", MODEL)
+        _check(model, row, identity, records)
+        for other in self.others:
+            _check(other, self._table.find(other), identity, records)
+        return JudgedModel(model, OWNED_LABEL, self._field) if judged is None else judged
 
 
-def _allowed(table: ModelTable, name: str, identity: Identity, records: TenantRecords) -> Model | None:
-    """The row of a model that the key may use, None for an owned one. Raises a Refusal."""
-    row = table.find(name)
+def _check(name: str, row: Model | None, identity: Identity, records: TenantRecords) -> None:
+    """Raise a Refusal unless the key may use a model. `row`: None if it is not listed."""
     if row is None:
         if is_object_id(name) and records.owns(OWNED_KIND, name):
-            return None
+            return
         raise Refusal(Reason.MODEL_NOT_ALLOWED, "the model is neither listed nor owned", field=MODEL)
     if not row.scopes <= identity.scopes:
         missing = min(row.scopes - identity.scopes)
@@ -63,4 +79,3 @@ def _allowed(table: ModelTable, name: str, identity: Identity, records: TenantRe
             missing_scopes=(missing,),
             field=MODEL,
         )
-    return row

@@ -5,16 +5,22 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from keyproxy.ai.access.access_rules import ModelRules
-from keyproxy.ai.access.model_judgement import MODEL, MODEL_PLACES
-from keyproxy.ai.access.value_sources import HEADER, PATH, QUERY, path_value
+from keyproxy.ai.access.model_judgement import MODEL, MODEL_PLACES, NamedModels
+from keyproxy.ai.access.value_sources import HEADER, JSON, PATH, QUERY, path_value
+from keyproxy.ai.dialects.endpoint import Dialect
 from keyproxy.ai.dialects.table import model_in_path
-from keyproxy.ai.model_source import DIALECT
+from keyproxy.ai.model_source import DIALECT, ModelSource
+from keyproxy.ai.models import ModelTable
 from keyproxy.ai.requests.model_lists import named_in
 from keyproxy.ai.requests.request_facts import malformed
+from keyproxy.ai.scanning.member_scope import ALTERNATIVES
 from keyproxy.ai.scanning.request_parts import RequestParts
 
 _FORM: Final = "form"
+
+#: As in `RouteRules`: clients choose targets and names.
+_KEPT_MAX: Final = 1_024
+_KEPT_CHARACTERS_MAX: Final = 256
 _NULL: Final = b"null"
 
 
@@ -24,7 +30,12 @@ class ModelPlaces:
     __slots__ = ("fields", "headers", "parts", "query")
 
     def __init__(
-        self, parts: RequestParts | None, query: dict[str, str], headers: dict[str, str], fields: dict[str, str]
+        self,
+        parts: RequestParts | None,
+        *,
+        query: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
+        fields: dict[str, str] | None = None,
     ) -> None:
         self.parts: Final = parts
         self.query: Final = query
@@ -32,39 +43,85 @@ class ModelPlaces:
         self.fields: Final = fields
 
 
-def named_models(
-    rules: ModelRules, placeholders: dict[str, re.Pattern[bytes]], path: bytes, places: ModelPlaces
-) -> tuple[str | None, tuple[str, ...]]:
-    """The model of the route's source, None if it has none, and those of all other places.
+class ModelRules:
+    """Where the requests of one route name models. `source`: the place of the model; `json_member`: the member there, if
+    it is in JSON, else empty. `dialect`: of the route's tokens, None without. `field`: the start of the header line that
+    names the model to the upstream. `placeholders`: see `AccessRules`."""
 
-    Raises a Refusal (REQUEST_MALFORMED) for a value of another type or shape.
-    """
-    source, dialect = rules.source, rules.dialect
-    others: list[str] = []
-    model = None if places.parts is None else _json_models(places.parts, rules.json_member, others)
-    if source.kind == HEADER:
-        model = places.headers.get(source.name.lower())
-    elif source.kind in (QUERY, _FORM, PATH):
-        model = None
-    for kind, values in ((QUERY, places.query), (_FORM, places.fields)):
-        for name, value in values.items():
-            if source.kind == kind and name == source.name:
-                model = value
-            elif name in MODEL_PLACES:
-                others.append(value)
-    if source.kind == PATH:
-        model = path_value(placeholders[source.name], path)
-    if MODEL in placeholders:
-        in_placeholder = path_value(placeholders[MODEL], path)
-        if in_placeholder is not None:
-            others.append(in_placeholder)
-    in_path = None if dialect is None else model_in_path(dialect, path)
-    if in_path is not None:
-        if source.kind == DIALECT and model is None:
+    __slots__ = ("_keeps", "_kept", "dialect", "field", "json_member", "placeholders", "source", "table")
+
+    def __init__(
+        self,
+        source: ModelSource,
+        table: ModelTable,
+        *,
+        dialect: Dialect | None,
+        field: bytes,
+        placeholders: dict[str, re.Pattern[bytes]] | None = None,
+    ) -> None:
+        self.source: Final = source
+        self.table: Final = table
+        self.dialect: Final = dialect
+        self.field: Final = field
+        self.placeholders: Final = {} if placeholders is None else placeholders
+        is_usual = source.kind == DIALECT and dialect is not None and dialect.model_member
+        self.json_member: Final = source.name if source.kind == JSON else MODEL if is_usual else ""
+        self._keeps: Final = source.kind not in (HEADER, _FORM)
+        #: By target, and the model in JSON as the source and as every API has it.
+        self._kept: Final[dict[tuple[bytes, str | None, str | None], NamedModels]] = {}
+
+    def models_of(self, target: bytes, places: ModelPlaces) -> NamedModels:
+        """The models that a request names. Raises a Refusal (REQUEST_MALFORMED) for a value of another type or shape."""
+        parts = places.parts
+        if places.fields or not self._keeps or (parts is not None and _has_lists(parts)):
+            return self._named(target, places)
+        stated = usual = None
+        if parts is not None:
+            usual = parts.values.get(MODEL)
+            stated = usual if self.json_member == MODEL else parts.values.get(self.json_member)
+        if not (stated is None or isinstance(stated, str)) or not (usual is None or isinstance(usual, str)):
+            return self._named(target, places)
+        key = (target, stated, usual)
+        found = self._kept.get(key)
+        if found is None:
+            found = self._named(target, places)
+            if len(target) + len(stated or "") + len(usual or "") <= _KEPT_CHARACTERS_MAX:
+                if len(self._kept) >= _KEPT_MAX:
+                    self._kept.clear()
+                self._kept[key] = found
+        return found
+
+    def replaced(self, named: NamedModels, model: str) -> NamedModels:
+        """The models of a request that names another one at the route's source."""
+        return NamedModels(model, named.others, self.table, self.field)
+
+    def _named(self, target: bytes, places: ModelPlaces) -> NamedModels:
+        source, path = self.source, target.partition(b"?")[0]
+        others: list[str] = []
+        model = None if places.parts is None else _json_models(places.parts, self.json_member, others)
+        if source.kind == HEADER:
+            model = (places.headers or {}).get(source.name.lower())
+        elif source.kind == PATH:
+            model = path_value(self.placeholders[source.name], path)
+        for kind, values in ((QUERY, places.query), (_FORM, places.fields)):
+            for name, value in (values or {}).items():
+                if source.kind == kind and name == source.name:
+                    model = value
+                elif name in MODEL_PLACES:
+                    others.append(value)
+        if MODEL in self.placeholders:
+            in_placeholder = path_value(self.placeholders[MODEL], path)
+            others += [] if in_placeholder is None else [in_placeholder]
+        in_path = None if self.dialect is None else model_in_path(self.dialect, path)
+        if in_path is not None and source.kind == DIALECT and model is None:
             model = in_path
-        else:
+        elif in_path is not None:
             others.append(in_path)
-    return model, tuple([other for other in others if other != model])
+        return NamedModels(model, tuple([other for other in others if other != model]), self.table, self.field)
+
+
+def _has_lists(parts: RequestParts) -> bool:
+    return not parts.values.keys().isdisjoint(ALTERNATIVES)
 
 
 def _json_models(parts: RequestParts, member: str, others: list[str]) -> str | None:

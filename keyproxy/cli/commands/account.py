@@ -1,24 +1,27 @@
-"""The commands that tenants and users share: show, set-plan, disable, enable, delete."""
+"""The commands that tenants and users share: show, set-plan, set-roles, disable, enable, delete."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import click
 
 from keyproxy.cli.context import Call, chosen_plan, confirm, plan_arguments, takes_call, yes_option
+from keyproxy.cli.parameters import roles
 from keyproxy.store.directory.interface import AccountOperations, DirectoryOperations
 
 
 @dataclass(frozen=True, slots=True)
 class AccountKind:
-    """A kind of account. `contents`: what is deleted with it. `examples`: of `set-plan`."""
+    """A kind of account. `contents`: what is deleted with it. `examples`: of `set-plan`; the other one of `set-roles`."""
 
     noun: str
     columns: Sequence[str]
     contents: str
     examples: Sequence[str]
+    ceiling_example: str
     operations: Callable[[DirectoryOperations], AccountOperations]
 
     def change(self, call: Call, account_id: str, changes: dict[str, object]) -> None:
@@ -28,12 +31,17 @@ class AccountKind:
         )
 
 
+_CEILING: Final = (
+    "Set or remove a {noun}'s ceiling. No key of the {noun} may do more than these roles allow. Takes effect within a"
+    " second."
+)
+
 _id_argument = click.argument("account_id", metavar="ID")
 
 
 def add_account_commands(group: click.Group, kind: AccountKind) -> None:
     """Add the commands to the group of this kind."""
-    for add_command in (_add_show, _add_set_plan, _add_disable, _add_enable, _add_delete):
+    for add_command in (_add_show, _add_set_plan, _add_set_roles, _add_disable, _add_enable, _add_delete):
         add_command(group, kind)
 
 
@@ -62,6 +70,19 @@ def _add_set_plan(group: click.Group, kind: AccountKind) -> None:
         call: Call, account_id: str, plan: str | None, named: str | None, *, none: bool, is_test: bool
     ) -> None:
         kind.change(call, account_id, {"test_plan" if is_test else "plan": chosen_plan(plan, named, none=none)})
+
+
+def _add_set_roles(group: click.Group, kind: AccountKind) -> None:
+    @group.command("set-roles", help=f"{_CEILING.format(noun=kind.noun)}\n\n\b\n{kind.ceiling_example}")
+    @_id_argument
+    @click.option("--role", "wanted", multiple=True, callback=roles, metavar="ROLE", help="A role; repeatable.")
+    @click.option("--none", "none", is_flag=True, help="Allow no scopes at all.")
+    @click.option("--no-ceiling", is_flag=True, help="Remove the ceiling.")
+    @takes_call
+    def set_roles(call: Call, account_id: str, wanted: tuple[str, ...], *, none: bool, no_ceiling: bool) -> None:
+        if bool(wanted) + none + no_ceiling != 1:
+            raise click.UsageError("pass the roles with --role, or --none, or --no-ceiling")
+        kind.change(call, account_id, {"roles": None if no_ceiling else list(wanted)})
 
 
 def _add_disable(group: click.Group, kind: AccountKind) -> None:

@@ -133,6 +133,8 @@ def token_create(
         config_path,
         lambda tokens: tokens.create(name, granted.scopes, tenant_id=granted.tenant, expires_in=life),
     )
+    for warning in token.pop("warnings", ()):
+        print_message(f"warning: {warning}")
     lost = f"the secret of token {token['id']} is lost: `keyproxy admin token revoke {token['id']}`"
     with showing_secret(f"{lost}, then create a new token"):
         print_result(token, as_json=as_json, columns=_COLUMNS)

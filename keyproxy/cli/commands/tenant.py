@@ -52,6 +52,7 @@ add_account_commands(
             "keyproxy tenant set-plan acme sandbox --test",
             "keyproxy tenant set-plan acme --none",
         ),
+        ceiling_example="keyproxy tenant set-roles acme --role reader --role writer",
         operations=lambda directory: directory.tenants,
     ),
 )

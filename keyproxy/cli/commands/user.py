@@ -37,6 +37,7 @@ def user_create(
     wish = None if no_key else call.wish("", wanted, None)
     run = call.run if no_key else call.run_for_secret
     user = run(lambda directory: directory.users.create(user_id, tenant_id, wish, plan=plan))
+    call.print_warnings(user)
     key = user["key"]
     if key is None:
         call.print_result(user, USER_COLUMNS)
@@ -76,6 +77,7 @@ add_account_commands(
             "keyproxy user set-plan u_42 basic",
             "keyproxy user set-plan u_42 --none",
         ),
+        ceiling_example="keyproxy user set-roles u_42 --role reader",
         operations=lambda directory: directory.users,
     ),
 )

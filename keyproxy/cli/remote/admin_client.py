@@ -72,10 +72,11 @@ class AdminClient:
         """Add a warning."""
         self.warnings[warning] = None
 
-    async def call(self, endpoint: str, entity_id: str = "", /, **fields: Any) -> Entity:
+    async def call(self, endpoint: str, /, *path: str, **fields: Any) -> Entity:
         """Call an endpoint of ADDRESSES and return the response's JSON. Raises DirectoryError or AdminApiUnavailable.
 
-        `entity_id`: for a path with `{id}`. `fields`: of the body; or of the query, where None means no such field.
+        `path`: the values of the path's placeholders. `fields`: of the body; or of the query, where None means no such
+        field.
         """
         address = ADDRESSES[endpoint]
         data = io.BytesIO(orjson.dumps(fields)) if address.has_body else None
@@ -84,7 +85,7 @@ class AdminClient:
         with _translated_errors():
             async with self._session.request(
                 address.method,
-                address.path_of(entity_id),
+                address.path_of(*path),
                 data=data,
                 headers=headers,
                 params=query,

@@ -1,8 +1,8 @@
-"""The operations on tenants, users, keys, plans and the audit log, through a running `keyproxy admin`."""
+"""The operations on tenants, users, keys, plans, roles, owned ids and the audit log, over the API of `keyproxy admin`."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -89,6 +89,47 @@ class RemotePlans:
         return await self._client.call("delete_plan", name)
 
 
+class RemoteRoles:
+    """RoleOperations over the admin API."""
+
+    def __init__(self, client: AdminClient) -> None:
+        self._client = client
+        self._list = ListById(client, "list_roles")
+
+    async def set(self, name: str, scopes: Sequence[str]) -> Entity:
+        return await self._client.call("set_role", name, scopes=list(scopes))
+
+    async def get(self, name: str) -> Entity:
+        return await self._client.call("show_role", name)
+
+    async def list_by_id(self, after: str, limit: int) -> list[Entity]:
+        return await self._list.page(after, limit)
+
+    async def delete(self, name: str) -> Entity:
+        return await self._client.call("delete_role", name)
+
+
+class RemoteOwnedIds:
+    """OwnedIdOperations over the admin API."""
+
+    def __init__(self, client: AdminClient) -> None:
+        self._client = client
+
+    async def add(self, kind: str, object_id: str, tenant_id: str) -> Entity:
+        return await self._client.call("add_owned", kind, object_id, tenant=tenant_id)
+
+    async def get(self, kind: str, object_id: str) -> Entity:
+        return await self._client.call("show_owned", kind, object_id)
+
+    async def remove(self, kind: str, object_id: str, tenant_id: str | None = None) -> Entity:
+        return await self._client.call("remove_owned", kind, object_id, tenant=tenant_id)
+
+    async def list_page(
+        self, cursor: str | None, limit: int, *, kind: str | None = None, tenant_id: str | None = None
+    ) -> EntityPage:
+        return await self._client.page("list_owned", cursor, limit, kind=kind, tenant=tenant_id)
+
+
 class RemotePromptTemplates:
     """PromptTemplateOperations over the admin API."""
 
@@ -166,6 +207,8 @@ class RemoteDirectory:
         self.key_importer = RemoteKeyImporter(client)
         self.leaked_keys = RemoteLeakedKeys(client)
         self.plans = RemotePlans(client)
+        self.roles = RemoteRoles(client)
+        self.owned = RemoteOwnedIds(client)
         self.prompts = RemotePromptTemplates(client)
         self.credits = RemoteCredits(client)
         self.audit = RemoteAudit(client)

@@ -135,7 +135,9 @@ def key_fields(wish: KeyWish) -> dict[str, Any]:
 
 
 def _wish_fields(user_id: str, wish: KeyWish) -> dict[str, Any]:
-    return {"user": user_id, "is_test": wish.is_test, **key_fields(wish)}
+    # An older admin API refuses unknown fields.
+    roles = {"roles": list(wish.roles)} if wish.roles else {}
+    return {"user": user_id, "is_test": wish.is_test, **key_fields(wish), **roles}
 
 
 def _lifetime_fields(expires_in: timedelta | None) -> dict[str, int | None]:
@@ -182,6 +184,9 @@ def _imported(key: ImportedKey) -> Entity:
         "expires_at": key.expires_at,
         "revoked": key.is_revoked,
     }
+    if key.roles:
+        # An older admin API refuses unknown fields.
+        fields["roles"] = list(key.roles)
     return {name: value for name, value in fields.items() if value is not None}
 
 

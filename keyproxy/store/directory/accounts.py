@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from keyproxy.store.directory.access.authority import ceiling_warnings
 from keyproxy.store.directory.context import DirectoryContext
-from keyproxy.store.directory.entities import ENTITIES, Entity, KeyWish, lifetime, new_key_id, reveal
+from keyproxy.store.directory.entities import ENTITIES, Entity, KeyWish, lifetime, new_key_id, reveal, with_warnings
 from keyproxy.store.directory.errors import Conflict, NotFound
 from keyproxy.store.postgres.database import StoreConflict
 
@@ -38,7 +39,12 @@ class TenantStore:
         return await self._context.list_entities("tenant", "tenants", after, limit)
 
     async def change(self, tenant_id: str, changes: Mapping[str, Any], *, if_match: str | None = None) -> Entity:
-        """Change `name`, `plan`, `test_plan` (None removes it) or `disabled`, and return the changed tenant."""
+        """Change `name`, `plan`, `test_plan` (None removes it), `roles` or `disabled`, and return the changed tenant.
+
+        `roles`: the ceiling of all keys of the tenant, None for none. A bound directory cannot change it.
+        """
+        if "roles" in changes:
+            self._context.require_unbound("change the ceiling of its tenant")
         return await self._context.change("tenant", tenant_id, changes, if_match)
 
     async def delete(self, tenant_id: str, *, if_match: str | None = None) -> Entity:
@@ -69,6 +75,7 @@ class UserStore:
         try:
             async with context.transaction(plan or wish.plan) as transaction:
                 row = await transaction.fetch_row("create_user", user_id, tenant_id, plan, *key_values)
+                warnings = await ceiling_warnings(transaction, [] if key_id is None else [key_id])
         except StoreConflict as error:
             if error.constraint.startswith("users_tenant_id"):
                 raise NotFound(f"there is no tenant {tenant_id!r}: create it first") from error
@@ -77,7 +84,7 @@ class UserStore:
         key = None
         if row is not None and key_id is not None and secret is not None:
             key = {**await context.get("key", key_id), "secret": reveal(secret)}
-        return {**user, "created": row is not None, "key": key}
+        return with_warnings({**user, "created": row is not None, "key": key}, warnings)
 
     async def _existing(self, user_id: str, tenant_id: str) -> Entity:
         """Read a user, without the tenant binding. Raises Conflict if it belongs to another tenant."""
@@ -100,7 +107,10 @@ class UserStore:
         return await self._context.list_entities("user", "users", after, limit, tenant) if may_be else []
 
     async def change(self, user_id: str, changes: Mapping[str, Any], *, if_match: str | None = None) -> Entity:
-        """Change `plan`, `test_plan` (None removes it) or `disabled`, and return the changed user."""
+        """Change `plan`, `test_plan` (None removes it), `roles` or `disabled`, and return the changed user.
+
+        `roles`: the ceiling of the user's keys, None for none.
+        """
         return await self._context.change("user", user_id, changes, if_match)
 
     async def delete(self, user_id: str, *, if_match: str | None = None) -> Entity:

@@ -12,7 +12,7 @@ from datetime import timedelta
 
 from keyproxy.auth.api_key import ENTROPY_BYTES, KeyFormat
 from keyproxy.store.directory.context import DirectoryContext
-from keyproxy.store.directory.entities import Actor, Entity, lifetime, random_digits, reveal
+from keyproxy.store.directory.entities import Actor, Entity, lifetime, random_digits, reveal, with_warnings
 from keyproxy.store.directory.errors import NotFound
 from keyproxy.store.postgres.database import Row, StatementRunner, StoreConflict
 from keyproxy.store.postgres.times import time_text
@@ -27,7 +27,7 @@ class AdminTokens:
     async def create(
         self, name: str, scopes: Sequence[str], *, tenant_id: str | None, expires_in: timedelta | None
     ) -> Entity:
-        """Create a token, and return it with its `secret`. `tenant_id`: the tenant it is bound to, if any."""
+        """Create a token, and return it with its `secret`, and `warnings` if any. `tenant_id`: what it is bound to."""
         secret = self._context.key_format.make_admin_token(secrets.token_bytes(ENTROPY_BYTES))
         token_id = "tok_" + random_digits()
         try:
@@ -35,13 +35,19 @@ class AdminTokens:
                 values = (token_id, secret.digest(), self._context.key_format.hint(secret), name, list(scopes))
                 await transaction.fetch("create_admin_token", *values, tenant_id, lifetime(expires_in))
                 row = await transaction.fetch_row("admin_tokens", "", 1, token_id)
+                tenant = await transaction.fetch_row("tenant", tenant_id)
         except StoreConflict as error:
             if error.constraint != "admin_tokens_tenant_id_fkey":
                 raise
             raise NotFound(f"there is no tenant {tenant_id!r}: create it first") from error
         if row is None:
             raise NotFound(f"there is no token {token_id!r}")
-        return {**_token(row), "secret": reveal(secret)}
+        warnings = []
+        if tenant is not None and tenant["roles"] is None:
+            warnings.append(
+                f"tenant {tenant_id!r} has no ceiling: this token can give its keys any scope; see `tenant set-roles`"
+            )
+        return with_warnings({**_token(row), "secret": reveal(secret)}, warnings)
 
     async def tokens(self, after: str, limit: int) -> list[Entity]:
         """List tokens, ordered by id, without their secrets."""

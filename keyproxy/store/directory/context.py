@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from keyproxy.auth.api_key import ENTROPY_BYTES, KeyFormat, SecretKey
-from keyproxy.store.directory.entities import CHANGEABLE, ENTITIES, Actor, Entity, etag
+from keyproxy.store.directory.access import authority
+from keyproxy.store.directory.entities import CHANGEABLE, ENTITIES, Actor, Entity, etag, with_warnings
 from keyproxy.store.directory.errors import Conflict, DirectoryError, Invalid, NotFound, Outdated
 from keyproxy.store.postgres.database import Row, StatementRunner, StoreConflict, Transaction
 
@@ -28,14 +29,23 @@ _RULES: Final = (
     (re.compile(r"\w+_name_check"), "a name has at most 200 characters"),
     (re.compile(r"api_keys_revoke_reason_check"), "a reason has at most 500 characters"),
     (
+        re.compile(r"roles_id_check|api_keys_roles|users_roles|tenants_roles"),
+        "a role has at most 64 lower-case letters, digits, _ and -; a key, user or tenant has at most 16 roles",
+    ),
+    (re.compile(r"owned_kind_check"), "a kind has the form of a role: lower-case letters, digits, _ and -, at most 64"),
+    (
+        re.compile(r"owned_id_check"),
+        "an owned id has 1 to 256 letters, digits and . _ : @ | + ~ / = , ! $ -, without empty, . or .. segments",
+    ),
+    (
         re.compile(r"prompt_templates_category_check"),
         "a category starts with a lower-case letter, contains only those, digits, _ and -, and has at most 64 characters",
     ),
     (re.compile(r"window_credits_reason_check"), "a reason has 1 to 500 characters"),
     (re.compile(r"window_credits_bound"), "a limit and its credits together must stay from 0 to 10^15"),
     (
-        re.compile(r"api_keys_scopes_check"),
-        "a scope is one word such as jobs:write, without wildcards, and a key has at most 64 of them",
+        re.compile(r"api_keys_scopes_check|roles_scopes_check"),
+        "a scope is one word such as jobs:write, without wildcards, and a key or role has at most 64 of them",
     ),
 )
 _PLAN_REFERENCE = re.compile(r"\w+_plan_id_fkey")
@@ -101,11 +111,27 @@ class DirectoryContext:
         plan = changes.get("plan") or changes.get("test_plan")
         async with self.transaction(plan) as transaction:
             await self.lock(transaction, kind, entity_id, if_match)
+            await authority.hold_roles(transaction, changes.get("roles") or ())
             await transaction.fetch(f"change_{kind}", entity_id, json.dumps(dict(changes)))
+            warnings = await self._check_authority(transaction, kind, entity_id, changes)
             row = await transaction.fetch_row(kind, entity_id)
             if row is None:
                 raise NotFound(f"there is no {kind} {entity_id!r}")
-            return ENTITIES[kind](row)
+            return with_warnings(ENTITIES[kind](row), warnings)
+
+    async def _check_authority(
+        self, transaction: Transaction, kind: str, entity_id: str, changes: Mapping[str, Any]
+    ) -> list[str]:
+        """Check what keys may do after these changes. Returns warnings of a changed key."""
+        if kind == "key":
+            if "scopes" not in changes and "roles" not in changes:
+                return []
+            await authority.check_scopes(transaction, keys=[entity_id])
+            return await authority.ceiling_warnings(transaction, [entity_id])
+        if "roles" in changes:
+            user, tenant = (entity_id, None) if kind == "user" else (None, entity_id)
+            await authority.check_scopes(transaction, user=user, tenant=tenant)
+        return []
 
     async def delete(self, kind: str, entity_id: str, if_match: str | None) -> Entity:
         """Delete an entity with `delete_<kind>`."""
@@ -135,8 +161,8 @@ class DirectoryContext:
 
     def _visible(self, kind: str, entity_id: str, row: Row | None) -> Entity:
         entity = None if row is None else ENTITIES[kind](row)
-        # Plans are shared by all tenants.
-        is_visible = kind == "plan" or (
+        # Plans and roles are shared by all tenants.
+        is_visible = kind in ("plan", "role") or (
             entity is not None and self.includes_tenant(entity["id" if kind == "tenant" else "tenant"])
         )
         if entity is None or not is_visible:

@@ -1,4 +1,4 @@
-"""The directory of tenants, users, keys and plans, and its audit log.
+"""The directory of tenants, users, keys, plans, roles and owned ids, and its audit log.
 
 Every change is one transaction that includes its audit rows. Provisioning is idempotent: creating an existing user again
 returns it, without a second key. The plaintext of a key exists in the return value of the call that created it, and
@@ -10,7 +10,9 @@ Each kind of entity has its own object, and all share one context. The command l
 from __future__ import annotations
 
 from keyproxy.auth.api_key import KeyFormat
+from keyproxy.store.directory.access.owned_ids import OwnedIdStore
 from keyproxy.store.directory.access.prompts import PromptTemplateStore
+from keyproxy.store.directory.access.roles import RoleStore
 from keyproxy.store.directory.accounts import TenantStore, UserStore
 from keyproxy.store.directory.audit import AuditFilter, AuditLog
 from keyproxy.store.directory.context import DirectoryContext
@@ -60,6 +62,8 @@ class Directory:
         self.key_importer = KeyImporter(context)
         self.leaked_keys = LeakedKeys(context)
         self.plans = PlanStore(context)
+        self.roles = RoleStore(context)
+        self.owned = OwnedIdStore(context)
         self.prompts = PromptTemplateStore(context)
         self.credits = CreditStore(context)
         self.audit = AuditLog(context)

@@ -23,7 +23,19 @@ _LIFE_MAX: Final = timedelta(days=36_525)
 
 #: Fields that an ETag does not cover: those that traffic writes, and those that are computed on reading.
 _NOT_VERSIONED: Final = frozenset(
-    {"last_used_at", "users", "keys", "tenants", "state", "created", "changed", "previous", "secret", "key"}
+    {
+        "last_used_at",
+        "users",
+        "keys",
+        "tenants",
+        "state",
+        "created",
+        "changed",
+        "previous",
+        "secret",
+        "key",
+        "warnings",
+    }
 )
 
 
@@ -44,6 +56,7 @@ class KeyWish:
     is_test: bool = False
     expires_in: timedelta | None = None
     plan: str | None = None
+    roles: Sequence[str] = ()
 
 
 class EntityPage(NamedTuple):
@@ -57,6 +70,11 @@ def etag(entity: Mapping[str, Any]) -> str:
     """The version of an entity, for If-Match: differs after every change to it."""
     kept = {name: value for name, value in entity.items() if name not in _NOT_VERSIONED}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def with_warnings(entity: Entity, warnings: Sequence[str]) -> Entity:
+    """The entity, with `warnings` if there are any."""
+    return {**entity, "warnings": list(warnings)} if warnings else entity
 
 
 def new_key_id() -> str:
@@ -87,6 +105,7 @@ def _tenant(row: Row) -> Entity:
         "name": row["name"],
         "plan": row["plan_id"],
         "test_plan": row["test_plan_id"],
+        "roles": None if row["roles"] is None else list(row["roles"]),
         "disabled_at": time_text(row["disabled_at"]),
         "created_at": time_text(row["created_at"]),
         "users": row["users"],
@@ -99,6 +118,7 @@ def _user(row: Row) -> Entity:
         "tenant": row["tenant_id"],
         "plan": row["plan_id"],
         "test_plan": row["test_plan_id"],
+        "roles": None if row["roles"] is None else list(row["roles"]),
         "disabled_at": time_text(row["disabled_at"]),
         "created_at": time_text(row["created_at"]),
         "keys": row["keys"],
@@ -114,6 +134,7 @@ def _key(row: Row) -> Entity:
         "hint": row["hint"],
         "name": row["name"],
         "scopes": list(row["scopes"]),
+        "roles": list(row["roles"]),
         "is_test": row["is_test"],
         "plan": row["plan_id"],
         "created_at": time_text(row["created_at"]),
@@ -137,6 +158,26 @@ def _plan(row: Row) -> Entity:
     }
 
 
+def _role(row: Row) -> Entity:
+    return {
+        "id": row["id"],
+        "scopes": list(row["scopes"]),
+        "created_at": time_text(row["created_at"]),
+        "tenants": row["tenants"],
+        "users": row["users"],
+        "keys": row["keys"],
+    }
+
+
+def _owned(row: Row) -> Entity:
+    return {
+        "kind": row["kind"],
+        "id": row["id"],
+        "tenant": row["tenant_id"],
+        "created_at": time_text(row["created_at"]),
+    }
+
+
 def _template(row: Row) -> Entity:
     return {
         "digest": row["digest"].hex(),
@@ -148,11 +189,19 @@ def _template(row: Row) -> Entity:
 
 
 #: Convert a row of each kind to an entity.
-ENTITIES: Final = {"tenant": _tenant, "user": _user, "key": _key, "plan": _plan, "template": _template}
+ENTITIES: Final = {
+    "tenant": _tenant,
+    "user": _user,
+    "key": _key,
+    "plan": _plan,
+    "role": _role,
+    "owned": _owned,
+    "template": _template,
+}
 
 #: The fields of each kind that can be changed.
 CHANGEABLE: Final = {
-    "tenant": frozenset({"name", "plan", "test_plan", "disabled"}),
-    "user": frozenset({"plan", "test_plan", "disabled"}),
-    "key": frozenset({"name", "plan", "scopes"}),
+    "tenant": frozenset({"name", "plan", "test_plan", "roles", "disabled"}),
+    "user": frozenset({"plan", "test_plan", "roles", "disabled"}),
+    "key": frozenset({"name", "plan", "scopes", "roles"}),
 }

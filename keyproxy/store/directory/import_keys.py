@@ -15,7 +15,8 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from keyproxy.auth.api_key import masked
-from keyproxy.config.value_checks import is_scope
+from keyproxy.config.value_checks import is_role, is_scope
+from keyproxy.store.directory.access.authority import ceiling_warnings, check_scopes
 from keyproxy.store.directory.context import DirectoryContext
 from keyproxy.store.directory.entities import KeyWish, new_key_id
 from keyproxy.store.directory.errors import Invalid
@@ -54,16 +55,18 @@ class ImportedKey:
     created_at: datetime | None = None
     expires_at: datetime | None = None
     is_revoked: bool = False
+    roles: Sequence[str] = ()
 
 
 @dataclass(slots=True)
 class ImportReport:
-    """The result of an import or dry run: keys and users created, keys that existed, and problems."""
+    """The result of an import or dry run: keys and users created, keys that existed, problems, and warnings."""
 
     imported: int = 0
     present: int = 0
     users: int = 0
     problems: list[tuple[str, str]] = field(default_factory=list)
+    warnings: dict[str, None] = field(default_factory=dict)
 
     def add(self, other: ImportReport) -> None:
         """Add another part of the same import."""
@@ -71,6 +74,7 @@ class ImportReport:
         self.present += other.present
         self.users += other.users
         self.problems += other.problems
+        self.warnings |= other.warnings
 
 
 class _DryRunEndsError(Exception):
@@ -107,6 +111,7 @@ class KeyImporter:
         rows = await transaction.fetch("hold_users", sorted({key.user for key in keys}))
         tenants = {row["id"]: row["tenant_id"] for row in rows if self._context.includes_tenant(row["tenant_id"])}
         plans = {row["id"] for row in await transaction.fetch("plans_there", [key.plan for key in keys if key.plan])}
+        roles = await _known_roles(transaction, keys)
         known = await transaction.fetch(
             "imported_already",
             [bytes.fromhex(key.digest) for key in keys if key.digest],
@@ -117,7 +122,7 @@ class KeyImporter:
         chosen: list[dict[str, Any]] = []
         for key in keys:
             by = ("digest", key.digest.lower()) if key.digest else ("prefix", key.prefix or "")
-            problem = self._problem(key, tenants, plans)
+            problem = self._problem(key, tenants, plans, roles)
             if problem is None and owners.get(by, key.user) != key.user:
                 owner = f"user {owners[by]!r}" if self._context.tenant_id is None else "another user"
                 problem = f"the key exists and belongs to {owner}"
@@ -133,9 +138,12 @@ class KeyImporter:
                 owners["id", row["id"]] = key.user
                 chosen.append(row)
         report.imported = len(await transaction.fetch("import_keys", json.dumps(chosen)))
+        chosen_ids = [row["id"] for row in chosen]
+        await check_scopes(transaction, keys=chosen_ids)
+        report.warnings = dict.fromkeys(await ceiling_warnings(transaction, chosen_ids))
         return report
 
-    def _problem(self, key: ImportedKey, tenants: Mapping[str, str], plans: set[str]) -> str | None:
+    def _problem(self, key: ImportedKey, tenants: Mapping[str, str], plans: set[str], roles: set[str]) -> str | None:
         if key.digest is None and self._context.tenant_id is not None:
             # Prefixes are shared by all tenants, and a hash can be crafted to cost the proxies a second per attempt.
             return "an actor bound to a tenant can import keys by digest only"
@@ -145,7 +153,14 @@ class KeyImporter:
             return f"user {key.user!r} belongs to a tenant other than {key.tenant!r}"
         if key.plan is not None and key.plan not in plans:
             return f"there is no plan {key.plan!r}"
-        return None
+        unknown = [role for role in key.roles if role not in roles]
+        return f"there is no role {unknown[0]!r}" if unknown else None
+
+
+async def _known_roles(transaction: Transaction, keys: Sequence[ImportedKey]) -> set[str]:
+    """The roles of these keys that exist, locked until the transaction ends."""
+    wanted = sorted({role for key in keys for role in key.roles})
+    return {row["id"] for row in await transaction.fetch("hold_roles", wanted)}
 
 
 def _row(key: ImportedKey) -> dict[str, Any]:
@@ -158,6 +173,7 @@ def _row(key: ImportedKey) -> dict[str, Any]:
         "hint": key.hint or (f"{key.prefix}.…" if is_foreign else ""),
         "name": key.name,
         "scopes": list(key.scopes),
+        "roles": list(key.roles),
         "is_test": key.is_test,
         "plan": key.plan,
         "created_at": None if key.created_at is None else key.created_at.isoformat(),
@@ -171,8 +187,8 @@ def _row(key: ImportedKey) -> dict[str, Any]:
 def read_key(place: str, row: Mapping[str, Any], defaults: Mapping[str, Any]) -> ImportedKey:
     """Read an ImportedKey from a row of CSV or JSON. `defaults` apply where the row has no value.
 
-    Columns: `digest` or `prefix` and `hashed_key`; `user`; `tenant`, `name`, `scopes`, `is_test`, `plan`, `created`,
-    `expires_at` or `expiry_date`, `revoked`, and, with a digest, `id` and `hint`. Raises Invalid.
+    Columns: `digest` or `prefix` and `hashed_key`; `user`; `tenant`, `name`, `scopes`, `roles`, `is_test`, `plan`,
+    `created`, `expires_at` or `expiry_date`, `revoked`, and, with a digest, `id` and `hint`. Raises Invalid.
     """
     given = _with_defaults(row, defaults)
     user, name = _user(given), _name(given, "name", 200)
@@ -205,18 +221,23 @@ def read_key(place: str, row: Mapping[str, Any], defaults: Mapping[str, Any]) ->
         created_at=_time(given, "created_at", "created"),
         expires_at=_time(given, "expires_at", "expiry_date"),
         is_revoked=_bool(given, "revoked", "revoked_at"),
+        roles=_roles(given.get("roles")),
     )
 
 
 def read_wish(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[str, KeyWish]:
-    """Read the user and the properties of a new key from a row: `user`, `name`, `scopes`, `test`, `plan`.
+    """Read the user and the properties of a new key from a row: `user`, `name`, `scopes`, `roles`, `test`, `plan`.
 
     Raises Invalid.
     """
     given = _with_defaults(row, defaults)
     is_test = _bool(given, "is_test", "test")
     return _user(given), KeyWish(
-        _name(given, "name", 200), _scopes(given.get("scopes")), is_test, plan=_text(given, "plan")
+        _name(given, "name", 200),
+        _scopes(given.get("scopes")),
+        is_test,
+        plan=_text(given, "plan"),
+        roles=_roles(given.get("roles")),
     )
 
 
@@ -249,9 +270,20 @@ def _text(row: Mapping[str, Any], *names: str) -> str | None:
     return next((str(row[name]).strip() for name in names if row.get(name) not in (None, "")), None)
 
 
-def _scopes(value: object) -> tuple[str, ...]:
+def _words(value: object) -> tuple[str, ...]:
     words = value if isinstance(value, list | tuple) else str(value or "").strip("{}").replace(",", " ").split()
-    found = tuple(dict.fromkeys(str(word) for word in words))
+    return tuple(dict.fromkeys(str(word) for word in words))
+
+
+def _roles(value: object) -> tuple[str, ...]:
+    found = _words(value)
+    if len(found) > 16 or not all(is_role(word) for word in found):
+        raise Invalid("roles must be single words such as reader, in lower case, at most 16 of them")
+    return found
+
+
+def _scopes(value: object) -> tuple[str, ...]:
+    found = _words(value)
     if len(found) > 64 or not all(is_scope(word) for word in found):
         raise Invalid("scopes must be single words such as jobs:write, at most 64 of them")
     return found

@@ -13,8 +13,9 @@ from datetime import timedelta
 from typing import Any, Final
 
 from keyproxy.auth.api_key import SecretKey
+from keyproxy.store.directory.access.authority import ceiling_warnings, check_scopes, hold_roles
 from keyproxy.store.directory.context import DirectoryContext
-from keyproxy.store.directory.entities import Entity, KeyWish, lifetime, new_key_id, reveal
+from keyproxy.store.directory.entities import Entity, KeyWish, lifetime, new_key_id, reveal, with_warnings
 from keyproxy.store.directory.errors import Invalid, NotFound
 from keyproxy.store.postgres.times import time_text
 
@@ -70,9 +71,9 @@ class KeyBatches:
         """Issue a key for each (user id, wish), all or none of them, at most BATCH_MAX.
 
         A user with a working key of that name and mode gets no other, so that the same wishes can be sent again. Return,
-        in the order of the wishes: `id`, `user`, `name`, `hint`, `scopes`, `is_test`, `plan`, `expires_at`, `secret` and
-        `reissues`; `created`: whether a key was issued; the other fields are present only if so. Raises NotFound for an
-        unknown user.
+        in the order of the wishes: `id`, `user`, `name`, `hint`, `scopes`, `roles`, `is_test`, `plan`, `expires_at`,
+        `secret` and `reissues`; `created`: whether a key was issued; the other fields are present only if so. The first
+        issued one has the `warnings` of all, if any. Raises NotFound for an unknown user or role.
 
         `reissue_unseen`: a working key that matches the wish and was never used is revoked and issued again, because
         its secret was lost. `reissues` is its id. A key that was used, rotated or imported stays.
@@ -91,9 +92,13 @@ class KeyBatches:
             missing = set(users) - {row["id"] for row in there if self._context.includes_tenant(row["tenant_id"])}
             if missing:
                 raise NotFound(f"there is no user {min(missing)!r}: create it first")
+            await hold_roles(transaction, {role for _, wish in wishes for role in wish.roles})
             described = json.dumps([row for row, _ in made])
             lost = await transaction.fetch("revoke_unseen", described, _REISSUED) if reissue_unseen else []
             rows = await transaction.fetch("issue_keys", described, self._context.tenant_id)
+            made_ids = [row["id"] for row in rows]
+            await check_scopes(transaction, keys=made_ids)
+            warnings = await ceiling_warnings(transaction, made_ids)
         reissued = {(row["user_id"], row["name"], row["is_test"]): row["id"] for row in lost}
         expiries = {row["id"]: row["expires_at"] for row in rows}
         by_wish = {(row["user_id"], row["name"], row["is_test"]): (row, secret) for row, secret in made}
@@ -104,7 +109,8 @@ class KeyBatches:
                 issued.append({"user": user, "name": wish.name, "created": False})
                 continue
             reissues = reissued.get((user, wish.name, wish.is_test))
-            issued.append(_issued(row, secret, time_text(expiries[row["id"]]), reissues))
+            issued.append(with_warnings(_issued(row, secret, time_text(expiries[row["id"]]), reissues), warnings))
+            warnings = []
         return issued
 
     def _row_of(self, user: str, wish: KeyWish) -> tuple[dict[str, Any], SecretKey]:
@@ -117,6 +123,7 @@ class KeyBatches:
             "hint": self._context.key_format.hint(secret),
             "name": wish.name,
             "scopes": list(wish.scopes),
+            "roles": list(wish.roles),
             "is_test": wish.is_test,
             "life_seconds": None if life is None else life.total_seconds(),
             "plan": wish.plan,
@@ -141,6 +148,7 @@ def _issued(row: Mapping[str, Any], secret: SecretKey, expires_at: str | None, r
         "created": True,
         "hint": row["hint"],
         "scopes": row["scopes"],
+        "roles": row["roles"],
         "is_test": row["is_test"],
         "plan": row["plan"],
         "expires_at": expires_at,

@@ -8,8 +8,18 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
+from keyproxy.store.directory.access.authority import ceiling_warnings, check_scopes, hold_roles
 from keyproxy.store.directory.context import DirectoryContext
-from keyproxy.store.directory.entities import ENTITIES, Entity, EntityPage, KeyWish, lifetime, new_key_id, reveal
+from keyproxy.store.directory.entities import (
+    ENTITIES,
+    Entity,
+    EntityPage,
+    KeyWish,
+    lifetime,
+    new_key_id,
+    reveal,
+    with_warnings,
+)
 from keyproxy.store.directory.errors import Conflict, Invalid, NotFound
 from keyproxy.store.postgres.times import time_text
 
@@ -47,17 +57,20 @@ class KeyStore:
     _context: DirectoryContext
 
     async def issue(self, user_id: str, wish: KeyWish) -> Entity:
-        """Issue a key, and return it with its secret."""
+        """Issue a key, and return it with its `secret`, and with `warnings` if there are any."""
         secret, key_id = self._context.new_secret(is_test=wish.is_test), new_key_id()
         async with self._context.transaction(wish.plan) as transaction:
             if self._context.tenant_id is not None:
                 await self._context.lock(transaction, "user", user_id)
             values = (key_id, user_id, secret.digest(), self._context.key_format.hint(secret), wish.name)
-            wanted = (list(wish.scopes), wish.is_test, lifetime(wish.expires_in), wish.plan)
+            await hold_roles(transaction, wish.roles)
+            wanted = (list(wish.scopes), wish.is_test, lifetime(wish.expires_in), wish.plan, list(wish.roles))
             row = await transaction.fetch_row("issue_key", *values, *wanted)
-        if row is None:
-            raise NotFound(f"there is no user {user_id!r}: create it first")
-        return {**await self.get(key_id), "secret": reveal(secret)}
+            if row is None:
+                raise NotFound(f"there is no user {user_id!r}: create it first")
+            await check_scopes(transaction, keys=[key_id])
+            warnings = await ceiling_warnings(transaction, [key_id])
+        return with_warnings({**await self.get(key_id), "secret": reveal(secret)}, warnings)
 
     async def get(self, key_id: str) -> Entity:
         """Return one key, without its secret, which is not stored."""
@@ -89,7 +102,7 @@ class KeyStore:
         return EntityPage([ENTITIES["key"](row) for row in rows], following)
 
     async def change(self, key_id: str, changes: Mapping[str, Any], *, if_match: str | None = None) -> Entity:
-        """Change `name`, `plan` (None removes it) or `scopes`, and return the changed key."""
+        """Change `name`, `plan` (None removes it), `scopes` or `roles`. Returns the key, with `warnings` if any."""
         return await self._context.change("key", key_id, changes, if_match)
 
     async def rotate(
@@ -97,9 +110,9 @@ class KeyStore:
     ) -> Entity:
         """Replace a key by a new one. The old key works for `grace` longer, or until its expiry if that is sooner.
 
-        The new key takes over user, scopes, mode, plan and name, and both share one pool of limits. `expires_in`: the
-        lifetime of the new key, None for ever; a key that never expires is replaced by one that never expires. Return the
-        new key with its `secret` and the `old_expires_at` of the old one. Raises Conflict if the key is revoked, has
+        The new key takes over user, scopes, roles, mode, plan and name, and both share one pool of limits. `expires_in`:
+        the lifetime of the new key, None for ever; a key that never expires is replaced by one that never expires. Return
+        the new key with its `secret` and the `old_expires_at` of the old one. Raises Conflict if the key is revoked, has
         expired, or has a working successor: of several concurrent rotations, exactly one succeeds.
         """
         if grace < timedelta(0):

@@ -52,7 +52,7 @@ _BY_ID: Final = LookupQuery(
 )
 
 
-class _Entry:
+class _Ownership:
     """One row of a table. Times are monotonic seconds."""
 
     __slots__ = ("fresh_until", "is_distrusted", "stale_until")
@@ -75,8 +75,8 @@ class OwnedIdCache(OwnedIds):
         self._cache = cache
         self._feed = feed
         self._now = now
-        self._owned: collections.OrderedDict[OwnedId, _Entry] = collections.OrderedDict()
-        self._nothing: collections.OrderedDict[tuple[str, str], _Entry] = collections.OrderedDict()
+        self._owned: collections.OrderedDict[OwnedId, _Ownership] = collections.OrderedDict()
+        self._nothing: collections.OrderedDict[tuple[str, str], _Ownership] = collections.OrderedDict()
         self._not_owned: cachetools.TTLCache[OwnedId, bool] = cachetools.TTLCache(
             cache.unknown_entries_max, cache.unknown_seconds, timer=lambda: now().mono_seconds
         )
@@ -118,7 +118,7 @@ class OwnedIdCache(OwnedIds):
             raise Refusal(Reason.STORE_UNAVAILABLE, self._database.down_because)
         raise Missing("ownership", lambda _patience: self._fetch(subject))
 
-    def _may_serve_stale(self, entry: _Entry, subject: OwnedId, mono: float) -> bool:
+    def _may_serve_stale(self, entry: _Ownership, subject: OwnedId, mono: float) -> bool:
         if mono >= entry.stale_until:
             return False
         if self._database.is_down:
@@ -179,12 +179,12 @@ class OwnedIdCache(OwnedIds):
         else:
             self._not_owned[subject] = True
 
-    def _keep(self, entries: collections.OrderedDict[_Key, _Entry], key: _Key) -> None:
+    def _keep(self, entries: collections.OrderedDict[_Key, _Ownership], key: _Key) -> None:
         # Full: evict the entry that was looked up longest ago.
         if len(entries) >= self._cache.entries_max:
             entries.popitem(last=False)
         mono = self._now().mono_seconds
-        entries[key] = _Entry(mono + self._cache.fresh_seconds, mono + self._cache.stale_seconds)
+        entries[key] = _Ownership(mono + self._cache.fresh_seconds, mono + self._cache.stale_seconds)
 
     # -- statistics and shutdown
 

@@ -10,8 +10,7 @@ from keyproxy.ai.access.access_rules import AccessRules
 from keyproxy.ai.access.counted_names import counted_pairs
 from keyproxy.ai.access.judged_request import JudgedRequest, judge_values
 from keyproxy.ai.access.judged_values import Found, JudgedValues, found_text
-from keyproxy.ai.access.model_judgement import judge_models
-from keyproxy.ai.access.named_models import ModelPlaces, named_models
+from keyproxy.ai.access.named_models import ModelPlaces
 from keyproxy.ai.access.tenant_records import TenantRecords
 from keyproxy.ai.access.value_sources import PATH, QUERY, parse_value_source, path_value
 from keyproxy.ai.prompts import Instructions
@@ -90,9 +89,9 @@ class ExplainedAccess:
         rules, values, identity, records = self._rules, self._values, self._identity, self._records
         if rules is None:
             return
-        if rules.model is not None:
+        if values.models is not None:
             with contextlib.suppress(Refusal):
-                judge_models(rules.model.table, values, identity, records)
+                values.models.judge(identity, records)
         for bind in rules.binds:
             bind.holds(values.at(bind.source.text), identity, records)
         await records.look_up(database, identity.tenant_id)
@@ -122,8 +121,8 @@ class ExplainedAccess:
 
 def _values(rules: AccessRules, stated: StatedValues) -> JudgedValues:
     values = _read(rules, stated)
-    if rules.model is not None and stated.model:
-        values.model = stated.model
+    if rules.model is not None and values.models is not None and stated.model:
+        values.models = rules.model.replaced(values.models, stated.model)
     if rules.categories is not None and (stated.body is None or stated.categories):
         given = [*stated.categories]
         # One category stands for all sources; of several, each source takes the next.
@@ -170,6 +169,5 @@ def _read(rules: AccessRules, stated: StatedValues) -> JudgedValues:
         elif source.kind == QUERY:
             values.found[source.text] = found_text(query.get(source.name))
     if rules.model is not None:
-        places = ModelPlaces(None, query, {}, {})
-        values.model, values.other_models = named_models(rules.model, rules.placeholders, path, places)
+        values.models = rules.model.models_of(stated.target, ModelPlaces(None, query=query))
     return values

@@ -154,14 +154,14 @@ RETURNING id;
 
 -- name: tenant
 -- Needs: users (tenant_id).
-SELECT t.id, t.name, t.plan_id, t.test_plan_id, t.disabled_at, t.created_at,
+SELECT t.id, t.name, t.plan_id, t.test_plan_id, t.roles, t.disabled_at, t.created_at,
        (SELECT count(*) FROM keyproxy.users AS u WHERE u.tenant_id = t.id) AS users
 FROM keyproxy.tenants AS t
 WHERE t.id = $1;
 
 -- name: tenants
 -- In the order of their ids, after $1, at most $2. Needs: users (tenant_id).
-SELECT t.id, t.name, t.plan_id, t.test_plan_id, t.disabled_at, t.created_at,
+SELECT t.id, t.name, t.plan_id, t.test_plan_id, t.roles, t.disabled_at, t.created_at,
        (SELECT count(*) FROM keyproxy.users AS u WHERE u.tenant_id = t.id) AS users
 FROM keyproxy.tenants AS t
 WHERE t.id > $1
@@ -178,6 +178,9 @@ UPDATE keyproxy.tenants AS t
 SET name = CASE WHEN c.change ? 'name' THEN coalesce(c.change ->> 'name', '') ELSE t.name END,
     plan_id = CASE WHEN c.change ? 'plan' THEN c.change ->> 'plan' ELSE t.plan_id END,
     test_plan_id = CASE WHEN c.change ? 'test_plan' THEN c.change ->> 'test_plan' ELSE t.test_plan_id END,
+    roles = CASE WHEN c.change ->> 'roles' IS NOT NULL THEN ARRAY(SELECT jsonb_array_elements_text(c.change -> 'roles'))
+                 WHEN c.change ? 'roles' THEN NULL
+                 ELSE t.roles END,
     disabled_at = CASE WHEN (c.change ->> 'disabled')::boolean THEN coalesce(t.disabled_at, now())
                        WHEN NOT (c.change ->> 'disabled')::boolean THEN NULL
                        ELSE t.disabled_at END
@@ -204,7 +207,7 @@ SELECT id FROM made;
 
 -- name: user
 -- Needs: api_keys (user_id).
-SELECT u.id, u.tenant_id, u.plan_id, u.test_plan_id, u.disabled_at, u.created_at,
+SELECT u.id, u.tenant_id, u.plan_id, u.test_plan_id, u.roles, u.disabled_at, u.created_at,
        (SELECT count(*) FROM keyproxy.api_keys AS k WHERE k.user_id = u.id) AS keys
 FROM keyproxy.users AS u
 WHERE u.id = $1;
@@ -212,7 +215,7 @@ WHERE u.id = $1;
 -- name: users
 -- In the order of their ids, after $1, at most $2; of one tenant if $3 is not null.
 -- Needs: users (tenant_id), api_keys (user_id).
-SELECT u.id, u.tenant_id, u.plan_id, u.test_plan_id, u.disabled_at, u.created_at,
+SELECT u.id, u.tenant_id, u.plan_id, u.test_plan_id, u.roles, u.disabled_at, u.created_at,
        (SELECT count(*) FROM keyproxy.api_keys AS k WHERE k.user_id = u.id) AS keys
 FROM keyproxy.users AS u
 WHERE u.id > $1 AND ($3::text IS NULL OR u.tenant_id = $3)
@@ -227,6 +230,9 @@ SELECT id FROM keyproxy.users WHERE id = $1 FOR NO KEY UPDATE;
 UPDATE keyproxy.users AS u
 SET plan_id = CASE WHEN c.change ? 'plan' THEN c.change ->> 'plan' ELSE u.plan_id END,
     test_plan_id = CASE WHEN c.change ? 'test_plan' THEN c.change ->> 'test_plan' ELSE u.test_plan_id END,
+    roles = CASE WHEN c.change ->> 'roles' IS NOT NULL THEN ARRAY(SELECT jsonb_array_elements_text(c.change -> 'roles'))
+                 WHEN c.change ? 'roles' THEN NULL
+                 ELSE u.roles END,
     disabled_at = CASE WHEN (c.change ->> 'disabled')::boolean THEN coalesce(u.disabled_at, now())
                        WHEN NOT (c.change ->> 'disabled')::boolean THEN NULL
                        ELSE u.disabled_at END
@@ -238,8 +244,8 @@ DELETE FROM keyproxy.users WHERE id = $1;
 
 -- name: issue_key
 -- No row if the user does not exist.
-INSERT INTO keyproxy.api_keys (id, user_id, digest, hint, name, scopes, is_test, expires_at, plan_id)
-SELECT $1, u.id, $3, $4, $5, $6, $7, now() + $8::interval, $9
+INSERT INTO keyproxy.api_keys (id, user_id, digest, hint, name, scopes, is_test, expires_at, plan_id, roles)
+SELECT $1, u.id, $3, $4, $5, $6, $7, now() + $8::interval, $9, $10
 FROM keyproxy.users AS u
 WHERE u.id = $2
 RETURNING id;
@@ -253,7 +259,7 @@ WITH wishes AS MATERIALIZED (
     SELECT w.*, jsonb_build_array(w.user_id, w.name, w.is_test)::text AS wish
     FROM jsonb_to_recordset($1::text::jsonb) AS w (
         id text, user_id text, digest text, hint text, name text, scopes text[], is_test boolean, life_seconds float8,
-        plan text
+        plan text, roles text[]
     )
 ), wanted AS MATERIALIZED (
     SELECT array_agg(DISTINCT user_id) AS users, jsonb_object_agg(wish, true) AS wishes FROM wishes
@@ -271,9 +277,9 @@ WITH wishes AS MATERIALIZED (
     ) AS k
     WHERE (SELECT wishes FROM wanted) ? k.wish
 )
-INSERT INTO keyproxy.api_keys (id, user_id, digest, hint, name, scopes, is_test, expires_at, plan_id)
+INSERT INTO keyproxy.api_keys (id, user_id, digest, hint, name, scopes, is_test, expires_at, plan_id, roles)
 SELECT w.id, w.user_id, decode(w.digest, 'hex'), w.hint, w.name, w.scopes, w.is_test,
-       now() + make_interval(secs => w.life_seconds), w.plan
+       now() + make_interval(secs => w.life_seconds), w.plan, w.roles
 FROM wishes AS w
 WHERE (SELECT users FROM owners) ? w.user_id AND NOT (SELECT wishes FROM taken) ? w.wish
 RETURNING id, user_id, name, expires_at;
@@ -290,10 +296,10 @@ WHERE k.id = ANY (ARRAY(
         SELECT array_agg(DISTINCT w.user_id) AS users,
                jsonb_object_agg(
                    jsonb_build_array(w.user_id, w.name, w.is_test)::text,
-                   jsonb_build_object('scopes', w.scopes, 'plan', w.plan)
+                   jsonb_build_object('scopes', w.scopes, 'plan', w.plan, 'roles', w.roles)
                ) AS wishes
         FROM jsonb_to_recordset($1::text::jsonb) AS w (
-            user_id text, name text, scopes text[], is_test boolean, plan text
+            user_id text, name text, scopes text[], is_test boolean, plan text, roles text[]
         )
     )
     SELECT unnest(array_agg(o.id))
@@ -306,7 +312,7 @@ WHERE k.id = ANY (ARRAY(
     WHERE o.wish IS NOT NULL
     GROUP BY o.user_id, o.name, o.is_test
     HAVING bool_and(
-        to_jsonb(o.scopes) = o.wish -> 'scopes' AND o.plan_id IS NOT DISTINCT FROM o.wish ->> 'plan'
+        to_jsonb(o.scopes) = o.wish -> 'scopes' AND to_jsonb(o.roles) = o.wish -> 'roles' AND o.plan_id IS NOT DISTINCT FROM o.wish ->> 'plan'
         AND o.last_used_at IS NULL AND o.replaces IS NULL
         AND NOT EXISTS (SELECT FROM keyproxy.api_keys AS s WHERE s.replaces = o.id)
         AND NOT EXISTS (SELECT FROM keyproxy.usage AS g WHERE g.key_id = o.id)
@@ -321,7 +327,7 @@ SELECT id, tenant_id FROM keyproxy.users WHERE id = ANY($1::text[]) ORDER BY id 
 
 -- name: key
 -- Needs: api_keys (replaces).
-SELECT k.id, k.user_id, u.tenant_id, k.hint, k.name, k.scopes, k.is_test, k.plan_id, k.created_at, k.expires_at,
+SELECT k.id, k.user_id, u.tenant_id, k.hint, k.name, k.scopes, k.roles, k.is_test, k.plan_id, k.created_at, k.expires_at,
        k.revoked_at, k.revoke_reason, k.replaces, s.id AS replaced_by, k.last_used_at,
        CASE WHEN k.revoked_at IS NOT NULL THEN 'revoked'
             WHEN k.expires_at <= now() THEN 'expired'
@@ -341,7 +347,7 @@ WHERE k.id = $1;
 -- older than $7, not used for $8, expiring within $9, where not null. Needs: api_keys (user_id), users (tenant_id).
 SELECT listed.*
 FROM (
-    SELECT k.id, k.user_id, u.tenant_id, k.hint, k.name, k.scopes, k.is_test, k.plan_id, k.created_at, k.expires_at,
+    SELECT k.id, k.user_id, u.tenant_id, k.hint, k.name, k.scopes, k.roles, k.is_test, k.plan_id, k.created_at, k.expires_at,
            k.revoked_at, k.revoke_reason, k.replaces, s.id AS replaced_by, k.last_used_at,
            CASE WHEN k.revoked_at IS NOT NULL THEN 'revoked'
                 WHEN k.expires_at <= now() THEN 'expired'
@@ -374,7 +380,7 @@ FROM (
                                     WHEN 'used' THEN coalesce(listed.last_used_at, '-infinity')
                                     WHEN 'expires' THEN coalesce(listed.expires_at, 'infinity') END AS at
     FROM (
-        SELECT k.id, k.user_id, u.tenant_id, k.hint, k.name, k.scopes, k.is_test, k.plan_id, k.created_at, k.expires_at,
+        SELECT k.id, k.user_id, u.tenant_id, k.hint, k.name, k.scopes, k.roles, k.is_test, k.plan_id, k.created_at, k.expires_at,
                k.revoked_at, k.revoke_reason, k.replaces, s.id AS replaced_by, k.last_used_at,
                CASE WHEN k.revoked_at IS NOT NULL THEN 'revoked'
                     WHEN k.expires_at <= now() THEN 'expired'
@@ -417,7 +423,9 @@ UPDATE keyproxy.api_keys AS k
 SET name = CASE WHEN c.change ? 'name' THEN coalesce(c.change ->> 'name', '') ELSE k.name END,
     plan_id = CASE WHEN c.change ? 'plan' THEN c.change ->> 'plan' ELSE k.plan_id END,
     scopes = CASE WHEN c.change ? 'scopes' THEN ARRAY(SELECT jsonb_array_elements_text(c.change -> 'scopes'))
-                  ELSE k.scopes END
+                  ELSE k.scopes END,
+    roles = CASE WHEN c.change ? 'roles' THEN ARRAY(SELECT jsonb_array_elements_text(c.change -> 'roles'))
+                 ELSE k.roles END
 FROM (SELECT $2::text::jsonb AS change) AS c
 WHERE k.id = $1;
 
@@ -429,10 +437,10 @@ WHERE replaces = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at
 LIMIT 1;
 
 -- name: replace_key
--- Creates a key with the user, scopes, mode, plan and name of $1; it expires after $5, or never if that is null.
+-- Creates a key with the user, scopes, roles, mode, plan and name of $1; it expires after $5, or never if that is null.
 -- A trigger fills in the lineage.
-INSERT INTO keyproxy.api_keys (id, user_id, digest, hint, name, scopes, is_test, plan_id, expires_at, replaces)
-SELECT $2, k.user_id, $3, $4, k.name, k.scopes, k.is_test, k.plan_id, now() + $5::interval, k.id
+INSERT INTO keyproxy.api_keys (id, user_id, digest, hint, name, scopes, roles, is_test, plan_id, expires_at, replaces)
+SELECT $2, k.user_id, $3, $4, k.name, k.scopes, k.roles, k.is_test, k.plan_id, now() + $5::interval, k.id
 FROM keyproxy.api_keys AS k
 WHERE k.id = $1
 RETURNING id;
@@ -565,6 +573,112 @@ SELECT id FROM keyproxy.plans WHERE id = $1 FOR UPDATE;
 -- name: delete_plan
 DELETE FROM keyproxy.plans WHERE id = $1;
 
+-- name: create_role
+-- No row if a role of this name exists.
+INSERT INTO keyproxy.roles (id, scopes) VALUES ($1, $2) ON CONFLICT (id) DO NOTHING RETURNING id;
+
+-- name: set_role
+UPDATE keyproxy.roles SET scopes = $2 WHERE id = $1;
+
+-- name: role
+-- The role with the numbers of tenants, users and keys that have it. Needs: the roles indexes.
+SELECT r.id, r.scopes, r.created_at,
+       (SELECT count(*) FROM keyproxy.tenants AS t WHERE t.roles IS NOT NULL AND t.roles @> ARRAY[r.id]) AS tenants,
+       (SELECT count(*) FROM keyproxy.users AS u WHERE u.roles IS NOT NULL AND u.roles @> ARRAY[r.id]) AS users,
+       (SELECT count(*) FROM keyproxy.api_keys AS k WHERE k.roles <> '{}' AND k.roles @> ARRAY[r.id]) AS keys
+FROM keyproxy.roles AS r
+WHERE r.id = $1;
+
+-- name: roles
+-- In the order of their names, after $1, at most $2. As role.
+SELECT r.id, r.scopes, r.created_at,
+       (SELECT count(*) FROM keyproxy.tenants AS t WHERE t.roles IS NOT NULL AND t.roles @> ARRAY[r.id]) AS tenants,
+       (SELECT count(*) FROM keyproxy.users AS u WHERE u.roles IS NOT NULL AND u.roles @> ARRAY[r.id]) AS users,
+       (SELECT count(*) FROM keyproxy.api_keys AS k WHERE k.roles <> '{}' AND k.roles @> ARRAY[r.id]) AS keys
+FROM keyproxy.roles AS r
+WHERE r.id > $1
+ORDER BY r.id
+LIMIT $2;
+
+-- name: hold_role
+SELECT id FROM keyproxy.roles WHERE id = $1 FOR UPDATE;
+
+-- name: hold_roles
+-- Locks the existing roles of $1 against changes, in the order of their ids, so that concurrent calls do not deadlock.
+SELECT id FROM keyproxy.roles WHERE id = ANY($1::text[]) ORDER BY id FOR SHARE;
+
+-- name: delete_role
+DELETE FROM keyproxy.roles WHERE id = $1;
+
+-- name: key_with_too_many_scopes
+-- The first key with more than $5 effective scopes: among the keys $1, those of the user $2, of the tenant $3, and those that
+-- the role $4 concerns, also as a ceiling; where not null. A key without roles has at most 64. The first condition does not
+-- depend on a row: nothing else is read while all roles together have no more than 64. Needs: api_keys (id), (user_id).
+SELECT c.id, c.scopes
+FROM (
+    SELECT k.id, cardinality(keyproxy.effective_scopes(k.scopes, k.roles, u.roles, t.roles)) AS scopes
+    FROM keyproxy.api_keys AS k
+    JOIN keyproxy.users AS u ON u.id = k.user_id
+    JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
+    WHERE (SELECT count(DISTINCT s.scope) FROM keyproxy.roles AS r CROSS JOIN unnest(r.scopes) AS s (scope)) > 64
+      AND k.roles <> '{}'
+      AND ($1::text[] IS NULL OR k.id = ANY ($1))
+      AND ($2::text IS NULL OR k.user_id = $2)
+      AND ($3::text IS NULL OR u.tenant_id = $3)
+      AND ($4::text IS NULL OR k.roles @> ARRAY[$4] OR u.roles @> ARRAY[$4] OR t.roles @> ARRAY[$4])
+) AS c
+WHERE c.scopes > $5::int
+ORDER BY c.id
+LIMIT 1;
+
+-- name: scopes_above_ceilings
+-- The scopes of the keys $1 that a ceiling of their user or tenant excludes, at most 100. Needs: api_keys (id).
+SELECT DISTINCT c.kind, c.owner, s.scope
+FROM keyproxy.api_keys AS k
+JOIN keyproxy.users AS u ON u.id = k.user_id
+JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
+CROSS JOIN LATERAL (VALUES ('user', u.id, u.roles), ('tenant', t.id, t.roles)) AS c (kind, owner, roles)
+CROSS JOIN LATERAL (
+    SELECT unnest(keyproxy.effective_scopes(k.scopes, k.roles, NULL, NULL)) AS scope
+    EXCEPT
+    SELECT unnest(keyproxy.scopes_of_roles(c.roles))
+) AS s
+WHERE k.id = ANY ($1::text[]) AND c.roles IS NOT NULL
+ORDER BY 1, 2, 3
+LIMIT 100;
+
+-- name: authority_of_key
+-- What the key $1 has, and what the ceilings of its user and tenant allow; null: there is no ceiling.
+SELECT k.scopes AS key_scopes, k.roles, keyproxy.scopes_of_roles(u.roles) AS user_ceiling,
+       keyproxy.scopes_of_roles(t.roles) AS tenant_ceiling
+FROM keyproxy.api_keys AS k
+JOIN keyproxy.users AS u ON u.id = k.user_id
+JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
+WHERE k.id = $1;
+
+-- name: add_owned
+-- No row if the id has an owner.
+INSERT INTO keyproxy.owned (kind, id, tenant_id) VALUES ($1, $2, $3) ON CONFLICT (kind, id) DO NOTHING RETURNING id;
+
+-- name: owned
+SELECT o.kind, o.id, o.tenant_id, o.created_at FROM keyproxy.owned AS o WHERE o.kind = $1 AND o.id = $2;
+
+-- name: hold_owned
+-- As owned; locks the row until the transaction ends.
+SELECT o.kind, o.id, o.tenant_id, o.created_at FROM keyproxy.owned AS o WHERE o.kind = $1 AND o.id = $2 FOR UPDATE;
+
+-- name: remove_owned
+DELETE FROM keyproxy.owned WHERE kind = $1 AND id = $2;
+
+-- name: owned_ids
+-- In the order of kind and id, after the kind $1 and id $2, at most $3; of one kind $4, of one tenant $5, where not null.
+-- Needs: owned (kind, id), owned (tenant_id, kind, id).
+SELECT o.kind, o.id, o.tenant_id, o.created_at
+FROM keyproxy.owned AS o
+WHERE (o.kind, o.id) > ($1, $2) AND ($4::text IS NULL OR o.kind = $4) AND ($5::text IS NULL OR o.tenant_id = $5)
+ORDER BY o.kind, o.id
+LIMIT $3;
+
 -- name: audit
 -- Rows after $1, at most $2, in the order in which they were written; of one entity type $3, one entity $4, one tenant
 -- $5; by one actor $6; of one action $7; from $8 until before $9, where not null. None after $10. Needs: audit_log
@@ -637,15 +751,16 @@ SELECT 'id', k.id, k.user_id FROM keyproxy.api_keys AS k WHERE k.id = ANY($3::te
 WITH wanted AS MATERIALIZED (
     SELECT * FROM jsonb_to_recordset($1::text::jsonb) AS w (
         id text, user_id text, digest text, hint text, name text, scopes text[], is_test boolean, plan text,
-        created_at timestamptz, expires_at timestamptz, is_revoked boolean, prefix text, hashed text
+        created_at timestamptz, expires_at timestamptz, is_revoked boolean, prefix text, hashed text, roles text[]
     )
 ), made AS (
     INSERT INTO keyproxy.api_keys (
-        id, user_id, digest, hint, name, scopes, is_test, plan_id, created_at, expires_at, revoked_at, revoke_reason
+        id, user_id, digest, hint, name, scopes, is_test, plan_id, created_at, expires_at, revoked_at, revoke_reason,
+        roles
     )
     SELECT w.id, w.user_id, decode(w.digest, 'hex'), w.hint, w.name, w.scopes, w.is_test, w.plan,
            coalesce(w.created_at, now()), w.expires_at, CASE WHEN w.is_revoked THEN now() END,
-           CASE WHEN w.is_revoked THEN 'revoked before it was imported' END
+           CASE WHEN w.is_revoked THEN 'revoked before it was imported' END, w.roles
     FROM wanted AS w
     RETURNING id
 ), hashes AS (

@@ -41,12 +41,18 @@ class UsageService(UsageReader):
     async def explained(self, key_id: str, question: Question) -> dict[str, Any]:
         """The decision on a request with this key, and the state of each limit. Nothing is charged or sent."""
         identity, explanation = await explain_key(self._database, key_id, question, self._configured, now=self._now)
+        (authority,) = await self._database.fetch("authority_of_key", key_id)
         refusal, errors = explanation.refusal, self._configured.errors
         content: dict[str, Any] = {
             "key": identity.key_id,
             "user": identity.user_id,
             "tenant": identity.tenant_id,
             "mode": identity.mode,
+            "key_scopes": authority["key_scopes"],
+            "roles": authority["roles"],
+            "user_ceiling": authority["user_ceiling"],
+            "tenant_ceiling": authority["tenant_ceiling"],
+            "effective_scopes": sorted(identity.scopes),
             "route": explanation.route,
             "allowed": refusal is None,
             "code": None,

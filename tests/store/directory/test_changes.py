@@ -147,7 +147,7 @@ async def test_disabled_at_is_the_first_time_until_enabled_again(rig: Rig, kind:
 
 @pytest.mark.parametrize("changes", [{"id": "x"}, {"name": "x", "created_at": "2020-01-01"}])
 async def test_error_names_the_field_that_cannot_be_changed(directory: Directory, changes: dict[str, object]) -> None:
-    with pytest.raises(Invalid, match="of a tenant cannot be changed; disabled, name, plan, test_plan can"):
+    with pytest.raises(Invalid, match="of a tenant cannot be changed; disabled, name, plan, roles, test_plan can"):
         await directory.tenants.change("acme", changes)
 
 

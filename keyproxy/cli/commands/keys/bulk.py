@@ -15,7 +15,7 @@ import orjson
 from keyproxy.auth.api_key import masked
 from keyproxy.cli.context import Call, confirm, takes_call, yes_option
 from keyproxy.cli.output import Failure, Progress, print_message, showing_secret
-from keyproxy.cli.parameters import duration, scopes, span
+from keyproxy.cli.parameters import duration, roles, scopes, span
 from keyproxy.cli.rows import Rows, read_owners, read_rows
 from keyproxy.store.directory.directory import ImportedKey, ImportReport, Invalid, KeyWish, Revocation
 from keyproxy.store.directory.import_keys import read_key, read_wish
@@ -29,6 +29,14 @@ _LOST: Final = (
     " and reissues the keys that were never used"
 )
 
+_roles_option = click.option(
+    "--role",
+    "roles_wanted",
+    multiple=True,
+    callback=roles,
+    metavar="ROLE",
+    help="Role for rows without roles; repeatable.",
+)
 _file_argument = click.argument(
     "path", metavar="FILE", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path)
 )
@@ -95,6 +103,7 @@ async def _revoke(directory: DirectoryOperations, wanted: Revocation, reason: st
     metavar="SCOPE",
     help="Scope for rows without scopes; repeatable.",
 )
+@_roles_option
 @click.option(
     "--expires-in", callback=duration, metavar="TIME", help="Lifetime, such as 90d, or never. [keys.age_days_max]"
 )
@@ -109,6 +118,7 @@ def key_issue_many(
     call: Call,
     path: Path,
     wanted: tuple[str, ...],
+    roles_wanted: tuple[str, ...],
     expires_in: timedelta | str | None,
     plan: str | None,
     *,
@@ -116,7 +126,7 @@ def key_issue_many(
 ) -> None:
     """Issue one key per row of a file: CSV with a header line, or JSON lines. FILE - is stdin.
 
-    Columns: user (required); name, scopes, test, plan (optional). Each key is printed as soon as it is issued,
+    Columns: user (required); name, scopes, roles, test, plan (optional). Each key is printed as soon as it is issued,
     with --json as JSON lines. If the user already has a working key of that name and mode, the row is skipped, so the
     command can be run again.
 
@@ -127,7 +137,7 @@ def key_issue_many(
     printf 'user,name\\nu_1,nightly\\nu_2,nightly\\n' | keyproxy key issue-many - --scope jobs:write
     """
     life = call.life(expires_in)
-    defaults = {"scopes": list(wanted), "plan": plan}
+    defaults = {"scopes": list(wanted), "roles": list(roles_wanted), "plan": plan}
     wishes: list[tuple[str, KeyWish]] = []
     for place, row in read_rows(path, needs=(("user",), ("user_id",))):
         try:
@@ -135,10 +145,8 @@ def key_issue_many(
         except Invalid as error:
             raise Failure(f"{place}: {error}") from error
         wishes.append((user, replace(wish, expires_in=life)))
-    call.warn_of_scopes(*(wish.scopes for _, wish in wishes))
-    made = call.run_for_secret(
-        lambda directory: _issue(directory, wishes, as_json=call.as_json, reissue_unseen=reissue_unseen)
-    )
+    call.warn_of_scopes(*(wish.scopes for _, wish in wishes if wish.scopes or not wish.roles))
+    made = call.run_for_secret(lambda directory: _issue(call, directory, wishes, reissue_unseen=reissue_unseen))
     if not call.as_json:
         present = len(wishes) - made
         then = "this is the only time the secrets are shown" if made else "if their secrets were lost: --reissue-unseen"
@@ -146,7 +154,7 @@ def key_issue_many(
 
 
 async def _issue(
-    directory: DirectoryOperations, wishes: Sequence[tuple[str, KeyWish]], *, as_json: bool, reissue_unseen: bool
+    call: Call, directory: DirectoryOperations, wishes: Sequence[tuple[str, KeyWish]], *, reissue_unseen: bool
 ) -> int:
     progress, made = Progress("keys", len(wishes)), 0
     try:
@@ -154,7 +162,8 @@ async def _issue(
             keys = await directory.key_batches.issue(wishes[start : start + BATCH_MAX], reissue_unseen=reissue_unseen)
             with showing_secret(_LOST):
                 for key in keys:
-                    if as_json:
+                    call.print_warnings(key)
+                    if call.as_json:
                         click.echo(orjson.dumps(key).decode("utf-8"))
                     elif key["created"]:
                         click.echo(f"{key['user']}  {key['name'] or '-'}  {key['id']}  {key['secret']}")
@@ -187,6 +196,7 @@ async def _issue(
     metavar="SCOPE",
     help="Scope for rows without scopes; repeatable.",
 )
+@_roles_option
 @takes_call
 def key_import(
     call: Call,
@@ -196,6 +206,7 @@ def key_import(
     map_path: Path | None,
     tenant_id: str | None,
     wanted: tuple[str, ...],
+    roles_wanted: tuple[str, ...],
     *,
     dry_run: bool,
 ) -> None:
@@ -204,7 +215,7 @@ def key_import(
 
     A row contains the key's digest, which is the hexadecimal SHA-256 of the whole key; or the prefix and hashed_key of
     djangorestframework-api-key, whose digest is added when the key is first used. Other columns, all of them optional:
-    user, tenant, name, scopes, is_test, plan, created, expires_at or expiry_date, revoked, id, hint.
+    user, tenant, name, scopes, roles, is_test, plan, created, expires_at or expiry_date, revoked, id, hint.
 
     Invalid rows are reported and the exit status is 1; the other rows are imported. Existing keys are skipped.
 
@@ -214,13 +225,15 @@ def key_import(
     """
     if str(path) == str(map_path) == "-":
         raise click.UsageError("only one of FILE and --map can be stdin")
-    defaults = {"user": user_id, "tenant": tenant_id, "scopes": list(wanted)}
+    defaults = {"user": user_id, "tenant": tenant_id, "scopes": list(wanted), "roles": list(roles_wanted)}
     owners = {} if map_path is None else read_owners(map_path)
     known_as = () if user_column is None else (user_column,)
     rows = read_rows(path, needs=(("digest",), ("prefix", "hashed_key"), ("prefix", "hashed")), beside=known_as)
     keys, report = _read(rows, defaults, owners, user_column)
-    call.warn_of_scopes(*(key.scopes for key in keys if not key.is_revoked))
+    call.warn_of_scopes(*(key.scopes for key in keys if not key.is_revoked and (key.scopes or not key.roles)))
     report.add(call.run(lambda directory: _import(directory, keys, dry_run=dry_run)))
+    for warning in report.warnings:
+        print_message(f"warning: {warning}")
     for place, problem in report.problems[:_PROBLEMS_SHOWN_MAX]:
         print_message(f"{place}: {problem}")
     result = {

@@ -17,7 +17,7 @@ from keyproxy.cli.context import (
     takes_call,
     yes_option,
 )
-from keyproxy.cli.parameters import duration, grace, scopes, span
+from keyproxy.cli.parameters import duration, grace, roles, scopes, span
 from keyproxy.store.directory.directory import Entity, KeyFilter
 from keyproxy.store.directory.interface import DirectoryOperations
 from keyproxy.store.directory.keys import ORDERS, STATES
@@ -43,6 +43,7 @@ def key_group() -> None:
     metavar="SCOPE",
     help="A permission, such as jobs:write; repeatable.",
 )
+@click.option("--role", "roles_wanted", multiple=True, callback=roles, metavar="ROLE", help="A role; repeatable.")
 @click.option("--name", default="", help="A descriptive name.")
 @click.option(
     "--expires-in",
@@ -56,6 +57,7 @@ def key_issue(
     call: Call,
     user_id: str,
     wanted: tuple[str, ...],
+    roles_wanted: tuple[str, ...],
     name: str,
     expires_in: timedelta | str | None,
     plan: str | None,
@@ -68,8 +70,9 @@ def key_issue(
     keyproxy key issue --user u_42 --scope jobs:write --name nightly
     keyproxy key issue --user u_42 --test --expires-in 7d
     """
-    wish = call.wish(name, wanted, expires_in, is_test=is_test, plan=plan)
+    wish = call.wish(name, wanted, expires_in, is_test=is_test, plan=plan, roles=roles_wanted)
     key = call.run_for_secret(lambda directory: directory.keys.issue(user_id, wish))
+    call.print_warnings(key)
     call.print_secret(key, "issue a new key")
 
 
@@ -139,8 +142,7 @@ def key_show(call: Call, key_id: str) -> None:
 @takes_call
 def key_set_plan(call: Call, key_id: str, plan: str | None, named: str | None, *, none: bool) -> None:
     """Set or remove a key's own plan. Takes effect within a second."""
-    change = {"plan": chosen_plan(plan, named, none=none)}
-    call.print_result(call.run(lambda directory: directory.keys.change(key_id, change)), KEY_COLUMNS)
+    _change(call, key_id, {"plan": chosen_plan(plan, named, none=none)})
 
 
 @key_group.command("set-scopes")
@@ -157,8 +159,23 @@ def key_set_scopes(call: Call, key_id: str, wanted: tuple[str, ...], *, none: bo
     if bool(wanted) is none:
         raise click.UsageError("pass the scopes with --scope, or --none")
     call.warn_of_scopes(wanted)
-    change = {"scopes": list(wanted)}
-    call.print_result(call.run(lambda directory: directory.keys.change(key_id, change)), KEY_COLUMNS)
+    _change(call, key_id, {"scopes": list(wanted)})
+
+
+@key_group.command("set-roles")
+@_id_argument
+@click.option("--role", "wanted", multiple=True, callback=roles, metavar="ROLE", help="A role; repeatable.")
+@click.option("--none", "none", is_flag=True, help="Remove all roles.")
+@takes_call
+def key_set_roles(call: Call, key_id: str, wanted: tuple[str, ...], *, none: bool) -> None:
+    """Replace the roles of a key. Takes effect everywhere within a second.
+
+    \b
+    keyproxy key set-roles key_… --role reader --role reporter
+    """
+    if bool(wanted) is none:
+        raise click.UsageError("pass the roles with --role, or --none")
+    _change(call, key_id, {"roles": list(wanted)})
 
 
 @key_group.command("rotate")
@@ -177,8 +194,8 @@ def key_set_scopes(call: Call, key_id: str, wanted: tuple[str, ...], *, none: bo
 def key_rotate(call: Call, key_id: str, left: timedelta, expires_in: timedelta | str | None) -> None:
     """Replace a key with a new one. The old key keeps working until the grace period ends.
 
-    The new key has the same scopes, mode, plan and name, and both keys share their limits. A key that never expires is
-    replaced by one that never expires.
+    The new key has the same scopes, roles, mode, plan and name, and both keys share their limits. A key that never
+    expires is replaced by one that never expires.
 
     \b
     keyproxy key rotate key_… --grace 24h
@@ -207,6 +224,12 @@ def key_delete(call: Call, key_id: str, *, yes: bool) -> None:
     """Delete a key. A revoked key stays visible in lists; a deleted one does not."""
     confirm(f"Delete key {key_id}?", yes=yes)
     call.print_result(call.run(lambda directory: directory.keys.delete(key_id)), KEY_COLUMNS)
+
+
+def _change(call: Call, key_id: str, changes: dict[str, object]) -> None:
+    key = call.run(lambda directory: directory.keys.change(key_id, changes))
+    call.print_warnings(key)
+    call.print_result(key, KEY_COLUMNS)
 
 
 async def _listed(directory: DirectoryOperations, wanted: KeyFilter, order: str | None) -> list[Entity]:

@@ -1,0 +1,1 @@
+"""`keyproxy role` and `keyproxy owned`."""
