@@ -317,7 +317,12 @@ def test_a_metered_request_that_failed_after_its_reservation_is_logged_with_it(l
     one.metered = fakes.metered_request()
     one.permit = Permit(Grant(fakes.identity(), ANY_ROUTE))
     line = line_of(logged, one)
-    assert (line["tokens_in"], line["tokens_reserved"], line["cost_micros"], line["estimated"]) == (None, 4_096, 0, False)
+    assert (line["tokens_in"], line["tokens_reserved"], line["cost_micros"], line["estimated"]) == (
+        None,
+        4_096,
+        0,
+        False,
+    )
 
 
 def test_requests_alike_but_for_their_model_are_logged_with_their_own(logged: Logged) -> None:
