@@ -116,9 +116,10 @@ class LeaseReport(NamedTuple):
     is refilled. `granted`, `used`, `returned` are cumulative. `is_closing`: the lease ends, all of it was used or
     returned.
 
-    The line requests `want` units (a window with many holders may grant more), and none rather than fewer than `at_least`. Up to `most` of them are needed
-    by requests that wait now: they are granted in full if they are available, and only what is wanted beyond them is
-    shared with other holders. `at_least <= most <= want`; if no request waits, `most` is 0 and `at_least` at most 1.
+    The line requests `want` units (a window with many holders may grant more), and none rather than fewer than
+    `at_least`. Up to `most` of them are needed by requests that wait now: they are granted in full if they are available,
+    and only what is wanted beyond them is shared with other holders. `at_least <= most <= want`; if no request waits,
+    `most` is 0 and `at_least` at most 1.
 
     For a rate the ledger ignores `starts`, `granted` and `used`. A token rate may return units: `returned` of them since
     the last line, granted at `granted_at`, the Unix time by the ledger's clock in its reply (0.0 otherwise). The ledger
@@ -144,7 +145,7 @@ class LeaseReport(NamedTuple):
         """How many of the available units it gets, if so many holders are alive; of what it wants, at least `share`."""
         if not self.want or available < self.at_least:
             return 0
-        # Beyond what its requests wait for, it leaves units for other holders: the fewer are available, the fewer it gets.
+        # Beyond what its requests wait for, it leaves units for others: the fewer are available, the fewer it gets.
         fair = self.want if alive <= 1 else max(self.at_least, self.most, available // (2 * alive))
         return min(available, max(share, min(self.want, fair)))
 
@@ -152,16 +153,15 @@ class LeaseReport(NamedTuple):
 class LeaseGrant(NamedTuple):
     """The ledger's reply to one line.
 
-    `granted` is cumulative; for a rate it is the amount granted now, and `granted_at` is when (Unix time, by the
-    ledger's clock). `spent` and `held` are those of the whole window, after this line; for a rate `held` is the amount
-    currently unavailable. `credited` is added to the window's limit: the ledger grants up to
-    `limit + credited - spent - held`. `holders` is the number of holders that have a lease of the window and have not
-    ended, at least 1; 1 for a rate. It is higher while a new window expects those of its predecessor, or while the
-    messages about a window with many holders exceed their schedule: it determines their pace. `ends_seconds`: until the window's end, by the ledger's clock. `wait_seconds`: until
-    `at_least` units of a rate are available; for other windows, how long to wait before the next request for units.
-    `is_wanted`: another holder is short of idle units. A reply with `lease` 0
-    is about the ledger itself: it has lost its latest history, needs all recent lines again, and grants nothing for
-    `wait_seconds`.
+    `granted` is cumulative; for a rate it is the amount granted now, and `granted_at` is when (Unix time, by the ledger's
+    clock). `spent` and `held` are those of the whole window, after this line; for a rate `held` is the amount currently
+    unavailable. `credited` is added to the window's limit: the ledger grants up to `limit + credited - spent - held`.
+    `holders` is the number of holders that have a lease of the window and have not ended, at least 1; 1 for a rate. It is
+    higher while a new window expects those of its predecessor, or while the messages about a window with many holders
+    exceed their schedule: it determines their pace. `ends_seconds`: until the window's end, by the ledger's clock.
+    `wait_seconds`: until `at_least` units of a rate are available; for other windows, how long to wait before the next
+    request for units. `is_wanted`: another holder is short of idle units. A reply with `lease` 0 is about the ledger
+    itself: it has lost its latest history, needs all recent lines again, and grants nothing for `wait_seconds`.
     """
 
     lease: int

@@ -11,7 +11,6 @@ import pytest
 
 from keyproxy.config.schema import LedgerSettings
 from keyproxy.limits.allowance import Allowance
-from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.ledger_protocol import FEW_HOLDERS, Pool, Window
 from keyproxy.limits.plan import Plan
 from keyproxy.model import Missing, Moment, TimeBudget
@@ -98,26 +97,6 @@ async def test_shortage_recalls_from_the_fewest_holders_that_suffice_and_then_fr
     await asyncio.sleep(0.55)
     await speak("d", 4, needs=5)
     assert await recalled() == []
-
-
-async def test_new_window_expects_the_holders_of_the_one_before_it(ledger: PostgresLedger) -> None:
-    reference = ReferenceLedger(time.time, lease_seconds=60.0)
-    today, tomorrow = span(WINDOW.measure, time.time())
-    names = [f"h{number:03}" for number in range(2 * FEW_HOLDERS)]
-    holders = []
-    for serial, starts in ((1, today), (2, int(tomorrow))):
-        for name in names:
-            told = line(serial, WINDOW, limit=9_000, want=4)._replace(starts=starts)
-            expected, replies = reference.sync(name, serial, [told]), await ledger.sync(name, serial, [told])
-            assert expected is not None
-            assert replies is not None
-            ((one,), (other,)) = expected, replies
-            assert (one.starts, one.granted) == (other.starts, other.granted)
-            assert one.ends_seconds == pytest.approx(other.ends_seconds, abs=5.0)
-            holders.append(other.holders)
-    assert holders[0] == 1
-    # The first one to ask for tomorrow's window learns how many others will.
-    assert min(holders[len(names) :]) >= len(names)
 
 
 async def test_recall_is_delivered_with_the_change_feed_until_the_lease_is_reported(
