@@ -13,7 +13,7 @@ import pytest
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.http import identity_headers
 from keyproxy.limits.calendar_windows import span
-from keyproxy.limits.ledger_protocol import LeaseReport, Pool, Window
+from keyproxy.limits.ledger_protocol import FEW_HOLDERS, LeaseReport, Pool, Window
 from keyproxy.limits.plan import PERIODS
 from keyproxy.model import Identity, Missing, Moment, TimeBudget
 from keyproxy.ports import Identities, OwnedIds, PromptTemplates
@@ -672,6 +672,50 @@ class LedgerContract:
         assert await holders("a", line(granted=1, used=1, is_closing=True), line(4, want=1)) == [2, 2]
         await ledger.end("b")
         assert await holders("a", line(4, granted=1)) == [1]
+
+    async def test_window_with_many_holders_has_the_pace_and_the_slices_of_the_reference(
+        self, ledger: InspectedBackend
+    ) -> None:
+        chance, reference = random.Random(5), ReferenceLedger(time.time, lease_seconds=LEASE_SECONDS)
+        names = [f"m{number:03}" for number in range(FEW_HOLDERS + 20)]
+        granted, used, serials = dict.fromkeys(names, 0), dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+        waits = 0
+        for name in [*names, *(chance.choice(names) for _ in range(120))]:
+            used[name] = chance.randint(used[name], granted[name])
+            serials[name] += 1
+            want = chance.choice([0, 1, 8, 30])
+            told = line(
+                limit=600, want=want, granted=granted[name], used=used[name], most=want and chance.choice([0, 1])
+            )
+            expected = reference.sync(name, serials[name], [told])
+            replies = await ledger.sync(name, serials[name], [told])
+            assert expected is not None
+            assert replies is not None
+            ((one,), (other,)) = expected, replies
+            assert (one.granted, one.spent, one.held) == (other.granted, other.spent, other.held)
+            # The schedule of messages empties while they are sent.
+            assert one.holders == pytest.approx(other.holders, abs=60)
+            assert one.wait_seconds == pytest.approx(other.wait_seconds, abs=0.5)
+            granted[name], waits = one.granted, waits + (other.wait_seconds > 0)
+        (account,) = reference.windows.values()
+        assert account.spent + account.held == 600
+        assert waits > 20
+
+    async def test_new_window_expects_the_holders_of_the_one_before_it(self, ledger: InspectedBackend) -> None:
+        today, tomorrow = span(window().measure, time.time())
+        names = [f"n{number:03}" for number in range(2 * FEW_HOLDERS)]
+        holders = []
+        for serial, starts in ((1, today), (2, int(tomorrow))):
+            for name in names:
+                replies = await ledger.sync(name, serial, [line(serial, limit=9_000, want=4)._replace(starts=starts)])
+                assert replies is not None
+                (reply,) = replies
+                assert (reply.starts, reply.granted > 0) == (starts, True)
+                assert reply.ends_seconds == pytest.approx(span(window().measure, starts)[1] - time.time(), abs=5.0)
+                holders.append(reply.holders)
+        assert holders[0] == 1
+        # The first one that asks for tomorrow's units learns how many others will.
+        assert min(holders[len(names) :]) >= len(names)
 
     @pytest.mark.parametrize("period", PERIODS)
     async def test_windows_are_calendar_periods(self, ledger: InspectedBackend, period: str) -> None:

@@ -11,9 +11,8 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from keyproxy import limit_state
 from keyproxy.limits.gcra import UnusedUnits
-from keyproxy.limits.ledger_protocol import CONCURRENCY, SPEND, TOKEN_RATE, TOKENS, LeaseGrant, LeaseReport, Window
+from keyproxy.limits.ledger_protocol import CONCURRENCY, TOKEN_RATE, LeaseGrant, LeaseReport, Window, policy_of
 from keyproxy.limits.plan import Limit
 
 #: How long units of a rate may be used after they were requested. In any t seconds, all proxies together admit at most
@@ -39,13 +38,6 @@ _FIRST_UNITS: Final = 4
 #: Units of a rate granted within this time of earlier ones lapse together with them.
 _RATE_STEP_SECONDS: Final = 0.0625
 
-_WINDOW_SECONDS: Final = {"minute": 60, "hour": 3_600, "day": 86_400, "week": 604_800, "month": 2_592_000}
-_UNITS: Final = {
-    CONCURRENCY: limit_state.CONCURRENT_REQUESTS,
-    **dict.fromkeys((*TOKENS, TOKEN_RATE), limit_state.TOKENS),
-    **dict.fromkeys(SPEND, limit_state.MONEY),
-}
-
 #: Makes the times of reports different between processes, whose monotonic clocks are.
 _SPREAD: Final = 997.0
 
@@ -61,11 +53,12 @@ class Lease:
     """
 
     __slots__ = (
-        "ahead", "ask_after_mono", "at_least", "confirmed", "credited", "dry_until_mono", "due_mono", "empty_need",
-        "empty_until_mono", "ends_mono", "free", "granted", "heard_mono", "interval_seconds", "is_asked", "is_current",
-        "is_noted", "is_overdrawn", "is_wanted_until", "lapses", "limit", "low", "need", "number", "pace", "paced_mono",
-        "pause_seconds", "piece", "policy", "rate", "retry_mono", "returned", "review_mono", "rule", "seen_available",
-        "sent", "spent_apart", "starts", "taken_before", "touched_mono", "touched_taken", "used", "window",
+        "ahead", "ask_after_mono", "at_least", "begins_mono", "confirmed", "credited", "dry_until_mono", "due_mono",
+        "empty_need", "empty_until_mono", "ends_mono", "free", "granted", "heard_mono", "interval_seconds", "is_asked",
+        "is_current", "is_noted", "is_overdrawn", "is_wanted_until", "lapses", "limit", "low", "need", "number",
+        "pace", "paced_mono", "pause_seconds", "period_seconds", "piece", "policy", "rate", "retry_mono", "returned",
+        "review_mono", "rule", "seen_available", "sent", "spent_apart", "starts", "successor", "taken_before",
+        "touched_mono", "touched_taken", "used", "window",
     )  # fmt: skip
 
     def __init__(self, window: Window, limit: Limit, now_mono: float) -> None:
@@ -124,6 +117,9 @@ class Lease:
         self.review_mono = math.inf
         #: False: its window is over, or its holder has ended. Units in use are still settled here.
         self.is_current = True
+        #: The lease of the next window, if requested already; of that, how long it lasts, and when it has surely begun.
+        self.successor: Lease | None = None
+        self.period_seconds = self.begins_mono = 0.0
 
     @property
     def is_rate(self) -> bool:
@@ -165,9 +161,14 @@ class Lease:
         """How long units stay unused before they are returned: where reports are rare, they serve two intervals."""
         return max(IDLE_SECONDS, 2.0 * self.pause_seconds)
 
+    @property
+    def idle_mono(self) -> float:
+        """When its units count as unused, unless some are taken before."""
+        return max(self.touched_mono, self.begins_mono) + self.idle_seconds
+
     def is_busy(self, now_mono: float) -> bool:
         """Whether units were taken recently."""
-        return now_mono - self.touched_mono < self.idle_seconds
+        return now_mono < self.idle_mono
 
     def rests(self, now_mono: float) -> bool:
         """Whether it was reported recently, and no request waits for more."""
@@ -198,10 +199,7 @@ class Lease:
 
     def _restate(self) -> None:
         """Describe the limit to callers, with what is credited to its current window."""
-        quota, interval = max(0, self.quota), self.interval_seconds
-        seconds = max(1, math.ceil(quota * interval)) if interval else _WINDOW_SECONDS.get(self.rule.per)
-        unit = _UNITS.get(self.window.measure, limit_state.REQUESTS)
-        self.policy = limit_state.policy(self.window.policy, quota, seconds, unit)
+        self.policy = policy_of(self.window, self.rule, max(0, self.quota))
 
     def owed(self) -> Lease | None:
         """Return what was taken beyond the grant, as a separate lease; None if nothing was.
@@ -297,8 +295,7 @@ class Lease:
         )
         if self.is_asked and self.pause_seconds:
             self.touched_mono = now_mono
-        # Up to two fifths more, which spreads the reports of processes that began at the same time.
-        self.due_mono = now_mono + self.pause_seconds * (1.0 + 0.4 * (now_mono * _SPREAD % 1.0))
+        self._report_after(now_mono, self.pause_seconds)
         self.need = self.at_least = 0
         self.is_asked = False
         self.sent = self.used + self.returned
@@ -331,10 +328,11 @@ class Lease:
             lasts = min(self.pace, 1.0 / self.interval_seconds) * _RATE_LASTS_SECONDS
             return math.ceil(lasts) if self.interval_seconds < _RATE_LASTS_SECONDS else 0
         first = max(_FIRST_UNITS, 2 * self.piece)
-        if not self.granted:
+        if not self.granted and not self.period_seconds:
             return self.need + first if self.need else 0
         lasts, growth = max(_LASTS_SECONDS, 2.0 * self.pause_seconds), 2 + math.ceil(2.0 * self.pause_seconds)
-        ahead = min(math.ceil(self.pace * lasts), growth * self.ahead + first)
+        ahead = math.ceil(self.pace * lasts)
+        ahead = min(ahead, growth * self.ahead + first) if self.granted else max(ahead, self.piece)
         return max(ahead, 2 * self.piece) if self.pace > 0.0 and self.piece > 1 else ahead
 
     def apply(self, line: LeaseReport, reply: LeaseGrant, *, sent_mono: float, received_mono: float) -> None:
@@ -363,10 +361,27 @@ class Lease:
             self.retry_mono = received_mono + reply.wait_seconds
         else:
             self.ends_mono = self.retry_mono = sent_mono + reply.ends_seconds
-            self.ask_after_mono = received_mono + reply.wait_seconds if line.want and not got else 0.0
+            if self.period_seconds:
+                self.begins_mono = received_mono + reply.ends_seconds - self.period_seconds
+            self.ask_after_mono = max(received_mono + reply.wait_seconds, 0.0 if got else self.ask_after_mono)
         if not self.is_current or (line.limit, line.interval_seconds) != (self.limit, self.interval_seconds):
             # Granted under a plan that no longer applies.
             self.give_back()
+
+    def pace_reports(self, pause_seconds: float, sent_mono: float) -> None:
+        """Report at most every `pause_seconds`. A longer pause applies to the last report, too, if units last."""
+        if pause_seconds > self.pause_seconds and self.due_mono and self.free >= self.pace * pause_seconds:
+            self._report_after(sent_mono, pause_seconds)
+        self.pause_seconds = pause_seconds if self.is_current else max(self.pause_seconds, pause_seconds)
+
+    def _report_after(self, sent_mono: float, pause_seconds: float) -> None:
+        # Up to two fifths later, which spreads the reports of processes that began at the same time.
+        self.due_mono = sent_mono + pause_seconds * (1.0 + 0.4 * (sent_mono * _SPREAD % 1.0))
+
+    def follow(self, before: Lease, now_mono: float) -> None:
+        """Begin after the lease of the window before. One message reports both; those of all processes are spread."""
+        self.due_mono = max(self.due_mono, now_mono + self.pause_seconds * (now_mono * _SPREAD % 1.0))
+        before.due_mono = self.due_mono
 
     def note_wanted(self, now_mono: float) -> None:
         """Another holder is short: for a while, return idle units instead of requesting more."""

@@ -48,7 +48,7 @@ class LeaseBinding:
             for key, lease in of_pool.leases.items():
                 self._sync.expire(lease, now_mono)
                 if not lease.is_current:
-                    of_pool.leases[key] = Lease(lease.window, lease.rule, now_mono)
+                    of_pool.leases[key] = _following(lease, now_mono)
         if all(lease.is_current for lease in bundle.leases):
             return bundle
         return Bundle(bundle.pools, bundle.selection)
@@ -66,12 +66,24 @@ class LeaseBinding:
                 lease = Lease(Window(pool_leases.pool, *key), limit, now_mono)
             else:
                 lease.replan(limit)
+                if lease.successor is not None:
+                    self._sync.retire(lease.successor)
+                    lease.successor = None
                 lease.empty_until_mono = lease.dry_until_mono = 0.0
                 lease.give_back()
                 self._sync.reviews.note_change(lease)
             pool_leases.leases[key] = lease
         for lease in before.values():
             self._sync.retire(lease)
+
+
+def _following(lease: Lease, now_mono: float) -> Lease:
+    """The lease of the window that follows."""
+    successor = lease.successor
+    if successor is not None and successor.is_current and now_mono >= successor.begins_mono:
+        successor.follow(lease, now_mono)
+        return successor
+    return Lease(lease.window, lease.rule, now_mono)
 
 
 def _keep(allowance: Allowance, bundle: Bundle) -> Bundle:

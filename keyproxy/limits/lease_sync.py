@@ -13,7 +13,8 @@ from itertools import islice
 from typing import Final, NamedTuple
 from weakref import WeakValueDictionary
 
-from keyproxy.limits.lease import Lease
+from keyproxy.limits.calendar_windows import span
+from keyproxy.limits.lease import IDLE_SECONDS, Lease
 from keyproxy.limits.ledger_protocol import CONCURRENCY, REPORTS_PER_SECOND, LeaseGrant, LeaseReport, Pool, Window
 from keyproxy.limits.pool_leases import PoolLeases
 from keyproxy.limits.review_queue import ReviewQueue
@@ -21,6 +22,13 @@ from keyproxy.limits.review_queue import ReviewQueue
 #: How long the ledger's "none left" is trusted; for a rate the reply includes the wait.
 _EMPTY_SECONDS: Final = 1.0
 _VAIN_SECONDS: Final = 0.5
+
+#: So many pauses before the end of a window with many holders, a report also requests units of the next one. It is sent
+#: within 1.4 pauses of the one before.
+_PREFETCH_PAUSES: Final = 1.5
+
+#: A reply that has not arrived after this time is lost.
+_LOST_SECONDS: Final = 2.0
 
 #: How long a closed lease is remembered: a ledger that fails over may have lost the close.
 _REMEMBERED_SECONDS: Final = 30.0
@@ -177,6 +185,8 @@ class LeaseSync:
         line = self._line(lease, now_mono)
         if line is not None:
             lines.append(line)
+            if now_mono >= lease.ends_mono - _PREFETCH_PAUSES * lease.pause_seconds:
+                self._prefetch(lease, now_mono)
         if lease.number:
             self.reviews.review_when_idle(lease, now_mono)
 
@@ -197,6 +207,21 @@ class LeaseSync:
         line = lease.line(now_mono)
         self._open[line.lease] = lease
         return line
+
+    def _prefetch(self, lease: Lease, now_mono: float) -> None:
+        """Request units of the next window, with this message, if its many holders would otherwise do so all at once."""
+        successor = lease.successor
+        if not lease.starts or not lease.is_current or successor is not None or not lease.is_busy(now_mono):
+            return
+        successor = lease.successor = Lease(lease.window, lease.rule, now_mono)
+        next_starts = span(lease.window.measure, lease.starts)[1]
+        successor.starts, next_ends = span(lease.window.measure, next_starts)
+        # The reply states the exact time. If that is lost, the units are returned when they are idle.
+        successor.begins_mono, successor.period_seconds = lease.ends_mono + _LOST_SECONDS, next_ends - next_starts
+        successor.pace, successor.piece, successor.pause_seconds = lease.pace, lease.piece, lease.pause_seconds
+        successor.is_asked = True
+        self.open_lease(successor)
+        self.reviews.make_due(successor)
 
     def open_lease(self, lease: Lease) -> None:
         """Number a lease that has not been requested yet, and report it from now on."""
@@ -231,7 +256,8 @@ class LeaseSync:
             # request.
             if is_wanted or not lease.need:
                 # One of many that are busy keeps what it uses at once: it would request that again.
-                lease.give_back(math.floor(lease.pace) if is_wanted and lease.pause_seconds else 0)
+                is_in_use = is_wanted and lease.pause_seconds > 0.0 and now_mono - lease.touched_mono < IDLE_SECONDS
+                lease.give_back(math.floor(lease.pace) if is_in_use else 0)
 
     def apply(
         self,
@@ -263,7 +289,7 @@ class LeaseSync:
                 before = lease.granted
                 lease.apply(line, reply, sent_mono=sent_mono, received_mono=received)
                 pause_seconds = reply.holders / REPORTS_PER_SECOND
-                lease.pause_seconds = pause_seconds if pause_seconds > self._settle_seconds else 0.0
+                lease.pace_reports(pause_seconds if pause_seconds > self._settle_seconds else 0.0, sent_mono)
                 self.reviews.note_change(lease)
                 if lease.granted == before and not settles_seconds:
                     self._note_refusal(lease, line, reply, received)

@@ -8,9 +8,11 @@ rates differ: their values are those of one message, and a repeated message is r
 
 from __future__ import annotations
 
+import math
 from typing import Final, NamedTuple
 
-from keyproxy.limits.plan import PERIODS
+from keyproxy import limit_state
+from keyproxy.limits.plan import PERIODS, Limit
 from keyproxy.reasons import LimitReason
 
 #: The measures of windows: units of rates, slots, and windows that count requests, tokens, or money in micro-units.
@@ -91,6 +93,21 @@ class Window(NamedTuple):
         return f"{name}@{self.selector}" if self.selector else name
 
 
+_PERIOD_SECONDS: Final = {"minute": 60, "hour": 3_600, "day": 86_400, "week": 604_800, "month": 2_592_000}
+_UNITS: Final = {
+    CONCURRENCY: limit_state.CONCURRENT_REQUESTS,
+    **dict.fromkeys((*TOKENS, TOKEN_RATE), limit_state.TOKENS),
+    **dict.fromkeys(SPEND, limit_state.MONEY),
+}
+
+
+def policy_of(window: Window, rule: Limit, quota: int) -> limit_state.LimitPolicy:
+    """Describe a limit to callers. `quota` includes what is credited to the current window."""
+    interval = rule.interval_seconds
+    seconds = max(1, math.ceil(quota * interval)) if interval else _PERIOD_SECONDS.get(rule.per)
+    return limit_state.policy(window.policy, quota, seconds, _UNITS.get(window.measure, limit_state.REQUESTS))
+
+
 class LeaseReport(NamedTuple):
     """A process's report on one lease, and its request for more.
 
@@ -99,9 +116,10 @@ class LeaseReport(NamedTuple):
     is refilled. `granted`, `used`, `returned` are cumulative. `is_closing`: the lease ends, all of it was used or
     returned.
 
-    The line requests at most `want` units, and none rather than fewer than `at_least`. Up to `most` of them are needed
-    by requests that wait now: they are granted in full if they are available, and only what is wanted beyond them is
-    shared with other holders. `at_least <= most <= want`; if no request waits, `most` is 0 and `at_least` at most 1.
+    The line requests `want` units (a window with many holders may grant more), and none rather than fewer than
+    `at_least`. Up to `most` of them are needed by requests that wait now: they are granted in full if they are available,
+    and only what is wanted beyond them is shared with other holders. `at_least <= most <= want`; if no request waits,
+    `most` is 0 and `at_least` at most 1.
 
     For a rate the ledger ignores `starts`, `granted` and `used`. A token rate may return units: `returned` of them since
     the last line, granted at `granted_at`, the Unix time by the ledger's clock in its reply (0.0 otherwise). The ledger
@@ -123,19 +141,27 @@ class LeaseReport(NamedTuple):
     is_closing: bool
     granted_at: float = 0.0
 
+    def units_granted(self, available: int, alive: int, share: int = 0) -> int:
+        """How many of the available units it gets, if so many holders are alive; of what it wants, at least `share`."""
+        if not self.want or available < self.at_least:
+            return 0
+        # Beyond what its requests wait for, it leaves units for others: the fewer are available, the fewer it gets.
+        fair = self.want if alive <= 1 else max(self.at_least, self.most, available // (2 * alive))
+        return min(available, max(share, min(self.want, fair)))
+
 
 class LeaseGrant(NamedTuple):
     """The ledger's reply to one line.
 
-    `granted` is cumulative; for a rate it is the amount granted now, and `granted_at` is when (Unix time, by the
-    ledger's clock). `spent` and `held` are those of the whole window, after this line; for a rate `held` is the amount
-    currently unavailable. `credited` is added to the window's limit: the ledger grants up to
-    `limit + credited - spent - held`. `holders` is the number of holders that have a lease of the window and have not
-    ended, at least 1; 1 for a rate. `ends_seconds`: until the window's end, by the ledger's clock. `wait_seconds`: until
-    `at_least` units of a rate are available; for other windows, how long to wait before another request after one that
-    was granted nothing. `is_wanted`: another holder is short of idle units. A reply with `lease` 0
-    is about the ledger itself: it has lost its latest history, needs all recent lines again, and grants nothing for
-    `wait_seconds`.
+    `granted` is cumulative; for a rate it is the amount granted now, and `granted_at` is when (Unix time, by the ledger's
+    clock). `spent` and `held` are those of the whole window, after this line; for a rate `held` is the amount currently
+    unavailable. `credited` is added to the window's limit: the ledger grants up to `limit + credited - spent - held`.
+    `holders` is the number of holders that have a lease of the window and have not ended, at least 1; 1 for a rate. It is
+    higher while a new window expects those of its predecessor, or while the messages about a window with many holders
+    exceed their schedule: it determines their pace. `ends_seconds`: until the window's end, by the ledger's clock.
+    `wait_seconds`: until `at_least` units of a rate are available; for other windows, how long to wait before the next
+    request for units. `is_wanted`: another holder is short of idle units. A reply with `lease` 0 is about the ledger
+    itself: it has lost its latest history, needs all recent lines again, and grants nothing for `wait_seconds`.
     """
 
     lease: int

@@ -31,18 +31,15 @@ from keyproxy.limits.ledger_protocol import (
 #: How long other holders are asked to return idle units after a holder could not get any.
 _WANTED_SECONDS: Final = 2.0
 
-#: How often a window's units are recalled, from at most how many holders.
+#: How often a window's units are recalled, from at most how many holders; fewer if many processes compete for them.
 _RECALL_SECONDS: Final = 0.5
 _RECALLED_MAX: Final = 100
+_RECALLED_IF_AHEAD: Final = 12
 
-#: With many holders: how many requests per second that are granted nothing are welcome, and the shortest and the longest
-#: wait after one.
-_ASKS_PER_SECOND: Final = 60.0
-_ASK_SECONDS_MIN: Final = 0.7
-_ASK_SECONDS_MAX: Final = 20.0
-
-#: If such requests are so far ahead of their pace, no more than what suffices is recalled.
-_AHEAD_SECONDS: Final = 0.25
+#: With many holders, every message about a window takes a place in its schedule. One that opens a lease takes several,
+#: since others like it follow while processes join; one that is granted nothing takes more, since it is repeated soon.
+_PLACES_OF_NEW: Final = 4
+_PLACES_OF_REFUSED: Final = 3
 
 #: How long a ledger that lost history accepts claims of leases from holders that rest or are not stored.
 _CLAIMED_SECONDS: Final = 86_400.0
@@ -55,8 +52,7 @@ WindowStart = tuple[Window, int]
 class WindowAccount:
     """The account of one window.
 
-    `theoretical`: of a rate, see `gcra`; of another window with many holders, until when requests that were granted
-    nothing are ahead of their pace.
+    `theoretical`: of a rate, see `gcra`; of another window with many holders, the end of the schedule of messages.
     """
 
     spent: int = 0
@@ -68,8 +64,15 @@ class WindowAccount:
     wanted_by: str = ""
     recalled_at: float = -math.inf
     limit: int = 0
+    #: How many holders its predecessor had when this window was opened, and until when as many are expected here.
+    carried: int = 0
+    carried_until: float = -math.inf
     #: The number of leases of each holder that has any.
     leases: Counter[str] = field(default_factory=Counter)
+
+    def holders(self, now: float) -> int:
+        """The number of holders, or of those that are expected."""
+        return max(1, len(self.leases), self.carried if now < self.carried_until else 0)
 
 
 @dataclass
@@ -120,6 +123,10 @@ class LedgerRules:
         self.holders: dict[str, Holder] = {}
         self.settles_until = self.lost_at = -math.inf
 
+    def account(self, carried: int) -> WindowAccount:
+        """The account of a new window, which expects so many holders."""
+        return WindowAccount(carried=carried)
+
     def sync(self, name: str, serial: int, lines: Sequence[LeaseReport], now: float) -> list[LeaseGrant] | None:
         """Process one message of a holder. None: this holder has ended. Raises LateMessageError."""
         known = self.holders.get(name)
@@ -137,6 +144,7 @@ class LedgerRules:
         message = _Message(self, name, now)
         for line in lines:
             message.settle(line)
+        message.schedule()
         grants = {line.lease: message.grant(line) for line in message.askers(lines)}
         replies = [message.reply(line, grants.get(line.lease, 0)) for line in lines]
         settles_seconds = self.settles_until - now
@@ -209,6 +217,7 @@ class _Message:
 
     def __init__(self, ledger: LedgerRules, name: str, now: float) -> None:
         self._windows, self._holders, self._name, self._now = ledger.windows, ledger.holders, name, now
+        self._ledger = ledger
         self._leases = ledger.holders[name].leases
         self._settles = now < ledger.settles_until
         self._alive = sum(1 for other in ledger.holders.values() if other.is_live and other.expires_at > now)
@@ -219,16 +228,20 @@ class _Message:
         #: For lines of a rate: how far ahead it is and the available units; and its state after this message.
         self._rates: dict[int, tuple[float, int]] = {}
         self._moved: dict[WindowStart, float] = {}
-        #: For other windows: whether there were many holders before this message.
-        self._are_many: dict[WindowStart, bool] = {}
+        #: For other windows: how many holders there were before this message, or are expected.
+        self._crowds: dict[WindowStart, int] = {}
+        #: The leases that it opens, and the windows of which units were short before.
+        self._new: set[int] = set()
+        self._short: set[WindowStart] = set()
 
     def settle(self, line: LeaseReport) -> None:
         """Apply the report of a lease."""
         key = self._keys[line.lease] = self._key(line)
-        window = self._windows.setdefault(key, WindowAccount())
+        window = self._account(key)
         window.limit = line.limit
-        is_wanted = self._now - window.wanted_at < _WANTED_SECONDS and window.wanted_by != self._name
-        self._is_wanted[line.lease] = is_wanted
+        if self._now - window.wanted_at < _WANTED_SECONDS:
+            self._short.add(key)
+        is_wanted = key in self._short and window.wanted_by != self._name
         is_known = line.lease in self._leases
         if line.interval_seconds:
             ahead = gcra.ahead_seconds(window.theoretical, self._now, line.limit, line.interval_seconds)
@@ -238,12 +251,14 @@ class _Message:
                 )
             self._rates[line.lease] = ahead, gcra.units_available(ahead, line.limit, line.interval_seconds)
             return
-        self._are_many.setdefault(key, len(window.leases) > FEW_HOLDERS)
-        self._is_wanted[line.lease] = is_wanted and not self._are_many[key]
+        self._crowds.setdefault(key, window.holders(self._now))
+        self._is_wanted[line.lease] = is_wanted and not self._are_many(key)
         # A lease that is closed already stays closed.
         if line.is_closing and not is_known:
             return
         window.leases[self._name] += not is_known
+        if not is_known:
+            self._new.add(line.lease)
         lease = self._leases.setdefault(line.lease, LeaseAccount(key))
         lease.is_recalled = False
         self._reported.add(line.lease)
@@ -261,6 +276,30 @@ class _Message:
                 del window.leases[self._name]
         window.held += lease.outstanding
 
+    def schedule(self) -> None:
+        """Count this message in the schedules of windows with many holders."""
+        opened = {self._keys[number] for number in self._new}
+        for key in self._crowds:
+            if self._are_many(key):
+                self._take_places(key, _PLACES_OF_NEW if key in opened else 1)
+
+    def _are_many(self, key: WindowStart) -> bool:
+        return self._crowds[key] > FEW_HOLDERS
+
+    def _take_places(self, key: WindowStart, places: int) -> None:
+        window = self._windows[key]
+        window.theoretical = gcra.scheduled(window.theoretical, self._now, places, self._crowds[key])
+
+    def _account(self, key: WindowStart) -> WindowAccount:
+        """The account of a window, which expects the holders of its predecessor when it is opened."""
+        account = self._windows.get(key)
+        if account is None:
+            window, starts = key
+            before = self._windows.get((window, span(window.measure, starts - 1)[0])) if starts else None
+            account = self._windows[key] = self._ledger.account(len(before.leases) if before else 0)
+            account.carried_until = self._now + gcra.carried_seconds(account.carried)
+        return account
+
     def askers(self, lines: Sequence[LeaseReport]) -> list[LeaseReport]:
         """The lines that may get a grant: of those that want units of one window, only the latest lease."""
         latest: dict[WindowStart, LeaseReport] = {}
@@ -272,39 +311,50 @@ class _Message:
     def grant(self, line: LeaseReport) -> int:
         """Grant a line as many units as possible, and return their number."""
         if line.interval_seconds:
-            return units_granted(line, self._rates[line.lease][1], self._alive)
+            return line.units_granted(self._rates[line.lease][1], self._alive)
         key = self._keys[line.lease]
         window, (_, ends) = self._windows[key], span(line.window.measure, key[1])
         if self._settles or self._now >= ends:
             return 0
         available = line.limit + window.credited - window.spent - window.held
-        granted = units_granted(line, available, self._alive, are_many=self._are_many[key])
+        share = self._share(line, key, available) if self._are_many(key) else 0
+        granted = line.units_granted(available, self._alive, share)
         self._leases[line.lease].granted += granted
         window.held += granted
         reported = [self._leases[number] for number in self._reported if number in self._leases]
         own = sum(lease.outstanding for lease in reported if lease.key == key)
-        if not granted and self._are_many[key]:
-            ahead = max(window.theoretical - self._now, 0.0) + 1.0 / _ASKS_PER_SECOND
-            window.theoretical = self._now + min(ahead, _ASK_SECONDS_MAX)
+        if not granted and self._are_many(key):
+            self._take_places(key, _PLACES_OF_REFUSED)
         if not granted and window.held > own:
-            is_ahead = self._are_many[key] and window.theoretical - self._now >= _AHEAD_SECONDS
-            is_repeat = self._now - window.wanted_at < _WANTED_SECONDS and not is_ahead
+            is_ahead = self._are_many(key) and gcra.is_ahead(window.theoretical, self._now)
             if line.at_least <= available + window.held and self._now - window.recalled_at >= _RECALL_SECONDS:
                 window.recalled_at = self._now
-                self._recall(key, line.at_least - max(0, available), is_repeat=is_repeat)
+                units = window.held if key in self._short else line.at_least - max(0, available)
+                self._recall(key, units, _RECALLED_IF_AHEAD if is_ahead else _RECALLED_MAX)
             window.wanted_at, window.wanted_by = self._now, self._name
         return granted
 
-    def _recall(self, key: WindowStart, units: int, *, is_repeat: bool) -> None:
-        """Recall units from as few other holders as suffice; if those did not suffice, from all up to the maximum."""
+    def _share(self, line: LeaseReport, key: WindowStart, available: int) -> int:
+        """What a line gets of a window with many holders, at least."""
+        window, holders = self._windows[key], self._crowds[key]
+        if key in self._short:
+            # Others are short: half of what they hold on average, which is used up soon.
+            return min(line.want // 2, window.held // (2 * holders))
+        if not (line.most and line.lease in self._new):
+            # Enough until its next report: smaller slices would be used up sooner, and requested again.
+            return line.want // 2
+        return max(line.want // 2, min(gcra.first_units(line.want, holders), available // (4 * self._alive)))
+
+    def _recall(self, key: WindowStart, units: int, at_most: int) -> None:
+        """Recall units from as few other holders as suffice, those that hold most first, and from `at_most` of them."""
         leases = [
             (-lease.outstanding, name, number, lease)
             for name, holder in self._holders.items() if name != self._name
             for number, lease in holder.leases.items()
             if lease.key == key and lease.outstanding > 0 and not lease.is_recalled
         ]  # fmt: skip
-        for outstanding, _, _, lease in sorted(leases, key=lambda entry: entry[:3])[:_RECALLED_MAX]:
-            if units <= 0 and not is_repeat:
+        for outstanding, _, _, lease in sorted(leases, key=lambda entry: entry[:3])[:at_most]:
+            if units <= 0:
                 break
             lease.is_recalled = True
             units += outstanding
@@ -317,12 +367,16 @@ class _Message:
         window, lease = self._windows[key], self._leases.get(line.lease)
         granted = line.used + line.returned if lease is None else lease.granted
         ends_seconds = span(line.window.measure, key[1])[1] - self._now
-        wait_seconds = 0.0
-        if line.want and not granted_now and self._are_many[key] and not self._settles and ends_seconds > 0:
-            wait_seconds = max(_ASK_SECONDS_MIN, window.theoretical - self._now)
+        holders, wait_seconds = window.holders(self._now), 0.0
+        if self._are_many(key):
+            ends = window.theoretical
+            holders = gcra.pacing_holders(ends, self._now, holders)
+            if not self._settles and ends_seconds > 0:
+                is_short, is_refused = key in self._short, line.want > 0 and not granted_now
+                wait_seconds = gcra.ask_seconds(ends, self._now, is_short=is_short, is_refused=is_refused)
         return LeaseGrant(
             line.lease, key[1], granted, window.spent, window.held, ends_seconds, wait_seconds,
-            self._is_wanted[line.lease], window.credited, max(1, len(window.leases)),
+            self._is_wanted[line.lease], window.credited, holders,
         )  # fmt: skip
 
     def _reply_rate(self, line: LeaseReport, granted: int) -> LeaseGrant:
@@ -343,15 +397,3 @@ class _Message:
         if line.lease in self._leases:
             return self._leases[line.lease].key
         return line.window, span(line.window.measure, line.starts or self._now)[0]
-
-
-def units_granted(line: LeaseReport, available: int, alive: int, *, are_many: bool = False) -> int:
-    """How many of the available units a line gets, if this many holders are alive. `are_many`: of its window."""
-    if available < line.at_least:
-        return 0
-    # A holder leaves units for the others beyond what its requests wait for: the fewer are available, the fewer it gets.
-    share = line.want if alive <= 1 else max(line.at_least, line.most, available // (2 * alive))
-    if are_many:
-        # Enough until its next report: smaller slices would be used up sooner, and requested again.
-        share = max(share, line.want // 2)
-    return min(line.want, available, share)

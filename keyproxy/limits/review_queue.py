@@ -61,7 +61,7 @@ class ReviewQueue:
     def review_when_idle(self, lease: Lease, now_mono: float) -> None:
         """Review a lease in use when it has been idle for a while."""
         if lease.is_busy(now_mono):
-            self.review_at(lease, lease.touched_mono + lease.idle_seconds)
+            self.review_at(lease, lease.idle_mono)
 
     def review_at(self, lease: Lease, when_mono: float) -> None:
         """Review a lease at a time, unless a review is scheduled for an earlier one."""

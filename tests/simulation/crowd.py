@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import math
 import random
 import statistics
 import sys
@@ -19,8 +20,7 @@ from dataclasses import dataclass
 
 from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance, Hold
-from keyproxy.limits.calendar_windows import span
-from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Pool, Window
+from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import Missing, Moment, TimeBudget
 from keyproxy.reasons import Refusal
@@ -30,9 +30,10 @@ from tests.simulation.clockwork import Clock, VirtualLoop
 from tests.simulation.network import Network, RemoteLedger, Weather
 from tests.simulation.upstream import BrokenError
 
-_NOON = 1_705_320_000.0
+NOON = 1_705_320_000.0
+#: A minute before the next day.
+EVENING = NOON + 43_140.0
 _TENANT = Pool("tenant", "acme", False)
-_WINDOW = Window(_TENANT, "requests_per_day")
 LEASE_SECONDS = 10.0
 #: How often a proxy polls the change feed.
 _POLL_SECONDS = 0.5
@@ -55,8 +56,8 @@ class Member:
 class _CountedLedger(ReferenceLedger):
     """The rules of the ledger, and how many messages concern the window."""
 
-    def __init__(self, clock: Clock) -> None:
-        super().__init__(lambda: _NOON + clock.now, lease_seconds=LEASE_SECONDS)
+    def __init__(self, clock: Clock, starts_wall: float) -> None:
+        super().__init__(lambda: starts_wall + clock.now, lease_seconds=LEASE_SECONDS)
         self._time = clock
         #: By second: messages about the window, and all messages.
         self.of_window: Counter[int] = Counter()
@@ -82,20 +83,25 @@ class Crowd:
 
     def __init__(
         self, processes: int, *, limit: int = 10**12, requests_per_second: float = 1.0, weather: Weather | None = None,
-        kills_per_second: float = 0.0, seed: int = 1,
+        kills_per_second: float = 0.0, seed: int = 1, starts_wall: float = NOON,
     ) -> None:  # fmt: skip
         self.chance = random.Random(f"crowd {seed}")
         self.clock = Clock()
         self.limit, self.requests_per_second = limit, requests_per_second
         self.allowance_plan = Plan(requests_per_day=limit)
-        self.reference = _CountedLedger(self.clock)
+        self.starts_wall = starts_wall
+        self.reference = _CountedLedger(self.clock, starts_wall)
         self.weather = weather or Weather()
         self.network = Network(self.clock, self.chance, self.reference, self.weather)
         self.network.after_message = self._check
         self.members: list[Member] = []
         self.is_quiet = False
-        self.received = self.refused = self.unavailable = self.in_flight = 0
-        self.decided_seconds: list[float] = []
+        self.refused = self.unavailable = self.in_flight = 0
+        #: Requests received, by the start of the window in which they are charged.
+        self.received_in: Counter[int] = Counter()
+        #: When requests were admitted, and for how many seconds they waited for that.
+        self.waited: list[tuple[float, float]] = []
+        self.first_refused = math.inf
         for _ in range(processes):
             self.join()
         if kills_per_second:
@@ -106,18 +112,18 @@ class Crowd:
     def join(self) -> Member:
         """Start a process, which joins the traffic after a moment."""
         loop = VirtualLoop(self.clock)  # type: ignore[abstract]  # as much of a loop as is needed
-        backend = RemoteLedger(self.network, loop)
+        backend, starts_wall = RemoteLedger(self.network, loop), self.starts_wall
         offset = self.chance.uniform(0, 1e6)
         asyncio._set_running_loop(loop)
         try:
             ledger = Ledger(
                 backend, schema.LedgerSettings(lease_seconds=LEASE_SECONDS),
-                lambda: Moment(_NOON + self.clock.now, offset + self.clock.now),
+                lambda: Moment(starts_wall + self.clock.now, offset + self.clock.now),
             )  # fmt: skip
             ledger.start()
         finally:
             asyncio._set_running_loop(None)
-        member = Member(loop, backend, ledger, Moment(_NOON, offset))
+        member = Member(loop, backend, ledger, Moment(starts_wall, offset))
         self.members.append(member)
         loop.create_task(self._traffic(member))
         self.clock.at(self.clock.now + self.chance.uniform(0, _POLL_SECONDS), lambda: self._poll(member))
@@ -146,6 +152,11 @@ class Crowd:
 
     # -- requests
 
+    @property
+    def received(self) -> int:
+        """The number of requests that were received."""
+        return self.received_in.total()
+
     async def _traffic(self, member: Member) -> None:
         # A fleet does not start within one second.
         await asyncio.sleep(self.chance.uniform(0, 10.0))
@@ -161,12 +172,16 @@ class Crowd:
             hold = await self._decided(member)
         except Refusal as refusal:
             self.refused += 1
+            self.first_refused = min(self.first_refused, self.clock.now)
             self.unavailable += refusal.limit is None
             return False
-        self.decided_seconds.append(self.clock.now - began)
-        self.received += 1
-        if self.received > self.limit:
-            raise BrokenError(f"{self.received} received, {self.limit} allowed")
+        self.waited.append((self.clock.now, self.clock.now - began))
+        (lease,) = hold.bundle.counted
+        self.received_in[lease.starts] += 1
+        if self.received_in[lease.starts] > self.limit:
+            raise BrokenError(f"{self.received_in[lease.starts]} received, {self.limit} allowed")
+        if lease.starts > self.starts_wall + self.clock.now:
+            raise BrokenError(f"received {lease.starts - self.starts_wall - self.clock.now} s before the window begins")
         self.in_flight += 1
         await asyncio.sleep(self.chance.expovariate(5.0))
         self.in_flight -= 1
@@ -177,7 +192,7 @@ class Crowd:
         patience = TimeBudget()
         allowance = Allowance(((_TENANT, self.allowance_plan),))
         while True:
-            now = Moment(_NOON + self.clock.now, member.now.mono_seconds + self.clock.now)
+            now = Moment(self.starts_wall + self.clock.now, member.now.mono_seconds + self.clock.now)
             try:
                 return member.ledger.take(allowance, now)
             except Missing as missing:
@@ -208,17 +223,18 @@ class Crowd:
     # -- invariants and results
 
     def _check(self) -> None:
-        row = self.reference.windows.get((_WINDOW, span(_WINDOW.measure, _NOON)[0]))
-        if row is not None and row.spent + row.held > self.limit:
-            raise BrokenError(f"{row.spent} spent + {row.held} held > {self.limit}")
+        for row in self.reference.windows.values():
+            if row.spent + row.held > self.limit:
+                raise BrokenError(f"{row.spent} spent + {row.held} held > {self.limit}")
 
     def check_leases(self) -> None:
         """What the window holds is the sum of its leases, and every request that was received is spent or held."""
         for key, row in self.reference.windows.items():
             leases = [lease for holder in self.reference.holders.values() for lease in holder.leases.values()]
             held = sum(lease.outstanding for lease in leases if lease.key == key)
-            if row.held != held or self.received > row.spent + row.held:
-                raise BrokenError(f"{row.held} held, {held} in leases, {row.spent} spent, {self.received} received")
+            received = self.received_in[key[1]]
+            if row.held != held or received > row.spent + row.held:
+                raise BrokenError(f"{row.held} held, {held} in leases, {row.spent} spent, {received} received")
 
     def run(self, seconds: float) -> None:
         """Advance, and check the leases every second."""
@@ -260,7 +276,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _print(processes: int, faults: str, phase: str, crowd: Crowd, since: float) -> None:
     mean, highest = crowd.messages_per_second(since, crowd.clock.now)
-    waits = sorted(crowd.decided_seconds)
+    waits = sorted(seconds for _, seconds in crowd.waited)
     print(
         f"{processes:>9}  {faults:<12}  {phase:<14} {mean:>8.1f} {highest:>8} {waits[int(len(waits) * 0.99)]:>9.3f}"
         f" {crowd.received:>9} {crowd.refused:>8}",

@@ -17,6 +17,8 @@ def scenario(seed: int) -> Scenario:
     """The scenario of this seed. Every eighth one has no faults."""
     chance = random.Random(f"scenario {seed}")
     owners, plans = _owners(chance)
+    # A third of the ledgers treat the few processes as many.
+    crowding = random.Random(f"crowding {seed}").choice([1, 1, 1, 1, 70, 300])
     return Scenario(
         seed,
         plans,
@@ -29,6 +31,7 @@ def scenario(seed: int) -> Scenario:
         hold_seconds=chance.choice([0.02, 0.3, 2.0]),
         settle_seconds=chance.choice([0.1, 0.5, 1.0]),
         repeats=chance.choice([0.0, 0.2, 0.6]),
+        crowding=crowding,
     )
 
 

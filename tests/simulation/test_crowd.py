@@ -9,7 +9,7 @@ import pytest
 
 from keyproxy.limits.ledger_protocol import REPORTS_PER_SECOND
 from keyproxy.limits.plan import Plan
-from tests.simulation.crowd import STORM, Crowd
+from tests.simulation.crowd import EVENING, STORM, Crowd
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +30,35 @@ def test_300_processes_on_one_window_send_no_more_messages_than_its_pace() -> No
     assert mean <= REPORTS_PER_SECOND
     assert highest < 150
     assert crowd.refused == 0
-    waited = sum(1 for seconds in crowd.decided_seconds if seconds > 0.001)
-    assert waited < 0.05 * len(crowd.decided_seconds)
+    waited = sum(1 for _, seconds in crowd.waited if seconds > 0.001)
+    assert waited < 0.05 * len(crowd.waited)
+
+
+@pytest.mark.parametrize("is_stormy", [False, True])
+def test_many_processes_pass_midnight_without_more_messages_refusals_or_waits(is_stormy: bool) -> None:
+    crowd = Crowd(120, starts_wall=EVENING + 35.0, weather=STORM if is_stormy else None)
+    crowd.run(45.0)
+    yesterday, today = sorted(crowd.reference.windows)
+    # It is 25 seconds after the start.
+    _, highest = crowd.messages_per_second(14.0, 45.0)
+    assert highest < 150
+    assert crowd.reference.windows[yesterday].held == 0
+    assert crowd.received_in[yesterday[1]] + crowd.received_in[today[1]] == crowd.received
+    assert min(crowd.received_in[yesterday[1]], crowd.received_in[today[1]]) > 1_500
+    if not is_stormy:
+        assert crowd.refused == 0
+        after = [seconds for at, seconds in crowd.waited if 25.0 <= at < 27.0]
+        assert sum(1 for seconds in after if seconds > 0.001) < 0.25 * len(after)
+
+
+def test_when_a_window_runs_out_its_last_unit_is_used_within_five_seconds_although_all_keep_asking() -> None:
+    crowd = Crowd(200, limit=200 * 20)
+    crowd.run(40.0)
+    (row,) = crowd.reference.windows.values()
+    assert (crowd.received, row.spent, row.held) == (crowd.limit, crowd.limit, 0)
+    assert max(at for at, _ in crowd.waited) - crowd.first_refused <= 5.0
+    _, highest = crowd.messages_per_second(0.0, 40.0)
+    assert highest <= 150
 
 
 def test_window_that_many_processes_share_is_spent_to_its_last_unit_and_not_beyond() -> None:

@@ -18,6 +18,7 @@ from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.ledger_protocol import CONCURRENCY, RATES, Pool
+from keyproxy.limits.ledger_rules import LedgerRules, WindowAccount
 from keyproxy.limits.plan import PER_REQUEST, SPEND, TOKEN_RATE, TOKENS, Limit, Plan
 from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, TimeBudget
 from keyproxy.reasons import SPENT, Reason, Refusal
@@ -83,6 +84,8 @@ class Scenario:
     starts_wall: float = 1_706_745_580.0  # 20 seconds before February 2024
     hold_seconds: float = 0.3
     settle_seconds: float = 0.5
+    #: The ledger takes few processes for many, by this factor: it paces their messages and recalls units.
+    crowding: int = 1
     #: The share of requests with an Idempotency-Key, of which there are few different ones.
     repeats: float = 0.0
 
@@ -121,6 +124,30 @@ class Told(ports.Ledger):
         self._upstream.finish(work, tokens, spend, is_repeat=is_repeat)
 
 
+class CrowdedAccount(WindowAccount):
+    """The account of a window whose holders count several times each."""
+
+    crowding = 1
+
+    def holders(self, now: float) -> int:
+        """See WindowAccount."""
+        return super().holders(now) * self.crowding
+
+
+class CrowdedRules(LedgerRules):
+    """The rules of the ledger for few processes that are treated as many."""
+
+    def __init__(self, *, lease_seconds: float, crowding: int) -> None:
+        super().__init__(lease_seconds=lease_seconds)
+        self.crowding = crowding
+
+    def account(self, carried: int) -> WindowAccount:
+        """See LedgerRules."""
+        account = CrowdedAccount(carried=carried)
+        account.crowding = self.crowding
+        return account
+
+
 @dataclass(eq=False)
 class Process:
     """One proxy process."""
@@ -153,6 +180,8 @@ class World:
         self.clock = Clock()
         self.plans = dict(scenario.plans)
         self.reference = ReferenceLedger(self.wall, lease_seconds=LEASE_SECONDS)
+        if scenario.crowding > 1:
+            self.reference.rules = CrowdedRules(lease_seconds=LEASE_SECONDS, crowding=scenario.crowding)
         self.network = Network(self.clock, self.chance, self.reference, scenario.fate.weather)
         self.network.after_message = self.check
         self.upstream = Upstream(self.clock, self.reference, scenario)
@@ -198,7 +227,19 @@ class World:
             asyncio._set_running_loop(None)
         process = Process(loop, backend, ledger, claims, told, store, now, {})
         self.fleet.append(process)
+        if self.scenario.crowding > 1:
+            self.clock.at(self.clock.now + chance.uniform(0, 0.5), lambda: self._poll(process))
         self._spawn(process, self._traffic(process))
+
+    def _poll(self, process: Process) -> None:
+        """Deliver recalls as the change feed does. A poll is lost like any message."""
+        if process not in self.fleet:
+            return
+        leases = self.reference.recalled(process.holder)
+        is_lost = process.backend.is_cut or self.network.is_down or self.chance.random() < self.network.weather.lost
+        if leases and not is_lost:
+            process.loop.call_soon(process.ledger.conversation.recall, leases)
+        self.clock.at(self.clock.now + 0.5, lambda: self._poll(process))
 
     def _spawn(self, process: Process, work: Coroutine[Any, Any, None]) -> None:
         task = process.loop.create_task(work)
@@ -502,7 +543,8 @@ class World:
         gives_up = self.clock.now + LONGEST_SECONDS
         while self.clock.now < gives_up and any(map(self.upstream.is_serving, self.fleet)):
             self.clock.run(self.clock.now + 1.0)
-        self.clock.run(self.clock.now + 12.0)
+        # Idle units of a window with many holders are returned after two intervals of reports; its lease closes later.
+        self.clock.run(self.clock.now + (12.0 if self.scenario.crowding == 1 else 150.0))
         self.check()
         for process in self.fleet:
             for context in process.loop.errors:

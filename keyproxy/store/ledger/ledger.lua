@@ -32,6 +32,7 @@ local IDLE_SECONDS = 30                   -- a window's share is returned after 
 local STOCK_SECONDS = 60                  -- a share is sized to last this long at the recent pace
 local HEARTBEAT_SECONDS = 300
 local TURN_SECONDS = 5
+local PER_SECOND, FEW_HOLDERS = 120, 60   -- messages about a window, and the holders beyond which they have a schedule
 local URGENT = 1                          -- due before everything with a time
 
 local function number(value) return tonumber(value) or 0 end
@@ -103,20 +104,40 @@ end
 -- EXPIRES that of the key's expiry.
 local NAME, MEASURE, STARTS, ENDS, IS_KNOWN, IS_REFUSED, OWN, ASKER, LASTS, HAS_MOVED, IS_URGENT = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11
 local SPENT, HELD, FORFEITED, LIMIT, TOUCHED, WANTED_AT, THEORETICAL, SHARE, GIVEN_BACK, OTHERS_SPENT, OTHERS_HELD, CREDITED,
-    FRESHNESS, HOLDERS, LOW, NEED, LEAST, ALERT_AT, REFUSED_AT, NUMBER, STOCKED_AT, STOCKED_USED, DUE, EXPIRES, WANTED_BY =
-    12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36
+    FRESHNESS, HOLDERS, LOW, NEED, LEAST, ALERT_AT, REFUSED_AT, NUMBER, STOCKED_AT, STOCKED_USED, DUE, EXPIRES, CARRIED,
+    CARRIED_UNTIL, WANTED_BY =
+    12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38
+-- For this call only, too: how many holders there were before, or are expected; whether units were short then; and whether a
+-- lease is opened.
+local CROWD, WAS_SHORT, IS_OPENED = 39, 40, 41
 -- Of what PostgreSQL replied about a window: nothing yet; current; it has changed there since a message was last prepared.
 local UNREAD, READ, STALE = 0, 1, 2
-local WINDOW = '<' .. string.rep('d', 24) .. 's'
-local NEW = pack(WINDOW, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, '')
+local WINDOW = '<' .. string.rep('d', 26) .. 's'
+local NEW = pack(WINDOW, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, '')
 
 -- Windows that this call has read. They are written at the end, if at all.
 local windows, names = {}, {}
+
+-- A new window expects the holders of its predecessor for three intervals of their reports.
+local function expect_holders(window)
+    local before, starts, rest = string.match(window[NAME], '^(%a+:%d:[%a_]+:)(%d+)(:.*)$')
+    local packed = call('GET', at_window .. before .. text((span(window[MEASURE], tonumber(starts) - 1))) .. rest)
+    if packed then
+        window[CARRIED] = select(HOLDERS - SPENT + 1, unpacked(WINDOW, packed))
+        window[CARRIED_UNTIL] = now + max(5, 3 * window[CARRIED] / PER_SECOND)
+    end
+end
+
+local function holders_of(window)
+    return max(1, window[HOLDERS], now < window[CARRIED_UNTIL] and window[CARRIED] or 0)
+end
 
 local function looked_at(packed, name, measure, starts, ends)
     local window = {
         name, measure, starts, ends or false, packed and true, false, 0, false, 0, false, false, unpacked(WINDOW, packed or NEW)
     }
+    if ends and not packed then expect_holders(window) end
+    window[CROWD], window[WAS_SHORT] = holders_of(window), since(window[WANTED_AT]) < WANTED_SECONDS
     windows[name] = window
     names[#names + 1] = name
     return window
@@ -175,7 +196,7 @@ end
 -- lease, raised to what is reported: HAD granted, CONSUMED, BACK. The rest is LeaseReport in limits/ledger_protocol.py.
 local OF, GIVEN, AHEAD, AVAILABLE, IS_WANTED, COUNTS, FIELD, HAD, CONSUMED, BACK = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
 local LEASE, AT, BOUND, INTERVAL, GRANTED, USED, RETURNED, WANT, AT_LEAST, MOST, GRANTED_AT, IS_CLOSING, IS_TEST, KIND, OF_MEASURE,
-    OWNER, SELECTOR, NEXT = 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28
+    OWNER, SELECTOR, NEXT, IS_NEW = 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29
 local LINE = '<dddddddddddBBssss'
 local LEASE_KEPT = '<ddds'
 local REPLY = '<i8i8i8i8i8i8i8dddB'
@@ -270,9 +291,10 @@ local function settle(line)
     if line[WANT] > 0 and not (window[ASKER] and window[ASKER][LEASE] > line[LEASE]) then window[ASKER] = line end
     window[LIMIT] = line[BOUND]
     if line[INTERVAL] > 0 then return settle_rate(line, window) end
-    line[IS_WANTED] = since(window[WANTED_AT]) < WANTED_SECONDS and window[WANTED_BY] ~= ask.holder and 1 or 0
+    line[IS_WANTED] = window[WAS_SHORT] and window[WANTED_BY] ~= ask.holder and 1 or 0
     -- A lease that is closed already stays closed.
     if not line[COUNTS] and line[IS_CLOSING] == 1 then return end
+    if not line[COUNTS] then line[IS_NEW], window[IS_OPENED] = true, true end
     local consumed, back = max(line[CONSUMED], line[USED]), max(line[BACK], line[RETURNED])
     -- Closing also returns what was granted in a reply that was lost.
     local had = line[IS_CLOSING] == 1 and consumed + back or max(line[HAD], line[GRANTED], consumed + back)
@@ -284,13 +306,35 @@ local function settle(line)
     line[COUNTS], line[HAD], line[CONSUMED], line[BACK] = true, had, consumed, back
 end
 
-local function granted_of(line, available, alive)
+-- What a line gets of a window with many holders, at least: as in limits/ledger_rules.py.
+local function share_of(window, line, available, alive)
+    local half, crowd = floor(line[WANT] / 2), window[CROWD]
+    if crowd <= FEW_HOLDERS then return 0 end
+    if window[WAS_SHORT] then return min(half, floor(window[HELD] / (2 * crowd))) end
+    if line[MOST] == 0 or not line[IS_NEW] then return half end
+    return max(half, min(floor(line[WANT] * crowd / PER_SECOND), floor(available / (4 * alive))))
+end
+
+local function granted_of(window, line, available, alive)
     local want, at_least = line[WANT], line[AT_LEAST]
     if want == 0 or available < at_least then return 0 end
     -- A holder leaves units for the others beyond what its requests wait for: the fewer are available, the fewer it gets.
-    local part = want
-    if alive > 1 then part = max(at_least, line[MOST], floor(available / (2 * alive))) end
-    return min(want, available, part)
+    local fair = want
+    if alive > 1 then fair = max(at_least, line[MOST], floor(available / (2 * alive))) end
+    return min(available, max(share_of(window, line, available, alive), min(want, fair)))
+end
+
+-- The schedule of messages about a window with many holders: as in limits/gcra.py. It takes places for this message.
+local function take_places(window, places)
+    local ahead = max(window[THEORETICAL] - now, 0) + places / PER_SECOND
+    window[THEORETICAL] = now + min(ahead, 2 * window[CROWD] / PER_SECOND)
+end
+
+-- How long the holder waits before it asks for units of a window with many.
+local function ask_seconds(window, line)
+    local ahead = min(window[THEORETICAL] - now, 20)
+    if line[WANT] > 0 and line[GIVEN] == 0 then return max(0.7, ahead) end
+    return window[WAS_SHORT] and ahead >= 0.25 and ahead or 0
 end
 
 -- Windows whose share is too small for a request: by how much, and by how much for its minimum.
@@ -300,7 +344,7 @@ local lacking = {}
 local function judged(window, line, alive)
     if window[ENDS] and now >= window[ENDS] then return 0, false end
     local available = line[BOUND] + window[CREDITED] - spent_of(window) - window[HELD]
-    local granted, left = granted_of(line, available, alive), room(window)
+    local granted, left = granted_of(window, line, available, alive), room(window)
     if not window[ENDS] then return granted, false end
     if granted == 0 and window[FRESHNESS] == UNREAD then
         -- More than its limit, but a credit may cover it: PostgreSQL decides.
@@ -309,7 +353,7 @@ local function judged(window, line, alive)
     end
     if granted == 0 or granted <= left then return granted, false end
     if ask.is_final then
-        local less = granted_of(line, min(available, left), alive)
+        local less = granted_of(window, line, min(available, left), alive)
         return less, less == 0
     end
     local missing = granted - left
@@ -334,13 +378,14 @@ end
 local function grant(window, alive)
     local line = window[ASKER]
     if line[INTERVAL] > 0 then
-        line[GIVEN] = granted_of(line, line[AVAILABLE], alive)
+        line[GIVEN] = granted_of(window, line, line[AVAILABLE], alive)
         return false
     end
     local granted, is_short = judged(window, line, alive)
     line[HAD], window[HELD], window[LIMIT] = line[HAD] + granted, window[HELD] + granted, line[BOUND]
-    window[IS_REFUSED] = granted == 0
+    line[GIVEN], window[IS_REFUSED] = granted, granted == 0
     if granted == 0 and not (window[ENDS] and now >= window[ENDS]) then
+        if window[CROWD] > FEW_HOLDERS then take_places(window, 3) end
         if window[HELD] > window[OWN] then window[WANTED_AT], window[WANTED_BY] = now, ask.holder end
         if window[ENDS] then note_refusal(window, line) end
     end
@@ -362,8 +407,13 @@ end
 local function reply(line)
     local window = line[OF]
     if line[INTERVAL] > 0 then return rate_reply(line) end
+    local holders, wait, is_over = holders_of(window), 0, window[ENDS] and now >= window[ENDS]
+    if window[CROWD] > FEW_HOLDERS then
+        holders = max(holders, floor((window[THEORETICAL] - now) * PER_SECOND))
+        wait = is_over and 0 or ask_seconds(window, line)
+    end
     return pack(REPLY, line[LEASE], window[STARTS], line[COUNTS] and line[HAD] or line[USED] + line[RETURNED],
-        spent_of(window), window[HELD], window[CREDITED], max(1, window[HOLDERS]), window[ENDS] and window[ENDS] - now or -1, 0, 0,
+        spent_of(window), window[HELD], window[CREDITED], holders, window[ENDS] and window[ENDS] - now or -1, wait, 0,
         line[IS_WANTED])
 end
 
@@ -457,6 +507,9 @@ local function sync()
     if not find(lines, kept) then return lose() end
     local counts = count_holders(holder, lines)
     for _, line in ipairs(lines) do settle(line) end
+    for _, name in ipairs(names) do
+        if windows[name][CROWD] > FEW_HOLDERS then take_places(windows[name], windows[name][IS_OPENED] and 4 or 1) end
+    end
     local alive, short, is_low, replies = living(), 0, false, {}
     for _, name in ipairs(names) do
         if windows[name][ASKER] and grant(windows[name], alive) then short = short + 1 end

@@ -15,7 +15,7 @@ from keyproxy.store.ledger.postgres_backend import WindowState
 
 #: Incremented whenever ledger.lua changes its stored values or its messages. It is part of all keys, so that proxies of
 #: two releases use separate generations.
-VERSION: Final = 4
+VERSION: Final = 5
 
 #: lease, starts, limit, interval_seconds, granted, used, returned, want, at_least, most, granted_at, is_closing, is_test;
 #: then the pool's kind, the measure, the owner and the selector, each terminated by a NUL.

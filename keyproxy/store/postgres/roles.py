@@ -41,7 +41,7 @@ RIGHTS: Final = {
     # Proxies account for windows, but only credit_window changes what was credited.
     "windows": (
         (
-            "SELECT, DELETE, INSERT (pool_kind, pool_id, is_test, measure, starts, selector),"
+            "SELECT, DELETE, INSERT (pool_kind, pool_id, is_test, measure, starts, selector, carried, carried_until),"
             " UPDATE (spent, held, forfeited, theoretical, wanted_at, wanted_by, holders, alerted, recalled_at)"
         ),
         "SELECT",
