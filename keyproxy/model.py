@@ -26,9 +26,10 @@ Owner = tuple[str, str, str]
 
 LIVE: Final = "live"
 TEST: Final = "test"
+PUBLIC: Final = "public"
 
 #: All requests on public routes together.
-PUBLIC: Final[Owner] = ("", "", "public")
+PUBLIC_OWNER: Final[Owner] = ("", "", PUBLIC)
 
 NEVER = math.inf
 

@@ -109,12 +109,14 @@ class RouteRules:
 
 
 def _header(block: bytes, name: str) -> str | None:
-    start = b"\n" + name.lower().encode() + b":"
-    lines = b"\n" + block.lower()
-    at = lines.find(start)
-    if at < 0:
-        return None
-    if lines.find(start, at + 1) >= 0:
-        raise malformed(f"The header '{name}' appears twice.", name)
-    begin = at + len(start) - 1
-    return block[begin : block.index(b"\r\n", begin)].strip().decode("latin-1")
+    """The value of a header. Raises a Refusal if it occurs twice, or with `_` or `.`, which servers take for `-`."""
+    wanted, found = name.lower().encode(), None
+    for line in block.split(b"\r\n"):
+        sent, _, value = line.partition(b":")
+        sent = sent.lower()
+        if sent.replace(b"_", b"-").replace(b".", b"-") != wanted:
+            continue
+        if found is not None or sent != wanted:
+            raise malformed(f"The header '{name}' appears twice or in another spelling.", name)
+        found = value.strip().decode("latin-1")
+    return found

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from typing import Final, NamedTuple
-from urllib.parse import unquote_to_bytes
 
 #: Methods that are refused before routes are matched.
 _NEVER_SERVED: Final = ("CONNECT", "TRACE")
@@ -124,12 +123,3 @@ def placeholder_pattern(text: str, name: str) -> re.Pattern[bytes]:
     Raises InvalidPatternError.
     """
     return parse_pattern(text).compiled(captured=name)
-
-
-def placeholder_value(pattern: re.Pattern[bytes], path: bytes) -> str | None:
-    """The value of a placeholder, percent-decoded once, by a `placeholder_pattern`; None if the path does not match.
-
-    A value that is not UTF-8 has replacement characters; such a path is refused before.
-    """
-    match = pattern.fullmatch(path)
-    return None if match is None else unquote_to_bytes(match[1]).decode("utf-8", "replace")

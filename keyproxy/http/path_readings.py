@@ -11,7 +11,8 @@ from urllib.parse import unquote_to_bytes
 
 _PARAMETERS = re.compile(rb";[^/]*")
 _SLASHES = re.compile(rb"/{2,}")
-_ENCODED_SLASH = re.compile(rb"(%2f)", re.IGNORECASE)
+_ENCODED_SLASH = re.compile(rb"%2f", re.IGNORECASE)
+_TWICE_ENCODED_SLASH: Final = b"%252F"
 _FOLDED_BY_SOME: Final = (b"%", b"//", b";")
 
 #: Segments that a server removes, or that lead elsewhere.
@@ -56,5 +57,4 @@ def _folded(paths: set[bytes], decoded: Callable[[bytes], bytes]) -> set[bytes]:
 
 
 def _decoded_but_slashes(path: bytes) -> bytes:
-    parts = _ENCODED_SLASH.split(path)
-    return b"".join([part if place % 2 else unquote_to_bytes(part) for place, part in enumerate(parts)])
+    return unquote_to_bytes(_ENCODED_SLASH.sub(_TWICE_ENCODED_SLASH, path))

@@ -128,11 +128,11 @@ class RouteTable:
         """Raise a Refusal unless every server reads the path as one of this route, or of none."""
         if not row.route.forwards_encoded_slash:
             raise _ambiguous("the path has an encoded slash, which the route does not forward")
-        self._check_readings(method, path_readings.readings_that_keep(path), row.route)
-        self._check_readings(method, path_readings.readings_that_split(path), row.route, may_meet_none=True)
         values = row.values.fullmatch(path)
         if values is None or any(path_readings.has_unstable_segment(value) for value in values.groups()):
             raise _ambiguous("a value with an encoded slash has an empty or dot segment")
+        self._check_readings(method, path_readings.readings_that_keep(path), row.route)
+        self._check_readings(method, path_readings.readings_that_split(path), row.route, may_meet_none=True)
 
 
 def _compiled(text: str, route: Route) -> _Row:

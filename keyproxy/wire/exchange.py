@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Final
 
 from keyproxy.http import headers
-from keyproxy.model import COMPLETED, PUBLIC, Ending, Permit, PublicGrant, RequestHead, ResponseHead
+from keyproxy.model import COMPLETED, PUBLIC_OWNER, Ending, Permit, PublicGrant, RequestHead, ResponseHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire import phases
 from keyproxy.wire.body_buffer import BodyBuffer
@@ -352,7 +352,7 @@ class Exchange(PoolUser):
             self.body_wait_seconds += self._server.clock() - self._body_since_mono
             self._body_since_mono = 0.0
         grant = permit.grant
-        owner = PUBLIC if isinstance(grant, PublicGrant) else grant.identity.owner
+        owner = PUBLIC_OWNER if isinstance(grant, PublicGrant) else grant.identity.owner
         pool = self._pool = self._server.upstreams.for_owner(owner)
         upstream = None if self._is_retry or self.is_tunnel_request else pool.take(owner, self.started_mono)
         if upstream is not None:

@@ -105,7 +105,7 @@ async def start() -> AsyncIterator[Start]:
             deadlines.start()
             stack.callback(deadlines.stop)
             upstreams = build_upstreams(settings, deadlines, loop, upstream_tls)
-            pool = upstreams.pool(is_test=False)
+            pool = upstreams.distinct()["live"]
             stack.push_async_callback(pool.close)
             server = ProxyServer(
                 build_terms(settings, table, gateway, upstreams, tls=tls),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from keyproxy.config.schema import RouteRow
 from tests.rawhttp import OK, Client, Upstream, answer_with
 from tests.wire.conftest import AUTHORIZATION, Start, Wire
 
@@ -30,9 +31,10 @@ async def _statuses(client: Client) -> list[int]:
         return found
 
 
-async def _play(wire: Wire, row: dict[str, Any]) -> str:
+async def _play(wire: Wire, row: dict[str, Any], *, has_key: bool = True) -> str:
     """What is wrong with how this row was handled; empty if nothing is."""
-    raw = _with_key(row["raw"].encode("latin-1"))
+    raw = row["raw"].encode("latin-1")
+    raw = _with_key(raw) if has_key else raw
     seen_before = len(wire.upstream.heads)
     async with wire.client() as client:
         await client.send(raw)
@@ -61,3 +63,19 @@ async def test_every_row_of_the_corpus_has_its_expected_outcome(start: Start, co
     rows = json.loads((corpora / name).read_text(encoding="utf-8"))
     played = [(row["name"], await _play(wire, row)) for row in rows]
     assert [(name, wrong) for name, wrong in played if wrong] == []
+
+
+@pytest.mark.parametrize("name", ["gunicorn.json", "llhttp.json"])
+async def test_it_has_the_same_outcome_without_a_key_on_a_public_route(start: Start, corpora: Path, name: str) -> None:
+    rows = [RouteRow("* /{rest...}", access="public"), RouteRow("OPTIONS /files/{id}", encoded_slash="forward")]
+    serving = Upstream(answer_with(OK, goes_on=False), reads_bodies=False)
+    wire = await start(rows=rows[::-1], serving=serving)
+    corpus = [row for row in json.loads((corpora / name).read_text(encoding="utf-8")) if not _needs_key(row["raw"])]
+    played = [(row["name"], await _play(wire, row, has_key=False)) for row in corpus]
+    assert [(name, wrong) for name, wrong in played if wrong] == []
+    assert all(not seen.one("X-Keyproxy-User") for seen in wire.upstream.heads)
+
+
+def _needs_key(raw: str) -> bool:
+    """Whether no public route can serve it: the target is not a path."""
+    return raw.startswith("OPTIONS *")

@@ -258,6 +258,21 @@ async def test_public_requests_that_wait_for_a_connection_count_as_well(start: S
         assert await statuses(wire, quick) == [(503, "overloaded")]
 
 
+async def test_the_retry_of_a_public_request_has_the_place_of_the_first_attempt(start: Start) -> None:
+    seen: list[str] = []
+
+    async def closing_once(message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        seen.append(message.start)
+        if len(seen) == 2:
+            return False
+        writer.write(OK)
+        return True
+
+    wire = await start(rows=ROWS, upstream={"connections_max": 1}, serving=Upstream(closing_once))
+    assert await statuses(wire, *[request("GET", "/healthz", key=None)] * 2) == [(200, None)] * 2
+    assert len(seen) == 3
+
+
 async def test_a_public_client_that_does_not_read_makes_room_for_others(start: Start) -> None:
     settings = {"connections_max": 4, "connect_timeout_seconds": 0.3}
     wire = await start(rows=ROWS, upstream=settings, serving=Upstream(by_path, reads_bodies=False))

@@ -6,8 +6,10 @@ import json
 
 import pytest
 
+from keyproxy.ai.models import Model
 from keyproxy.config.schema import IdentityHeaders, RouteRow, Settings
 from keyproxy.process.terms import build_terms
+from tests.rawhttp import Upstream, answer_with
 from tests.wire.conftest import KEY, Start, request
 
 TEXT = KEY.decode()
@@ -127,6 +129,18 @@ async def test_connection_must_not_name_a_framing_field_in_any_spelling(start: S
         assert (await client.answer()).status == 400
 
 
+async def test_names_in_responses_are_not_restricted(start: Start) -> None:
+    fields = ["X_Api_Key: a", "X-HTTP-Method: b", "X.Custom: c", "Content_Type: d", "Keep.Alive: e", "X_Mine: f"]
+    head = "\r\n".join(["HTTP/1.1 200 OK", "Content-Length: 0", "Connection: x-mine", *fields]) + "\r\n\r\n"
+    wire = await start(serving=Upstream(answer_with(head.encode())))
+    async with wire.client() as client:
+        for _ in range(10):
+            await client.send(request("POST", "/", body=b"x"))
+            answer = await client.answer()
+            names = [line.partition(":")[0] for line in fields]
+            assert [answer.one(name) for name in names] == ["a", "b", "c", "d", "e", None]
+
+
 # -- encoded slashes
 
 
@@ -170,6 +184,37 @@ async def test_without_a_route_that_forwards_them_they_are_refused_before_creden
     async with wire.client() as client:
         await client.send(request("GET", "/v1/files/a%2Fb", key=key))
         assert (await client.answer(method="GET")).status == 400
+
+
+@pytest.mark.parametrize("path", ["/v1/models/org%2Fname:run", "/v1/models/%6Frg%2fname:run"])
+async def test_a_model_in_the_path_is_read_decoded(start: Start, path: str) -> None:
+    row = RouteRow("POST /v1/models/{model}:run", tokens="openai", model="path:model", encoded_slash="forward")
+    wire = await start(rows=[row], models=[Model("org/name")])
+    async with wire.client() as client:
+        await client.send(request("POST", path, body=b'{"max_tokens":1,"messages":[]}'))
+        assert (await client.answer()).status == 200
+    (seen,) = wire.upstream.requests
+    assert seen.start == f"POST {path} HTTP/1.1"
+    assert wire.recorder.seen[-1].model == "org/name"
+
+
+@pytest.mark.parametrize(
+    ("lines", "status"),
+    [
+        (["X-Model: m"], 200),
+        (["x-model: m", "X-Models: n", "X_Modell: n"], 200),
+        (["X_Model: m"], 400),
+        (["X-Model: m", "X.Model: n"], 400),
+        (["X-Model: m", "X-Model: m"], 400),
+    ],
+)
+async def test_a_model_in_a_header_has_one_spelling(start: Start, lines: list[str], status: int) -> None:
+    row = RouteRow("POST /v1/chat/completions", tokens="openai", model="header:X-Model")
+    wire = await start(rows=[row], models=[Model("m")])
+    async with wire.client() as client:
+        await client.send(request("POST", "/v1/chat/completions", *lines, body=b'{"max_tokens":1,"messages":[]}'))
+        assert (await client.answer()).status == status
+    assert wire.recorder.seen[-1].model == ("m" if status == 200 else "")
 
 
 @pytest.mark.parametrize("path", [f"/v1/files/a%2F{TEXT}", f"/v1/files/{TEXT.replace('_', '%5f')}%2Fb"])

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Final
 
 from keyproxy.config.schema import Upstream as UpstreamSettings
-from keyproxy.model import PUBLIC, TEST, Owner
+from keyproxy.model import PUBLIC, PUBLIC_OWNER, TEST, Owner
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.parsing.head_cache import ResponseReader
@@ -101,7 +101,7 @@ class UpstreamPool(ConnectionOwner):
         """Take the most recently used idle connection; None if there is none, or none for this user."""
         if not self._idle or not self._turns.may_take(owner, now):
             return None
-        if owner is PUBLIC and not self._has_room_for_public():
+        if owner[2] == PUBLIC and not self._has_room_for_public():
             return None
         connection = self._take_idle(now)
         if connection is not None:
@@ -117,7 +117,7 @@ class UpstreamPool(ConnectionOwner):
             if not preemption.make_room_for_tunnel(self._open, waiting, owner, tunnels_max):
                 exchange.upstream_lost(Refusal(Reason.OVERLOADED, f"{tunnels_max} tunnels are open or about to be"))
                 return
-        if owner is PUBLIC and not self._has_room_for_public():
+        if owner[2] == PUBLIC and not self._has_room_for_public():
             self._end_slow_public(now)
             exchange.upstream_lost(Refusal(Reason.OVERLOADED, f"{self._public_max} public requests are in flight"))
             return
@@ -297,13 +297,13 @@ class UpstreamPool(ConnectionOwner):
         return len(self._open) + len(self._connecting) < self.settings.connections_max
 
     def _has_room_for_public(self) -> bool:
-        return self._turns.held(PUBLIC) + self._turns.queued(PUBLIC) < self._public_max
+        return self._turns.held(PUBLIC_OWNER) + self._turns.queued(PUBLIC_OWNER) < self._public_max
 
     def _end_slow_public(self, now: float) -> None:
         """At the bound of public requests: end those whose clients are too slow, for the ones that come next."""
         if now >= self._next_public_look_mono:
             self._next_public_look_mono = now + _LOOK_SECONDS
-            preemption.end_slow_of(self._open, PUBLIC, now, self.settings.connect_timeout_seconds)
+            preemption.end_slow_of(self._open, PUBLIC_OWNER, now, self.settings.connect_timeout_seconds)
 
     def _make_room(self, now: float) -> None:
         """End exchanges in flight, if others wait and get no connection."""
@@ -362,10 +362,6 @@ class Upstreams:
 
     def __init__(self, live: UpstreamPool, test: UpstreamPool | None = None) -> None:
         self._pools = (live, test or live)
-
-    def pool(self, *, is_test: bool) -> UpstreamPool:
-        """The pool for requests of one mode."""
-        return self._pools[is_test]
 
     def for_owner(self, owner: Owner) -> UpstreamPool:
         """The pool for the requests of one owner."""
