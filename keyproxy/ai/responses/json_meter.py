@@ -72,10 +72,11 @@ class JsonMeter(Meter):
     def finish(self) -> bytes:
         members = self._members
         if members is None:
-            document = b"".join(self._kept)
+            document = self._kept[0] if len(self._kept) == 1 else b"".join(self._kept)
             self._kept = [document]
             try:
-                parsed = orjson.loads(document.removeprefix(_BYTE_ORDER_MARK))
+                has_mark = document[:1] == _BYTE_ORDER_MARK[:1]
+                parsed = orjson.loads(document.removeprefix(_BYTE_ORDER_MARK) if has_mark else document)
             except ValueError:
                 members = MemberScanner(outermost_members(self._dialect, self._endpoint))
                 members.feed(document)  # perhaps truncated after its usage

@@ -15,6 +15,7 @@ from keyproxy.ai.responses.streams.line_meter import LineMeter
 from keyproxy.ai.responses.streams.sse_meter import SseMeter
 from keyproxy.ai.responses.streams.stream_reading import StreamReading
 from keyproxy.ai.responses.usage_objects import header_report
+from keyproxy.ai.responses.usage_reader import ResponseUsageReader
 from keyproxy.model import ResponseHead
 
 _EVENTS: Final = b"text/event-stream"
@@ -30,28 +31,30 @@ def meter_for(
     `choices`: the number of alternatives that the request asks for. `hides_usage`: the client did not request the usage
     chunk of its stream; it is left out unless the response has a Content-Length or is compressed.
     """
-    encoding = b", ".join(head.fields.codings) or b"identity"
+    fields = head.fields
+    encoding = b", ".join(fields.codings) if fields.codings else b"identity"
     is_plain = encoding == b"identity"
-    reading = StreamReading(dialect, endpoint, choices)
+    usage = ResponseUsageReader(dialect, endpoint, choices)
     if not endpoint.usage:
-        reading.usage.report = reading.usage.reported_input = header_report(head.usage_tokens)
-    media_type = head.fields.media_type
+        usage.report = usage.reported_input = header_report(head.usage_tokens)
+    media_type = fields.media_type
     meter: Meter
     if media_type == _EVENTS:
-        meter = SseMeter(reading, hides_usage=hides_usage and is_plain and not head.fields.has_content_length)
+        reading = StreamReading(dialect, endpoint, usage)
+        meter = SseMeter(reading, hides_usage=hides_usage and is_plain and not fields.has_content_length)
     elif media_type in _LINES:
-        meter = LineMeter(reading)
+        meter = LineMeter(StreamReading(dialect, endpoint, usage))
     elif media_type == _AWS_EVENTS:
-        meter = AwsMeter(reading)
-    elif head.fields.is_json:
+        meter = AwsMeter(StreamReading(dialect, endpoint, usage))
+    elif fields.is_json:
         is_array = StreamFormat.JSON_ARRAY in endpoint.formats
-        meter = ArrayMeter(reading) if is_array else JsonMeter(dialect, endpoint, reading.usage)
+        meter = ArrayMeter(StreamReading(dialect, endpoint, usage)) if is_array else JsonMeter(dialect, endpoint, usage)
     elif media_type.startswith(b"text/"):
-        meter = TextMeter(reading.usage)
+        meter = TextMeter(usage)
     else:
-        meter = MediaMeter(reading.usage)
+        meter = MediaMeter(usage)
     if is_plain or type(meter) is MediaMeter:
         return meter
     if encoding in (b"gzip", b"x-gzip", b"deflate"):
         return InflatingMeter(meter, is_gzip=encoding != b"deflate")
-    return UnreadMeter(reading.usage)
+    return UnreadMeter(usage)

@@ -59,29 +59,32 @@ class UsageReport:
 def report_in(fields: UsageFields, counts: Mapping[str, object], *, by_total: bool = False) -> UsageReport | None:
     """Return the usage in an object with counts; None if it is no report. `by_total`: its total is enough."""
     total = _count(counts, fields.total)
-    ins, outs = _counts(counts, fields.inputs), _counts(counts, fields.outputs)
-    if not (by_total and total != _ABSENT) and (ins[0] == _ABSENT or (outs and outs[0] == _ABSENT)):
+    outputs = fields.outputs
+    if not (by_total and total != _ABSENT) and (
+        _count(counts, fields.inputs[0]) == _ABSENT or (outputs and _count(counts, outputs[0]) == _ABSENT)
+    ):
         return None
-    parts = [_count(counts, path) for path in (fields.cached, fields.cache_write, fields.reasoning)]
-    found = [total, *ins, *outs, *parts]
-    if _MALFORMED in found or is_no_report(fields, counts):
+    tokens_in, tokens_out = _sum(counts, fields.inputs), _sum(counts, outputs)
+    cached, cache_write = _count(counts, fields.cached), _count(counts, fields.cache_write)
+    reasoning = _count(counts, fields.reasoning)
+    if _MALFORMED in (total, tokens_in, tokens_out, cached, cache_write, reasoning) or is_no_report(fields, counts):
         return None
-    tokens_in, tokens_out = _sum(ins), _sum(outs)
-    if fields.outputs:
+    if outputs:
         tokens_out = max(tokens_out, total - tokens_in)
-    cached, cache_write, reasoning = [max(0, part) for part in parts]
-    return UsageReport(tokens_in, tokens_out, cached=cached, cache_write=cache_write, reasoning=reasoning)
+    return UsageReport(
+        tokens_in, tokens_out, cached=max(0, cached), cache_write=max(0, cache_write), reasoning=max(0, reasoning)
+    )
 
 
 def input_in(fields: UsageFields, counts: Mapping[str, object]) -> UsageReport | None:
     """Return the input in an object that may have no output yet; None if it has no credible input."""
-    ins = _counts(counts, fields.inputs)
-    parts = [_count(counts, path) for path in (fields.cached, fields.cache_write)]
-    found = [*ins, *parts]
-    if is_no_report(fields, counts) or ins[0] == _ABSENT or _MALFORMED in found:
+    tokens_in = _sum(counts, fields.inputs)
+    cached, cache_write = _count(counts, fields.cached), _count(counts, fields.cache_write)
+    if is_no_report(fields, counts) or _count(counts, fields.inputs[0]) == _ABSENT:
         return None
-    cached, cache_write = [max(0, part) for part in parts]
-    return UsageReport(_sum(ins), 0, cached=cached, cache_write=cache_write)
+    if _MALFORMED in (tokens_in, cached, cache_write):
+        return None
+    return UsageReport(tokens_in, 0, cached=max(0, cached), cache_write=max(0, cache_write))
 
 
 def has_output(fields: UsageFields, counts: Mapping[str, object]) -> bool:
@@ -142,9 +145,13 @@ def _count(counts: Mapping[str, object], path: MemberPath | None) -> int:
     return count if 0 <= count <= TOKENS_MAX else _MALFORMED
 
 
-def _counts(counts: Mapping[str, object], paths: tuple[MemberPath, ...]) -> list[int]:
-    return [_count(counts, path) for path in paths]
-
-
-def _sum(counts: list[int]) -> int:
-    return sum([max(0, count) for count in counts])
+def _sum(counts: Mapping[str, object], paths: tuple[MemberPath, ...]) -> int:
+    """The sum of the counts that are there; `_MALFORMED` if one is no count."""
+    total = 0
+    for path in paths:
+        count = _count(counts, path)
+        if count == _MALFORMED:
+            return _MALFORMED
+        if count > 0:
+            total += count
+    return total

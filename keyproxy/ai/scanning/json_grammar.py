@@ -8,7 +8,11 @@ from __future__ import annotations
 import re
 from typing import Final
 
+import orjson
+
 from keyproxy.ai.json_characters import VALID
+
+_BACKSLASH: Final = 0x5C
 
 _SPACE_PATTERN: Final = rb"[ \t\r\n]*+"
 _CHARACTERS_PATTERN: Final = (
@@ -21,8 +25,9 @@ CHARACTERS: Final = re.compile(_CHARACTERS_PATTERN)
 PLAIN: Final = re.compile(_PLAIN_PATTERN)
 #: The characters of numbers and literals.
 WORD: Final = re.compile(rb"[-+.0-9A-Za-z]*+")
-#: Characters that stand in a string as escapes, and the character of escapes.
-SPECIAL: Final = bytes(range(0x20)) + b"\\"
+#: Characters that strings may not contain; and that of escapes.
+CONTROLS: Final = bytes(range(0x20))
+SPECIAL: Final = CONTROLS + b"\\"
 #: A string, with its characters in the group.
 STRING: Final = re.compile(rb'"(' + _CHARACTERS_PATTERN + rb')"')
 #: A string, or the beginning of one and all that follows: no quote is tried twice.
@@ -31,6 +36,12 @@ STRINGS: Final = re.compile(rb'"(' + _CHARACTERS_PATTERN + rb')(?:"|.*+)', re.DO
 NUMBERS: Final = re.compile(
     rb"(?:%b-?+(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][+-]?+[0-9]++)?+%b,)*+" % (_SPACE_PATTERN, _SPACE_PATTERN)
 )
+
+
+def decoded(content: bytes, start: int, end: int) -> bytes:
+    """A string from where its characters stand, in UTF-8. Raises ValueError if they are malformed."""
+    raw = content[start:end]
+    return raw if _BACKSLASH not in raw else str(orjson.loads(content[start - 1 : end + 1])).encode("utf-8")
 
 
 class Utf8:

@@ -6,15 +6,15 @@ from typing import Final
 
 import orjson
 
-from keyproxy.ai.scanning.json_grammar import CHARACTERS
+from keyproxy.ai.scanning.json_grammar import CHARACTERS, decoded
 from keyproxy.ai.text_estimate import TextEstimate
 from keyproxy.mypyc_compat import mypyc_attr
 
 #: Texts up to this size are estimated together; longer ones in slices.
 _SHORT_BYTES: Final = 4_096
 _SLICE_BYTES: Final = 32_768
-
-_BACKSLASH: Final = 0x5C
+#: A pair of surrogates.
+_ESCAPE_BYTES_MAX: Final = 12
 
 
 @mypyc_attr(acyclic=True)
@@ -45,10 +45,7 @@ class PendingText:
         if size > _SHORT_BYTES:
             self._long.append((start, end, self._content.find(b"\\", start, end) >= 0))
             return
-        raw = self._content[start:end]
-        if _BACKSLASH in raw:
-            raw = str(orjson.loads(self._content[start - 1 : end + 1])).encode("utf-8")
-        self._short.append(raw)
+        self._short.append(decoded(self._content, start, end))
         self._short_bytes += size
 
     def read(self, budget: int) -> int:
@@ -69,14 +66,15 @@ class PendingText:
         at = start if self._long_at < 0 else self._long_at
         stop = min(end, at + _SLICE_BYTES)
         if not is_escaped:
-            decoded = self._content[at:stop]
+            text = self._content[at:stop]
         else:
-            match = CHARACTERS.match(self._content, at, stop)
-            stop = stop if match is None else match.end()
+            if stop < end and self._content.find(b"\\", stop - _ESCAPE_BYTES_MAX, stop) >= 0:
+                match = CHARACTERS.match(self._content, at, stop)  # not within an escape
+                stop = stop if match is None else match.end()
             while stop < end and self._content[stop] & 0xC0 == 0x80:
                 stop -= 1  # not within a character: the decoder needs whole ones
-            decoded = str(orjson.loads(b'"%b"' % self._content[at:stop])).encode("utf-8")
-        self.estimate.add(decoded, continues=at > start)
+            text = str(orjson.loads(b'"%b"' % self._content[at:stop])).encode("utf-8")
+        self.estimate.add(text, continues=at > start)
         if stop >= end:
             self._long.pop()
             self._long_at = -1

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-import orjson
-
 from keyproxy.ai.scanning.content_media import IMAGE
+from keyproxy.ai.scanning.json_grammar import decoded
 from keyproxy.ai.scanning.media_reader import MediaReader
 from keyproxy.ai.scanning.member_meanings import (
     CONTEXT,
@@ -26,7 +25,6 @@ from keyproxy.mypyc_compat import mypyc_attr
 #: A longer value of a member that counts is kept as this many bytes.
 _KEPT_BYTES_MAX: Final = 1_024
 
-_BACKSLASH: Final = 0x5C
 _MINUS: Final = 0x2D
 _NINE: Final = 0x39
 
@@ -88,12 +86,12 @@ class RequestParts:
         elif not frame.is_object and _MINUS <= self.content[start] <= _NINE:
             self.array_numbers += 1
 
-    def note_string(self, frame: Frame, start: int, end: int, decoded: bytes | None) -> None:
-        """A string is the value of the current member, or an element. `decoded`: None: it may have escapes."""
+    def note_string(self, frame: Frame, start: int, end: int, text: bytes | None) -> None:
+        """A string is the value of the current member, or an element. `text`: it is short, and decoded."""
         frame.is_empty = False
         slot = frame.slot
         if slot is not None and slot.is_kept:
-            self.values[slot.path] = self._kept(start, end)
+            self.values[slot.path] = self._kept(start, end, text)
             self.spans[slot.path] = (start - 1, end + 1)
         if not frame.is_object:
             frame.elements += 1
@@ -102,10 +100,10 @@ class RequestParts:
                 return
         elif frame.meaning and self.media.is_medium(frame, start, end):
             return
-        if decoded is None:
+        if text is None:
             self.text.add(start, end)
         else:
-            self.text.add_decoded(decoded)
+            self.text.add_decoded(text)
 
     def open_frame(self, parent: Frame | None, start: int, scope: MemberScope, *, is_object: bool) -> Frame:
         """An array or object begins. `scope`: of the document."""
@@ -154,9 +152,8 @@ class RequestParts:
         if part is not None:
             self.media.end_part(frame, part, parent)
 
-    def _kept(self, start: int, end: int) -> str:
+    def _kept(self, start: int, end: int, text: bytes | None) -> str:
         """A string value of a member that counts. None that counts is so long: a longer one equals no other."""
         if end - start > _KEPT_BYTES_MAX:
             return TOO_LONG
-        raw = self.content[start:end]
-        return raw.decode("utf-8") if _BACKSLASH not in raw else str(orjson.loads(self.content[start - 1 : end + 1]))
+        return (decoded(self.content, start, end) if text is None else text).decode("utf-8")

@@ -13,10 +13,19 @@ from __future__ import annotations
 
 from typing import Final
 
-import orjson
-
 from keyproxy.ai.scanning.json_bounds import Density, EncodingCheck, JsonBounds, JsonError
-from keyproxy.ai.scanning.json_grammar import CHARACTERS, NUMBERS, PLAIN, SPACE, SPECIAL, STRING, STRINGS, WORD
+from keyproxy.ai.scanning.json_grammar import (
+    CHARACTERS,
+    CONTROLS,
+    NUMBERS,
+    PLAIN,
+    SPACE,
+    SPECIAL,
+    STRING,
+    STRINGS,
+    WORD,
+    decoded,
+)
 from keyproxy.ai.scanning.member_scope import MemberScope
 from keyproxy.ai.scanning.open_frame import Frame
 from keyproxy.ai.scanning.request_parts import RequestParts
@@ -141,8 +150,16 @@ class RequestScanner:
         window = content
         if at or self._end > self._window_bytes:
             window = window[at : at + self._window_bytes]
-        is_plain = len(window.translate(None, SPECIAL)) == len(window)
-        pieces: list[bytes] = window.split(b'"') if is_plain else STRINGS.split(window)
+        has_controls = len(window.translate(None, CONTROLS)) != len(window)
+        has_escapes = window.find(b"\\") >= 0
+        pieces: list[bytes]
+        if has_controls:
+            pieces = STRINGS.split(window)
+        elif has_escapes:
+            # The backslash remains, to show which strings have escapes.
+            pieces = window.replace(b"\\\\", b"\\.").replace(b'\\"', b"\\.").split(b'"')
+        else:
+            pieces = window.split(b'"')
         last = len(pieces) - 1
         number = 0
         while True:
@@ -152,7 +169,14 @@ class RequestScanner:
                 return
             string = pieces[number + 1]
             stop = at + 1 + len(string)
-            if stop >= self._end or content[stop] != _QUOTE or not self._take_string(string, at + 1, is_plain=is_plain):
+            if stop >= self._end or content[stop] != _QUOTE:
+                return
+            if has_escapes and _BACKSLASH in string:
+                try:
+                    string = decoded(content, at + 1, stop)
+                except ValueError:
+                    return
+            if not self._take_string(string, at + 1, stop):
                 return
             self._at = at = stop + 1
             number += 2
@@ -205,19 +229,19 @@ class RequestScanner:
             at += 1
         self._at = at
 
-    def _take_string(self, string: bytes, start: int, *, is_plain: bool) -> bool:
-        """Take a string of a window; return whether it may come next."""
+    def _take_string(self, string: bytes, start: int, end: int) -> bool:
+        """Take a decoded string of a window; return whether it may come next."""
         state, frame = self._state, self._frame
         if frame is None:
             return False
         if state in (_AT_NAME, _AT_FIRST_NAME):
-            if not self._has_colon(start + len(string) + 1):
+            if not self._has_colon(end + 1):
                 return False
-            self._name(frame, string, start)
+            self.parts.note_name(frame, frame.scope.name(string), string)
             self._state = _AFTER_NAME
         elif state in (_AT_VALUE, _AT_FIRST_ELEMENT):
             self._density.add_values(1)
-            self.parts.note_string(frame, start, start + len(string), string if is_plain else None)
+            self.parts.note_string(frame, start, end, string)
             self._state = _AFTER_VALUE
         else:
             return False
@@ -265,7 +289,8 @@ class RequestScanner:
             self._at = match.end()
             if not self._has_colon(self._at):
                 raise self._malformed(_FAULTS[_AFTER_NAME])
-            self._name(frame, match[1], at + 1)
+            name = decoded(content, match.start(1), match.end(1))
+            self.parts.note_name(frame, frame.scope.name(name), name)
             self._state = _AFTER_NAME
         elif byte == _QUOTE:
             self._at = self._string_start = at + 1
@@ -305,15 +330,6 @@ class RequestScanner:
             space = SPACE.match(content, at)
             at = at if space is None else space.end()
         return at < self._end and content[at] == _COLON
-
-    def _name(self, frame: Frame, name: bytes, start: int) -> None:
-        """A name, as it stands in the document."""
-        known = frame.scope.known.get(name)
-        if known is None:
-            if _BACKSLASH in name:
-                name = str(orjson.loads(self._content[start - 1 : start + len(name) + 1])).encode("utf-8")
-            known = frame.scope.name(name)
-        self.parts.note_name(frame, known, name)
 
     def _plain(self, frame: Frame, start: int, end: int) -> None:
         self._density.add_values(1)

@@ -59,8 +59,11 @@ class SseMeter(Meter):
     def feed(self, content: bytes) -> bytes:
         if self._event or self._awaits_lf or not self._reading.has_begun:
             return self._feed_apart(content)
+        if self._reading.count_repeated(content):
+            return content
         plain = self._count_plain(content)
         if plain == len(content):
+            self._reading.remember(content)
             return content
         return content[:plain] + self._feed_apart(content[plain:])
 

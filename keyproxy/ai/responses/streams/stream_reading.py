@@ -18,6 +18,7 @@ from keyproxy.ai.json_characters import ON_LINE
 from keyproxy.ai.responses.json_members import MemberScanner
 from keyproxy.ai.responses.json_strings import StringCounter
 from keyproxy.ai.responses.produced_text import MEDIA_MEMBERS, ProducedText
+from keyproxy.ai.responses.streams.repeated_event import RepeatedEvent
 from keyproxy.ai.responses.usage_reader import ResponseUsageReader, outermost_members
 
 #: A longer event is neither kept nor parsed, but scanned in pieces for the members of its outermost object.
@@ -34,12 +35,14 @@ class EventPatterns:
     """What to look for in the events of an endpoint, before any is parsed.
 
     `notable`: literals, each with a pattern that begins with it and rules out a null. `text`: finds texts. `media`:
-    finds base64. `kinds`: the types of events that must be parsed.
+    finds base64. `kinds`: the types of events that must be parsed. `members`: what is read of a long event.
+    `names`: those of the literals.
     """
 
-    __slots__ = ("kinds", "media", "notable", "text")
+    __slots__ = ("kinds", "media", "members", "names", "notable", "text")
 
-    def __init__(self, endpoint: DialectEndpoint) -> None:
+    def __init__(self, dialect: Dialect, endpoint: DialectEndpoint) -> None:
+        self.members: Final = ("type", *outermost_members(dialect, endpoint))
         names: dict[bytes, bytes] = {}
         kinds: set[str] = set()
         for fields in endpoint.usage:
@@ -58,14 +61,15 @@ class EventPatterns:
         names.pop(b"", None)
         quoted = {b'"%b"' % name: rest for name, rest in names.items()}
         self.notable: Final = tuple((name, re.compile(re.escape(name) + rest)) for name, rest in quoted.items())
+        self.names: Final = frozenset(names)
         self.text: Final = _values(tuple(sorted(endpoint.text_members)))
         self.kinds: Final = frozenset(kinds)
         has_media = endpoint.kind in (EndpointClass.MEDIA, EndpointClass.UNKNOWN)
         self.media: Final = _values(MEDIA_MEMBERS) if has_media else None
 
 
-#: By endpoint, of which there are as many as the table has rows.
-_patterns: Final[dict[DialectEndpoint, EventPatterns]] = {}
+#: By dialect and endpoint, of which there are as many as the table has rows.
+_patterns: Final[dict[tuple[str, DialectEndpoint], EventPatterns]] = {}
 
 
 class _LongEvent:
@@ -94,20 +98,24 @@ class _LongEvent:
 class StreamReading:
     """What was read of one stream: its `usage`, and its `produced` text."""
 
-    def __init__(self, dialect: Dialect, endpoint: DialectEndpoint, choices: int = 1) -> None:
-        self.usage: Final = ResponseUsageReader(dialect, endpoint, choices)
+    def __init__(self, dialect: Dialect, endpoint: DialectEndpoint, usage: ResponseUsageReader) -> None:
+        self.usage: Final = usage
         self.produced: Final = ProducedText()
         #: The first event names the model.
         self.has_begun = False
-        patterns = _patterns.get(endpoint)
+        key = (dialect.name, endpoint)
+        patterns = _patterns.get(key)
         if patterns is None:
-            patterns = _patterns[endpoint] = EventPatterns(endpoint)
+            patterns = _patterns[key] = EventPatterns(dialect, endpoint)
         self._long: _LongEvent | None = None
-        self._names: Final = ("type", *outermost_members(dialect, endpoint))
+        self._names: Final = patterns.members
         self._notable: Final = patterns.notable
         self._kinds: Final = patterns.kinds
         self._text: Final = patterns.text
         self._media: Final = patterns.media
+        self._repeated: Final = RepeatedEvent(patterns.names)
+        #: How many texts were counted last.
+        self._texts = 0
 
     def notable(self, content: bytes | bytearray, start: int = 0) -> int:
         """Return a place within the first event that must be parsed; -1 if there is none."""
@@ -124,12 +132,26 @@ class StreamReading:
         """Whether an event must be parsed, by its type."""
         return not self.has_begun or kind in self._kinds
 
+    def count_repeated(self, content: bytes) -> bool:
+        """Collect the text of whole events that repeat the last ones; return whether they do."""
+        text = self._repeated.text(content) if self.has_begun else b""
+        if text:
+            self.produced.add((text,))
+        return bool(text)
+
     def count(self, content: bytes | bytearray, start: int, end: int) -> None:
         """Collect the text of whole events."""
-        self.produced.add(self._text.findall(content, start, end))
+        texts = self._text.findall(content, start, end)
+        self.produced.add(texts)
+        self._texts = len(texts)
         if self._media is not None:
             for media in self._media.findall(content, start, end):
                 self.produced.add_media(len(media) - media.count(b"="))
+
+    def remember(self, content: bytes) -> None:
+        """Remember whole events, which were counted last, and none of which had to be parsed."""
+        if self._texts == 1 and self._media is None:
+            self._repeated.remember(content, self._text)
 
     @property
     def tokens(self) -> int:
