@@ -42,30 +42,31 @@ class RateLimitHeaders:
 
 
 class _Selection:
-    """The limits selected for one second, each with the text after its remaining amount."""
+    """The limits selected for one second, and the texts between their remaining amounts."""
 
-    __slots__ = ("_beginning", "_limits", "until_mono")
+    __slots__ = ("_leases", "_texts", "until_mono")
 
     def __init__(self, leases: Sequence[Lease], now_mono: float) -> None:
         nearest = sorted(leases, key=_nearness)[:REPORTED_MAX]
-        keys = [b"%b;r=" % lease.policy.key for lease in nearest]
-        ends = [b", " + key for key in keys[1:]] + [b"\r\n"]
-        self._beginning = _beginning(tuple([lease.policy for lease in leases])) + keys[0]
-        self._limits = [
-            (lease, _reset_parameter(lease, now_mono) + end) for lease, end in zip(nearest, ends, strict=True)
-        ]
+        texts = [_beginning(tuple([lease.policy for lease in leases]))]
+        for lease in nearest:
+            texts[-1] += b"%b;r=" % lease.policy.key
+            texts.append(_reset_parameter(lease, now_mono) + b", ")
+        texts[-1] = texts[-1].removesuffix(b", ") + b"\r\n"
+        self._leases = nearest
+        self._texts = texts
         self.until_mono = now_mono + _KEPT_SECONDS
 
     def lines(self) -> bytes:
         """Return the lines with the current remaining amounts."""
-        lines = self._beginning
-        if len(self._limits) == REPORTED_MAX:
-            # One format call, not three: 3 % of a request in the compiled build.
-            (first, after_first), (second, after_second), (third, after_third) = self._limits
+        leases, texts = self._leases, self._texts
+        if len(leases) == REPORTED_MAX:
+            # One format call instead of three: 3 % of a request in the compiled build.
             return b"%b%d%b%d%b%d%b" % (
-                lines, first.remaining, after_first, second.remaining, after_second, third.remaining, after_third,
+                texts[0], leases[0].remaining, texts[1], leases[1].remaining, texts[2], leases[2].remaining, texts[3],
             )  # fmt: skip
-        for lease, text in self._limits:
+        lines = texts[0]
+        for lease, text in zip(leases, texts[1:], strict=True):
             lines = b"%b%d%b" % (lines, lease.remaining, text)
         return lines
 

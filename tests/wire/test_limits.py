@@ -306,6 +306,8 @@ async def test_a_stream_that_exhausts_its_budget_ends_with_an_error_event_and_is
     assert spent(wire, "tokens_per_day") == (1_000, 1_000)
     assert wire.recorder.seen[-1].ending is Ending.CUT
     assert wire.recorder.seen[-1].reason is Reason.TOKEN_BUDGET_EXHAUSTED
+    # Only its own reservation was left of the budget.
+    assert wire.recorder.seen[-1].limit_reason == "spent"
 
 
 def framed(payload: dict[str, Any]) -> bytes:
