@@ -32,7 +32,7 @@ class StoreRecords(TenantRecords):
         self._tenant_id: Final = tenant_id
         self._now: Final = now
         self._is_first_lookup: Final = is_first_lookup
-        self._missing: list[Missing] = []
+        self._missing: list[Missing] | None = None
 
     def owns(self, kind: str, object_id: str) -> bool:
         try:
@@ -40,15 +40,18 @@ class StoreRecords(TenantRecords):
                 kind, object_id, self._tenant_id, self._now, is_first_lookup=self._is_first_lookup
             )
         except Missing as missing:
+            if self._missing is None:
+                self._missing = []
             self._missing.append(missing)
             return True
 
     def require(self) -> None:
         missing = self._missing
+        if missing is None:
+            return
         if len(missing) == 1:
             raise missing[0]
-        if missing:
-            raise Missing("ownership", lambda patience: _fetch_all(missing, patience))
+        raise Missing("ownership", lambda patience: _fetch_all(missing, patience))
 
     def category(self, digest: bytes) -> str | None:
         return self._templates.category(digest, self._tenant_id, self._now)

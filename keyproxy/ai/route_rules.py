@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from keyproxy.ai.access.counted_names import CountedNames, counted_headers
 from keyproxy.ai.access.value_sources import path_value
 from keyproxy.ai.dialects.endpoint import Dialect, MemberPath
 from keyproxy.ai.model_source import ModelSource, candidates_of, json_model, named_models
 from keyproxy.ai.models import ModelTable
 from keyproxy.ai.request_models import RequestModels
-from keyproxy.ai.requests.request_facts import RequestFacts, malformed
+from keyproxy.ai.requests.request_facts import RequestFacts
 from keyproxy.ai.requests.request_reading import BodyBounds, ReadingRules
 from keyproxy.ai.reservation import INSERT, TokenRules
 from keyproxy.limits.allowance import Need
@@ -34,8 +35,8 @@ class RouteRules:
     """
 
     __slots__ = (
-        "_keeps", "_kept", "cap", "cap_field", "dialect", "model_field", "models", "name", "placeholder", "reading",
-        "source", "tokens", "unread_need",
+        "_header_names", "_keeps", "_kept", "cap", "cap_field", "dialect", "model_field", "models", "name", "placeholder",
+        "reading", "source", "tokens", "unread_need",
     )  # fmt: skip
 
     def __init__(
@@ -65,6 +66,7 @@ class RouteRules:
         self.reading: Final = ReadingRules(dialect, bounds, model_member=source.json_member, judged=judged)
         #: What any request needs, before it is read.
         self.unread_need: Final = Need(1, 1, route=name)
+        self._header_names: Final = CountedNames([source.name.lower()] if source.kind == "header" else [])
         self._keeps: Final = source.kind in _KEPT_KINDS
         #: By target, and the model in its JSON as the route's source and as the dialect has it.
         self._kept: Final[dict[tuple[bytes, str | None, str | None], RequestModels]] = {}
@@ -104,19 +106,5 @@ class RouteRules:
         if self.source.kind == "path" and self.placeholder is not None:
             return path_value(self.placeholder, head.line.path)
         if self.source.kind == "header":
-            return _header(head.block, self.source.name)
+            return counted_headers(head.block, self._header_names).get(self.source.name.lower())
         return None
-
-
-def _header(block: bytes, name: str) -> str | None:
-    """The value of a header. Raises a Refusal if it occurs twice, or with `_` or `.`, which servers take for `-`."""
-    wanted, found = name.lower().encode(), None
-    for line in block.split(b"\r\n"):
-        sent, _, value = line.partition(b":")
-        sent = sent.lower()
-        if sent.replace(b"_", b"-").replace(b".", b"-") != wanted:
-            continue
-        if found is not None or sent != wanted:
-            raise malformed(f"The header '{name}' appears twice or in another spelling.", name)
-        found = value.strip().decode("latin-1")
-    return found

@@ -209,6 +209,24 @@ async def test_a_form_beside_another_source_is_judged_too(start: Start) -> None:
     assert (await ask(wire, body.replace(b"big", b"small"), FORM, target=f"{CHAT}?m=small")).status == 200
 
 
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        ("/v1beta/models/small:generateContent", 200), ("/v1beta/models/big:generateContent", 403),
+        ("/v1beta/models/small:generateContent?model=big", 400), ("/v1beta/models/big-1:generateContent", 403),
+        ("/v1beta/models/small;x:generateContent", 403), ("/v1beta/models/x:small:generateContent", 403),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("model", ["", "path:model"])
+async def test_the_model_before_a_verb_in_the_path_is_judged(
+    start: Start, model: str, target: str, status: int
+) -> None:
+    match = "POST /v1beta/models/{model}:generateContent"
+    wire = await judging(start, match=match, tokens="gemini", model=model)
+    told = await ask(wire, b'{"contents":[{"parts":[{"text":"hi"}]}]}', target=target)
+    assert told.status == status
+
+
 async def test_an_owned_model_needs_no_row(start: Start) -> None:
     wire = await judging(start)
     wire.owned_ids.add("model", "ft:acme/small", "acme", is_slow=True)

@@ -88,6 +88,21 @@ async def test_a_bound_id_belongs_to_the_caller(
 
 
 @pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("/c/acme%2Fdocs", None), ("/c/globex%2Fdocs", FORBIDDEN), ("/c/acme", FORBIDDEN),
+        ("/c/acme%2F..%2Fglobex", MALFORMED), ("/c/acme%2F%2Fx", MALFORMED), ("/c/acme%252Fdocs", MALFORMED),
+    ],
+)  # fmt: skip
+async def test_an_encoded_slash_in_a_bound_id_is_a_slash(start: Start, target: str, expected: str | None) -> None:
+    bind = {"value": "path:c", "starts": "{tenant}/"}
+    wire = await binding(start, bind, match="* /c/{c}", encoded_slash="forward")
+    assert code(await ask(wire, target)) == expected
+    if expected is None:
+        assert wire.upstream.requests[-1].start == f"GET {target} HTTP/1.1"
+
+
+@pytest.mark.parametrize(
     ("pointer", "body", "expected"),
     [
         ("/ns", b'{"ns":"acme"}', None), ("/ns", b'{"ns":"globex"}', FORBIDDEN), ("/ns", b"{}", FORBIDDEN),

@@ -28,6 +28,7 @@ from keyproxy.model import Identity, RequestHead
 from keyproxy.reasons import Reason, Refusal
 
 _NO_CONTENT: Final = BodyContent()
+_NOTHING: Final[dict[str, Found]] = {}
 
 
 class Judgement:
@@ -96,24 +97,30 @@ class JudgedRequest:
         model = rules.model
         if model is not None and parts is not None and not parts.is_object:
             raise malformed("The body must be a JSON object on this route.")
-        _, _, raw_query = head.line.target.partition(b"?")
-        query = counted_pairs(raw_query, rules.query_names, "query") if raw_query and rules.query_names else {}
-        headers = counted_headers(head.block, rules.header_names) if rules.header_names else {}
+        target = head.line.target
+        query = headers = None
+        if rules.query_names.exact and b"?" in target:
+            query = counted_pairs(target.partition(b"?")[2], rules.query_names, "query")
+        if rules.header_names.exact:
+            headers = counted_headers(head.block, rules.header_names)
         document: Any = None
         if rules.needs_document and parts is not None:
             document = _parsed(content.content)
-        found: dict[str, Found] = {}
-        for source in rules.sources:
-            if source.kind == JSON:
-                found[source.text] = MISSING if parts is None else found_at(document, source.pointer)
-            elif source.kind == PATH:
-                found[source.text] = found_text(path_value(rules.placeholders[source.name], head.line.path))
-            else:
-                found[source.text] = found_text((query if source.kind == QUERY else headers).get(source.name))
+        found = _NOTHING
+        if rules.sources:
+            found = {}
+            for source in rules.sources:
+                if source.kind == JSON:
+                    found[source.text] = MISSING if parts is None else found_at(document, source.pointer)
+                elif source.kind == PATH:
+                    found[source.text] = found_text(path_value(rules.placeholders[source.name], head.line.path))
+                else:
+                    texts = query if source.kind == QUERY else headers
+                    found[source.text] = MISSING if texts is None else found_text(texts.get(source.name))
         values = JudgedValues(found)
         if model is not None:
             places = ModelPlaces(parts, query=query, headers=headers, fields=content.fields)
-            values.models = model.models_of(head.line.target, places)
+            values.models = model.models_of(target, places)
             if rules.reads_form:
                 self.form_model = values.models.model
         if rules.categories is not None:
@@ -157,15 +164,16 @@ def _parsed(content: bytes) -> Any:
         raise malformed(f"The body is not well-formed JSON: {error.msg}.") from error
 
 
-def _read_categories(values: JudgedValues, rules: CategoryRules, headers: dict[str, str], document: Any) -> None:
+def _read_categories(values: JudgedValues, rules: CategoryRules, headers: dict[str, str] | None, document: Any) -> None:
     declared: list[object] = []
     for source in rules.declared:
         if source.kind == HEADER:
-            declared.append(headers.get(source.name.lower()))
+            declared.append(None if headers is None else headers.get(source.name.lower()))
         else:
             found = MISSING if document is None else found_at(document, source.pointer)
             declared.append(None if found.is_other or not found.values else found.values[0])
-    values.declared = tuple(declared)
+    if declared:
+        values.declared = tuple(declared)
     if not (rules.uses_template or rules.uses_patterns):
         return
     document = {} if document is None else document

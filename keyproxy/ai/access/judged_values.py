@@ -32,8 +32,8 @@ class JudgedValues:
 
     __slots__ = ("declared", "found", "instructions", "models", "search")
 
-    def __init__(self, found: dict[str, Found] | None = None) -> None:
-        self.found: Final[dict[str, Found]] = {} if found is None else found
+    def __init__(self, found: dict[str, Found]) -> None:
+        self.found: Final = found
         self.models: NamedModels | None = None
         self.declared: tuple[object, ...] = ()
         self.instructions: Instructions | None = None

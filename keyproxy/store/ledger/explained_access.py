@@ -80,7 +80,7 @@ class ExplainedAccess:
         self._rules: Final = rules
         self._identity: Final = identity
         self._records: Final = _StatedRecords(stated.categories[0] if stated.categories else None)
-        self._values: Final = JudgedValues() if rules is None else _values(rules, stated)
+        self._values: Final = JudgedValues({}) if rules is None else _values(rules, stated)
         self.model: str | None = None
         self.categories: list[dict[str, str]] = []
 
@@ -162,7 +162,7 @@ def _read(rules: AccessRules, stated: StatedValues) -> JudgedValues:
             judged.read(head, stated.body)
         return judged.values
     query = counted_pairs(raw_query, rules.query_names, "query") if raw_query and rules.query_names else {}
-    values = JudgedValues()
+    values = JudgedValues({})
     for source in rules.sources:
         if source.kind == PATH:
             values.found[source.text] = found_text(path_value(rules.placeholders[source.name], path))
