@@ -78,8 +78,9 @@ _FRAMING: Final = frozenset(
      Kind.UPGRADE}
 )  # fmt: skip
 
-#: Determines the content of a body too, but has no other meaning to this proxy.
+#: Determines the content of a body too, but has no other meaning to this proxy; and is replaced on metered routes.
 _CONTENT_ENCODING: Final = b"content-encoding"
+_ACCEPT_ENCODING: Final = b"accept-encoding"
 
 #: Fields that a Connection option must not name: removing them would change the message. RFC 9110 section 7.6.1.
 #: Names in lower case, in a set: a client may name thousands of options.
@@ -153,7 +154,8 @@ class FieldNames:
             return Kind.UNREADABLE
         if kind in (Kind.REQUEST_ID, Kind.FORWARDED):
             return Kind.RESERVED
-        return Kind.DROPPED if kind in (Kind.CREDENTIAL, Kind.HOP) else Kind.PLAIN
+        is_dropped = kind in (Kind.CREDENTIAL, Kind.HOP) or plain == _ACCEPT_ENCODING
+        return Kind.DROPPED if is_dropped else Kind.PLAIN
 
 
 def canonical(name: bytes) -> bytes:

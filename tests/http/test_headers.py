@@ -19,7 +19,7 @@ from keyproxy.model import RequestFields, RequestHead, RequestLine
         (Kind.RESERVED, "X_Real_Ip X.Real-Ip"),
         (Kind.DROPPED, "X_Api_Key X.Api.Key x-api_key Keep_Alive Proxy.Authorization Proxy_Connection Http2_Settings"),
         (Kind.DROPPED, "X-Http-Method-Override X-Http-Method X-Method-Override X-Original-Url X-Original-Uri"),
-        (Kind.DROPPED, "X-Original-Method X-Rewrite-Url X-Override-Url X_Http_Method_Override X.Original-Url"),
+        (Kind.DROPPED, "X-Original-Method X-Rewrite-Url X-Override-Url X_Http_Method_Override Accept_Encoding"),
         (Kind.PLAIN, "X_Custom X.Y _ . Host_ Idempotency_Key X_Usage_Tokens X-Keyproxy X-Http-Method-Overrides"),
         (Kind.CREDENTIAL, "Authorization X-Api-Key"),
         (Kind.HOST, "Host"),
