@@ -15,8 +15,8 @@ FOLDERS = ("ai", "auth", "http", "limits", "wire")
 MODULES = (
     "reasons", "model", "ports", "gateway", "access_decision", "limit_state", "token_accounting", "platform/clock",
     "metrics/access_log", "metrics/model_counts", "metrics/recorder",
-    "store/identities/cache", "store/ledger/ledger", "store/usage/journal", "store/usage/model_names",
-    "store/usage/usage_batch",
+    "store/identities/cache", "store/identities/owned_ids", "store/ledger/ledger",
+    "store/usage/journal", "store/usage/model_names", "store/usage/usage_batch",
 )  # fmt: skip
 
 #: Modules of the folders that stay interpreted, and why.

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from keyproxy.config.schema import Settings
 from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.model import Moment
+from keyproxy.store.directory.errors import NotFound
 from keyproxy.store.ledger.explain import Explanation, Question, explain_key, windows_of_user
 from keyproxy.store.postgres.database import Database
 from keyproxy.store.usage.usage_queries import UsageFilter, UsageReader
@@ -40,8 +41,11 @@ class UsageService(UsageReader):
 
     async def explained(self, key_id: str, question: Question) -> dict[str, Any]:
         """The decision on a request with this key, and the state of each limit. Nothing is charged or sent."""
+        rows = await self._database.fetch("authority_of_key", key_id)
+        if not rows:
+            raise NotFound(f"there is no key {key_id!r}")
+        authority = rows[0]
         identity, explanation = await explain_key(self._database, key_id, question, self._configured, now=self._now)
-        (authority,) = await self._database.fetch("authority_of_key", key_id)
         refusal, errors = explanation.refusal, self._configured.errors
         content: dict[str, Any] = {
             "key": identity.key_id,
