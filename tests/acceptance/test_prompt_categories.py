@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -154,3 +155,21 @@ async def test_config_check_names_every_fault_of_patterns(configure: Configure, 
     served = await site.run("serve")
     assert served.status == 2
     assert "categories[4].patterns" in served.err
+
+
+async def test_a_reload_applies_categories_and_patterns_or_nothing(configure: Configure, dsn: str) -> None:
+    site = judging(configure, dsn)
+    key = await site.key(scopes=["prompt:code"])
+    await site.run_json("prompt", "register", "--digest", hashlib.sha256(b"S").hexdigest(), "--category", "chat")
+    content = site.config.read_text()
+    async with site.serving() as process:
+        await site.until_ready(process)
+        assert await ask(site, key["secret"], "S", "refactor this") == (200, "chat")
+        site.config.write_text(f"{content}[[categories]]\nname = 'x'\npatterns = ['(']\n")
+        process.send_signal(signal.SIGHUP)
+        await site.until_logged("reload rejected: categories[4].patterns: '('")
+        assert await ask(site, key["secret"], "S", "refactor this") == (200, "chat")
+        site.config.write_text(f"{content}[[categories]]\nname = 'x'\npatterns = ['refactor']\n")
+        process.send_signal(signal.SIGHUP)
+        await site.until_logged("configuration reloaded")
+        assert await ask(site, key["secret"], "S", "refactor this") == (200, "chat x")
