@@ -224,7 +224,7 @@ async def test_the_model_before_a_verb_in_the_path_is_judged(
     match = "POST /v1beta/models/{model}:generateContent"
     wire = await judging(start, match=match, tokens="gemini", model=model)
     told = await ask(wire, b'{"contents":[{"parts":[{"text":"hi"}]}]}', target=target)
-    assert told.status == status
+    assert told.status in refusals("openai", status)
 
 
 async def test_an_owned_model_needs_no_row(start: Start) -> None:
