@@ -44,6 +44,9 @@ class StoreRecords(TenantRecords):
             self._missing.append(missing)
             return True
 
+    def lacks(self) -> bool:
+        return self._missing is not None
+
     def require(self) -> None:
         missing = self._missing
         if missing is None:

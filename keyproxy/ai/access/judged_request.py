@@ -154,7 +154,11 @@ def judge_values(rules: AccessRules, values: JudgedValues, identity: Identity, r
     model, categories, lines = None, None, b""
     if values.models is not None:
         model = values.models.judge(identity, records)
-        records.require()
+        if records.lacks():
+            # The ids of binds are fetched in the same round.
+            for bind in rules.binds:
+                bind.holds(values.at(bind.source.text), identity, records)
+            records.require()
         lines = model.line
     if rules.categories is not None:
         categories = _judge_categories(rules.categories, values, identity, records)
