@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
-from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport
+from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Pool, Window
 from keyproxy.limits.ledger_rules import Holder, LedgerRules, Replica, WindowAccount, WindowStart
+
+#: A line about a rate of its own, which requests nothing. Its reply has the time at which a message was processed.
+_CLOCK: Final = LeaseReport(999_999, Window(Pool("user", "clock", False), "rate"), 0, 1, 1.0, 0, 0, 0, 0, 0, 0, False)
+
+
+def timed(*lines: LeaseReport) -> list[LeaseReport]:
+    """The lines of a message whose replies have the time at which a backend processed it: see `ReferenceLedger.follow`.
+
+    A message without lines stays as it is: nothing in its reply depends on the time.
+    """
+    return [*lines, _CLOCK] if lines else []
 
 
 class ReferenceLedger:
@@ -29,6 +41,16 @@ class ReferenceLedger:
     def sync(self, holder: str, serial: int, lines: Sequence[LeaseReport]) -> list[LeaseGrant] | None:
         """Process one message. None: this holder has ended. Raises LateMessageError."""
         return self.rules.sync(holder, serial, lines, self.clock())
+
+    def follow(
+        self, holder: str, serial: int, lines: Sequence[LeaseReport], replies: Sequence[LeaseGrant]
+    ) -> list[LeaseGrant] | None:
+        """Process a message of `timed` lines at the instant at which a backend did, as its replies have it.
+
+        At another instant a rate has refilled more or less of a unit, and a shortage may have been forgotten.
+        """
+        instants = [reply.granted_at for reply in replies if reply.lease == _CLOCK.lease]
+        return self.rules.sync(holder, serial, lines, instants[0] if instants else self.clock())
 
     def recalled(self, holder: str) -> list[int]:
         """The leases whose idle units a holder shall return."""

@@ -76,6 +76,18 @@ def test_every_link_leads_to_an_existing_file_and_heading(page: Path) -> None:
             assert fragment in _anchors(target), f"{path} has no heading #{fragment}"
 
 
+def test_ledger_page_names_the_migration_with_the_current_text_of_every_function() -> None:
+    rows = re.findall(r"(?m)^\| - (.*?) \| .*/(\d{4}_\w+\.sql) \|$", _text(ROOT / "docs" / "ledger.md"))
+    named = {name: file for text, file in rows for name in re.findall(r"`(\w+)`", text)}
+    current: dict[str, tuple[str, str]] = {}
+    for file in sorted((ROOT / "keyproxy" / "store" / "postgres" / "migrations").glob("*.sql")):
+        for function in re.split(r"(?m)^CREATE (?:OR REPLACE )?FUNCTION keyproxy\.", _text(file))[1:]:
+            current[function[: function.index("(")]] = file.name, function.partition("$$;")[0]
+    assert named == {name: current[name][0] for name in named}
+    of_ledger = re.compile(r"keyproxy\.(?:windows|leases|lease_holders|ledger_history|idempotent_charges)\b")
+    assert {name for name, (_, text) in current.items() if of_ledger.search(text)} - named.keys() == set()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_every_file_named_in_the_docs_exists(page: Path) -> None:
     named = {name for name in _NAMED_FILE.findall(_text(page)) if "NNNN" not in name}

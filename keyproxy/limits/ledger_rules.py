@@ -1,7 +1,7 @@
 """The rules of the ledger as a program: what a report changes, what is granted, when a holder ends.
 
-This is the specification. PostgreSQL (migrations/0011_bounds.sql) and Redis (ledger.lua) implement the same rules; tests
-compare every backend with this one, message by message. `key explain` applies it to the current state of the real
+This is the specification. PostgreSQL (migrations/0018_ledger_pace.sql) and Redis (ledger.lua) implement the same rules;
+tests compare every backend with this one, message by message. `key explain` applies it to the current state of the real
 ledger, to predict a decision without changing anything. Rates follow `gcra`.
 
 Pure: the state is in memory, and every operation has an argument `now`, Unix time. docs/ledger.md has the proof that no

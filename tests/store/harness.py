@@ -20,7 +20,7 @@ from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.change_feed import ChangeFeed
 from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.identities.owned_ids import OwnedIdCache
-from keyproxy.store.postgres import queries
+from keyproxy.store.postgres import migrations, queries
 from keyproxy.store.postgres.database import Database, NotificationListener, Row, StoreUnavailable
 from keyproxy.store.prompt_templates import TemplateCache
 from tests import fakes
@@ -52,6 +52,19 @@ async def until_blocked(sql: Sql, text: str) -> None:
         " AND position($1 in query) > 0 AND pid <> pg_backend_pid()",
         text,
     )
+
+
+async def migrated_up_to(dsn: str, number: int) -> None:
+    """Apply the migrations up to this one to an empty database."""
+    connection = await asyncpg.connect(dsn)
+    await connection.execute(migrations._BOOK)
+    for one in migrations.available()[:number]:
+        await connection.execute(one.statements)
+        await connection.execute(
+            "INSERT INTO keyproxy.migrations (number, name, checksum) VALUES ($1, $2, $3)",
+            one.number, one.name, one.checksum,
+        )  # fmt: skip
+    await connection.close()
 
 
 async def credit(sql: Sql, window: Window, amount: int) -> None:

@@ -1,4 +1,4 @@
-"""The ledger in PostgreSQL: one message is one statement is one transaction. See migrations/0015_ai_traffic.sql."""
+"""The ledger in PostgreSQL: one message is one statement is one transaction. See migrations/0018_ledger_pace.sql."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from keyproxy.limits.ledger_protocol import LeaseReport, Pool, Window
 from keyproxy.store.ledger.postgres_backend import PostgresLedger
 from keyproxy.store.ledger.redis_backend import RedisLedger
 from keyproxy.store.postgres.database import Database, StoreUnavailable
-from tests.contracts import LEASE_SECONDS, InspectedBackend
-from tests.reference_ledger import ReferenceLedger
+from tests.contracts import LEASE_SECONDS, InspectedBackend, assert_same_reply
+from tests.reference_ledger import ReferenceLedger, timed
 from tests.store.redis_harness import servers
 
 #: Measures that count in windows, with a selector, and rates. None of them ends within a run, except at midnight.
@@ -119,20 +119,18 @@ class Messages(RuleBasedStateMachine):
         """Send a message; both reply alike."""
         name = self.names[number % len(self.names)]
         self.serials[name] += 1
-        told = [self._report(name, line) for line in lines]
-        expected = self.reference.sync(name, self.serials[name], told)
+        reports = [self._report(name, line) for line in lines]
+        told = timed(*reports)
         replies = self.backend.run(self.backend.ledger.sync(name, self.serials[name], told))
-        self.requested |= {line.window for line in lines if line.want and not line.is_closing}
-        unknown = {report.lease for report, line in zip(told, lines, strict=True) if line.window not in self.requested}
-        assert expected is not None
         assert replies is not None
+        expected = self.reference.follow(name, self.serials[name], told, replies)
+        assert expected is not None
+        self.requested |= {line.window for line in lines if line.want and not line.is_closing}
+        unknown = {
+            report.lease for report, line in zip(reports, lines, strict=True) if line.window not in self.requested
+        }
         for one, other in zip(sorted(expected), sorted(replies), strict=True):
-            timeless = [reply._replace(ends_seconds=0.0, wait_seconds=0.0, granted_at=0.0) for reply in (one, other)]
-            if one.lease in unknown:
-                timeless = [reply._replace(credited=0) for reply in timeless]
-            assert timeless[0] == timeless[1]
-            for name_of in ("ends_seconds", "wait_seconds", "granted_at"):
-                assert getattr(one, name_of) == pytest.approx(getattr(other, name_of), abs=5)
+            assert_same_reply(one._replace(credited=other.credited) if one.lease in unknown else one, other)
         granted = {} if is_reply_lost else {reply.lease: reply for reply in replies}
         for lease in self.leases.values():
             if lease.number in granted:

@@ -11,7 +11,7 @@ from keyproxy.store.postgres import migrations
 from keyproxy.store.postgres.database import StoreUnavailable
 from keyproxy.store.postgres.migrations import MigrationError
 from tests.server import as_role, may_log_in
-from tests.store.harness import Relay, Sql, until_row
+from tests.store.harness import Relay, Sql, migrated_up_to, until_row
 
 ALL = [one.number for one in migrations.available()]
 
@@ -38,6 +38,11 @@ async def run(dsn: str, *statements: str) -> None:
 
 def test_migrations_are_numbered_from_one_without_gaps() -> None:
     assert list(range(1, len(ALL) + 1)) == ALL
+
+
+def test_migrations_contain_whole_functions() -> None:
+    """Changes of fragments leave no file in which a function can be read. Two were applied before this was a rule."""
+    assert [one.number for one in migrations.available() if "pg_get_functiondef" in one.statements] == [10, 17]
 
 
 async def test_fresh_database_gets_every_migration_in_order(empty_dsn: str) -> None:
@@ -134,23 +139,9 @@ async def test_unreachable_store_is_unavailable_and_not_a_migration_error(relay:
 # -- with running proxies
 
 
-async def _migrated_up_to(dsn: str, number: int) -> None:
-    connection = await asyncpg.connect(dsn)
-    await connection.execute(migrations._BOOK)
-    for one in migrations.available()[:number]:
-        await connection.execute(one.statements)
-        await connection.execute(
-            "INSERT INTO keyproxy.migrations (number, name, checksum) VALUES ($1, $2, $3)",
-            one.number,
-            one.name,
-            one.checksum,
-        )
-    await connection.close()
-
-
 async def test_migration_does_not_deadlock_with_ledger_messages(empty_dsn: str) -> None:
     """A message reads the ledger's history, then writes its holder. 0010 is the last migration before both change."""
-    await _migrated_up_to(empty_dsn, 10)
+    await migrated_up_to(empty_dsn, 10)
     proxy, other = await asyncpg.connect(empty_dsn), await asyncpg.connect(empty_dsn)
     message = proxy.transaction()
     await message.start()
@@ -171,7 +162,7 @@ async def test_migration_does_not_deadlock_with_ledger_messages(empty_dsn: str) 
 
 async def test_migration_waiting_for_a_lock_does_not_block_proxies(empty_dsn: str) -> None:
     """A dump locks every table until it ends. Statements queued behind a migration that waits for it wait too."""
-    await _migrated_up_to(empty_dsn, 10)
+    await migrated_up_to(empty_dsn, 10)
     dump, proxy = await asyncpg.connect(empty_dsn), await asyncpg.connect(empty_dsn)
     await proxy.execute("SET statement_timeout = '2s'")
     reading = dump.transaction()

@@ -20,11 +20,18 @@ from keyproxy.store.postgres.database import Database, StoreUnavailable
 from keyproxy.store.postgres.failures import translated
 from keyproxy.store.usage.usage_queries import UsageFilter, UsageReader
 from tests.contracts import LEASE_SECONDS, line, window
-from tests.store.harness import Sql
+from tests.store.harness import Sql, migrated_up_to, until_blocked
 from tests.store.ledger.test_charge_dedup import claim
 
 #: The last migration of the previous release.
 _PREVIOUS = 14
+
+#: The migrations since, for which messages wait, and the locks that each takes first.
+_BLOCKING = {
+    one.number: found[0]
+    for one in migrations.available()[_PREVIOUS:]
+    if (found := re.search(r"(?m)^LOCK TABLE .*keyproxy\.windows.*;$", one.statements))
+}
 
 _ATTEMPTS = 20
 
@@ -153,16 +160,34 @@ async def test_usage_of_both_releases_adds_up(previous: PreviousRelease, databas
 @pytest.fixture
 async def earlier_dsn(empty_dsn: str) -> str:
     """A database with the schema of the previous release."""
-    connection = await asyncpg.connect(empty_dsn)
-    await connection.execute(migrations._BOOK)
-    for one in migrations.available()[:_PREVIOUS]:
-        await connection.execute(one.statements)
-        await connection.execute(
-            "INSERT INTO keyproxy.migrations (number, name, checksum) VALUES ($1, $2, $3)",
-            one.number, one.name, one.checksum,
-        )  # fmt: skip
-    await connection.close()
+    await migrated_up_to(empty_dsn, _PREVIOUS)
     return empty_dsn
+
+
+@pytest.mark.parametrize("number", _BLOCKING)
+async def test_message_that_waits_for_a_migration_is_processed(empty_dsn: str, number: int) -> None:
+    """It continues with the function that it began with, which calls functions as they were."""
+    await migrated_up_to(empty_dsn, number - 1)
+    process = PreviousRelease(await asyncpg.connect(empty_dsn), "old")
+    for _ in range(2):
+        await process.report(1, want=1)
+    migrating, watch = await asyncpg.connect(empty_dsn), await asyncpg.connect(empty_dsn)
+    transaction = migrating.transaction()
+    await transaction.start()
+    await migrating.execute(_BLOCKING[number])
+    # Not `report`, which sends a message again that fails.
+    message = asyncio.create_task(
+        process.sql.fetch(
+            _statements()["sync_leases"], "old", 9, LEASE_SECONDS, [1], ["user"], ["u_42"], [False],
+            ["requests_per_day"], [0], [10], [0.0], [1], [1], [0], [9], [1], [True], [False],
+        )
+    )  # fmt: skip
+    await until_blocked(watch, "sync_leases")
+    await migrating.execute(migrations.available()[number - 1].statements)
+    await transaction.commit()
+    assert [(row["granted"], row["spent"]) for row in await message if row["lease"]] == [(10, 1)]
+    for connection in (process.sql, migrating, watch):
+        await connection.close()
 
 
 async def test_migration_under_load_loses_and_doubles_nothing(earlier_dsn: str) -> None:
