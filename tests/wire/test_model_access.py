@@ -321,3 +321,40 @@ async def test_a_stream_ends_when_its_model_is_no_longer_allowed(start: Start) -
             await until(lambda seen=seen: len(wire.recorder.seen) > seen, "it was ended", seconds=3)  # type: ignore[misc]
         assert (wire.recorder.seen[-1].ending, wire.recorder.seen[-1].reason) == (Ending.CUT, Reason.MODEL_NOT_ALLOWED)
         wire.upstream.requests.clear()
+
+
+UTF_7 = b'{"model":"small","a":"+ACI-,+ACI-model+ACI-:+ACI-big","messages":[]}'
+
+
+@pytest.mark.parametrize("tokens", ["openai", "none"])
+@pytest.mark.parametrize(
+    ("body", "content_type", "status"),
+    [
+        (UTF_7, "application/json; charset=utf-7", 400), (UTF_7, 'application/json; x=1; charset="UTF-7"', 400),
+        (UTF_7, "application/json; charset=utf-8; charset=utf-7", 400), (UTF_7, "application/json; x=urlencoded", 400),
+        (UTF_7, "application/vnd.x+json; charset=unicode_escape", 400), (UTF_7, "text/plain, a/b+json", 400),
+        (UTF_7, "application/json; charset=UTF-8", 200), (UTF_7, "application/json; version=1", 200),
+    ],
+)  # fmt: skip
+async def test_no_charset_or_second_type_makes_another_model_of_a_body(
+    start: Start, tokens: str, body: bytes, content_type: str, status: int
+) -> None:
+    wire = await judging(start, tokens=tokens, model="json:model")
+    told = await ask(wire, body, f"Content-Type: {content_type}")
+    assert (told.status, len(wire.upstream.requests)) == (status, status == 200)
+
+
+async def test_a_metered_body_is_read_in_the_charset_of_its_price(start: Start) -> None:
+    wire = await judging(start, tokens="openai", model="none")
+    assert (await ask(wire, UTF_7, "Content-Type: application/json; charset=utf-7")).status == 400
+    assert (await ask(wire, UTF_7, "Content-Type: application/json; charset=utf-8")).status == 200
+
+
+async def test_a_form_of_another_type_is_no_unread_body(start: Start) -> None:
+    wire = await judging(start, tokens="none", model="query:model")
+    form = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nbig\r\n--b--\r\n'
+    for media_type in ("multipart/mixed", "multipart/related", "Multipart/X"):
+        told = await ask(wire, form, f"Content-Type: {media_type}; boundary=b", target=f"{CHAT}?model=small")
+        assert (told.status, code(told)) == (400, "request_malformed")
+    assert (await ask(wire, b"model=big", "Content-Type: text/x-urlencoded", target=f"{CHAT}?model=small")).status == 400
+    assert (await ask(wire, b"model: big", "Content-Type: text/plain", target=f"{CHAT}?model=small")).status == 200

@@ -9,7 +9,7 @@ from keyproxy.ai.access.access_rules import AccessRules
 from keyproxy.ai.access.counted_names import counted_pairs
 from keyproxy.ai.access.form_fields import form_fields
 from keyproxy.ai.requests.inflation import Inflation, compression_of
-from keyproxy.ai.requests.request_facts import malformed
+from keyproxy.ai.requests.request_facts import ambiguous_type, malformed
 from keyproxy.ai.requests.scan_faults import refusal_of
 from keyproxy.ai.scanning.json_bounds import JsonError, TooDenseError
 from keyproxy.ai.scanning.member_scope import AmbiguousNameError
@@ -26,7 +26,6 @@ MULTIPART: Final = b"multipart/form-data"
 _USUAL: Final = b"application/json"
 _PAIRS: Final = b"application/x-www-form-urlencoded"
 
-_MEDIA_TYPE: Final = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+/[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _BLANK: Final = b" \t\r\n"
 #: Some servers remove a byte order mark, or detect UTF-16, and read JSON whatever its type.
 _JSON_START: Final = re.compile(rb"[ \t\r\n]*[{\[]")
@@ -117,14 +116,14 @@ class ContentReading:
 
 def check_media_type(rules: AccessRules, fields: RequestFields) -> None:
     """Raise a Refusal (REQUEST_MALFORMED) unless a body of this type can have the values that the rules read."""
+    if not fields.has_clear_type:
+        raise ambiguous_type()
     if fields.media_type == _USUAL and not rules.reads_form:
         return
     if rules.reads_json and (is_form(fields) or not fields.is_json):
         raise malformed("The body must be JSON on this route, with Content-Type: application/json.")
     if rules.reads_form and fields.media_type != MULTIPART:
         raise malformed("The body must be a form on this route, with Content-Type: multipart/form-data.")
-    if rules.form_names and fields.media_type and not _MEDIA_TYPE.fullmatch(fields.media_type):
-        raise malformed("The Content-Type is malformed.")
 
 
 def is_form(fields: RequestFields) -> bool:
