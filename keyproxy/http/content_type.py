@@ -1,6 +1,6 @@
 """Whether all servers read content by the same type and charset.
 
-Servers find these in Content-Type with different parsers: some decode JSON by the parameter `charset`, in which UTF-7 hides
+Servers find these in Content-Type with different parsers: some decode JSON by the parameter `charset`, where UTF-7 hides
 quotes, and some search the whole value for the name of a form's type.
 """
 

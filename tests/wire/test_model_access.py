@@ -356,5 +356,7 @@ async def test_a_form_of_another_type_is_no_unread_body(start: Start) -> None:
     for media_type in ("multipart/mixed", "multipart/related", "Multipart/X"):
         told = await ask(wire, form, f"Content-Type: {media_type}; boundary=b", target=f"{CHAT}?model=small")
         assert (told.status, code(told)) == (400, "request_malformed")
-    assert (await ask(wire, b"model=big", "Content-Type: text/x-urlencoded", target=f"{CHAT}?model=small")).status == 400
+    assert (
+        await ask(wire, b"model=big", "Content-Type: text/x-urlencoded", target=f"{CHAT}?model=small")
+    ).status == 400
     assert (await ask(wire, b"model: big", "Content-Type: text/plain", target=f"{CHAT}?model=small")).status == 200
