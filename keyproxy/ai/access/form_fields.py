@@ -25,8 +25,13 @@ _BOUNDARY: Final = re.compile(rb"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,.
 _WORD_PATTERN: Final = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
 _TYPE_PARAMETER: Final = re.compile(rb"[ \t]*;[ \t]*(" + _WORD_PATTERN.encode() + rb')=(?:"([^"\\]*)"|([^\s";,]+))')
 
-#: A disposition without backslashes and control characters: parsers differ in what a backslash means.
-_PARAMETER_PATTERN: Final = rf'[ \t]*;[ \t]*({_WORD_PATTERN})=("[^"\\\x00-\x1f\x7f]*"|{_WORD_PATTERN})'
+#: A disposition without backslashes and control characters: parsers differ in what a backslash means. PHP takes `'` for a
+#: quote too, so it stands only within double quotes, and around the language of an extended value.
+_BARE_PATTERN: Final = _WORD_PATTERN.replace("'", "")
+_EXTENDED_PATTERN: Final = rf"[A-Za-z0-9-]+'[A-Za-z0-9-]*'{_BARE_PATTERN}"
+_PARAMETER_PATTERN: Final = (
+    rf'[ \t]*;[ \t]*({_BARE_PATTERN})=("[^"\\\x00-\x1f\x7f]*"|{_EXTENDED_PATTERN}|{_BARE_PATTERN})'
+)
 _DISPOSITION: Final = re.compile(rf"(?i)form-data((?:{_PARAMETER_PATTERN})*)[ \t]*")
 _PARAMETER: Final = re.compile(_PARAMETER_PATTERN)
 _CHARSET: Final = re.compile(r"""(?i);[ \t]*charset[ \t]*=[ \t]*["']?([^"';, \t]*)""")
@@ -81,12 +86,13 @@ def _boundary(content_type: bytes) -> bytes:
             if content_type[at:].strip(b" \t;"):
                 raise _fault("has malformed parameters in its Content-Type")
             break
-        name = match[1].lower()
-        if name.startswith(b"boundary"):
-            found.append(match[2] if match[2] is not None else match[3])
-            if name != b"boundary":
-                raise _fault("has an encoded boundary")
-        elif name.startswith(b"charset") and (match[2] or match[3] or b"").lower() not in (b"utf-8", b"utf8"):
+        name, value = match[1].lower(), match[2] if match[2] is not None else match[3]
+        # PHP searches the whole header for the word, and others for the last `boundary=` in it.
+        if name == b"boundary" and b"boundary=" not in value.lower():
+            found.append(value)
+        elif b"boundary" in match[0].lower():
+            raise _fault("has an encoded boundary, or more than one")
+        elif name.startswith(b"charset") and value.lower() not in (b"utf-8", b"utf8"):
             raise _fault("is not in UTF-8")
         at = match.end()
     if len(found) != 1 or _BOUNDARY.fullmatch(found[0]) is None:
