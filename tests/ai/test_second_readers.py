@@ -367,3 +367,12 @@ def test_no_form_holds_up_other_requests(form: bytes, unit: bytes) -> None:
     begun = time.thread_time()
     is_admitted(judging_model("query:model"), b"/x?model=small", body, b"application/x-www-form-urlencoded")
     assert time.thread_time() - begun < 0.05
+
+
+def test_no_bound_member_is_another_tenants_to_a_server_that_reads_untyped_bodies_as_forms() -> None:
+    rules = AccessRules("r", binds=(Bind(parse_value_source("json:/filter/ns"), "is", "{tenant}"),))
+    body = b'{"filter":{"ns":"acme"},"x":"%b"}'
+    for pair in (b"&filter[ns]=globex&", b"&filter%5Bns%5D=globex", b"a&+filter=x"):
+        assert not is_admitted(rules, b"/x", body % pair, b"")
+        assert is_admitted(rules, b"/x", body % pair, b"application/json")
+    assert is_admitted(rules, b"/x", body % b"a & b", b"")

@@ -360,3 +360,29 @@ async def test_a_form_of_another_type_is_no_unread_body(start: Start) -> None:
         await ask(wire, b"model=big", "Content-Type: text/x-urlencoded", target=f"{CHAT}?model=small")
     ).status == 400
     assert (await ask(wire, b"model: big", "Content-Type: text/plain", target=f"{CHAT}?model=small")).status == 200
+
+
+FORM_IN_JSON = b'{"model":"small","messages":[],"x":"&model=big&"}'
+
+
+@pytest.mark.parametrize("tokens", ["openai", "none"])
+async def test_no_body_without_a_type_names_another_model_as_a_form(start: Start, tokens: str) -> None:
+    wire = await judging(start, tokens=tokens, model="json:model")
+    for part in (b"&model=big&", b"&mod%65l=big", b"&models[]=big", b"&[model]=big", b"a;model=big&b"):
+        told = await ask(wire, FORM_IN_JSON.replace(b"&model=big&", part), "X: y")
+        assert (told.status, code(told)) == (400, "request_malformed")
+    assert (await ask(wire, gzip.compress(FORM_IN_JSON), "Content-Encoding: gzip")).status == 400
+    assert not wire.upstream.requests
+    assert (await ask(wire, FORM_IN_JSON.replace(b"&model", b"&mode"), "X: y")).status == 200
+    assert (await ask(wire, FORM_IN_JSON)).status == 200
+
+
+async def test_no_compressed_form_hides_another_one(start: Start) -> None:
+    """gzip has room for a comment, which is a pair to a server that ignores Content-Encoding."""
+    wire = await judging(start, tokens="none", model="query:model")
+    packed = gzip.compress(b"x=1")
+    commented = packed[:3] + bytes([packed[3] | 16]) + packed[4:10] + b"&model=big&\0" + packed[10:]
+    for body in (packed, commented):
+        told = await ask(wire, body, PAIRS, "Content-Encoding: gzip", target=f"{CHAT}?model=small")
+        assert (told.status, code(told)) == (400, "request_malformed")
+    assert (await ask(wire, b"x=1", PAIRS, target=f"{CHAT}?model=small")).status == 200

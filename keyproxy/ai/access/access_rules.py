@@ -30,7 +30,7 @@ class AccessRules:
 
     __slots__ = (
         "binds", "bounds", "categories", "form_names", "header_names", "json_paths", "model", "name", "needs_document",
-        "placeholders", "query_names", "reads_body", "reads_form", "reads_json", "scope", "sources",
+        "placeholders", "query_names", "reads_body", "reads_form", "reads_json", "scope", "sources", "untyped_names",
     )  # fmt: skip
 
     def __init__(
@@ -67,6 +67,8 @@ class AccessRules:
         self.json_paths: Final = _json_paths(self.sources, categories)
         members = [] if model is None else [(name,) for name in (*MODEL_PLACES, model.json_member) if name]
         self.scope: Final[MemberScope] = scope_of_paths(members, self.json_paths)
+        #: What counts in a body without a type, if a server reads it as a form.
+        self.untyped_names: Final = CountedNames([path[0] for path in (*members, *self.json_paths)])
         self.needs_document: Final = _needs_document(self.sources, categories)
         self.reads_json: Final = self.needs_document or (model is not None and bool(model.json_member))
         self.reads_form: Final = source is not None and source.kind == _FORM

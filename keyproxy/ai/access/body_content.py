@@ -120,10 +120,22 @@ def check_media_type(rules: AccessRules, fields: RequestFields) -> None:
         raise ambiguous_type()
     if fields.media_type == _USUAL and not rules.reads_form:
         return
+    if fields.codings and (is_form(fields) or not fields.media_type):
+        # Servers that ignore Content-Encoding read the compressed bytes, which may contain pairs of another form.
+        raise malformed("A form, or a body without Content-Type, must not be compressed on this route.")
     if rules.reads_json and (is_form(fields) or not fields.is_json):
         raise malformed("The body must be JSON on this route, with Content-Type: application/json.")
     if rules.reads_form and fields.media_type != MULTIPART:
         raise malformed("The body must be a form on this route, with Content-Type: multipart/form-data.")
+
+
+def check_untyped(rules: AccessRules, fields: RequestFields, content: bytes) -> None:
+    """Raise a Refusal (REQUEST_MALFORMED) for JSON without a type that is also a form with a counting name.
+
+    Rack reads a POST without a Content-Type as a form.
+    """
+    if not fields.media_type and b"&" in content and counted_pairs(content, rules.untyped_names, "body"):
+        raise malformed("The body can be read as a form: send Content-Type: application/json.")
 
 
 def is_form(fields: RequestFields) -> bool:
