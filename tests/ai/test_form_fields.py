@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from keyproxy.ai.access.counted_names import CountedNames
-from keyproxy.ai.access.form_fields import PARTS_MAX, form_fields
+from keyproxy.ai.access.form_fields import PARTS_MAX, FormReading
 from keyproxy.reasons import Reason, Refusal
 
 NAMES = CountedNames(["model", "context_window_fallbacks"])
@@ -16,6 +18,13 @@ END = b"--b--\r\n"
 def part(head: bytes = b'form-data; name="model"', value: bytes = b"small", *more: bytes) -> bytes:
     lines = b"".join(b"%b\r\n" % line for line in more)
     return b"--b\r\nContent-Disposition: %b\r\n%b\r\n%b\r\n" % (head, lines, value)
+
+
+def form_fields(content: bytes, content_type: bytes, names: CountedNames) -> dict[str, str]:
+    reading = FormReading(content, content_type, names)
+    while not reading.advance():
+        pass
+    return reading.fields
 
 
 @pytest.mark.parametrize(
@@ -111,3 +120,31 @@ def test_a_form_that_two_parsers_read_differently_is_refused(body: bytes) -> Non
 def test_a_boundary_stands_once_in_plain_characters(content_type: bytes) -> None:
     with pytest.raises(Refusal):
         form_fields(part() + END, content_type, NAMES)
+
+
+LONG = {
+    "parts with long names": part(b'form-data; name="%b"' % (b"a" * 8_000)),
+    "parts with encoded names": part(b'form-data; name="%b"' % (b"%41" * 2_600)),
+    "parts with many parameters": part(b"form-data; name=x" + b"".join([b"; k%d=v" % number for number in range(900)])),
+    "one long value": part(b"form-data; name=x", b"\r\n-" * 2_000_000),
+}
+
+
+@pytest.mark.parametrize("body", LONG.values(), ids=LONG)
+def test_a_form_is_read_in_portions_of_a_few_milliseconds(body: bytes) -> None:
+    reading = FormReading(body * min(PARTS_MAX, 8_000_000 // len(body)) + END, TYPE, NAMES)
+    longest, is_read = 0.0, False
+    while not is_read:
+        begun = time.thread_time()
+        is_read = reading.advance()
+        longest = max(longest, time.thread_time() - begun)
+    assert longest < 0.05
+
+
+@pytest.mark.parametrize("size", [65_400, 65_536 - 120, 65_536, 131_000])
+def test_a_form_is_read_alike_wherever_its_portions_end(size: int) -> None:
+    for more in range(140):
+        body = part(b"form-data; name=x", b"v" * (size + more)) + part() + END
+        assert form_fields(body, TYPE, NAMES) == {"model": "small"}
+        with pytest.raises(Refusal):
+            form_fields(part() + body, TYPE, NAMES)

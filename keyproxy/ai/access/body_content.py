@@ -7,7 +7,7 @@ from typing import Final
 
 from keyproxy.ai.access.access_rules import AccessRules
 from keyproxy.ai.access.counted_names import counted_pairs
-from keyproxy.ai.access.form_fields import form_fields
+from keyproxy.ai.access.form_fields import FormReading
 from keyproxy.ai.requests.inflation import Inflation, compression_of
 from keyproxy.ai.requests.request_facts import ambiguous_type, malformed
 from keyproxy.ai.requests.scan_faults import refusal_of
@@ -64,6 +64,7 @@ class ContentReading:
         if bits is not None:
             self._inflation = Inflation(body, bits, bytes_max=bounds.bytes_max, ratio_max=bounds.inflate_ratio_max)
         self._scanner: RequestScanner | None = None
+        self._form: FormReading | None = None
 
     def advance(self) -> bool:
         """Read the next portion; return whether it was the last."""
@@ -79,7 +80,7 @@ class ContentReading:
         if scanner is None:
             if not self._is_json():
                 self.result = self._read_other()
-                return True
+                return self.result is not None
             scanner = self._scanner = RequestScanner(
                 self._content, self._rules.scope, self._rules.bounds.json, has_image_arrays=False
             )
@@ -99,13 +100,16 @@ class ContentReading:
             return bool(content.strip(_BLANK))
         return _JSON_START.match(content) is not None
 
-    def _read_other(self) -> BodyContent:
+    def _read_other(self) -> BodyContent | None:
         head, content, names = self._head, self._content, self._rules.form_names
         if not names or not content:
             return BodyContent(content)
         media_type = head.fields.media_type
         if media_type == MULTIPART:
-            return BodyContent(content, fields=form_fields(content, content_type(head.block), names))
+            form = self._form
+            if form is None:
+                form = self._form = FormReading(content, content_type(head.block), names)
+            return BodyContent(content, fields=form.fields) if form.advance() else None
         # Some servers parse JSON whatever its type.
         if _JSON_START.match(content) or _OTHER_JSON_START.match(content):
             raise malformed("The body looks like JSON, but its Content-Type is another.")

@@ -19,7 +19,7 @@ from keyproxy.reasons import Refusal
 
 #: A query or form with a judged value in it is short, and so are its names and the values that count.
 PAIRS_MAX: Final = 1_000
-_NAME_BYTES_MAX: Final = 4_096
+_NAME_BYTES_MAX: Final = 512
 _VALUE_BYTES_MAX: Final = 4_096
 
 _BRACKETS: Final = re.compile(r"[\[\]]")
