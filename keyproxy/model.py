@@ -87,7 +87,8 @@ class RequestFields:
     of the head that goes upstream: the body framing and the empty line. `has_close_option`: Connection has the option
     `close`, so no further request follows. `opens_tunnel`: a WebSocket handshake.
     `media_type`, without parameters, and `codings`, the values of Content-Encoding, describe the forwarded body, in
-    lower case; `is_json`: the media type is JSON or missing. `accepts_codings`: Accept-Encoding is present.
+    lower case; `is_json`: the media type is JSON or missing. `has_clear_type`: all servers read the content by the same
+    type, and in UTF-8. `accepts_codings`: Accept-Encoding is present.
     `has_idempotency_key`, `has_traceparent`: there is exactly one field of that name, whatever its value.
     `digests_body`: a field signs or digests the body, so that changed bytes would not match.
     """
@@ -106,6 +107,7 @@ class RequestFields:
     has_traceparent: bool = False
     accepts_codings: bool = True
     digests_body: bool = False
+    has_clear_type: bool = True
     is_json: bool = field(init=False)
     head_end: bytes = field(init=False)
 

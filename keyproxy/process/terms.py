@@ -76,7 +76,7 @@ def build_metering(
             route.name,
             DIALECTS[route.tokens],
             tokens=settings.tokens.rules(),
-            bounds=settings.tokens.bounds(),
+            bounds=settings.tokens.bounds() if judged is None else judged.bounds,
             models=models,
             source=source,
             cap=row.cap,

@@ -7,6 +7,8 @@ ignore case, end names at a NUL, trim them, or follow PHP's brackets.
 from __future__ import annotations
 
 import json
+import re
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import unquote_plus
@@ -51,6 +53,20 @@ def _as(change: Callable[[str], str]) -> Reader:
     return read
 
 
+def as_php(name: str) -> str:
+    """The variable that PHP makes of a name."""
+    name = name.lstrip(" ").split("\0")[0]
+    root, bracket, rest = name.partition("[")
+    if bracket and "]" not in rest:
+        root = name
+    return root.translate(str.maketrans(". [", "___"))
+
+
+def as_rack(name: str) -> str:
+    """The parameter that Rack 2 makes of a name: the first part that is no bracket."""
+    return next((part for part in re.split(r"[\[\]]", name) if part), "")
+
+
 READERS: dict[str, Reader] = {
     "the first wins": first_wins,
     "the last wins": last_wins,
@@ -58,7 +74,15 @@ READERS: dict[str, Reader] = {
     "ignores case as Go does": _as(lambda key: key.replace("\u017f", "s").replace("\u212a", "k").lower()),
     "ends names at a NUL": _as(lambda key: key.split("\0")[0]),
     "trims names": _as(str.strip),
+}
+
+#: Of queries and forms; brackets mean nothing in JSON.
+FORM_READERS: dict[str, Reader] = {
+    **READERS,
     "ends names at a bracket": _as(lambda key: key.split("[")[0]),
+    "folds names as PHP does": _as(as_php),
+    "reads brackets as Rack does": _as(as_rack),
+    "drops a leading question mark": _as(lambda key: key.removeprefix("?")),
 }
 
 
@@ -138,6 +162,7 @@ def test_no_json_judged_as_one_model_names_another_to_a_second_reader(pairs: Pai
 
 QUERY_PIECES = st.sampled_from(
     ["model=small", "model=big", "Model=big", "model%00=big", "model[]=big", "+model=big", "mod%65l=big", "model=small+",
+     "[model]=big", "model]=big", "?model=big", "context.window+fallbacks=big", "context_window[fallbacks=big",
      "x=1", "models=big", "models=small", "model", "model=", "x", "%4dodel=big", "model%5b%5d=big", "x=model", "=model"]
 )  # fmt: skip
 
@@ -169,8 +194,8 @@ def test_no_query_or_form_judged_as_one_model_names_another(
     if not is_let:
         return
     for splits, pairs in query_readers(text).items():
-        for name, reader in READERS.items():
-            for counted in ("model", "models"):
+        for name, reader in FORM_READERS.items():
+            for counted in ("model", "models", "context_window_fallbacks"):
                 found = reader(pairs, counted)
                 assert found in (ALLOWED, None), f"a server that splits at {splits} and {name} reads {found!r}"
 
@@ -220,7 +245,7 @@ def test_no_form_judged_as_one_model_names_another(
     for line_end in (b"\r\n", b"\n"):
         for strips in (False, True):
             pairs = parts_of(body.replace(b"\r\n", line_end), b"b", line_end=line_end, strips=strips)
-            for name, reader in READERS.items():
+            for name, reader in FORM_READERS.items():
                 assert reader(pairs, "model") in (ALLOWED, None), f"a parser that {name} reads another model"
                 assert reader(pairs, "models") in (ALLOWED, None)
 
@@ -321,3 +346,36 @@ def test_no_value_is_accepted_for_two_tenants(tenants: list[str], rest: str, sep
         value = f"{owner}{separator}{rest}"
         accepted = [one for one in tenants if bind.holds(found_text(value), identity_of_tenant(one), NoRecords())]
         assert accepted in ([], [owner])
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("tenant_id", "tenant.id"), ("tenant_id", "tenant+id"), ("tenant_id", "tenant[id"), ("tenant_id", "+tenant.id"),
+        ("tenant_id", "tenant%2Eid"), ("tenant.id", "tenant_id"), ("ns", "[ns]"), ("ns", "ns]"), ("ns", "%5Bns%5D"),
+        ("ns", "]ns[x]"), ("ns", "?ns"), ("ns", "%u006Es"), ("ns", "NS"), ("ns", "ns%00"), ("ns", "ns[x"),
+    ],
+)  # fmt: skip
+def test_no_spelling_of_a_bound_parameter_reaches_a_lenient_server(name: str, variant: str) -> None:
+    rules = AccessRules("r", binds=(Bind(parse_value_source(f"query:{name}"), "is", "{tenant}"),))
+    assert is_admitted(rules, f"/x?{name}=acme&z=1".encode(), b"", b"")
+    for query in (f"{variant}=globex&{name}=acme", f"{name}=acme&{variant}=globex", f"{variant}=acme"):
+        assert not is_admitted(rules, f"/x?{query}".encode(), b"", b"")
+
+
+@pytest.mark.parametrize("form", [b"x=%b", b"model=%b", b"%b", b"%b=1", b"model=small&%b"])
+@pytest.mark.parametrize("unit", [b"%41", b"a", b"+", b"%25", b"&", b";", b"&a=", b"%5B"])
+def test_no_form_holds_up_other_requests(form: bytes, unit: bytes) -> None:
+    body = form % (unit * (8_000_000 // len(unit)))
+    begun = time.thread_time()
+    is_admitted(judging_model("query:model"), b"/x?model=small", body, b"application/x-www-form-urlencoded")
+    assert time.thread_time() - begun < 0.05
+
+
+def test_no_bound_member_is_another_tenants_to_a_server_that_reads_untyped_bodies_as_forms() -> None:
+    rules = AccessRules("r", binds=(Bind(parse_value_source("json:/filter/ns"), "is", "{tenant}"),))
+    body = b'{"filter":{"ns":"acme"},"x":"%b"}'
+    for pair in (b"&filter[ns]=globex&", b"&filter%5Bns%5D=globex", b"a&+filter=x"):
+        assert not is_admitted(rules, b"/x", body % pair, b"")
+        assert is_admitted(rules, b"/x", body % pair, b"application/json")
+    assert is_admitted(rules, b"/x", body % b"a & b", b"")

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
 
-from keyproxy.ai.categories import Category
+from keyproxy.ai.access.access_rules import AccessRules
+from keyproxy.ai.access.judged_request import JudgedRequest
+from keyproxy.ai.categories import Category, CategoryRules, parse_category_source
 from keyproxy.ai.models import Model
 from keyproxy.ai.prompts import digest_of
 from keyproxy.config.schema import RouteRow
+from keyproxy.model import RequestFields, RequestHead, RequestLine
+from keyproxy.process.patterns.re2_matcher import compile_patterns
+from keyproxy.reasons import Reason, Refusal
 from tests import fakes
 from tests.rawhttp import Message, Upstream, answer_with
 from tests.wire.conftest import Start, Wire, request
@@ -125,3 +131,47 @@ async def test_a_long_prompt_is_searched_for_patterns_too(start: Start) -> None:
     assert (await ask(wire, [turn("user", "word " * 100_000)])).status == 200
     assert code(await ask(wire, [turn("user", "word " * 100_000 + "def main")])) == NOT_ALLOWED
     assert code(await ask(wire, [turn("user", "word " * 250_000)])) == "body_too_large"
+
+
+@pytest.mark.parametrize("tokens", ["openai", "none"])
+async def test_a_document_of_too_many_values_to_judge_at_once_is_refused(start: Start, tokens: str) -> None:
+    wire = await judging(
+        start, scopes=("prompt:code",), category=["=code", "template"], unregistered="plain", tokens=tokens
+    )
+    parts = [turn("user", ["x"] * 60_000), turn("system", "")]
+    assert (await ask(wire, parts)).status == 200
+    told = await ask(wire, [*parts, turn("user", ["x"] * 10_000)])
+    assert (told.status, code(told)) == (400, "request_malformed")
+
+
+DENSE = {
+    "messages": b'{"messages":[' + b",".join([b'{"role":"system","content":"%b"}' % (b"x" * 300)] * 16_000) + b"]}",
+    "parts": b'{"messages":[{"role":"system","content":[' + b",".join([b'"%b"' % (b"x" * 120)] * 65_000) + b"]}]}",
+    "arguments": b'{"messages":[{"role":"user","content":[{"arguments":{"args":{'
+    + b",".join([b'"k%d":"%b"' % (number, b"x" * 99) for number in range(65_000)]) + b"}}}]}]}",
+    "text": b'{"messages":[{"role":"system","content":"' + b"x" * 8_300_000 + b'"}]}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body", DENSE.values(), ids=DENSE)
+def test_judging_a_document_never_holds_the_event_loop_for_long(body: bytes) -> None:
+    sources = [parse_category_source(source) for source in ("=plain", "template", "patterns")]
+    rules = AccessRules(
+        "r", categories=CategoryRules(sources, [PLAIN], shape="openai", matcher=compile_patterns([CODE]))
+    )
+    fields = RequestFields(host=b"p", host_block=b"", media_type=b"application/json")
+    head = RequestHead(RequestLine(b"POST", b"/x", b"/x", 1, b""), fields, b"", (), len(body))
+    best = 1.0
+    for _ in range(3):
+        judged, longest, is_read = JudgedRequest(rules, head), 0.0, False
+        while not is_read:
+            begun = time.thread_time()
+            try:
+                is_read = judged.read(head, body)
+            except Refusal as refusal:
+                is_read = refusal.reason is Reason.BODY_TOO_LARGE
+                if not is_read:
+                    raise
+            longest = max(longest, time.thread_time() - begun)
+        best = min(best, longest)
+    assert best < 0.05

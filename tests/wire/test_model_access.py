@@ -331,3 +331,68 @@ async def test_owners_of_models_and_of_bound_ids_are_looked_up_in_one_round(star
     assert (await ask(wire, {"model": "mine"}, target=f"{CHAT}?id=c-1")).status == 200
     assert wire.owned_ids.brought == 2
     assert code(await ask(wire, {"model": "theirs"}, target=f"{CHAT}?id=c-2")) == "model_not_allowed"
+
+
+UTF_7 = b'{"model":"small","a":"+ACI-,+ACI-model+ACI-:+ACI-big","messages":[]}'
+
+
+@pytest.mark.parametrize("tokens", ["openai", "none"])
+@pytest.mark.parametrize(
+    ("body", "content_type", "status"),
+    [
+        (UTF_7, "application/json; charset=utf-7", 400), (UTF_7, 'application/json; x=1; charset="UTF-7"', 400),
+        (UTF_7, "application/json; charset=utf-8; charset=utf-7", 400), (UTF_7, "application/json; x=urlencoded", 400),
+        (UTF_7, "application/vnd.x+json; charset=unicode_escape", 400), (UTF_7, "text/plain, a/b+json", 400),
+        (UTF_7, "application/json; charset=UTF-8", 200), (UTF_7, "application/json; version=1", 200),
+    ],
+)  # fmt: skip
+async def test_no_charset_or_second_type_makes_another_model_of_a_body(
+    start: Start, tokens: str, body: bytes, content_type: str, status: int
+) -> None:
+    wire = await judging(start, tokens=tokens, model="json:model")
+    told = await ask(wire, body, f"Content-Type: {content_type}")
+    assert (told.status, len(wire.upstream.requests)) == (status, status == 200)
+
+
+async def test_a_metered_body_is_read_in_the_charset_of_its_price(start: Start) -> None:
+    wire = await judging(start, tokens="openai", model="none")
+    assert (await ask(wire, UTF_7, "Content-Type: application/json; charset=utf-7")).status == 400
+    assert (await ask(wire, UTF_7, "Content-Type: application/json; charset=utf-8")).status == 200
+
+
+async def test_a_form_of_another_type_is_no_unread_body(start: Start) -> None:
+    wire = await judging(start, tokens="none", model="query:model")
+    form = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nbig\r\n--b--\r\n'
+    for media_type in ("multipart/mixed", "multipart/related", "Multipart/X"):
+        told = await ask(wire, form, f"Content-Type: {media_type}; boundary=b", target=f"{CHAT}?model=small")
+        assert (told.status, code(told)) == (400, "request_malformed")
+    assert (
+        await ask(wire, b"model=big", "Content-Type: text/x-urlencoded", target=f"{CHAT}?model=small")
+    ).status == 400
+    assert (await ask(wire, b"model: big", "Content-Type: text/plain", target=f"{CHAT}?model=small")).status == 200
+
+
+FORM_IN_JSON = b'{"model":"small","messages":[],"x":"&model=big&"}'
+
+
+@pytest.mark.parametrize("tokens", ["openai", "none"])
+async def test_no_body_without_a_type_names_another_model_as_a_form(start: Start, tokens: str) -> None:
+    wire = await judging(start, tokens=tokens, model="json:model")
+    for part in (b"&model=big&", b"&mod%65l=big", b"&models[]=big", b"&[model]=big", b"a;model=big&b"):
+        told = await ask(wire, FORM_IN_JSON.replace(b"&model=big&", part), "X: y")
+        assert (told.status, code(told)) == (400, "request_malformed")
+    assert (await ask(wire, gzip.compress(FORM_IN_JSON), "Content-Encoding: gzip")).status == 400
+    assert not wire.upstream.requests
+    assert (await ask(wire, FORM_IN_JSON.replace(b"&model", b"&mode"), "X: y")).status == 200
+    assert (await ask(wire, FORM_IN_JSON)).status == 200
+
+
+async def test_no_compressed_form_hides_another_one(start: Start) -> None:
+    """gzip has room for a comment, which is a pair to a server that ignores Content-Encoding."""
+    wire = await judging(start, tokens="none", model="query:model")
+    packed = gzip.compress(b"x=1")
+    commented = packed[:3] + bytes([packed[3] | 16]) + packed[4:10] + b"&model=big&\0" + packed[10:]
+    for body in (packed, commented):
+        told = await ask(wire, body, PAIRS, "Content-Encoding: gzip", target=f"{CHAT}?model=small")
+        assert (told.status, code(told)) == (400, "request_malformed")
+    assert (await ask(wire, b"x=1", PAIRS, target=f"{CHAT}?model=small")).status == 200

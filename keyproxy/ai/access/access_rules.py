@@ -15,9 +15,13 @@ from keyproxy.ai.categories import CategoryRules
 from keyproxy.ai.dialects.endpoint import MemberPath
 from keyproxy.ai.prompts import counting_paths
 from keyproxy.ai.requests.request_reading import BodyBounds
+from keyproxy.ai.scanning.json_bounds import JsonBounds
 from keyproxy.ai.scanning.member_scope import MemberScope, scope_of_paths
 
 _FORM: Final = "form"
+
+#: A document is parsed and searched in one piece: with so many values that takes up to 40 ms.
+_DOCUMENT_VALUES_MAX: Final = 65_536
 
 
 class AccessRules:
@@ -30,7 +34,7 @@ class AccessRules:
 
     __slots__ = (
         "binds", "bounds", "categories", "form_names", "header_names", "json_paths", "model", "name", "needs_document",
-        "placeholders", "query_names", "reads_body", "reads_form", "reads_json", "scope", "sources",
+        "placeholders", "query_names", "reads_body", "reads_form", "reads_json", "scope", "sources", "untyped_names",
     )  # fmt: skip
 
     def __init__(
@@ -47,7 +51,6 @@ class AccessRules:
         self.model: Final = model
         self.categories: Final = categories
         self.binds: Final = binds
-        self.bounds: Final = BodyBounds() if bounds is None else bounds
         self.placeholders: Final[dict[str, re.Pattern[bytes]]] = dict(placeholders or {})
         sources = {bind.source.text: bind.source for bind in binds}
         self.sources: Final[tuple[ValueSource, ...]] = tuple(sources.values())
@@ -67,7 +70,11 @@ class AccessRules:
         self.json_paths: Final = _json_paths(self.sources, categories)
         members = [] if model is None else [(name,) for name in (*MODEL_PLACES, model.json_member) if name]
         self.scope: Final[MemberScope] = scope_of_paths(members, self.json_paths)
+        #: What counts in a body without a type, if a server reads it as a form.
+        self.untyped_names: Final = CountedNames([path[0] for path in (*members, *self.json_paths)])
         self.needs_document: Final = _needs_document(self.sources, categories)
+        bounds = BodyBounds() if bounds is None else bounds
+        self.bounds: Final = _bounds_of_documents(bounds) if self.needs_document else bounds
         self.reads_json: Final = self.needs_document or (model is not None and bool(model.json_member))
         self.reads_form: Final = source is not None and source.kind == _FORM
         self.reads_body: Final = self.reads_json or self.reads_form or model is not None
@@ -76,6 +83,14 @@ class AccessRules:
     def path_names(self) -> list[str]:
         """The placeholders that are read."""
         return [one.name for one in self.sources if one.kind == PATH]
+
+
+def _bounds_of_documents(bounds: BodyBounds) -> BodyBounds:
+    json = bounds.json
+    values_max = min(json.values_max, _DOCUMENT_VALUES_MAX)
+    return BodyBounds(
+        bounds.bytes_max, bounds.inflate_ratio_max, JsonBounds(values_max, json.containers_max, json.depth_max)
+    )
 
 
 def _json_paths(sources: tuple[ValueSource, ...], categories: CategoryRules | None) -> tuple[MemberPath, ...]:

@@ -7,9 +7,9 @@ from typing import Final
 
 from keyproxy.ai.access.access_rules import AccessRules
 from keyproxy.ai.access.counted_names import counted_pairs
-from keyproxy.ai.access.form_fields import form_fields
+from keyproxy.ai.access.form_fields import FormReading
 from keyproxy.ai.requests.inflation import Inflation, compression_of
-from keyproxy.ai.requests.request_facts import malformed
+from keyproxy.ai.requests.request_facts import ambiguous_type, malformed
 from keyproxy.ai.requests.scan_faults import refusal_of
 from keyproxy.ai.scanning.json_bounds import JsonError, TooDenseError
 from keyproxy.ai.scanning.member_scope import AmbiguousNameError
@@ -27,7 +27,6 @@ MULTIPART: Final = b"multipart/form-data"
 _USUAL: Final = b"application/json"
 _PAIRS: Final = b"application/x-www-form-urlencoded"
 
-_MEDIA_TYPE: Final = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+/[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _BLANK: Final = b" \t\r\n"
 #: Some servers remove a byte order mark, or detect UTF-16, and read JSON whatever its type.
 _JSON_START: Final = re.compile(rb"[ \t\r\n]*[{\[]")
@@ -67,6 +66,7 @@ class ContentReading:
         if bits is not None:
             self._inflation = Inflation(body, bits, bytes_max=bounds.bytes_max, ratio_max=bounds.inflate_ratio_max)
         self._scanner: RequestScanner | None = None
+        self._form: FormReading | None = None
 
     def advance(self) -> bool:
         """Read the next portion; return whether it was the last."""
@@ -82,7 +82,7 @@ class ContentReading:
         if scanner is None:
             if not self._is_json():
                 self.result = self._read_other()
-                return True
+                return self.result is not None
             scanner = self._scanner = RequestScanner(
                 self._content, self._rules.scope, self._rules.bounds.json, has_image_arrays=False
             )
@@ -102,13 +102,16 @@ class ContentReading:
             return bool(content.strip(_BLANK))
         return _JSON_START.match(content) is not None
 
-    def _read_other(self) -> BodyContent:
+    def _read_other(self) -> BodyContent | None:
         head, content, names = self._head, self._content, self._rules.form_names
         if not names or not content:
             return BodyContent(content)
         media_type = head.fields.media_type
         if media_type == MULTIPART:
-            return BodyContent(content, fields=form_fields(content, content_type(head.block), names))
+            form = self._form
+            if form is None:
+                form = self._form = FormReading(content, content_type(head.block), names)
+            return BodyContent(content, fields=form.fields) if form.advance() else None
         # Some servers parse JSON whatever its type.
         if _JSON_START.match(content) or _OTHER_JSON_START.match(content):
             raise malformed("The body looks like JSON, but its Content-Type is another.")
@@ -119,14 +122,26 @@ class ContentReading:
 
 def check_media_type(rules: AccessRules, fields: RequestFields) -> None:
     """Raise a Refusal (REQUEST_MALFORMED) unless a body of this type can have the values that the rules read."""
+    if not fields.has_clear_type:
+        raise ambiguous_type()
     if fields.media_type == _USUAL and not rules.reads_form:
         return
+    if fields.codings and (is_form(fields) or not fields.media_type):
+        # Servers that ignore Content-Encoding read the compressed bytes, which may contain pairs of another form.
+        raise malformed("A form, or a body without Content-Type, must not be compressed on this route.")
     if rules.reads_json and (is_form(fields) or not fields.is_json):
         raise malformed("The body must be JSON on this route, with Content-Type: application/json.")
     if rules.reads_form and fields.media_type != MULTIPART:
         raise malformed("The body must be a form on this route, with Content-Type: multipart/form-data.")
-    if rules.form_names and fields.media_type and not _MEDIA_TYPE.fullmatch(fields.media_type):
-        raise malformed("The Content-Type is malformed.")
+
+
+def check_untyped(rules: AccessRules, fields: RequestFields, content: bytes) -> None:
+    """Raise a Refusal (REQUEST_MALFORMED) for JSON without a type that is also a form with a counting name.
+
+    Rack reads a POST without a Content-Type as a form.
+    """
+    if not fields.media_type and b"&" in content and counted_pairs(content, rules.untyped_names, "body"):
+        raise malformed("The body can be read as a form: send Content-Type: application/json.")
 
 
 def is_form(fields: RequestFields) -> bool:

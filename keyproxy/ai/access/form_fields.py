@@ -19,14 +19,21 @@ from keyproxy.reasons import Refusal
 PARTS_MAX: Final = 1_000
 _PART_HEADER_BYTES_MAX: Final = 8_192
 _PART_HEADERS_MAX: Final = 16
+#: Eight parts with the longest headers: a few milliseconds.
+_PORTION: Final = 65_536
 
 #: RFC 2046 section 5.1.1, without the characters that some parsers treat specially when they stand in no quotes.
 _BOUNDARY: Final = re.compile(rb"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")
 _WORD_PATTERN: Final = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
 _TYPE_PARAMETER: Final = re.compile(rb"[ \t]*;[ \t]*(" + _WORD_PATTERN.encode() + rb')=(?:"([^"\\]*)"|([^\s";,]+))')
 
-#: A disposition without backslashes and control characters: parsers differ in what a backslash means.
-_PARAMETER_PATTERN: Final = rf'[ \t]*;[ \t]*({_WORD_PATTERN})=("[^"\\\x00-\x1f\x7f]*"|{_WORD_PATTERN})'
+#: A disposition without backslashes and control characters: parsers differ in what a backslash means. PHP takes `'` for a
+#: quote too, so it stands only within double quotes, and around the language of an extended value.
+_BARE_PATTERN: Final = _WORD_PATTERN.replace("'", "")
+_EXTENDED_PATTERN: Final = rf"[A-Za-z0-9-]+'[A-Za-z0-9-]*'{_BARE_PATTERN}"
+_PARAMETER_PATTERN: Final = (
+    rf'[ \t]*;[ \t]*({_BARE_PATTERN})=("[^"\\\x00-\x1f\x7f]*"|{_EXTENDED_PATTERN}|{_BARE_PATTERN})'
+)
 _DISPOSITION: Final = re.compile(rf"(?i)form-data((?:{_PARAMETER_PATTERN})*)[ \t]*")
 _PARAMETER: Final = re.compile(_PARAMETER_PATTERN)
 _CHARSET: Final = re.compile(r"""(?i);[ \t]*charset[ \t]*=[ \t]*["']?([^"';, \t]*)""")
@@ -35,40 +42,62 @@ _CHARSET_FIELD: Final = "_charset_"
 _UTF8: Final = ("utf-8", "utf8", "us-ascii", "ascii")
 
 
-def form_fields(content: bytes, content_type: bytes, names: CountedNames) -> dict[str, str]:
-    """The values of the counting fields. `content_type`: the header's value. Raises a Refusal (REQUEST_MALFORMED)."""
-    boundary = _boundary(content_type)
-    delimiter = b"--" + boundary
-    if not content.startswith(delimiter + b"\r\n"):
-        raise _fault("does not begin with its boundary")
-    found: dict[str, str] = {}
-    name: str | None = None
-    value: list[bytes] = []
-    parts = 0
-    parser = PushMultipartParser(
-        boundary, max_header_size=_PART_HEADER_BYTES_MAX, max_header_count=_PART_HEADERS_MAX,
-        max_segment_count=PARTS_MAX, strict=True,
-    )  # fmt: skip
-    try:
-        for event in parser.parse(content):
-            if isinstance(event, MultipartSegment):
-                parts += 1
-                name, value = _counting_name(event, names), []
-                if name is not None and name in found:
-                    raise malformed(f"The field '{name}' of the form appears twice.", name)
-            elif event is None:
-                if name is not None:
-                    found[name] = _text(b"".join(value), name)
-            elif name is not None:
-                value.append(event)
-        parser.close()
-    except MultipartError as error:
-        raise _fault(f"is malformed: {error}") from error
-    end = content.rfind(delimiter) + len(delimiter)
-    # Another occurrence is a delimiter to some parser: after a bare LF, or with something behind it.
-    if content.count(delimiter) != parts + 1 or content[end:] not in (b"--", b"--\r\n"):
-        raise _fault("contains its boundary elsewhere, or something follows it")
-    return found
+class FormReading:
+    """A multipart form that is read in portions. `fields`: the values of the counting fields, once `advance` has returned
+    True."""
+
+    def __init__(self, content: bytes, content_type: bytes, names: CountedNames) -> None:
+        """`content_type`: the header's value. Raises a Refusal (REQUEST_MALFORMED), as `advance` does."""
+        self.fields: Final[dict[str, str]] = {}
+        boundary = _boundary(content_type)
+        delimiter = b"--" + boundary
+        if not content.startswith(delimiter + b"\r\n"):
+            raise _fault("does not begin with its boundary")
+        end = content.rfind(delimiter) + len(delimiter)
+        if content[end:] not in (b"--", b"--\r\n"):
+            raise _fault("has something behind its last boundary")
+        self._content: Final = content
+        self._end: Final = end + 2
+        self._delimiters: Final = content.count(delimiter)
+        self._names: Final = names
+        self._parser: Final = PushMultipartParser(
+            boundary, max_header_size=_PART_HEADER_BYTES_MAX, max_header_count=_PART_HEADERS_MAX,
+            max_segment_count=PARTS_MAX, strict=True,
+        )  # fmt: skip
+        self._at = 0
+        self._parts = 0
+        self._name: str | None = None
+        self._value: list[bytes] = []
+
+    def advance(self) -> bool:
+        """Read the next portion; return whether it was the last."""
+        stop = min(self._at + _PORTION, self._end)
+        try:
+            for event in self._parser.parse(self._content[self._at : stop]):
+                if isinstance(event, MultipartSegment):
+                    self._begin_part(event)
+                elif event is None:
+                    if self._name is not None:
+                        self.fields[self._name] = _text(b"".join(self._value), self._name)
+                elif self._name is not None:
+                    self._value.append(event)
+            self._at = stop
+            if stop < self._end:
+                return False
+            self._parser.close()
+        except MultipartError as error:
+            raise _fault(f"is malformed: {error}") from error
+        # Another occurrence is a delimiter to some parser: after a bare LF, or with something behind it.
+        if self._delimiters != self._parts + 1:
+            raise _fault("contains its boundary elsewhere")
+        return True
+
+    def _begin_part(self, part: MultipartSegment) -> None:
+        self._parts += 1
+        name, self._value = _counting_name(part, self._names), []
+        if name is not None and name in self.fields:
+            raise malformed(f"The field '{name}' of the form appears twice.", name)
+        self._name = name
 
 
 def _boundary(content_type: bytes) -> bytes:
@@ -81,12 +110,13 @@ def _boundary(content_type: bytes) -> bytes:
             if content_type[at:].strip(b" \t;"):
                 raise _fault("has malformed parameters in its Content-Type")
             break
-        name = match[1].lower()
-        if name.startswith(b"boundary"):
-            found.append(match[2] if match[2] is not None else match[3])
-            if name != b"boundary":
-                raise _fault("has an encoded boundary")
-        elif name.startswith(b"charset") and (match[2] or match[3] or b"").lower() not in (b"utf-8", b"utf8"):
+        name, value = match[1].lower(), match[2] if match[2] is not None else match[3]
+        # PHP searches the whole header for the word, and others for the last `boundary=` in it.
+        if name == b"boundary" and b"boundary=" not in value.lower():
+            found.append(value)
+        elif b"boundary" in match[0].lower():
+            raise _fault("has an encoded boundary, or more than one")
+        elif name.startswith(b"charset") and value.lower() not in (b"utf-8", b"utf8"):
             raise _fault("is not in UTF-8")
         at = match.end()
     if len(found) != 1 or _BOUNDARY.fullmatch(found[0]) is None:

@@ -13,7 +13,7 @@ from typing import Any, Final
 import orjson
 
 from keyproxy.ai.access.access_rules import AccessRules
-from keyproxy.ai.access.body_content import ContentReading, check_media_type, is_form
+from keyproxy.ai.access.body_content import ContentReading, check_media_type, check_untyped, is_form
 from keyproxy.ai.access.counted_names import counted_headers, counted_pairs
 from keyproxy.ai.access.judged_values import MISSING, Found, JudgedValues, found_at, found_text
 from keyproxy.ai.access.model_judgement import JudgedModel
@@ -106,6 +106,7 @@ class JudgedRequest:
         model = rules.model
         if model is not None and parts is not None and not parts.is_object:
             raise malformed("The body must be a JSON object on this route.")
+        check_untyped(rules, head.fields, content.content)
         target = head.line.target
         query = headers = None
         if rules.query_names.exact and b"?" in target:

@@ -128,6 +128,11 @@ def malformed(message: str, field: str | None = None) -> Refusal:
     return Refusal(Reason.REQUEST_MALFORMED, message, caller_text=message, replaces_sentence=True, field=field)
 
 
+def ambiguous_type() -> Refusal:
+    """Build the refusal of a body that servers decode in different ways."""
+    return malformed("Content-Type must name one media type, and no charset but UTF-8.")
+
+
 def _read_stream(facts: RequestFacts, parts: RequestParts, endpoint: DialectEndpoint, dialect: Dialect) -> None:
     value = parts.values.get("stream") if dialect.streams_by_member else None
     if value not in (None, b"true", b"false", _NULL):

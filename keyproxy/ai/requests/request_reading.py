@@ -11,7 +11,7 @@ from typing import Final
 
 from keyproxy.ai.dialects.endpoint import Dialect, DialectEndpoint, MemberPath
 from keyproxy.ai.requests.inflation import ContentMemory, Inflation, compression_of
-from keyproxy.ai.requests.request_facts import RequestFacts, facts_of
+from keyproxy.ai.requests.request_facts import RequestFacts, ambiguous_type, facts_of
 from keyproxy.ai.requests.scan_faults import refusal_of
 from keyproxy.ai.scanning.content_media import AUDIO, IMAGE, VIDEO, media_kind
 from keyproxy.ai.scanning.json_bounds import JsonBounds, JsonError, TooDenseError
@@ -141,6 +141,8 @@ class RequestReading:
         first = content[:1] if content[:1] not in (b" ", b"\t", b"\r", b"\n") else content.lstrip(_SPACE)[:1]
         # Many servers parse JSON regardless of the Content-Type.
         if first in (b"{", b"[") or (self._fields.is_json and first):
+            if not self._fields.has_clear_type:
+                raise ambiguous_type()
             self._scanner = RequestScanner(
                 content, rules.scope, rules.bounds.json, has_image_arrays=rules.dialect.has_image_arrays
             )

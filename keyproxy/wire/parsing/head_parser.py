@@ -19,7 +19,7 @@ from typing import Final
 
 import httptools
 
-from keyproxy.http import idempotency_key, request_target
+from keyproxy.http import content_type, idempotency_key, request_target
 from keyproxy.http.headers import FieldNames, states_limits
 from keyproxy.http.routes import KNOWN_METHODS
 from keyproxy.model import RequestFields, RequestLine, ResponseFields, ResponseHead, StatusLine
@@ -98,6 +98,7 @@ def parse_request(
         has_traceparent=sent.count(b"traceparent") == 1,
         accepts_codings=b"accept-encoding" in sent,
         digests_body=not _DIGESTS.isdisjoint(sent),
+        has_clear_type=parsed.content_type is None or content_type.is_unambiguous(parsed.content_type.lower()),
     )
     return line, fields, parsed
 
