@@ -10,7 +10,6 @@ from typing import Final
 
 from keyproxy import token_accounting
 from keyproxy.ai.access.access_rules import AccessRules
-from keyproxy.ai.access.body_content import BodyContent
 from keyproxy.ai.access.judged_request import JudgedRequest
 from keyproxy.ai.access.tenant_records import TenantRecords
 from keyproxy.ai.metered_request import MeteredRequest
@@ -44,6 +43,9 @@ class StoreRecords(TenantRecords):
                 self._missing = []
             self._missing.append(missing)
             return True
+
+    def lacks(self) -> bool:
+        return self._missing is not None
 
     def require(self) -> None:
         missing = self._missing
@@ -98,7 +100,7 @@ def read_metered(exchange: Exchange, head: RequestHead, metered: MeteredRequest,
     if not metered.is_read:
         token_accounting.read(exchange, head, metered)
     if judged.values is None:
-        judged.take(head, BodyContent(metered.content, metered.parts))
+        judged.take(head, metered.content, metered.parts)
 
 
 def judge(exchange: Exchange, head: RequestHead, judged: JudgedRequest, records: TenantRecords) -> None:

@@ -335,9 +335,9 @@ class Ending(enum.Enum):
 COMPLETED: Final = Ending.COMPLETED
 
 
-#: A decision may need an identity, a body and its reading, ownership twice, an earlier charge and a lease; a fetched
-#: value may be evicted before its use.
-_ROUNDS_MAX: Final = 12
+#: A decision may need an identity, a body, its reading, ownership, an earlier charge and a lease; a fetched value may be
+#: evicted before its use.
+_ROUNDS_MAX: Final = 8
 
 _Decision = TypeVar("_Decision")
 

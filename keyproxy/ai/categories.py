@@ -140,6 +140,7 @@ class PatternSearch:
         self._found, self._text = found, b""
 
 
+@mypyc_attr(acyclic=True)
 class CategoryValues:
     """The values of a route's sources in one request.
 
@@ -182,7 +183,7 @@ class CategoryRules:
     """
 
     __slots__ = (
-        "_field", "_fixed", "_kept", "_matcher", "_table", "_unregistered",
+        "_by_template", "_field", "_fixed", "_kept", "_matcher", "_table", "_unregistered",
         "declared", "shape", "uses_patterns", "uses_template",
     )  # fmt: skip
 
@@ -209,6 +210,8 @@ class CategoryRules:
         self._matcher: Final = matcher if self.uses_patterns else None
         self._field: Final = field
         self._kept: Final[dict[tuple[tuple[str, str], ...], Categories]] = {}
+        #: Those of a template alone, beside the fixed ones, which is the usual case.
+        self._by_template: Final[dict[str | None, Categories]] = {}
 
     def search(self, texts: list[str]) -> PatternSearch | None:
         """The search for patterns in the prompt's texts; None without patterns. Raises a Refusal (BODY_TOO_LARGE)."""
@@ -226,10 +229,15 @@ class CategoryRules:
 
         `scopes`: the caller's. If it lacks some, the refusal names the smallest one.
         """
-        counted = self._counted(values)
-        found = self._kept.get(counted)
+        is_usual = not (values.declared or values.matched)
+        found = self._by_template.get(values.template) if is_usual else None
         if found is None:
-            found = self._made(counted)
+            counted = self._counted(values)
+            found = self._kept.get(counted)
+            if found is None:
+                found = self._made(counted)
+            if is_usual and len(self._by_template) < _KEPT_MAX:
+                self._by_template[values.template] = found
         if not found.scopes <= scopes:
             missing = min(found.scopes - scopes)
             raise Refusal(

@@ -11,6 +11,7 @@ import hashlib
 from typing import Any, Final, NamedTuple
 
 from keyproxy.ai.requests.request_facts import malformed
+from keyproxy.mypyc_compat import mypyc_attr
 
 #: Types of parts that hold text, in APIs that name the type.
 _TEXT_TYPES: Final = frozenset({"text", "input_text", "output_text"})
@@ -75,6 +76,7 @@ _SHAPES: Final[dict[str, _Shape]] = {
 SHAPES: Final = tuple(_SHAPES)
 
 
+@mypyc_attr(acyclic=True)
 class Instructions:
     """The instructions of one request.
 

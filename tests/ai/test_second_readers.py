@@ -69,6 +69,9 @@ class NoRecords(TenantRecords):
         del kind, object_id
         return False
 
+    def lacks(self) -> bool:
+        return False
+
     def require(self) -> None:
         pass
 

@@ -16,6 +16,7 @@ from keyproxy.ai.scanning.member_scope import AmbiguousNameError
 from keyproxy.ai.scanning.request_parts import DoubledNameError, RequestParts
 from keyproxy.ai.scanning.request_scanner import RequestScanner
 from keyproxy.model import RequestFields, RequestHead
+from keyproxy.mypyc_compat import mypyc_attr
 from keyproxy.reasons import Reason, Refusal
 
 #: The work of one portion, in bytes of text: about two milliseconds.
@@ -33,6 +34,7 @@ _JSON_START: Final = re.compile(rb"[ \t\r\n]*[{\[]")
 _OTHER_JSON_START: Final = re.compile(rb"(?:\xef\xbb\xbf[ \t\r\n]*|\xff\xfe|\xfe\xff\x00|\x00)[{\[]")
 
 
+@mypyc_attr(acyclic=True)
 class BodyContent:
     """What is read of a body. `content`: inflated. `parts`: the scan of JSON, None if it is not JSON. `fields`: the
     counting fields of a form."""

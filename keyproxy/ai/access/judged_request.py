@@ -13,7 +13,7 @@ from typing import Any, Final
 import orjson
 
 from keyproxy.ai.access.access_rules import AccessRules
-from keyproxy.ai.access.body_content import BodyContent, ContentReading, check_media_type, is_form
+from keyproxy.ai.access.body_content import ContentReading, check_media_type, is_form
 from keyproxy.ai.access.counted_names import counted_headers, counted_pairs
 from keyproxy.ai.access.judged_values import MISSING, Found, JudgedValues, found_at, found_text
 from keyproxy.ai.access.model_judgement import JudgedModel
@@ -24,13 +24,15 @@ from keyproxy.ai.access.value_sources import HEADER, JSON, PATH, QUERY, path_val
 from keyproxy.ai.categories import Categories, CategoryRules, CategoryValues
 from keyproxy.ai.prompts import instructions_of, prompt_text
 from keyproxy.ai.requests.request_facts import malformed
+from keyproxy.ai.scanning.request_parts import RequestParts
 from keyproxy.model import Identity, RequestHead
+from keyproxy.mypyc_compat import mypyc_attr
 from keyproxy.reasons import Reason, Refusal
 
-_NO_CONTENT: Final = BodyContent()
 _NOTHING: Final[dict[str, Found]] = {}
 
 
+@mypyc_attr(acyclic=True)
 class Judgement:
     """What a request was found to use. `lines`: the header lines that say so to the upstream."""
 
@@ -42,6 +44,7 @@ class Judgement:
         self.lines: Final = lines
 
 
+@mypyc_attr(acyclic=True)
 class JudgedRequest:
     """`values`: None until the request is read. `judgement`: the last one, None before the first. `form_model`: the model
     that a form names, for its price."""
@@ -80,7 +83,7 @@ class JudgedRequest:
     def read(self, head: RequestHead, body: bytes) -> bool:
         """Read the next portion of the body; return whether it was the last. Raises a Refusal."""
         if not self.collects(head):
-            self.take(head, _NO_CONTENT)
+            self.take(head, b"", None)
             return True
         reading = self._reading
         if reading is None:
@@ -88,12 +91,18 @@ class JudgedRequest:
         if not reading.advance() or reading.result is None:
             return False
         self._reading = None
-        self.take(head, reading.result)
+        result = reading.result
+        self.take(head, result.content, result.parts, result.fields)
         return True
 
-    def take(self, head: RequestHead, content: BodyContent) -> None:
-        """Read the values from the content of a body. Raises a Refusal (REQUEST_MALFORMED, BODY_TOO_LARGE)."""
-        rules, parts = self.rules, content.parts
+    def take(
+        self, head: RequestHead, content: bytes, parts: RequestParts | None, fields: dict[str, str] | None = None
+    ) -> None:
+        """Read the values from the inflated content of a body. `parts`: its scan, if it is JSON. `fields`: of a form.
+
+        Raises a Refusal (REQUEST_MALFORMED, BODY_TOO_LARGE).
+        """
+        rules = self.rules
         model = rules.model
         if model is not None and parts is not None and not parts.is_object:
             raise malformed("The body must be a JSON object on this route.")
@@ -105,7 +114,7 @@ class JudgedRequest:
             headers = counted_headers(head.block, rules.header_names)
         document: Any = None
         if rules.needs_document and parts is not None:
-            document = _parsed(content.content)
+            document = _parsed(content)
         found = _NOTHING
         if rules.sources:
             found = {}
@@ -119,7 +128,7 @@ class JudgedRequest:
                     found[source.text] = MISSING if texts is None else found_text(texts.get(source.name))
         values = JudgedValues(found)
         if model is not None:
-            places = ModelPlaces(parts, query=query, headers=headers, fields=content.fields)
+            places = ModelPlaces(parts, query=query, headers=headers, fields=fields)
             values.models = model.models_of(target, places)
             if rules.reads_form:
                 self.form_model = values.models.model
@@ -145,7 +154,11 @@ def judge_values(rules: AccessRules, values: JudgedValues, identity: Identity, r
     model, categories, lines = None, None, b""
     if values.models is not None:
         model = values.models.judge(identity, records)
-        records.require()
+        if records.lacks():
+            # The ids of binds are fetched in the same round.
+            for bind in rules.binds:
+                bind.holds(values.at(bind.source.text), identity, records)
+            records.require()
         lines = model.line
     if rules.categories is not None:
         categories = _judge_categories(rules.categories, values, identity, records)

@@ -9,6 +9,7 @@ from keyproxy.ai.categories import PatternSearch
 from keyproxy.ai.dialects.endpoint import EACH, MemberPath
 from keyproxy.ai.prompts import Instructions
 from keyproxy.ai.requests.request_facts import malformed
+from keyproxy.mypyc_compat import mypyc_attr
 
 #: More elements under one pointer are refused.
 _ELEMENTS_MAX: Final = 1_000
@@ -25,6 +26,7 @@ class Found(NamedTuple):
 MISSING: Final = Found(is_missing=True)
 
 
+@mypyc_attr(acyclic=True)
 class JudgedValues:
     """`models`: None if the route judges none. `found`: what stands at the sources of binds, by their text. `declared`:
     see `CategoryValues`. `instructions`, `search`: None if no category depends on them. No text of the request is kept

@@ -15,6 +15,7 @@ from keyproxy.ai.requests.model_lists import named_in
 from keyproxy.ai.requests.request_facts import malformed
 from keyproxy.ai.scanning.member_scope import ALTERNATIVES
 from keyproxy.ai.scanning.request_parts import RequestParts
+from keyproxy.mypyc_compat import mypyc_attr
 
 _FORM: Final = "form"
 
@@ -24,6 +25,7 @@ _KEPT_CHARACTERS_MAX: Final = 256
 _NULL: Final = b"null"
 
 
+@mypyc_attr(acyclic=True)
 class ModelPlaces:
     """The counting values of one request, by their names. `parts`: of its JSON, None without."""
 

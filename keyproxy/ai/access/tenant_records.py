@@ -16,6 +16,10 @@ class TenantRecords:
         """
         raise NotImplementedError
 
+    def lacks(self) -> bool:
+        """Whether the owner of an id is not in memory."""
+        raise NotImplementedError
+
     def require(self) -> None:
         """Raise Missing for all ids whose owners are not in memory, so that they are fetched together."""
         raise NotImplementedError

@@ -56,6 +56,9 @@ class _StatedRecords(TenantRecords):
             self.asked.add(subject)
         return self.owned.get(subject, True)
 
+    def lacks(self) -> bool:
+        return False
+
     def require(self) -> None:
         """All ids were looked up before they are judged."""
 
