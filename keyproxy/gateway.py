@@ -151,11 +151,11 @@ class Gateway(Gate):
         self._release_slots(exchange)
         if judged.values is not None:
             return
-        if allowance is None or not judged.collects(head):
+        if allowance is None:
             access_decision.read(exchange, head, judged)
             return
         need = Need(0, 0, route=judged.rules.name)
-        asks = not judged.has_begun and not access_decision.is_read_at_once(exchange, head)
+        asks = judged.collects(head) and not judged.has_begun and not access_decision.is_read_at_once(exchange, head)
         self._check(exchange, allowance, need, now=now, asks=asks)
         try:
             access_decision.read(exchange, head, judged)

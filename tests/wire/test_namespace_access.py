@@ -15,6 +15,7 @@ from tests import fakes
 from tests.rawhttp import Message, Upstream, answer_with
 from tests.waiting import until
 from tests.wire.conftest import Start, Wire, request
+from tests.wire.test_ai_examples import plan
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 JSON = "Content-Type: application/json"
@@ -241,3 +242,12 @@ async def test_binds_are_judged_after_scopes_and_consume_nothing(start: Start) -
     wire.identities.add(fakes.key(1), fakes.identity(scopes=frozenset({"other"})))
     assert code(await ask(wire, "/x?ns=globex")) == FORBIDDEN
     assert not wire.ledger.settled
+
+
+async def test_a_spent_window_refuses_before_an_id_is_judged_also_without_a_body(start: Start) -> None:
+    wire = await binding(start, {"value": "query:ns", "is": "{tenant}"})
+    wire.identities.add(fakes.key(1), fakes.identity(plan=plan("requests/day=1")))
+    assert code(await ask(wire, "/x?ns=globex")) == FORBIDDEN
+    assert (await ask(wire, "/x?ns=acme")).status == 200
+    assert code(await ask(wire, "/x?ns=acme")) == "quota_exhausted"
+    assert code(await ask(wire, "/x?ns=globex")) == "quota_exhausted"
