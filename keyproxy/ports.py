@@ -75,7 +75,7 @@ class OwnedIds:
 
         `is_first_lookup`: see `Identities.known`.
 
-        Raises Missing if the store has to be asked, a Refusal (STORE_UNAVAILABLE) if it cannot be asked now.
+        Raises Missing if the store has to be queried, a Refusal (STORE_UNAVAILABLE) if it cannot be queried now.
         """
         raise NotImplementedError
 

@@ -29,7 +29,7 @@ _PAUSE_SECONDS: Final = 0.01
 _OK: Final = 200
 
 
-class Answer(NamedTuple):
+class DemoResponse(NamedTuple):
     """A response. `model`: the one that the compute server received."""
 
     status: int
@@ -41,31 +41,33 @@ class Answer(NamedTuple):
         return f"{self.status} {self.code}: {self.detail}"
 
 
-async def chat(session: aiohttp.ClientSession, url: str, key: str) -> Answer:
+async def chat(session: aiohttp.ClientSession, url: str, key: str) -> DemoResponse:
     """Request a completion of the model that needs a scope."""
     body = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 10}
     return await _post(session, url + CHAT, key, body)
 
 
-async def collection(session: aiohttp.ClientSession, url: str, key: str, name: str) -> Answer:
+async def collection(session: aiohttp.ClientSession, url: str, key: str, name: str) -> DemoResponse:
     """Write to a collection."""
     return await _post(session, f"{url}{COLLECTIONS}/{name}", key, {})
 
 
 async def after_change(
-    change: Callable[[], Awaitable[object]], request: Callable[[], Awaitable[Answer]]
-) -> tuple[Answer, float]:
+    change: Callable[[], Awaitable[object]], request: Callable[[], Awaitable[DemoResponse]]
+) -> tuple[DemoResponse, float]:
     """Make a change, and repeat a request until it is accepted. Returns the last response, and its delay in seconds."""
     started = time.monotonic()
     await change()
     while True:
-        answer, delay = await request(), time.monotonic() - started
-        if answer.status == _OK or delay > CHANGED_SECONDS_MAX:
-            return answer, delay
+        response, delay = await request(), time.monotonic() - started
+        if response.status == _OK or delay > CHANGED_SECONDS_MAX:
+            return response, delay
         await asyncio.sleep(_PAUSE_SECONDS)
 
 
-async def _post(session: aiohttp.ClientSession, url: str, key: str, body: Mapping[str, Any]) -> Answer:
+async def _post(session: aiohttp.ClientSession, url: str, key: str, body: Mapping[str, Any]) -> DemoResponse:
     async with session.post(url, json=body, headers={"Authorization": f"Api-Key {key}"}) as response:
         content = await response.json(content_type=None)
-        return Answer(response.status, content.get("code", ""), content.get("detail", ""), content.get("model") or "")
+        return DemoResponse(
+            response.status, content.get("code", ""), content.get("detail", ""), content.get("model") or ""
+        )

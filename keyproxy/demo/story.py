@@ -225,35 +225,35 @@ class Story:
         """A model that needs a scope, a role that grants it, and a collection of another tenant."""
         secret, roles = key["secret"], self._directory.roles
 
-        def asks() -> Awaitable[authority.Answer]:
+        def request() -> Awaitable[authority.DemoResponse]:
             return authority.chat(self._session, self._url, secret)
 
         title = self._begin(
             f"alice's key may not use the model {authority.MODEL}", f'{CHAT}   {{"model": "{authority.MODEL}", …}}'
         )
-        answer = await asks()
-        click.echo(f"   < {answer}")
-        is_refused = answer.code == "model_not_allowed" and authority.SCOPE in answer.detail
-        self._judge(title, [] if is_refused else [str(answer)])
+        response = await request()
+        click.echo(f"   < {response}")
+        is_refused = response.code == "model_not_allowed" and authority.SCOPE in response.detail
+        self._judge(title, [] if is_refused else [str(response)])
 
         title = self._begin(
             f"An admin gives the key the role {authority.ROLE}, which has this scope", f"{CHAT}   again and again"
         )
         await roles.set(authority.ROLE, (authority.SCOPE,))
-        answer, delay = await authority.after_change(
-            lambda: self._directory.keys.change(key["id"], {"roles": [authority.ROLE]}), asks
+        response, delay = await authority.after_change(
+            lambda: self._directory.keys.change(key["id"], {"roles": [authority.ROLE]}), request
         )
         click.echo(
-            f"   < {answer.status} the compute server received Model {answer.model},"
+            f"   < {response.status} the compute server received Model {response.model},"
             f" at most {delay * 1000:.1f} ms after the commit"
         )
-        is_allowed = answer.model == authority.MODEL and delay <= authority.CHANGED_SECONDS_MAX
-        self._judge(title, [] if is_allowed else [f"{answer} after {delay:.3f} s"])
+        is_allowed = response.model == authority.MODEL and delay <= authority.CHANGED_SECONDS_MAX
+        self._judge(title, [] if is_allowed else [f"{response} after {delay:.3f} s"])
 
-        title = self._begin("alice asks for a collection of another tenant", f"{authority.COLLECTIONS}/globex/docs")
-        answer = await authority.collection(self._session, self._url, secret, "globex/docs")
-        click.echo(f"   < {answer}")
-        self._judge(title, [] if answer.code == "namespace_forbidden" else [str(answer)])
+        title = self._begin("alice requests a collection of another tenant", f"{authority.COLLECTIONS}/globex/docs")
+        response = await authority.collection(self._session, self._url, secret, "globex/docs")
+        click.echo(f"   < {response}")
+        self._judge(title, [] if response.code == "namespace_forbidden" else [str(response)])
 
     def _begin(self, title: str, request: str) -> str:
         """Print the title and the request of the next step. Returns the title."""

@@ -37,7 +37,7 @@ STEPS = {
     "dave's agent runs away": ["capped at 4096 tokens", "429 token_budget_exhausted (spent)", "x-should-retry: false"],
     "alice's key may not use the model big": ["< 403 model_not_allowed", "'model:premium'"],
     "An admin gives the key the role premium": ["< 200 the compute server received Model big"],
-    "alice asks for a collection of another tenant": ["/globex/docs", "< 403 namespace_forbidden"],
+    "alice requests a collection of another tenant": ["/globex/docs", "< 403 namespace_forbidden"],
 }
 
 

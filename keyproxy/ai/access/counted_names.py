@@ -1,7 +1,7 @@
 """The names that count in a query, a form or headers, and the spellings that some servers take for them.
 
 A name counts where its route looks for it. Servers differ in which of two equal names they read, and some ignore case,
-end a name at a NUL or a bracket, or trim it. So a counting name stands once, in one spelling; anything else is refused.
+end a name at a NUL or a bracket, or trim it. So a counting name occurs once, in one spelling, or the request is refused.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def counted_pairs(raw: bytes, names: CountedNames, place: str) -> dict[str, str]
             if meant is None:
                 continue
             if len(pairs) > 1:
-                raise malformed(f"The parameter '{meant}' of the {place} stands next to a ';'.", meant)
+                raise malformed(f"The parameter '{meant}' of the {place} is next to a ';'.", meant)
             if meant in found or decoded != meant.encode("utf-8"):
                 raise _repeated(f"parameter '{meant}' of the {place}", meant)
             found[meant] = _decoded(raw_value).decode("utf-8", "replace")

@@ -20,7 +20,7 @@ PARTS_MAX: Final = 1_000
 _PART_HEADER_BYTES_MAX: Final = 8_192
 _PART_HEADERS_MAX: Final = 16
 
-#: RFC 2046 section 5.1.1, without the characters that some parsers treat specially when they stand in no quotes.
+#: RFC 2046 section 5.1.1, without the characters that some parsers treat specially outside of quotes.
 _BOUNDARY: Final = re.compile(rb"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")
 _WORD_PATTERN: Final = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
 _TYPE_PARAMETER: Final = re.compile(rb"[ \t]*;[ \t]*(" + _WORD_PATTERN.encode() + rb')=(?:"([^"\\]*)"|([^\s";,]+))')
@@ -72,7 +72,7 @@ def form_fields(content: bytes, content_type: bytes, names: CountedNames) -> dic
 
 
 def _boundary(content_type: bytes) -> bytes:
-    """The parameter `boundary`, which must stand there once."""
+    """The parameter `boundary`, which must occur once."""
     at = content_type.find(b";")
     found: list[bytes] = []
     while 0 <= at < len(content_type):

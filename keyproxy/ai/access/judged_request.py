@@ -32,7 +32,7 @@ _NOTHING: Final[dict[str, Found]] = {}
 
 
 class Judgement:
-    """What a request was found to use. `lines`: the header lines that say so to the upstream."""
+    """The result of judging a request. `lines`: the header lines that state it to the upstream."""
 
     __slots__ = ("categories", "lines", "model")
 
