@@ -60,7 +60,7 @@ class Identities:
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class OwnedIds:
-    """Knows which ids of the upstream's objects belong to which tenant."""
+    """Which ids of the upstream's objects belong to which tenant."""
 
     def is_owned(
         self,

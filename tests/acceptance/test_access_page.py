@@ -122,7 +122,7 @@ class Play:
             return not faults
 
         try:
-            await until(is_as_shown, seconds=5.0)
+            await until(is_as_shown, seconds=20.0)
         except AssertionError:
             pytest.fail(f"{exchange.sent}: {faults}")
 
