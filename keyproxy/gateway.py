@@ -134,7 +134,7 @@ class Gateway(Gate):
         return Permit(grant, self._take(exchange, allowance, need, now))
 
     def _decide_public(self, exchange: Exchange, head: RequestHead, route: Route) -> Permit:
-        """Decide on a request that needs no key: neither a credential nor the store is looked at."""
+        """Decide on a request that needs no key: reads neither credentials nor the store."""
         exchange.route = route
         if head.fields.opens_tunnel:
             head = exchange.head = headers.without_upgrade(head)

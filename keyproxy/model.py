@@ -275,7 +275,7 @@ class Route:
     """One compiled row of the route table. `name` is its text in the configuration, and its label in the metrics.
 
     `tokens`: the dialect of metered requests; NO_TOKENS: no metering. `deduplicates`: repeats of a request with an
-    Idempotency-Key are charged once. `is_public`: requests need no key, and none is looked at.
+    Idempotency-Key are charged once. `is_public`: requests need no key, and credentials are ignored.
     `forwards_encoded_slash`: paths may have `%2F` in the value of a placeholder.
     """
 

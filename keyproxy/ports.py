@@ -60,7 +60,7 @@ class Identities:
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class OwnedIds:
-    """Knows which ids of the upstream's objects belong to which tenant."""
+    """Which ids of the upstream's objects belong to which tenant."""
 
     def is_owned(
         self,
@@ -75,7 +75,7 @@ class OwnedIds:
 
         `is_first_lookup`: see `Identities.known`.
 
-        Raises Missing if the store has to be asked, a Refusal (STORE_UNAVAILABLE) if it cannot be asked now.
+        Raises Missing if the store has to be queried, a Refusal (STORE_UNAVAILABLE) if it cannot be queried now.
         """
         raise NotImplementedError
 

@@ -91,7 +91,7 @@ class Instructions:
 
     @property
     def is_registrable(self) -> bool:
-        """Whether the digest stands for all of the instructions; if not, they are unregistered whatever it is."""
+        """Whether the digest stands for all of the instructions; if not, they are unregistered, whatever the digest."""
         return not self.fault
 
     def __repr__(self) -> str:
@@ -101,7 +101,7 @@ class Instructions:
 def counting_paths(shape: str) -> tuple[tuple[str, ...], ...]:
     """The paths of members that decide what the instructions are; `*` is every element of an array.
 
-    The path of an array of objects also stands without `*`: Gemini accepts one object in its place.
+    The path of an array of objects is also listed without `*`: Gemini accepts one object in its place.
     """
     row = _SHAPES[shape]
     paths: list[tuple[str, ...]] = [(name,) for name in row.by_reference]
@@ -140,7 +140,7 @@ def instructions_of(shape: str, document: dict[str, Any]) -> Instructions:
 
 
 def stored_prompt_text(prompt_id: str, version: str) -> str | None:
-    """The instruction text that stands for a version of a stored prompt; None if the two cannot be told apart in it."""
+    """The instruction text for a version of a stored prompt; None if id and version could not be distinguished in it."""
     if not prompt_id or not version or ":" in prompt_id or ":" in version:
         return None
     return f"{_NUL}{prompt_id}:{version}"

@@ -60,7 +60,7 @@ _CLASSES: Final = _classes()
 
 _IS_COMPILED: Final = not __file__.endswith(".py")
 
-# The classes, as they stand in `_CLASSES`.
+# The classes in `_CLASSES`.
 _LOWER: Final = ord("a")
 _UPPER: Final = ord("A")
 _DIGIT: Final = ord("0")

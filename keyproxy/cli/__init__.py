@@ -37,7 +37,7 @@ from keyproxy.store.postgres.database import StoreUnavailable
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Every command takes --config FILE (or KEYPROXY_CONFIG) and explains itself with --help.",
+    epilog="Commands take --config FILE (or KEYPROXY_CONFIG); --help after a command describes it.",
 )
 @click.version_option(__version__, prog_name="keyproxy")
 def root() -> None:

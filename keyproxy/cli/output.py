@@ -103,7 +103,8 @@ def _cell(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return _visible(" ".join(map(str, value))) or table.NOTHING
+        # Not as if it were absent: a ceiling without roles allows nothing, and no ceiling allows everything.
+        return _visible(" ".join(map(str, value))) or table.EMPTY
     return _visible(str(value))
 
 

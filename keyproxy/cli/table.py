@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 NOTHING: Final = "-"
+EMPTY: Final = "none"
 
 _GAP: Final = "  "
 _CUT: Final = "…"

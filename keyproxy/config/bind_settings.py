@@ -40,7 +40,7 @@ def read_binds(rows: Sequence[Mapping[str, str]]) -> tuple[Bind, ...]:
 
 
 def place_faults(match: str, binds: Sequence[Bind], header_prefix: str) -> list[str]:
-    """The faults of binds whose value cannot stand where they read it."""
+    """The faults of binds that read a place where no value can be."""
     wrong = []
     for number, bind in enumerate(binds, start=1):
         source = bind.source
@@ -49,7 +49,7 @@ def place_faults(match: str, binds: Sequence[Bind], header_prefix: str) -> list[
             if count == 0:
                 wrong.append(f"binds: bind {number}: {source.text!r} needs the placeholder {{{source.name}}} in match")
             elif count > 1:
-                wrong.append(f"binds: bind {number}: the placeholder {{{source.name}}} stands in match {count} times")
+                wrong.append(f"binds: bind {number}: the placeholder {{{source.name}}} occurs in match {count} times")
         elif source.kind == HEADER and not is_forwarded_header(source.name, header_prefix):
             wrong.append(f"binds: bind {number}: the header {source.name!r} is not forwarded as it was sent")
     return wrong

@@ -23,6 +23,7 @@ import uvloop
 
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.schema import Listen, Ops, RouteRow, Settings, StoreSettings, Upstream
+from keyproxy.demo import authority
 from keyproxy.demo.compute import CHAT, COMPLETIONS, JOBS, Compute
 from keyproxy.demo.story import Stage, Story
 from keyproxy.platform import sockets
@@ -88,7 +89,9 @@ async def _everything(dsn: str, home: Path) -> AsyncIterator[Story]:
                 RouteRow(f"GET {JOBS}/{{id}}", ["jobs:read"]),
                 RouteRow(f"POST {COMPLETIONS}", ["jobs:write"], tokens="openai"),
                 RouteRow(f"POST {CHAT}", ["jobs:write"], tokens="openai"),
+                RouteRow(f"POST {authority.COLLECTIONS}/{{collection...}}", ["jobs:write"], binds=authority.BINDS),
             ),
+            models=authority.MODELS,
         )
         config_path = home / "demo.toml"
         config_path.write_text(f'[store]\ndsn = "{dsn}"\n', encoding="utf-8")

@@ -16,7 +16,7 @@ _CALLS: Final = 50
 _WORKERS: Final = 3
 _PAUSE_SECONDS: Final = 0.02
 
-BODY: Final = orjson.dumps({"prompt": "Once upon a time", "max_tokens": _MAX_TOKENS})
+BODY: Final = orjson.dumps({"model": "small", "prompt": "Once upon a time", "max_tokens": _MAX_TOKENS})
 #: The usage of each call: its prompt, and its maximum.
 TOKENS_EACH: Final = PROMPT_TOKENS + _MAX_TOKENS
 #: Exactly enough for fifty calls.

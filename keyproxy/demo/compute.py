@@ -17,7 +17,7 @@ CHAT: Final = "/v1/chat/completions"
 IDENTITY: Final = ("X-Keyproxy-User", "X-Keyproxy-Tenant", "X-Keyproxy-Scope", "X-Keyproxy-Test")
 
 #: What each prompt of the demo has.
-PROMPT_TOKENS: Final = 7
+PROMPT_TOKENS: Final = 9
 
 #: What a model generates if nothing bounds it.
 UNBOUNDED_TOKENS: Final = 50_000
@@ -67,5 +67,6 @@ class Compute:
         usage = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": maximum}
         self.completions += 1
         self.tokens += sum(usage.values())
-        answer = {"choices": [{"text": "…", "finish_reason": "length"}], "usage": usage}
+        model = request.headers.get("X-Keyproxy-Model")
+        answer = {"model": model, "choices": [{"text": "…", "finish_reason": "length"}], "usage": usage}
         return web.Response(body=orjson.dumps(answer), content_type="application/json")

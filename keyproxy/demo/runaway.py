@@ -15,7 +15,7 @@ _CALLS_MAX: Final = 10
 _REFUSED: Final = 429
 _SLACK: Final = 50
 
-BODY: Final = orjson.dumps({"messages": [{"role": "user", "content": "Go on"}]})
+BODY: Final = orjson.dumps({"model": "small", "messages": [{"role": "user", "content": "Go on"}]})
 
 
 class AgentCall(NamedTuple):
@@ -29,7 +29,7 @@ class AgentCall(NamedTuple):
 async def run(
     session: aiohttp.ClientSession, url: str, key: str, compute: Compute
 ) -> tuple[list[AgentCall], list[str]]:
-    """AgentCall until the proxy refuses. Returns the calls, and the errors."""
+    """Call until the proxy refuses. Returns the calls, and the errors."""
     headers = {"Authorization": f"Api-Key {key}", "Content-Type": "application/json"}
     before, calls = compute.tokens, list[AgentCall]()
     while len(calls) < _CALLS_MAX and not (calls and calls[-1].code):
@@ -46,5 +46,5 @@ async def run(
     if not BUDGET - _SLACK <= used <= BUDGET:
         wrong.append(f"the compute server has processed {used} tokens of {BUDGET}")
     if calls[-1].code != f"{_REFUSED} token_budget_exhausted (spent)" or calls[-1].may_retry:
-        wrong.append(f"the last call was answered {calls[-1].code or 200}")
+        wrong.append(f"the response to the last call was {calls[-1].code or 200}")
     return calls, wrong

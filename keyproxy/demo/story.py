@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -18,7 +18,7 @@ import click
 
 from keyproxy.auth.api_key import ENTROPY_BYTES, KeyFormat
 from keyproxy.config.schema import Settings
-from keyproxy.demo import budget, runaway
+from keyproxy.demo import authority, budget, runaway
 from keyproxy.demo.compute import CHAT, COMPLETIONS, JOBS, UNBOUNDED_TOKENS, Compute
 from keyproxy.store.directory.directory import Directory, KeyWish
 
@@ -84,6 +84,7 @@ class Story:
         await self._revocation(keys["revoked"])
         await self._budget(keys["carol"]["secret"])
         await self._runaway(keys["dave"]["secret"])
+        await self._authority(keys["alice"])
 
     def sum_up(self) -> None:
         """Print the result."""
@@ -168,9 +169,7 @@ class Story:
 
     async def _revocation(self, key: Mapping[str, Any]) -> None:
         """Revoke a key during calls: how long after the commit was the last accepted call sent?"""
-        self._steps += 1
-        title = "A key is revoked while calls run"
-        click.echo(f"\n{self._steps}. {title}\n   > POST {JOBS}   again and again")
+        title = self._begin("A key is revoked while calls run", f"{JOBS}   again and again")
         headers = {"Authorization": f"Api-Key {key['secret']}"}
         accepted: list[float] = []
         responses: dict[str, int] = {}
@@ -200,9 +199,10 @@ class Story:
 
     async def _budget(self, key: str) -> None:
         """Two proxies share one budget."""
-        self._steps += 1
-        title = f"carol may spend {budget.BUDGET} tokens a day over two proxies; each call takes {budget.TOKENS_EACH}"
-        click.echo(f"\n{self._steps}. {title}\n   > POST {COMPLETIONS}   again and again, to both")
+        title = self._begin(
+            f"carol may spend {budget.BUDGET} tokens a day over two proxies; each call takes {budget.TOKENS_EACH}",
+            f"{COMPLETIONS}   again and again, to both",
+        )
         urls = [f"http://{address}" for address in self._stage.proxies]
         responses, wrong = await budget.spend(self._session, urls, key, self._stage.compute)
         counted = ", ".join(f"{count} x {what}" for what, count in sorted(responses.items()))
@@ -211,16 +211,55 @@ class Story:
 
     async def _runaway(self, key: str) -> None:
         """An agent without a maximum under a small budget."""
-        self._steps += 1
-        title = (
-            f"dave's agent runs away: no maximum, {UNBOUNDED_TOKENS} tokens a call, and a budget of {runaway.BUDGET}"
+        title = self._begin(
+            f"dave's agent runs away: no maximum, {UNBOUNDED_TOKENS} tokens a call, and a budget of {runaway.BUDGET}",
+            f"{CHAT}   again and again",
         )
-        click.echo(f"\n{self._steps}. {title}\n   > POST {CHAT}   again and again")
         calls, wrong = await runaway.run(self._session, self._url, key, self._stage.compute)
         for call in calls:
             outcome = call.code or f"200, capped at {call.cap} tokens"
             click.echo(f"   < {outcome}" + ("" if call.may_retry else ", x-should-retry: false"))
         self._judge(title, wrong)
+
+    async def _authority(self, key: Mapping[str, Any]) -> None:
+        """A model that needs a scope, a role that grants it, and a collection of another tenant."""
+        secret, roles = key["secret"], self._directory.roles
+
+        def request() -> Awaitable[authority.DemoResponse]:
+            return authority.chat(self._session, self._url, secret)
+
+        title = self._begin(
+            f"alice's key may not use the model {authority.MODEL}", f'{CHAT}   {{"model": "{authority.MODEL}", …}}'
+        )
+        response = await request()
+        click.echo(f"   < {response}")
+        is_refused = response.code == "model_not_allowed" and authority.SCOPE in response.detail
+        self._judge(title, [] if is_refused else [str(response)])
+
+        title = self._begin(
+            f"An admin gives the key the role {authority.ROLE}, which has this scope", f"{CHAT}   again and again"
+        )
+        await roles.set(authority.ROLE, (authority.SCOPE,))
+        response, delay = await authority.after_change(
+            lambda: self._directory.keys.change(key["id"], {"roles": [authority.ROLE]}), request
+        )
+        click.echo(
+            f"   < {response.status} the compute server received Model {response.model},"
+            f" at most {delay * 1000:.1f} ms after the commit"
+        )
+        is_allowed = response.model == authority.MODEL and delay <= authority.CHANGED_SECONDS_MAX
+        self._judge(title, [] if is_allowed else [f"{response} after {delay:.3f} s"])
+
+        title = self._begin("alice requests a collection of another tenant", f"{authority.COLLECTIONS}/globex/docs")
+        response = await authority.collection(self._session, self._url, secret, "globex/docs")
+        click.echo(f"   < {response}")
+        self._judge(title, [] if response.code == "namespace_forbidden" else [str(response)])
+
+    def _begin(self, title: str, request: str) -> str:
+        """Print the title and the request of the next step. Returns the title."""
+        self._steps += 1
+        click.echo(f"\n{self._steps}. {title}\n   > POST {request}")
+        return title
 
     async def _call(self, headers: Mapping[str, str]) -> tuple[int, dict[str, Any]]:
         job = {"job_id": "42", "payload": {"model": "small"}}

@@ -64,7 +64,7 @@ _KINDS: Final[dict[bytes, Kind]] = {
     ),
 }  # fmt: skip
 
-#: Fields that some servers let replace the method or the target, which the route was decided by.
+#: Fields by which some servers replace the method or target that the route was matched by.
 _OVERRIDES: Final = frozenset(
     {
         b"x-http-method-override", b"x-http-method", b"x-method-override", b"x-original-url", b"x-original-uri",

@@ -118,7 +118,7 @@ def _segment(part: str, text: str, *, is_last: bool) -> Segment:
 
 
 def placeholder_pattern(text: str, name: str) -> re.Pattern[bytes]:
-    """A pattern of the same paths, with what stands at the placeholder `name` in its first group.
+    """A pattern of the same paths, with the value at the placeholder `name` in its first group.
 
     Raises InvalidPatternError.
     """

@@ -97,9 +97,9 @@ def is_ahead(theoretical: float, now: float) -> bool:
 
 
 def ask_seconds(theoretical: float, now: float, *, is_short: bool, is_refused: bool) -> float:
-    """How long a holder waits before it asks for units: for the next place in the schedule.
+    """How long a holder waits before it requests units: for the next place in the schedule.
 
-    `is_short`: others asked in vain lately. `is_refused`: this holder was granted nothing now.
+    `is_short`: others requested units in vain lately. `is_refused`: this holder was granted nothing now.
     """
     if is_refused:
         return max(_REFUSED_SECONDS_MIN, min(theoretical - now, _ASK_SECONDS_MAX))

@@ -35,6 +35,9 @@ STEPS = {
     "A key is revoked while calls run": ["'200'", "'api_key_revoked'"],
     "carol may spend": ["200 from proxy 1", "200 from proxy 2", "token_budget_exhausted", "tokens"],
     "dave's agent runs away": ["capped at 4096 tokens", "429 token_budget_exhausted (spent)", "x-should-retry: false"],
+    "alice's key may not use the model big": ["< 403 model_not_allowed", "'model:premium'"],
+    "An admin gives the key the role premium": ["< 200 the compute server received Model big"],
+    "alice requests a collection of another tenant": ["/globex/docs", "< 403 namespace_forbidden"],
 }
 
 
@@ -140,6 +143,11 @@ def test_no_identity_header_of_a_worker_reaches_the_upstream(played: Output) -> 
 
 def test_the_delay_of_a_revocation_is_measured_and_within_a_second(played: Output) -> None:
     (delay,) = re.findall(r"accepted call was sent at most (\d+\.\d) ms after the commit", played.out)
+    assert float(delay) <= 1000.0
+
+
+def test_the_delay_of_a_new_role_is_measured_and_within_a_second(played: Output) -> None:
+    (delay,) = re.findall(r"received Model big, at most (\d+\.\d) ms after the commit", played.out)
     assert float(delay) <= 1000.0
 
 

@@ -374,7 +374,7 @@ def test_keys_users_and_tenants_get_roles(shell: Shell, key: dict[str, Any]) -> 
     assert shell.refused("key", "set-roles", key["id"], "--role", "x") == "there is no role 'x': create it first"
     shell.refused("key", "set-roles", key["id"], status=2)
     assert shell.refused("role", "delete", "reader", "--yes") == (
-        "role 'reader' is assigned to 2 keys: assign others first"
+        "role 'reader' is assigned to 2 keys: assign other roles first"
     )
 
 

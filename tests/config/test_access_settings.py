@@ -92,7 +92,7 @@ def test_a_bind_that_cannot_hold_what_it_says_is_a_fault(bind: dict[str, str], f
     ("match", "bind", "fault"),
     [
         ("* /x", {**HERE, "is": "{tenant}"}, "needs the placeholder {c}"),
-        ("* /{c}/{c}", {**HERE, "is": "{tenant}"}, "stands in match 2 times"),
+        ("* /{c}/{c}", {**HERE, "is": "{tenant}"}, "occurs in match 2 times"),
         ("* /x", {"value": "header:Authorization", "is": "{tenant}"}, "not forwarded"),
         ("* /x", {"value": "header:X-Keyproxy-Tenant", "is": "{tenant}"}, "not forwarded"),
         ("* /x", {"value": "header:Connection", "is": "{tenant}"}, "not forwarded"),

@@ -48,6 +48,6 @@ ENDPOINTS: Final = (
              "Register the digest of a system prompt, or change its category and name. Takes effect within a second.",
              Scope.ACCESS_WRITE, _register, {201: PromptRegistered, 200: PromptRegistered}, body=PromptRegister,
              is_global=True, refuses=_NOT_THERE),
-    Endpoint("remove_prompt", "Remove a prompt template: its prompt is unregistered then. Takes effect within a second.",
+    Endpoint("remove_prompt", "Remove a prompt template. Its prompt is then unregistered. Takes effect within a second.",
              Scope.ACCESS_WRITE, _remove, {200: PromptRemoved}, is_global=True, refuses=_NOT_THERE),
 )  # fmt: skip

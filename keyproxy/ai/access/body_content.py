@@ -150,7 +150,7 @@ def is_form(fields: RequestFields) -> bool:
 
 
 def content_type(block: bytes) -> bytes:
-    """The value of Content-Type among header lines; empty without one. It stands there once, or twice alike."""
+    """The value of Content-Type among header lines; empty without one. It occurs once, or twice with the same value."""
     for line in block.split(b"\r\n"):
         name, _, value = line.partition(b":")
         if name.lower() == b"content-type":

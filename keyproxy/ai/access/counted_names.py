@@ -2,8 +2,8 @@
 
 A name counts where its route looks for it. Servers differ in which of two equal names they read, and some ignore case,
 end a name at a NUL or a bracket, or trim it. PHP takes `a.b`, `a b` and `a[b` for `a_b`, Rack and Express `[a]` for `a`,
-URLSearchParams `?a` for `a`, ASP.NET `%u0061` for `a`. So a counting name stands once, in one spelling; anything else is
-refused.
+URLSearchParams `?a` for `a`, ASP.NET `%u0061` for `a`. So a counting name occurs once, in one spelling, or the
+request is refused.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def counted_pairs(raw: bytes, names: CountedNames, place: str) -> dict[str, str]
             if meant is None:
                 continue
             if len(pairs) > 1:
-                raise malformed(f"The parameter '{meant}' of the {place} stands next to a ';'.", meant)
+                raise malformed(f"The parameter '{meant}' of the {place} is next to a ';'.", meant)
             if meant in found or decoded != meant.encode("utf-8") or _CODE_UNIT.search(raw_name):
                 raise _repeated(f"parameter '{meant}' of the {place}", meant)
             if len(raw_value) > _VALUE_BYTES_MAX:

@@ -22,7 +22,7 @@ _PART_HEADERS_MAX: Final = 16
 #: Eight parts with the longest headers: a few milliseconds.
 _PORTION: Final = 65_536
 
-#: RFC 2046 section 5.1.1, without the characters that some parsers treat specially when they stand in no quotes.
+#: RFC 2046 section 5.1.1, without the characters that some parsers treat specially outside of quotes.
 _BOUNDARY: Final = re.compile(rb"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")
 _WORD_PATTERN: Final = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
 _TYPE_PARAMETER: Final = re.compile(rb"[ \t]*;[ \t]*(" + _WORD_PATTERN.encode() + rb')=(?:"([^"\\]*)"|([^\s";,]+))')
@@ -101,7 +101,7 @@ class FormReading:
 
 
 def _boundary(content_type: bytes) -> bytes:
-    """The parameter `boundary`, which must stand there once."""
+    """The parameter `boundary`, which must occur once."""
     at = content_type.find(b";")
     found: list[bytes] = []
     while 0 <= at < len(content_type):

@@ -34,7 +34,7 @@ _NOTHING: Final[dict[str, Found]] = {}
 
 @mypyc_attr(acyclic=True)
 class Judgement:
-    """What a request was found to use. `lines`: the header lines that say so to the upstream."""
+    """The result of judging a request. `lines`: the header lines that state it to the upstream."""
 
     __slots__ = ("categories", "lines", "model")
 
@@ -106,7 +106,7 @@ class JudgedRequest:
         model = rules.model
         if model is not None and parts is not None and not parts.is_object:
             raise malformed("The body must be a JSON object on this route.")
-        check_untyped(rules, head.fields, content.content)
+        check_untyped(rules, head.fields, content)
         target = head.line.target
         query = headers = None
         if rules.query_names.exact and b"?" in target:

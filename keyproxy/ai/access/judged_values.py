@@ -16,7 +16,7 @@ _ELEMENTS_MAX: Final = 1_000
 
 
 class Found(NamedTuple):
-    """What stands at a source. `is_missing`: nothing, or an element lacks it. `is_other`: a value that is no string."""
+    """The values at a source. `is_missing`: nothing, or an element lacks it. `is_other`: a value that is no string."""
 
     values: tuple[str, ...] = ()
     is_missing: bool = False
@@ -28,7 +28,7 @@ MISSING: Final = Found(is_missing=True)
 
 @mypyc_attr(acyclic=True)
 class JudgedValues:
-    """`models`: None if the route judges none. `found`: what stands at the sources of binds, by their text. `declared`:
+    """`models`: None if the route judges none. `found`: the values at the sources of binds, by their text. `declared`:
     see `CategoryValues`. `instructions`, `search`: None if no category depends on them. No text of the request is kept
     once it is judged."""
 
@@ -42,17 +42,17 @@ class JudgedValues:
         self.search: PatternSearch | None = None
 
     def at(self, source: str) -> Found:
-        """What stands at a source, by its text."""
+        """The values at a source, by its text."""
         return self.found.get(source, MISSING)
 
 
 def found_text(value: str | None) -> Found:
-    """What stands at a source with at most one value."""
+    """The value at a source that has at most one."""
     return MISSING if value is None else Found((value,))
 
 
 def found_at(document: Any, pointer: MemberPath) -> Found:
-    """What stands at a pointer of a JSON document. Raises a Refusal (REQUEST_MALFORMED) for too many elements.
+    """The values at a pointer of a JSON document. Raises a Refusal (REQUEST_MALFORMED) for too many elements.
 
     An empty array has no element that could be judged, so the value is missing. A value of another type than the pointer
     expects is there, but is no string: `null` or an object in place of an array may mean anything to an upstream.

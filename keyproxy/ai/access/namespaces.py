@@ -49,7 +49,7 @@ class Bind:
         self._pieces: Final = tuple(_PLACEHOLDER.split(text))
 
     def holds(self, found: Found, identity: Identity, records: TenantRecords) -> bool:
-        """Whether what stands at the source satisfies the bind."""
+        """Whether the values at the source satisfy the bind."""
         if found.is_other or (found.is_missing and not self.accepts_missing):
             return False
         if self.rule == OWNED:

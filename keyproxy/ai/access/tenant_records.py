@@ -1,4 +1,4 @@
-"""What the store knows about a tenant, as far as requests are judged by it."""
+"""What the store has about a tenant for judging its requests."""
 
 from __future__ import annotations
 

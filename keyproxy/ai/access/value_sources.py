@@ -57,6 +57,6 @@ def _pointer(text: str) -> MemberPath:
 
 
 def path_value(placeholder: re.Pattern[bytes], path: bytes) -> str | None:
-    """What stands at a placeholder, the first group of the pattern, decoded once. `path`: as sent."""
+    """The value at a placeholder, the first group of the pattern, decoded once. `path`: as sent."""
     match = placeholder.fullmatch(path)
     return None if match is None else unquote_to_bytes(match[1]).decode("utf-8", "replace")

@@ -39,7 +39,7 @@ NUMBERS: Final = re.compile(
 
 
 def decoded(content: bytes, start: int, end: int) -> bytes:
-    """A string from where its characters stand, in UTF-8. Raises ValueError if they are malformed."""
+    """A string from its characters in UTF-8. Raises ValueError if they are malformed."""
     raw = content[start:end]
     return raw if _BACKSLASH not in raw else str(orjson.loads(content[start - 1 : end + 1])).encode("utf-8")
 

@@ -38,7 +38,7 @@ class AmbiguousNameError(Exception):
 class Slot:
     """A member that counts. `path`: its names, outermost first, in the dialect's own spelling, joined by dots.
 
-    `scope`: of its value. `is_kept`: its value is kept by the scan; others are only to be unambiguous. `bit`: tells the
+    `scope`: of its value. `is_kept`: the scan keeps its value; other values only have to be unambiguous. `bit`: tells the
     members of one scope apart.
     """
 

@@ -29,7 +29,7 @@ _digest_argument = click.argument("digest", metavar="DIGEST")
 
 
 def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The forms of INPUT. The command gets `inputs`."""
+    """Add the options that name a prompt. The command gets them as `inputs`."""
     names = ("file", "body", "shape", "stored", "version", "digest")
 
     @functools.wraps(command)
@@ -53,7 +53,15 @@ def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.group("prompt", short_help="Manage prompt templates: categories of system prompts.")
 def prompt_group() -> None:
-    """Manage prompt templates: the category of a system prompt, by the digest of its texts."""
+    """Manage prompt templates: system prompts and their categories.
+
+    A route whose `category` includes `template` judges each request by the category of its system prompt. The database
+    has only the SHA-256 of a prompt.
+
+    \b
+    keyproxy prompt register support.txt --category support
+    keyproxy prompt list
+    """
 
 
 @prompt_group.command("register", short_help="Register a system prompt, or change its category.")
@@ -68,7 +76,8 @@ def prompt_register(
 ) -> None:  # fmt: skip
     """Register a system prompt, or change its category. Takes effect within a second.
 
-    FILE is the exact text of the prompt, with every space and newline. A request body is read as the proxy reads it.
+    FILE has the exact text of the prompt, with every space and newline; - is stdin. With --body, the prompt is that of a
+    request.
 
     \b
     keyproxy prompt register support.txt --category support
@@ -105,7 +114,11 @@ def prompt_show(call: Call, digest: str) -> None:
 @click.option("--yes", is_flag=True, help="Skip the confirmation in a terminal.")
 @takes_call
 def prompt_remove(call: Call, digest: str, *, yes: bool) -> None:
-    """Remove a prompt template: its prompt is unregistered then. Takes effect within a second."""
+    """Remove a prompt template. Its prompt is then unregistered. Takes effect within a second.
+
+    \b
+    keyproxy prompt remove 8f434346648f6b96df89dda901c5176b10a6d83961dd3c1ac88b59b2dc327aa4
+    """
     # It can be registered again, so a script needs no --yes.
     confirm(f"Remove the prompt template {digest}?", yes=yes or not sys.stdin.isatty())
     call.print_result(call.run(lambda directory: directory.prompts.remove(digest)), ("digest", "deleted"))
@@ -145,11 +158,11 @@ def _digest(inputs: dict[str, Any]) -> str:
     """The digest that the options describe, hexadecimal. Raises Failure, UsageError."""
     forms = [name for name in ("file", "body", "stored", "digest") if inputs[name] is not None]
     if len(forms) != 1:
-        raise click.UsageError(f"name the prompt in one way: {_INPUTS}")
+        raise click.UsageError(f"pass exactly one of: {_INPUTS}")
     if (inputs["shape"] is None) != (inputs["body"] is None):
-        raise click.UsageError("--body and --prompt belong together")
+        raise click.UsageError("pass --body and --prompt together")
     if (inputs["version"] is None) != (inputs["stored"] is None):
-        raise click.UsageError("--stored and --version belong together: a prompt without version can change")
+        raise click.UsageError("pass --stored and --version together: a prompt without a version can change")
     match forms[0]:
         case "digest":
             if not _DIGEST.fullmatch(inputs["digest"]):
@@ -171,9 +184,9 @@ def _digest_of_text(path: Path) -> str:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Failure(f"{path}: is not UTF-8, so no request can contain it") from error
+        raise Failure(f"{path}: the text is not UTF-8, so no request can contain it") from error
     if "\0" in text:
-        raise Failure(f"{path}: contains the character NUL: the proxy refuses such a prompt")
+        raise Failure(f"{path}: the text contains NUL, and the proxy refuses such prompts")
     if text.endswith("\n"):
         print_message(f"warning: {path} ends with a newline, which is part of the prompt")
     return digest_of([text]).hex()
@@ -183,15 +196,15 @@ def _digest_of_body(path: Path, shape: str) -> str:
     try:
         document = json.loads(_read(path).decode("utf-8"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        raise Failure(f"{path}: is not a JSON body that the proxy accepts: {error}") from error
+        raise Failure(f"{path}: the proxy does not accept this JSON: {error}") from error
     if not isinstance(document, dict):
-        raise Failure(f"{path}: is not a JSON object")
+        raise Failure(f"{path}: this is not a JSON object")
     try:
         instructions = instructions_of(shape, document)
     except Refusal as refusal:
-        raise Failure(f"{path}: the proxy refuses it: {refusal.detail}") from refusal
+        raise Failure(f"{path}: the proxy refuses this body: {refusal.detail}") from refusal
     if not instructions.is_registrable:
-        raise Failure(f"{path}: cannot be registered: {instructions.fault}")
+        raise Failure(f"{path}: this prompt cannot be registered: {instructions.fault}")
     return instructions.digest.hex()
 
 

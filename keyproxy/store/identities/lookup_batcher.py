@@ -124,7 +124,7 @@ class LookupBatcher(Generic[_Subject]):
             return None
         loop = asyncio.get_running_loop()
         flight = self._flights[subject] = _Flight(loop.create_future())
-        # Cached ones first: their callers are known customers.
+        # Cached subjects first: their callers were verified before.
         if is_known:
             self._waiting.appendleft(subject)
         else:
@@ -178,7 +178,7 @@ class LookupBatcher(Generic[_Subject]):
                 rows = await self._database.fetch(self._query.statement, *self._query.parameters(batch))
                 self._install(batch, {self._query.subject(row): row for row in rows})
             except (StoreUnavailable, StoreConflict) as error:
-                # The waiting ones would only meet the same failure.
+                # The waiting subjects would fail in the same way.
                 self._finish([*batch, *self._waiting], Refusal(Reason.STORE_UNAVAILABLE, str(error)))
             except asyncio.CancelledError:
                 self._finish(batch, Refusal(Reason.STORE_UNAVAILABLE, "shutting down"))

@@ -63,7 +63,7 @@ class _StatedRecords(TenantRecords):
         """All ids were looked up before they are judged."""
 
     async def look_up(self, database: OwnerReader, tenant_id: str) -> None:
-        """Look up all ids that were asked for."""
+        """Look up all ids that were requested."""
         asked = sorted(self.asked)
         if asked:
             kinds, ids = [kind for kind, _ in asked], [object_id for _, object_id in asked]
@@ -155,7 +155,7 @@ def _bound(rules: AccessRules, source: str) -> str:
 
 
 def _read(rules: AccessRules, stated: StatedValues) -> JudgedValues:
-    """What stands in the target and the body."""
+    """The values in the target and the body."""
     path, _, raw_query = stated.target.partition(b"?")
     if stated.body is not None and rules.reads_body:
         line = RequestLine(b"POST", stated.target, path, 1, b"")

@@ -20,7 +20,15 @@ _tenant_option = click.option("--tenant", "tenant_id", required=True, metavar="T
 
 @click.group("owned")
 def owned_group() -> None:
-    """Manage owned ids: which object belongs to which tenant."""
+    """Manage owned ids: which object belongs to which tenant.
+
+    A route whose `binds` have `owned = "KIND"` accepts only ids of this kind that the caller's tenant owns. Ids of kind
+    `model` are models that the tenant may use without a row of [[models]].
+
+    \b
+    keyproxy owned add collection docs-9 --tenant acme
+    keyproxy owned list --tenant acme
+    """
 
 
 @owned_group.command("add")
@@ -43,7 +51,11 @@ def owned_add(call: Call, kind: str, object_id: str, tenant_id: str) -> None:
 @_tenant_option
 @takes_call
 def owned_remove(call: Call, kind: str, object_id: str, tenant_id: str) -> None:
-    """Remove an id from its tenant. Takes effect within a second."""
+    """Remove an id from its tenant. Takes effect within a second.
+
+    \b
+    keyproxy owned remove collection docs-9 --tenant acme
+    """
     call.print_result(call.run(lambda directory: directory.owned.remove(kind, object_id, tenant_id)), _COLUMNS)
 
 
@@ -52,7 +64,7 @@ def owned_remove(call: Call, kind: str, object_id: str, tenant_id: str) -> None:
 @_id_argument
 @takes_call
 def owned_show(call: Call, kind: str, object_id: str) -> None:
-    """Show the owner of an id."""
+    """Show which tenant owns an id."""
     call.print_result(call.run(lambda directory: directory.owned.get(kind, object_id)), _COLUMNS)
 
 

@@ -19,14 +19,19 @@ _name_argument = click.argument("name", metavar="NAME", callback=role)
 def role_group() -> None:
     """Manage roles: named sets of scopes.
 
-    Keys have the scopes of their roles. Roles of a user or tenant are a ceiling: its keys may do no more.
+    A key has the scopes of its roles. The roles of a user or tenant are a ceiling: its keys may do no more.
+
+    \b
+    keyproxy role set reader --scope jobs:read
+    keyproxy key set-roles key_… --role reader
+    keyproxy tenant set-roles acme --role reader
     """
 
 
 @role_group.command("set")
 @_name_argument
 @click.option("--scope", "wanted", multiple=True, callback=scopes, metavar="SCOPE", help="A permission; repeatable.")
-@click.option("--none", "none", is_flag=True, help="A role without scopes, which grants nothing.")
+@click.option("--none", "none", is_flag=True, help="No scopes: the role grants nothing.")
 @takes_call
 def role_set(call: Call, name: str, wanted: tuple[str, ...], *, none: bool) -> None:
     """Create a role, or replace all of its scopes. Takes effect within a second.

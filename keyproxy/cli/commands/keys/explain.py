@@ -35,8 +35,8 @@ LIMIT_COLUMNS: Final = (
 @click.option("--method", default="POST", show_default=True, metavar="METHOD", help="Method of the request.")
 @click.option("--path", required=True, metavar="PATH", help="Path of the request, such as /v1/ai/jobs.")
 @click.option("--tokens", type=click.IntRange(0, LIMIT_MAX), metavar="N", help="Maximum tokens of prompt and response.")
-@click.option("--model", default="", metavar="NAME", help="Model; with --body in place of the one that it names.")
-@click.option("--category", "categories", multiple=True, metavar="NAME", help="Declared category, or the template's.")
+@click.option("--model", default="", metavar="NAME", help="Model of the request; replaces the model in --body.")
+@click.option("--category", "categories", multiple=True, metavar="NAME", help="Category of the prompt; repeatable.")
 @click.option("--namespace", "namespaces", multiple=True, metavar="SOURCE=VALUE", help="Value of a bound source.")
 @click.option("--body", type=click.File("rb"), metavar="FILE", help="Body of the request; - is stdin.")
 @takes_call
@@ -58,8 +58,8 @@ def key_explain(
     the output includes the tokens of input and output that it reserves, the output cap that is inserted, and the price
     of the reservation.
 
-    On a route that judges models, categories or namespaces, what is passed stands for what the request would contain;
-    what is not passed is absent from it.
+    On a route that judges models, categories or namespaces, pass what the request would contain. Values that are not
+    passed count as absent.
 
     \b
     keyproxy key explain key_… --method POST --path /v1/ai/jobs --tokens 2000

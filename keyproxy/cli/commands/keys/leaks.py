@@ -28,7 +28,7 @@ def key_report_leaked(call: Call, source: str | None, digest: str | None, reason
     """Revoke every key in a leaked text, and list the owners of the keys.
 
     Reads the text from stdin as found: headers, logs, scripts, JSON, URLs, keys wrapped over lines; or the 64 hexadecimal
-    digits of a key's SHA-256. The argument - stands for stdin, as in other commands, and changes nothing. Status 1 if the
+    digits of a key's SHA-256. The argument - is stdin, as in other commands. Status 1 if the
     text contains no key of this database, with the reason: no key at all, an incomplete one, or an unknown one.
 
     \b

@@ -17,7 +17,7 @@ class OwnedIdStore:
     _context: DirectoryContext
 
     async def add(self, kind: str, object_id: str, tenant_id: str) -> Entity:
-        """Let a tenant own an id. `created`: it did not before. Raises Conflict if another tenant owns it."""
+        """Assign an id to a tenant. `created`: it had no owner. Raises Conflict if another tenant owns it."""
         self._context.require_unbound("change owned ids")
         try:
             async with self._context.transaction() as transaction:
@@ -38,7 +38,7 @@ class OwnedIdStore:
         return _required(await self._context.fetch_row("owned", kind, object_id), kind, object_id)
 
     async def remove(self, kind: str, object_id: str, tenant_id: str | None = None) -> Entity:
-        """Let no tenant own an id any more. Raises Conflict if `tenant_id` is given and another tenant owns it."""
+        """Remove an id from its tenant. Raises Conflict if `tenant_id` is given and another tenant owns it."""
         self._context.require_unbound("change owned ids")
         async with self._context.transaction() as transaction:
             found = _required(await transaction.fetch_row("hold_owned", kind, object_id), kind, object_id)

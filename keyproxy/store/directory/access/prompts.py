@@ -54,7 +54,7 @@ class PromptTemplateStore:
         return _required(await self._context.fetch_row("template", _bytes_of(digest)), digest)
 
     async def remove(self, digest: str) -> Entity:
-        """Remove a template: its prompt is unregistered then."""
+        """Remove a template. Its prompt is then unregistered."""
         self._context.require_unbound("remove a prompt")
         async with self._context.transaction() as transaction:
             removed = _required(await transaction.fetch_row("remove_template", _bytes_of(digest)), digest)

@@ -58,6 +58,6 @@ class RoleStore:
             counts = ((kind, role[f"{kind}s"]) for kind in ("tenant", "user", "key"))
             uses = " and ".join(f"{count} {kind}{'s' * (count != 1)}" for kind, count in counts if count)
             if uses:
-                raise Conflict(f"role {name!r} is assigned to {uses}: assign others first")
+                raise Conflict(f"role {name!r} is assigned to {uses}: assign other roles first")
             await transaction.fetch("delete_role", name)
         return {"id": name, "deleted": True}
