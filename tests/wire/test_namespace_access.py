@@ -241,3 +241,16 @@ async def test_binds_are_judged_after_scopes_and_consume_nothing(start: Start) -
     wire.identities.add(fakes.key(1), fakes.identity(scopes=frozenset({"other"})))
     assert code(await ask(wire, "/x?ns=globex")) == FORBIDDEN
     assert not wire.ledger.settled
+
+
+async def test_the_owners_of_many_ids_are_looked_up_until_one_is_foreign(start: Start) -> None:
+    wire = await binding(start, {"value": "json:/ids/*", "owned": "collection"})
+    ids = [f"c-{number}" for number in range(900)]
+    for number, one in enumerate(ids):
+        wire.owned_ids.add("collection", one, "globex" if number == 150 else "acme", is_slow=True)
+    told = await ask(wire, "/x", JSON, body=json.dumps({"ids": ids}).encode())
+    assert (told.status, code(told)) == (403, FORBIDDEN)
+    assert 150 < wire.owned_ids.brought <= 200
+    ids.remove("c-150")
+    assert (await ask(wire, "/x", JSON, body=json.dumps({"ids": ids}).encode())).status == 200
+    assert wire.owned_ids.brought == 900
