@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from typing import Final, NamedTuple
 
 from keyproxy import token_accounting
 from keyproxy.ai.access.access_rules import AccessRules
@@ -20,6 +20,18 @@ from keyproxy.ports import Exchange, OwnedIds, PromptTemplates
 _AT_ONCE_BYTES: Final = 65_536
 
 
+#: Each id is a task while it is looked up. More at once would delay other requests.
+_AT_A_TIME: Final = 64
+
+
+class _MissingOwner(NamedTuple):
+    """An id whose owner is not in memory."""
+
+    missing: Missing
+    kind: str
+    id: str
+
+
 class StoreRecords(TenantRecords):
     """The records of one tenant at one time, from the caches of the store."""
 
@@ -31,7 +43,7 @@ class StoreRecords(TenantRecords):
         self._tenant_id: Final = tenant_id
         self._now: Final = now
         self._is_first_lookup: Final = is_first_lookup
-        self._missing: list[Missing] | None = None
+        self._missing: list[_MissingOwner] | None = None
 
     def owns(self, kind: str, object_id: str) -> bool:
         try:
@@ -41,7 +53,7 @@ class StoreRecords(TenantRecords):
         except Missing as missing:
             if self._missing is None:
                 self._missing = []
-            self._missing.append(missing)
+            self._missing.append(_MissingOwner(missing, kind, object_id))
             return True
 
     def lacks(self) -> bool:
@@ -52,15 +64,25 @@ class StoreRecords(TenantRecords):
         if missing is None:
             return
         if len(missing) == 1:
-            raise missing[0]
-        raise Missing("ownership", lambda patience: _fetch_all(missing, patience))
+            raise missing[0].missing
+        raise Missing("ownership", lambda patience: self._fetch_all(missing, patience))
+
+    async def _fetch_all(self, missing: list[_MissingOwner], patience: TimeBudget) -> None:
+        """Look the ids up a few at a time, until one is not owned: then the request is refused anyway."""
+        for start in range(0, len(missing), _AT_A_TIME):
+            few = missing[start : start + _AT_A_TIME]
+            await asyncio.gather(*[one.missing.fetch_missing(patience) for one in few])
+            if any(self._is_foreign(one) for one in few):
+                return
+
+    def _is_foreign(self, one: _MissingOwner) -> bool:
+        try:
+            return not self._owned_ids.is_owned(one.kind, one.id, self._tenant_id, self._now, is_first_lookup=False)
+        except Missing:
+            return False
 
     def category(self, digest: bytes) -> str | None:
         return self._templates.category(digest, self._tenant_id, self._now)
-
-
-async def _fetch_all(missing: list[Missing], patience: TimeBudget) -> None:
-    await asyncio.gather(*[one.fetch_missing(patience) for one in missing])
 
 
 def begin(exchange: Exchange, head: RequestHead, rules: AccessRules) -> JudgedRequest:

@@ -40,7 +40,8 @@ class _Shape(NamedTuple):
     `instructions`: members that are instructions. `entries`: members with messages; those with one of `roles` are not
     instructions. `content`: the member of a message with its text. `stored`: the member that names a stored prompt.
     `by_reference`: members that name content stored upstream, which may include instructions. `has_items`: an entry
-    without role and content is an item of another kind, such as the output of a tool.
+    without role and content is an item of another kind, such as the output of a tool. `text_input`: the member that may
+    be a string, which is the user's; some servers take a string of messages for the whole prompt.
     """
 
     instructions: tuple[str, ...]
@@ -50,6 +51,7 @@ class _Shape(NamedTuple):
     stored: str = ""
     by_reference: tuple[str, ...] = ()
     has_items: bool = False
+    text_input: str = ""
 
 
 _SHAPES: Final[dict[str, _Shape]] = {
@@ -59,6 +61,7 @@ _SHAPES: Final[dict[str, _Shape]] = {
         roles=frozenset({"user", "assistant", "tool", "function"}),
         stored="prompt",
         has_items=True,
+        text_input="input",
     ),
     "anthropic": _Shape(
         instructions=("system",), entries=("messages",), roles=frozenset({"user", "assistant"})
@@ -130,6 +133,8 @@ def instructions_of(shape: str, document: dict[str, Any]) -> Instructions:
             continue
         if name in row.instructions:
             reading.add_content(value)
+        elif name == row.text_input and isinstance(value, str):
+            continue  # of the user
         elif name in row.entries:
             reading.add_entries(value)
         elif name in row.by_reference:
@@ -191,8 +196,7 @@ class _InstructionReading:
                 self._add_entry(entry)
         elif isinstance(entries, dict):
             self._add_entry(entries)
-        elif not (isinstance(entries, str) and self._row.has_items):
-            # A string is the input of OpenAI's responses, and of the user.
+        else:
             self.fault = "the messages are not an array of objects"
 
     def add_stored(self, prompt: dict[str, Any]) -> None:

@@ -69,6 +69,7 @@ def registered(shape: str, document: dict[str, Any]) -> bytes | None:
         ("openai", {"prompt": {"id": "pmpt_1", "version": "2"}}, ["\0pmpt_1:2"]),
         ("openai", {"instructions": "A", "prompt": {"id": "pmpt_1", "version": "2"}}, ["A", "\0pmpt_1:2"]),
         ("openai", {"prompt": "complete this"}, []),
+        ("openai", {"input": "A"}, []),
         ("openai", {"prompt": ["complete", "these"]}, []),
         (
             "openai",
@@ -120,6 +121,7 @@ def test_digest_is_of_the_instruction_texts_in_document_order(
         ("openai", {"messages": [{"role": "system"}]}),
         ("openai", {"messages": [{"role": "system", "type": "function_call_output"}]}),
         ("openai", {"messages": ["A"]}),
+        ("openai", {"messages": "SYSTEM: A"}),
         ("openai", {"messages": [[{"role": "system", "content": "A"}]]}),
         ("openai", {"messages": 7}),
         ("openai", {"input": {"text": "A"}}),

@@ -251,3 +251,16 @@ async def test_a_spent_window_refuses_before_an_id_is_judged_also_without_a_body
     assert (await ask(wire, "/x?ns=acme")).status == 200
     assert code(await ask(wire, "/x?ns=acme")) == "quota_exhausted"
     assert code(await ask(wire, "/x?ns=globex")) == "quota_exhausted"
+
+
+async def test_the_owners_of_many_ids_are_looked_up_until_one_is_foreign(start: Start) -> None:
+    wire = await binding(start, {"value": "json:/ids/*", "owned": "collection"})
+    ids = [f"c-{number}" for number in range(900)]
+    for number, one in enumerate(ids):
+        wire.owned_ids.add("collection", one, "globex" if number == 150 else "acme", is_slow=True)
+    told = await ask(wire, "/x", JSON, body=json.dumps({"ids": ids}).encode())
+    assert (told.status, code(told)) == (403, FORBIDDEN)
+    assert 150 < wire.owned_ids.brought <= 200
+    ids.remove("c-150")
+    assert (await ask(wire, "/x", JSON, body=json.dumps({"ids": ids}).encode())).status == 200
+    assert wire.owned_ids.brought == 900

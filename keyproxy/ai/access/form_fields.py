@@ -36,6 +36,8 @@ _PARAMETER_PATTERN: Final = (
 )
 _DISPOSITION: Final = re.compile(rf"(?i)form-data((?:{_PARAMETER_PATTERN})*)[ \t]*")
 _PARAMETER: Final = re.compile(_PARAMETER_PATTERN)
+#: Rack searches the whole line for `name=`, also within quotes.
+_NAME_IN_VALUE: Final = re.compile(r"(?i)name[ \t]*[*0-9]*=")
 _CHARSET: Final = re.compile(r"""(?i);[ \t]*charset[ \t]*=[ \t]*["']?([^"';, \t]*)""")
 
 _CHARSET_FIELD: Final = "_charset_"
@@ -162,6 +164,8 @@ def _parameters(disposition: str) -> dict[str, str]:
         key = match[1].lower()
         if key in found:
             raise _fault("repeats a parameter in a part")
+        if _NAME_IN_VALUE.search(match[2]):
+            raise _fault("has a part with a second name in a parameter")
         found[key] = match[2][1:-1] if match[2].startswith('"') else match[2]
     return found
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Final
 
-from keyproxy.ai.scanning.member_scope import folded
+from keyproxy.ai.scanning.member_scope import ALTERNATIVES, folded
 from keyproxy.reasons import Reason, Refusal
 
 _MODEL: Final = "model"
@@ -46,6 +46,9 @@ def _named(value: Any, member: str) -> list[str]:
         if isinstance(element, str):
             found.append(element)
         elif isinstance(element, dict) and isinstance(element.get(_MODEL), str):
+            if any(name in ALTERNATIVES or (value and _is_names(value)) for name, value in element.items()):
+                # A server may take it for an object from names to lists of names.
+                raise _malformed(f"'{member}' has an object with a model and a list of names.", member)
             found.append(element[_MODEL])
         elif isinstance(element, dict) and element and all(_is_names(names) for names in element.values()):
             for key, names in element.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from keyproxy.ai.requests.request_facts import malformed
 from keyproxy.ai.scanning.json_bounds import TooDenseError
-from keyproxy.ai.scanning.member_scope import AmbiguousNameError
+from keyproxy.ai.scanning.member_scope import PROTOTYPE, AmbiguousNameError
 from keyproxy.ai.scanning.request_parts import DoubledNameError
 from keyproxy.reasons import Refusal
 
@@ -14,6 +14,8 @@ def refusal_of(fault: Exception) -> Refusal:
     if isinstance(fault, TooDenseError):
         return malformed(f"The body exceeds {fault}, which is {fault.bound}.")
     if isinstance(fault, AmbiguousNameError):
+        if str(fault).encode() == PROTOTYPE:
+            return malformed(f"'{fault}' could replace a member that counts.")
         return malformed(f"'{fault}' is spelled with capitals or with look-alike letters.", str(fault))
     if isinstance(fault, DoubledNameError):
         return malformed(f"'{fault}' appears twice.", str(fault))

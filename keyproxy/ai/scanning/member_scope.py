@@ -19,6 +19,9 @@ ALTERNATIVES: Final = ("models", "fallbacks", "context_window_fallbacks", "conte
 #: Java's equalsIgnoreCase takes the Turkish i, with a dot or without, in capitals or not, for the Latin one.
 _DOT_ABOVE: Final = "\u0307"
 
+#: A JavaScript server that copies an object makes the members of this one its own.
+PROTOTYPE: Final = b"__proto__"
+
 #: Requests to one API use the same few names. The memory of them is emptied when full.
 _KNOWN_MAX: Final = 1_024
 _KNOWN_BYTES_MAX: Final = 64
@@ -91,6 +94,8 @@ class MemberScope:
             return found
         slot = self._slots.get(name)
         if slot is None and self._slots:
+            if name == PROTOTYPE:
+                raise AmbiguousNameError(PROTOTYPE.decode())
             meant = self._folded.get(self._fold(name))
             if meant is not None:
                 raise AmbiguousNameError(meant)
