@@ -129,9 +129,15 @@ def judge(exchange: Exchange, head: RequestHead, judged: JudgedRequest, records:
     """Judge a request that was read. Raises a Refusal, or Missing."""
     identity = exchange.identity
     assert identity is not None  # noqa: S101 - for the type checker: it was admitted
-    judgement = judged.judge(identity, records)
-    if judgement.categories is not None:
-        exchange.categories = judgement.categories.counted
+    values = judged.values
+    if values is not None and values.models is not None and exchange.metered is None:
+        exchange.model = values.models.recorded
+    try:
+        judgement = judged.judge(identity, records)
+    finally:
+        # For the access log, also of a refusal.
+        if values is not None and values.categories is not None:
+            exchange.categories = values.categories.counted
     if exchange.metered is None:
         exchange.block = head.block + judgement.lines
         if judgement.model is not None:

@@ -293,6 +293,7 @@ class Recorded:
     tokens_reserved: int
     output_cap: int
     limit_reason: str
+    categories: tuple[tuple[str, str], ...] | None
 
     @property
     def overhead_seconds(self) -> float:
@@ -334,5 +335,6 @@ class FakeRecorder(Recorder):
                 0 if exchange.metered is None else exchange.metered.tokens_reserved,
                 0 if exchange.metered is None else exchange.metered.cap,
                 exchange.limit_reason,
+                exchange.categories,
             )
         )

@@ -174,6 +174,18 @@ class Categories:
         self.scopes: Final = scopes
         self.header: Final = header
 
+    def check(self, scopes: frozenset[str]) -> None:
+        """Raise a Refusal (PROMPT_CATEGORY_NOT_ALLOWED) that names the smallest scope which the caller's lack."""
+        if self.scopes <= scopes:
+            return
+        missing = min(self.scopes - scopes)
+        raise Refusal(
+            Reason.PROMPT_CATEGORY_NOT_ALLOWED,
+            f"of the categories {' '.join(self.names)}",
+            caller_text=f"Missing scope: '{missing}'.",
+            missing_scopes=(missing,),
+        )
+
 
 class CategoryRules:
     """How the categories of one route's requests are judged: made when the configuration is loaded.
@@ -224,11 +236,8 @@ class CategoryRules:
             )
         return PatternSearch(self._matcher, text)
 
-    def judge(self, values: CategoryValues, scopes: frozenset[str]) -> Categories:
-        """The categories of a request. Raises a Refusal (PROMPT_CATEGORY_NOT_ALLOWED).
-
-        `scopes`: the caller's. If it lacks some, the refusal names the smallest one.
-        """
+    def find(self, values: CategoryValues) -> Categories:
+        """The categories of a request. Raises a Refusal (PROMPT_CATEGORY_NOT_ALLOWED) if a source names none."""
         is_usual = not (values.declared or values.matched)
         found = self._by_template.get(values.template) if is_usual else None
         if found is None:
@@ -238,14 +247,6 @@ class CategoryRules:
                 found = self._made(counted)
             if is_usual and len(self._by_template) < _KEPT_MAX:
                 self._by_template[values.template] = found
-        if not found.scopes <= scopes:
-            missing = min(found.scopes - scopes)
-            raise Refusal(
-                Reason.PROMPT_CATEGORY_NOT_ALLOWED,
-                f"of the categories {' '.join(found.names)}",
-                caller_text=f"Missing scope: '{missing}'.",
-                missing_scopes=(missing,),
-            )
         return found
 
     def _counted(self, values: CategoryValues) -> tuple[tuple[str, str], ...]:

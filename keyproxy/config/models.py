@@ -51,7 +51,7 @@ def _faults(row: dict[str, Any]) -> list[str]:
             found.append(f"{key}: no such key" + (f"; did you mean {close[0]}?" if close else ""))
     name = row.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        found.append("name: must be a name of up to 128 characters, without spaces")
+        found.append("name: must be 1 to 128 letters, digits and . _ : / @ ~ + -, beginning with a letter or digit")
     for key, pattern in (("aliases", _NAME), ("scopes", _SCOPE)):
         value = row.get(key, [])
         if not isinstance(value, list) or len(value) > _LIST_MAX or not all(_is_name(one, pattern) for one in value):

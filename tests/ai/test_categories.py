@@ -90,7 +90,8 @@ def test_request_has_the_union_of_its_sources_categories(
 ) -> None:
     judged = rules(*sources)
     for _ in range(2):  # made, then kept
-        found = judged.judge(values, ALL)
+        found = judged.find(values)
+        found.check(ALL)
         assert found.header == f"X-Keyproxy-Category: {header}\r\n".encode()
         assert list(found.counted) == list(counted)
         assert found.names == tuple(header.split())
@@ -115,14 +116,14 @@ def test_request_has_the_union_of_its_sources_categories(
 )
 def test_what_has_no_row_is_refused_whatever_the_scopes(sources: list[str], values: CategoryValues) -> None:
     with pytest.raises(Refusal) as error:
-        rules(*sources).judge(values, ALL)
+        rules(*sources).find(values)
     assert (error.value.reason, error.value.missing_scopes) == (Reason.PROMPT_CATEGORY_NOT_ALLOWED, ())
     assert error.value.detail
 
 
 @pytest.mark.parametrize("template", [None, "code"])
 def test_unregistered_instructions_have_the_category_of_the_route(template: str | None) -> None:
-    found = rules("template", unregistered="chat").judge(CategoryValues(template=template), ALL)
+    found = rules("template", unregistered="chat").find(CategoryValues(template=template))
     assert found.counted == ((template or "chat", "template"),)
 
 
@@ -143,10 +144,10 @@ def test_every_category_needs_its_scopes_and_the_smallest_missing_one_is_named(
     values = CategoryValues((), "code", ("medical",))
     for _ in range(2):
         if missing is None:
-            judged.judge(values, scopes)
+            judged.find(values).check(scopes)
             continue
         with pytest.raises(Refusal) as error:
-            judged.judge(values, scopes)
+            judged.find(values).check(scopes)
         assert error.value.reason is Reason.PROMPT_CATEGORY_NOT_ALLOWED
         assert tuple(error.value.missing_scopes) == (missing,)
 

@@ -126,6 +126,21 @@ async def test_the_model_is_judged_before_the_category_and_both_are_named_upstre
     assert (received.one("X-Keyproxy-Model"), received.one("X-Keyproxy-Category")) == ("m", "code")
 
 
+async def test_a_refused_request_is_recorded_with_the_model_and_the_categories_that_were_found(start: Start) -> None:
+    models = (Model("m", ("m-1",)), Model("big", (), frozenset({"model:premium"})))
+    wire = await judging(start, category=["template"], models=models)
+    for model, system, recorded in (
+        ("m-1", SYSTEM, ("prompt_category_not_allowed", "m", (("code", "template"),))),
+        ("m-1", "unknown", ("prompt_category_not_allowed", "m", None)),
+        ("big", SYSTEM, ("model_not_allowed", "big", None)),
+        ("unlisted", SYSTEM, ("model_not_allowed", "unlisted", None)),
+        ("not a name", SYSTEM, ("model_not_allowed", "other", None)),
+    ):
+        assert code(await ask(wire, [turn("system", system)], model=model)) == recorded[0]
+        seen = wire.recorder.seen[-1]
+        assert (seen.model, seen.categories) == recorded[1:]
+
+
 async def test_a_long_prompt_is_searched_for_patterns_too(start: Start) -> None:
     wire = await judging(start, category=["=plain", "patterns"])
     assert (await ask(wire, [turn("user", "word " * 100_000)])).status == 200

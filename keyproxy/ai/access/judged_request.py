@@ -209,4 +209,6 @@ def _judge_categories(
         if not instructions.is_registrable:
             template = None
     matched = () if values.search is None else values.search.categories()
-    return rules.judge(CategoryValues(values.declared, template, matched), identity.scopes)
+    categories = values.categories = rules.find(CategoryValues(values.declared, template, matched))
+    categories.check(identity.scopes)
+    return categories

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple
 
 from keyproxy.ai.access.model_judgement import NamedModels
-from keyproxy.ai.categories import PatternSearch
+from keyproxy.ai.categories import Categories, PatternSearch
 from keyproxy.ai.dialects.endpoint import EACH, MemberPath
 from keyproxy.ai.prompts import Instructions
 from keyproxy.ai.requests.request_facts import malformed
@@ -29,10 +29,10 @@ MISSING: Final = Found(is_missing=True)
 @mypyc_attr(acyclic=True)
 class JudgedValues:
     """`models`: None if the route judges none. `found`: the values at the sources of binds, by their text. `declared`:
-    see `CategoryValues`. `instructions`, `search`: None if no category depends on them. No text of the request is kept
-    once it is judged."""
+    see `CategoryValues`. `instructions`, `search`: None if no category depends on them. `categories`: those that were
+    found last, also if the caller may not use them. No text of the request is kept once it is judged."""
 
-    __slots__ = ("declared", "found", "instructions", "models", "search")
+    __slots__ = ("categories", "declared", "found", "instructions", "models", "search")
 
     def __init__(self, found: dict[str, Found]) -> None:
         self.found: Final = found
@@ -40,6 +40,7 @@ class JudgedValues:
         self.declared: tuple[object, ...] = ()
         self.instructions: Instructions | None = None
         self.search: PatternSearch | None = None
+        self.categories: Categories | None = None
 
     def at(self, source: str) -> Found:
         """The values at a source, by its text."""

@@ -6,7 +6,7 @@ from typing import Final
 
 from keyproxy.ai.access.object_ids import is_object_id
 from keyproxy.ai.access.tenant_records import TenantRecords
-from keyproxy.ai.models import Model, ModelTable
+from keyproxy.ai.models import Model, ModelTable, recorded_name
 from keyproxy.ai.requests.request_facts import malformed
 from keyproxy.ai.scanning.member_scope import ALTERNATIVES
 from keyproxy.model import Identity
@@ -37,9 +37,9 @@ class JudgedModel:
 
 class NamedModels:
     """The models that a request names. `model`: of the route's source, None if it has none. `others`: of every other
-    place. Requests that name the same in the same places share it."""
+    place. `recorded`: the name of `model` in records. Requests that name the same in the same places share it."""
 
-    __slots__ = ("_field", "_judged", "_row", "_table", "model", "others")
+    __slots__ = ("_field", "_judged", "_row", "_table", "model", "others", "recorded")
 
     def __init__(self, model: str | None, others: tuple[str, ...], table: ModelTable, field: bytes) -> None:
         """`field`: the start of the header line that names the model."""
@@ -48,6 +48,7 @@ class NamedModels:
         self._table: Final = table
         self._field: Final = field
         row = self._row = table.find(model)
+        self.recorded: Final = recorded_name(row, model)
         self._judged: Final = None if row is None else JudgedModel(row.name, row.name, field)
 
     def judge(self, identity: Identity, records: TenantRecords) -> JudgedModel:

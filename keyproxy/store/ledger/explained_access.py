@@ -98,14 +98,18 @@ class ExplainedAccess:
         for bind in rules.binds:
             bind.holds(values.at(bind.source.text), identity, records)
         await records.look_up(database, identity.tenant_id)
-        judgement = judge_values(rules, values, identity, records)
-        if judgement.model is not None:
-            self.model = judgement.model.name
-        if judgement.categories is not None:
-            self.categories = [{"name": name, "source": source} for name, source in judgement.categories.counted]
+        if values.models is not None:
+            self.model = values.models.recorded or None
+        try:
+            judgement = judge_values(rules, values, identity, records)
+            if judgement.model is not None:
+                self.model = judgement.model.name
+        finally:
+            if values.categories is not None:
+                self.categories = [{"name": name, "source": source} for name, source in values.categories.counted]
 
     def shown(self) -> dict[str, Any]:
-        """`model`: of the row or the owned id; None if none is judged. `categories`, `binds`: empty if none are."""
+        """`model`: of the row, or as named; None if none is judged. `categories`: those that were found. `binds`: all."""
         binds = () if self._rules is None else self._rules.binds
         return {
             "model": self.model,

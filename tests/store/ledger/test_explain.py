@@ -332,8 +332,9 @@ JUDGING = Settings(
     ("question", "code", "missing", "shown"),
     [
         (Question("POST", "/chat", model="small", categories=("plain",)), None, None, {"model": "small"}),
-        (Question("POST", "/chat", model="big", categories=("plain",)), "model_not_allowed", "model:premium", {}),
-        (Question("POST", "/chat", model="unlisted"), "model_not_allowed", None, {}),
+        (Question("POST", "/chat", model="big", categories=("plain",)), "model_not_allowed", "model:premium",
+         {"model": "big", "categories": []}),
+        (Question("POST", "/chat", model="unlisted"), "model_not_allowed", None, {"model": "unlisted"}),
         (Question("POST", "/chat", model="mine", categories=("plain",)), None, None, {"model": "mine"}),
         (Question("POST", "/chat", model="theirs", categories=("plain",)), "model_not_allowed", None, {}),
         (Question("POST", "/chat"), "request_malformed", None, {}),
@@ -341,7 +342,11 @@ JUDGING = Settings(
         (Question("POST", "/chat", model="small"), "prompt_category_not_allowed", None, {}),
         (
             Question("POST", "/chat", model="small", categories=("code",)), "prompt_category_not_allowed",
-            "prompt:code", {"model": None, "categories": []},
+            "prompt:code",
+            {
+                "model": "small",
+                "categories": [{"name": "plain", "source": "route"}, {"name": "code", "source": "template"}],
+            },
         ),
         (
             Question("POST", "/chat", body=b'{"model":"small","messages":[]}', categories=("plain",)), None, None,
