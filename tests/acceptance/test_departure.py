@@ -254,8 +254,8 @@ os.setgid(65534); os.setuid(65534)
 for name in sys.argv[1:]:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(5)
-        sock.connect("\\0" + name)
         try:
+            sock.connect("\\0" + name)
             sock.sendall(b"drain\\n" if "/" in name else b"GET /metrics HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n")
             print(sock.recv(4096).split(b"\\r\\n")[0].decode())
         except OSError as error:
