@@ -23,7 +23,9 @@ MODULES = (
 NOT_COMPILED = {
     "auth/key_scanner": "runs for an operator",
     "http/webhook_signature": "runs for reminders",
-    "limits/ledger_rules": "runs for an operator, and tests extend it",
+    "limits/ledger/accounts": "runs for an operator, and tests extend it",
+    "limits/ledger/message_schedule": "runs for an operator",
+    "limits/ledger/rules": "runs for an operator, and tests extend it",
     "limits/plans/plan_changes": "runs for an operator",
     "limits/pool_leases": "objects of compiled classes cannot be referred to weakly",
     "wire/body_buffer": "tests shorten its times, which compiled modules have built in",

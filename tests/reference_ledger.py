@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from keyproxy.limits.ledger.accounts import Holder, Replica, WindowAccount, WindowStart
+from keyproxy.limits.ledger.rules import LedgerRules
 from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Pool, Window
-from keyproxy.limits.ledger_rules import Holder, LedgerRules, Replica, WindowAccount, WindowStart
 
 #: A line about a rate of its own, which requests nothing. Its reply has the time at which a message was processed.
 _CLOCK: Final = LeaseReport(999_999, Window(Pool("user", "clock", False), "rate"), 0, 1, 1.0, 0, 0, 0, 0, 0, 0, False)

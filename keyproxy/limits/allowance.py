@@ -58,9 +58,22 @@ class Need:
         self.models: Final = models
         self.is_priced: Final = is_priced
 
+    def within(self, tokens_bound: int, spend_bound: int, paid: int) -> Need:
+        """What to take: at most what the plan allows per request, without the tokens that were paid before."""
+        tokens, spend = min(self.tokens_most, tokens_bound), min(self.spend_most, spend_bound)
+        if not paid:
+            return Need(self.tokens_least, tokens, self.spend_least, spend)
+        least, most = max(0, self.tokens_least - paid), max(0, tokens - paid)
+        return Need(least, most, share_of(self.spend_least, least, self.tokens_least), share_of(spend, most, tokens))
+
     def __repr__(self) -> str:
         spend = f", {self.spend_least}, {self.spend_most}" if self.spend_most else ""
         return f"{type(self).__name__}({self.tokens_least}, {self.tokens_most}{spend})"
+
+
+def share_of(spend: int, tokens: int, of_tokens: int) -> int:
+    """The part of some money that belongs to so many of its tokens, rounded up."""
+    return -(-spend * tokens // of_tokens) if of_tokens > 0 else 0
 
 
 class Allowance:

@@ -11,17 +11,12 @@ pause. A refused request does not change the state. Units that were taken and no
 have been replenished since: TAT := now + ahead - max(0, n - elapsed / interval) * interval. Without that deduction a
 window that is full again would admit the returned units a second time. The ledger computes the same in SQL
 (PostgreSQL) and in Lua (Redis).
-
-The messages about a window with many holders follow a schedule of the same kind, of which the holders learn how long to
-wait for their next message.
 """
 
 from __future__ import annotations
 
 import math
 from typing import Final
-
-from keyproxy.limits.ledger_protocol import REPORTS_PER_SECOND
 
 #: A unit counts as replenished this fraction of an interval early, so that rounding does not withhold it.
 _ROUNDING: Final = 1e-6
@@ -53,57 +48,6 @@ def units_available(ahead: float, burst: int, interval_seconds: float) -> int:
 def wait_seconds(ahead: float, units: int, burst: int, interval_seconds: float) -> float:
     """How long until this many units conform, if none are taken in the meantime."""
     return max(0.0, ahead + (units - burst) * interval_seconds)
-
-
-#: If the schedule of messages is full, holders report as if they were more, at most this many times.
-_STRETCH_MAX: Final = 2
-
-#: If messages are so far ahead of their schedule, many processes compete for units.
-_AHEAD_SECONDS: Final = 0.25
-
-#: For how long a new window expects the holders of its predecessor: seconds at least, and intervals of their reports.
-_CARRIED_SECONDS_MIN: Final = 5.0
-_CARRIED_INTERVALS: Final = 3.0
-
-#: How long a holder waits at least that was granted nothing, and how long any waits at most.
-_REFUSED_SECONDS_MIN: Final = 0.7
-_ASK_SECONDS_MAX: Final = 20.0
-
-
-def scheduled(theoretical: float, now: float, places: int, holders: int) -> float:
-    """The theoretical arrival time of messages about a window with many holders, after one that takes so many places."""
-    ahead = max(theoretical - now, 0.0) + places / REPORTS_PER_SECOND
-    return now + min(ahead, _STRETCH_MAX * holders / REPORTS_PER_SECOND)
-
-
-def pacing_holders(theoretical: float, now: float, holders: int) -> int:
-    """The number of holders of a window, or of those that would fill its schedule."""
-    return max(holders, math.floor((theoretical - now) * REPORTS_PER_SECOND))
-
-
-def carried_seconds(holders: int) -> float:
-    """For how long a new window expects the holders of its predecessor."""
-    return max(_CARRIED_SECONDS_MIN, _CARRIED_INTERVALS * holders / REPORTS_PER_SECOND)
-
-
-def first_units(want: int, holders: int) -> int:
-    """What lasts for two intervals of reports if `want` lasts for two seconds."""
-    return math.floor(want * holders / REPORTS_PER_SECOND)
-
-
-def is_ahead(theoretical: float, now: float) -> bool:
-    """Whether messages are so far ahead of their schedule that their senders compete for units."""
-    return theoretical - now >= _AHEAD_SECONDS
-
-
-def ask_seconds(theoretical: float, now: float, *, is_short: bool, is_refused: bool) -> float:
-    """How long a holder waits before it requests units: for the next place in the schedule.
-
-    `is_short`: others requested units in vain lately. `is_refused`: this holder was granted nothing now.
-    """
-    if is_refused:
-        return max(_REFUSED_SECONDS_MIN, min(theoretical - now, _ASK_SECONDS_MAX))
-    return min(theoretical - now, _ASK_SECONDS_MAX) if is_short and is_ahead(theoretical, now) else 0.0
 
 
 class UnusedUnits:

@@ -20,8 +20,9 @@ from keyproxy.limits.plan import Limit
 RATE_SECONDS: Final = 1.0
 
 #: How long a lease should last at its current pace. When half of it is used, more is requested.
-#: The most of a rate that is prefetched, as refill time: unused units are lost.
 _LASTS_SECONDS: Final = 2.0
+
+#: The most of a rate that is prefetched, as refill time: unused units are lost.
 _RATE_LASTS_SECONDS: Final = 0.4
 
 #: Units that stay unused for this long are returned. No lease ends sooner, so a ledger that lost less history than this
@@ -54,9 +55,9 @@ class Lease:
 
     __slots__ = (
         "ahead", "ask_after_mono", "at_least", "begins_mono", "confirmed", "credited", "dry_until_mono", "due_mono",
-        "empty_need", "empty_until_mono", "ends_mono", "free", "granted", "heard_mono", "interval_seconds", "is_asked",
-        "is_current", "is_noted", "is_overdrawn", "is_wanted_until", "lapses", "limit", "low", "need", "number",
-        "pace", "paced_mono", "pause_seconds", "period_seconds", "piece", "policy", "rate", "retry_mono", "returned",
+        "empty_need", "empty_until_mono", "ends_mono", "free", "granted", "interval_seconds", "is_asked", "is_current",
+        "is_noted", "is_overdrawn", "is_wanted_until", "lapses", "limit", "low", "need", "number", "pace", "paced_mono",
+        "pause_seconds", "period_seconds", "piece", "policy", "rate", "replied_mono", "retry_mono", "returned",
         "review_mono", "rule", "seen_available", "sent", "spent_apart", "starts", "successor", "taken_before",
         "touched_mono", "touched_taken", "used", "window",
     )  # fmt: skip
@@ -66,7 +67,7 @@ class Lease:
         self.limit = 0
         #: Added to the limit of the current window, as of the ledger's last reply, and when that arrived.
         self.credited = 0
-        self.heard_mono = -math.inf
+        self.replied_mono = -math.inf
         self.interval_seconds = 0.0
         #: What the ledger could still grant, as of its last reply.
         self.seen_available = 0
@@ -181,7 +182,7 @@ class Lease:
 
     def is_fresh(self, now_mono: float) -> bool:
         """Whether the state of the window is recent; a rate has no state that others change."""
-        return self.is_rate or now_mono - self.heard_mono < max(FRESH_SECONDS, self.pause_seconds)
+        return self.is_rate or now_mono - self.replied_mono < max(FRESH_SECONDS, self.pause_seconds)
 
     @property
     def remaining(self) -> int:
@@ -279,20 +280,9 @@ class Lease:
         most = max(at_least, min(self.need - max(self.free, 0), want)) if self.need else 0
         returned, granted_at = self.rate.taken() if self.is_rate else (self.returned, 0.0)
         line = LeaseReport(
-            self.number,
-            self.window,
-            self.starts,
-            self.limit,
-            self.interval_seconds,
-            self.granted,
-            self.used,
-            returned,
-            want,
-            at_least,
-            most,
-            is_closing,
-            granted_at,
-        )
+            self.number, self.window, self.starts, self.limit, self.interval_seconds, self.granted, self.used, returned,
+            want, at_least, most, is_closing, granted_at,
+        )  # fmt: skip
         if self.is_asked and self.pause_seconds:
             self.touched_mono = now_mono
         self._report_after(now_mono, self.pause_seconds)
@@ -347,7 +337,7 @@ class Lease:
         self.confirmed = line.used + line.returned
         self.starts = 0 if self.is_rate else reply.starts
         self.spent_apart = reply.spent - line.used
-        self.heard_mono = received_mono
+        self.replied_mono = received_mono
         if reply.credited != self.credited:
             self.credited = reply.credited
             self._restate()

@@ -362,7 +362,7 @@ class LeaseSync:
         lease = None if of_pool is None else of_pool.leases.get((window.measure, window.selector))
         if lease is not None:
             lease.empty_until_mono = lease.dry_until_mono = lease.ask_after_mono = 0.0
-            lease.heard_mono = -math.inf
+            lease.replied_mono = -math.inf
 
     def expire(self, lease: Lease, now_mono: float) -> None:
         """Drop the free units of a lease that has ended by now."""

@@ -283,7 +283,7 @@ class LeaseTable:
         tokens = spend = 0
         if need is not None and bundle.is_metered:
             self._check_request(bundle, need, now_mono)
-            wanted = _wanted(bundle, need, paid or 0)
+            wanted = need.within(bundle.tokens_bound, bundle.spend_bound, paid or 0)
             least, most = wanted.tokens_least, wanted.tokens_most
             tokens = self._amount(bundle, bundle.token_leases, short, least=least, most=most, now_mono=now_mono)
             least, most = wanted.spend_least, wanted.spend_most
@@ -358,23 +358,6 @@ class LeaseTable:
                 least += extended.spend if lease.window.measure in SPEND else extended.tokens
             raise refusals.refusal(lease, least, now_mono, leases)
         raise Short(short)
-
-
-def _wanted(bundle: Bundle, need: Need, paid: int) -> Need:
-    """What to take for a request: at most what the plan allows per request, without what was paid before."""
-    tokens, spend = min(need.tokens_most, bundle.tokens_bound), min(need.spend_most, bundle.spend_bound)
-    if not paid:
-        return Need(need.tokens_least, tokens, need.spend_least, spend)
-    least, most = max(0, need.tokens_least - paid), max(0, tokens - paid)
-    return Need(
-        least, most,
-        share_of(need.spend_least, least, need.tokens_least), share_of(spend, most, tokens),
-    )  # fmt: skip
-
-
-def share_of(spend: int, tokens: int, of_tokens: int) -> int:
-    """The part of some money that belongs to so many of its tokens, rounded up."""
-    return -(-spend * tokens // of_tokens) if of_tokens > 0 else 0
 
 
 def _put_back(leases: Sequence[Lease], amount: int) -> None:

@@ -7,8 +7,8 @@ import pytest
 from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.limits.lease_sync import LeaseSync, Short
 from keyproxy.limits.lease_table import LeaseTable
+from keyproxy.limits.ledger.accounts import WindowAccount
 from keyproxy.limits.ledger_protocol import Pool, Window
-from keyproxy.limits.ledger_rules import WindowAccount
 from keyproxy.limits.plan import Plan
 from keyproxy.reasons import LimitReason, Reason, Refusal
 from tests.reference_ledger import ReferenceLedger

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from keyproxy.limits.ledger.rules import LedgerRules
 from keyproxy.limits.ledger_protocol import TOKEN_RATE, LeaseGrant, LeaseReport, Window
-from keyproxy.limits.ledger_rules import LedgerRules
 from tests import contracts
 from tests.contracts import window
 

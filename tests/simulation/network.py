@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from keyproxy.limits.ledger.rules import LateMessageError
 from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport
-from keyproxy.limits.ledger_rules import LateMessageError
 from keyproxy.store.ledger.backend import REAP_PORTION
 from keyproxy.store.ledger.charge_dedup import Answer, Claim, Cover
 from keyproxy.store.postgres.database import StoreUnavailable

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from keyproxy.limits.ledger.rules import LedgerRules
 from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Pool, Window
-from keyproxy.limits.ledger_rules import LedgerRules
 from keyproxy.limits.plan import Plan
 from keyproxy.store.ledger.charge_dedup import Answer, Claim
 from tests.reference_claims import ReferenceClaims

@@ -17,8 +17,9 @@ from keyproxy import ports
 from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.limits.calendar_windows import span
+from keyproxy.limits.ledger.accounts import WindowAccount
+from keyproxy.limits.ledger.rules import LedgerRules
 from keyproxy.limits.ledger_protocol import CONCURRENCY, RATES, Pool
-from keyproxy.limits.ledger_rules import LedgerRules, WindowAccount
 from keyproxy.limits.plan import PER_REQUEST, SPEND, TOKEN_RATE, TOKENS, Limit, Plan
 from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, TimeBudget
 from keyproxy.reasons import SPENT, Reason, Refusal

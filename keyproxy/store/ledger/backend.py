@@ -12,7 +12,7 @@ REAP_PORTION: Final = 1_000
 
 
 class LedgerBackend(Protocol):
-    """Account for windows by the rules of limits/ledger_rules.py. tests/contracts.py compares every backend with them.
+    """Account for windows by the rules of limits/ledger/rules.py. tests/contracts.py compares every backend with them.
 
     All methods raise StoreUnavailable (or StoreConflict) if the outcome of the call is unknown.
     """

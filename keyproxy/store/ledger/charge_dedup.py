@@ -30,8 +30,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from keyproxy.config import schema
-from keyproxy.limits.allowance import Hold
-from keyproxy.limits.lease_table import share_of
+from keyproxy.limits.allowance import Hold, share_of
 from keyproxy.model import Moment, TimeBudget
 from keyproxy.ports import Ledger
 from keyproxy.reasons import Reason, Refusal

@@ -19,6 +19,8 @@ from keyproxy.http import request_target
 from keyproxy.limits import gcra
 from keyproxy.limits.allowance import NO_SELECTION, Allowance, Hold, Need, applies, is_of_mode
 from keyproxy.limits.calendar_windows import span
+from keyproxy.limits.ledger.accounts import Holder, WindowAccount
+from keyproxy.limits.ledger.rules import LedgerRules
 from keyproxy.limits.ledger_protocol import (
     CONCURRENCY,
     SPEND,
@@ -31,7 +33,6 @@ from keyproxy.limits.ledger_protocol import (
     Pool,
     Window,
 )
-from keyproxy.limits.ledger_rules import Holder, LedgerRules, WindowAccount
 from keyproxy.limits.plan import PER_REQUEST, Limit, Plan
 from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Route
 from keyproxy.reasons import Reason, Refusal

@@ -1,4 +1,4 @@
--- The ledger in Redis or Valkey: one call is one atomic operation. limits/ledger_rules.py is the specification;
+-- The ledger in Redis or Valkey: one call is one atomic operation. limits/ledger/rules.py is the specification;
 -- redis_backend.py defines generations and shares. Time is the server's.
 --
 -- KEYS[1]  hash: the current generation. It is the prefix of all other keys, which expire some days after their last use.
@@ -306,7 +306,7 @@ local function settle(line)
     line[COUNTS], line[HAD], line[CONSUMED], line[BACK] = true, had, consumed, back
 end
 
--- What a line gets of a window with many holders, at least: as in limits/ledger_rules.py.
+-- What a line gets of a window with many holders, at least: as in limits/ledger/rules.py.
 local function share_of(window, line, available, alive)
     local half, crowd = floor(line[WANT] / 2), window[CROWD]
     if crowd <= FEW_HOLDERS then return 0 end
@@ -324,7 +324,7 @@ local function granted_of(window, line, available, alive)
     return min(available, max(share_of(window, line, available, alive), min(want, fair)))
 end
 
--- The schedule of messages about a window with many holders: as in limits/gcra.py. It takes places for this message.
+-- The schedule of messages about a window with many holders: as in limits/ledger/message_schedule.py. Take places for this message.
 local function take_places(window, places)
     local ahead = max(window[THEORETICAL] - now, 0) + places / PER_SECOND
     window[THEORETICAL] = now + min(ahead, 2 * window[CROWD] / PER_SECOND)

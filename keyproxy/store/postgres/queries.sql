@@ -783,7 +783,7 @@ SELECT key_id FROM keyproxy.adopt_foreign($1, $2, $3) AS key_id WHERE key_id IS 
 SELECT key_id AS id FROM keyproxy.foreign_hashes WHERE prefix = $1 AND hashed = $2;
 
 -- name: sync_leases
--- One message of a holder to the ledger, by the rules of limits/ledger_rules.py. $1 holder, $2 serial, $3 lease
+-- One message of a holder to the ledger, by the rules of limits/ledger/rules.py. $1 holder, $2 serial, $3 lease
 -- seconds, $4 the percentages of alerts, then the lines by column.
 SELECT * FROM keyproxy.sync_leases($1, $2, $3, (
     SELECT coalesce(array_agg(l::keyproxy.lease_report), '{}')

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from keyproxy.limits.calendar_windows import span
+from keyproxy.limits.ledger.rules import LateMessageError
 from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Window
-from keyproxy.limits.ledger_rules import LateMessageError
 from keyproxy.store.ledger.backend import REAP_PORTION, LedgerBackend
 from keyproxy.store.ledger.postgres_backend import PostgresLedger, WindowState
 from keyproxy.store.ledger.redis_backend import RedisLedger

@@ -49,7 +49,8 @@ $$;
 -- percentages: of limit and credit together, at which a window gets an alert, in ascending order. 100 also applies once a
 -- request needs more than what is not spent.
 -- A line about a rate returns `returned` units, once: a lost message only admits less.
--- A window with more than 60 holders, expected ones included, has a schedule of 120 messages per second: see limits/gcra.py.
+-- A window with more than 60 holders, expected ones included, has a schedule of 120 messages per second: see
+-- limits/ledger/message_schedule.py.
 CREATE OR REPLACE FUNCTION keyproxy.sync_leases(
     sender text, message bigint, lease_seconds float8, lines keyproxy.lease_report[], percentages int[],
     OUT lease bigint, OUT starts bigint, OUT granted bigint, OUT spent bigint, OUT held bigint,

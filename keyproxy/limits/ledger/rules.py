@@ -2,7 +2,8 @@
 
 This is the specification. PostgreSQL (migrations/0018_ledger_pace.sql) and Redis (ledger.lua) implement the same rules;
 tests compare every backend with this one, message by message. `key explain` applies it to the current state of the real
-ledger, to predict a decision without changing anything. Rates follow `gcra`.
+ledger, to predict a decision without changing anything. Rates follow `gcra`, and messages about windows with many holders
+`message_schedule`.
 
 Pure: the state is in memory, and every operation has an argument `now`, Unix time. docs/ledger.md has the proof that no
 window exceeds its limit.
@@ -12,21 +13,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Final
 
 from keyproxy.limits import gcra
 from keyproxy.limits.calendar_windows import span
-from keyproxy.limits.ledger_protocol import (
-    CONCURRENCY,
-    FEW_HOLDERS,
-    TOKEN_RATE,
-    LeaseGrant,
-    LeaseReport,
-    Window,
-)
+from keyproxy.limits.ledger import message_schedule
+from keyproxy.limits.ledger.accounts import Holder, LeaseAccount, Replica, WindowAccount, WindowStart
+from keyproxy.limits.ledger_protocol import CONCURRENCY, TOKEN_RATE, LeaseGrant, LeaseReport, Window
 
 #: How long other holders are asked to return idle units after a holder could not get any.
 _WANTED_SECONDS: Final = 2.0
@@ -36,78 +30,8 @@ _RECALL_SECONDS: Final = 0.5
 _RECALLED_MAX: Final = 100
 _RECALLED_IF_AHEAD: Final = 12
 
-#: With many holders, every message about a window takes a place in its schedule. One that opens a lease takes several,
-#: since others like it follow while processes join; one that is granted nothing takes more, since it is repeated soon.
-_PLACES_OF_NEW: Final = 4
-_PLACES_OF_REFUSED: Final = 3
-
 #: How long a ledger that lost history accepts claims of leases from holders that rest or are not stored.
 _CLAIMED_SECONDS: Final = 86_400.0
-
-#: A window and the Unix time at which it starts.
-WindowStart = tuple[Window, int]
-
-
-@dataclass
-class WindowAccount:
-    """The account of one window.
-
-    `theoretical`: of a rate, see `gcra`; of another window with many holders, the end of the schedule of messages.
-    """
-
-    spent: int = 0
-    held: int = 0
-    forfeited: int = 0
-    credited: int = 0
-    theoretical: float = -math.inf
-    wanted_at: float = -math.inf
-    wanted_by: str = ""
-    recalled_at: float = -math.inf
-    limit: int = 0
-    #: How many holders its predecessor had when this window was opened, and until when as many are expected here.
-    carried: int = 0
-    carried_until: float = -math.inf
-    #: The number of leases of each holder that has any.
-    leases: Counter[str] = field(default_factory=Counter)
-
-    def holders(self, now: float) -> int:
-        """The number of holders, or of those that are expected."""
-        return max(1, len(self.leases), self.carried if now < self.carried_until else 0)
-
-
-@dataclass
-class LeaseAccount:
-    """The account of one lease. Figures are cumulative since its start."""
-
-    key: WindowStart
-    granted: int = 0
-    used: int = 0
-    returned: int = 0
-    is_recalled: bool = False
-
-    @property
-    def outstanding(self) -> int:
-        """The units that the window holds for the lease."""
-        return self.granted - self.used - self.returned
-
-
-@dataclass
-class Holder:
-    """A process with leases. If it expires without any, it `rests` until its next message."""
-
-    serial: int
-    expires_at: float
-    has_ended: bool = False
-    rests: bool = False
-    leases: dict[int, LeaseAccount] = field(default_factory=dict)
-
-    @property
-    def is_live(self) -> bool:
-        """Whether it has neither ended nor rests; it may have expired."""
-        return not (self.has_ended or self.rests)
-
-
-Replica = tuple[dict[WindowStart, WindowAccount], dict[str, Holder]]
 
 
 class LateMessageError(Exception):
@@ -281,14 +205,14 @@ class _Message:
         opened = {self._keys[number] for number in self._new}
         for key in self._crowds:
             if self._are_many(key):
-                self._take_places(key, _PLACES_OF_NEW if key in opened else 1)
+                self._take_places(key, message_schedule.PLACES_OF_NEW if key in opened else 1)
 
     def _are_many(self, key: WindowStart) -> bool:
-        return self._crowds[key] > FEW_HOLDERS
+        return message_schedule.applies(self._crowds[key])
 
     def _take_places(self, key: WindowStart, places: int) -> None:
         window = self._windows[key]
-        window.theoretical = gcra.scheduled(window.theoretical, self._now, places, self._crowds[key])
+        window.theoretical = message_schedule.extended(window.theoretical, self._now, places, self._crowds[key])
 
     def _account(self, key: WindowStart) -> WindowAccount:
         """The account of a window, which expects the holders of its predecessor when it is opened."""
@@ -297,7 +221,7 @@ class _Message:
             window, starts = key
             before = self._windows.get((window, span(window.measure, starts - 1)[0])) if starts else None
             account = self._windows[key] = self._ledger.account(len(before.leases) if before else 0)
-            account.carried_until = self._now + gcra.carried_seconds(account.carried)
+            account.carried_until = self._now + message_schedule.expected_seconds(account.carried)
         return account
 
     def askers(self, lines: Sequence[LeaseReport]) -> list[LeaseReport]:
@@ -324,9 +248,9 @@ class _Message:
         reported = [self._leases[number] for number in self._reported if number in self._leases]
         own = sum(lease.outstanding for lease in reported if lease.key == key)
         if not granted and self._are_many(key):
-            self._take_places(key, _PLACES_OF_REFUSED)
+            self._take_places(key, message_schedule.PLACES_OF_REFUSED)
         if not granted and window.held > own:
-            is_ahead = self._are_many(key) and gcra.is_ahead(window.theoretical, self._now)
+            is_ahead = self._are_many(key) and message_schedule.is_ahead(window.theoretical, self._now)
             if line.at_least <= available + window.held and self._now - window.recalled_at >= _RECALL_SECONDS:
                 window.recalled_at = self._now
                 units = window.held if key in self._short else line.at_least - max(0, available)
@@ -343,7 +267,9 @@ class _Message:
         if not (line.most and line.lease in self._new):
             # Enough until its next report: smaller slices would be used up sooner, and requested again.
             return line.want // 2
-        return max(line.want // 2, min(gcra.first_units(line.want, holders), available // (4 * self._alive)))
+        return max(
+            line.want // 2, min(message_schedule.first_units(line.want, holders), available // (4 * self._alive))
+        )
 
     def _recall(self, key: WindowStart, units: int, at_most: int) -> None:
         """Recall units from as few other holders as suffice, those that hold most first, and from `at_most` of them."""
@@ -370,10 +296,10 @@ class _Message:
         holders, wait_seconds = window.holders(self._now), 0.0
         if self._are_many(key):
             ends = window.theoretical
-            holders = gcra.pacing_holders(ends, self._now, holders)
+            holders = message_schedule.pacing_holders(ends, self._now, holders)
             if not self._settles and ends_seconds > 0:
                 is_short, is_refused = key in self._short, line.want > 0 and not granted_now
-                wait_seconds = gcra.ask_seconds(ends, self._now, is_short=is_short, is_refused=is_refused)
+                wait_seconds = message_schedule.wait_seconds(ends, self._now, is_short=is_short, is_refused=is_refused)
         return LeaseGrant(
             line.lease, key[1], granted, window.spent, window.held, ends_seconds, wait_seconds,
             self._is_wanted[line.lease], window.credited, holders,
