@@ -50,7 +50,7 @@ def _arguments(statement: str, tenant: str) -> tuple[object, ...]:
     if statement == "revoke_keys":
         return "", _KEYS, "x", None, tenant, None, None
     wishes: list[dict[str, object]] = [
-        {"user_id": "u_42", "name": f"n{number}", "scopes": [], "is_test": False, "plan": None}
+        {"user_id": "u_42", "name": f"n{number}", "scopes": [], "is_test": False, "plan": None, "roles": []}
         for number in range(1, _KEYS + 1)
     ]
     return json.dumps(wishes), "x"
@@ -89,6 +89,7 @@ async def test_no_wish_is_compared_with_every_key(stale: Sql, mode: str) -> None
             "is_test": False,
             "life_seconds": None,
             "plan": None,
+            "roles": [],
         }
         for number in range(_KEYS // 2 + 1, _KEYS + _KEYS // 2 + 1)
     ]
