@@ -380,9 +380,7 @@ async def test_proxies_of_two_storage_formats_share_a_server_and_read_only_their
     async with Redis.from_url(server.url) as client:
         keys = [key.decode() async for key in client.scan_iter("keyproxy:*")]
     markers = {re.sub(r"^(keyproxy:\{.*?\}:\d+).*", r"\1", key) for key in keys}
-    assert {marker.rpartition(":")[2] for marker in markers} == {
-        str(redis_codec.VERSION - 1), str(redis_codec.VERSION)
-    }  # fmt: skip
+    assert {marker.rpartition(":")[2] for marker in markers} == {f"{redis_codec.VERSION - 1}", f"{redis_codec.VERSION}"}
 
 
 # -- the complete ledger on this backend
