@@ -672,6 +672,15 @@ def test_a_compressed_body_that_cannot_be_bounded_is_refused(
     assert refused(body, given=fields(codings=codings)).reason is reason
 
 
+def test_content_that_is_in_the_zlib_and_in_the_raw_format_is_refused() -> None:
+    """A server that expects the raw format would read other content: a stored block that begins with zlib's header."""
+    other = b'\n{"model":"big"}'.ljust(0xAA19)
+    body = b"\x18\x19\xaa\xe6\x55" + other + b"\x03\x00"
+    assert zlib.decompressobj(wbits=-15).decompress(body) == other
+    refusal = refused(body, given=fields(codings=(b"deflate",)))
+    assert (refusal.reason, "two formats" in refusal.detail) == (Reason.REQUEST_MALFORMED, True)
+
+
 @pytest.mark.parametrize("grown", [65_536, 65_537])
 def test_any_ratio_is_allowed_up_to_64_kib(grown: int) -> None:
     raw = gzip.compress(b"{" + b" " * (grown - 2) + b"}", mtime=0)

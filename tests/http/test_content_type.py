@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from email.message import Message
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from keyproxy.http.content_type import is_unambiguous
 
@@ -38,3 +43,40 @@ def test_a_type_that_all_servers_read_alike_is_unambiguous(value: bytes) -> None
 )  # fmt: skip
 def test_a_type_that_some_server_takes_for_another_type_or_charset_is_ambiguous(value: bytes) -> None:
     assert not is_unambiguous(value)
+
+
+PIECES = st.sampled_from(
+    [";", "; ", " ", "=", '"', "'", ",", "*", "*0", "\\", "charset", "CHARSET", "charset=utf-8", "charset=utf-7", "utf-8",
+     "utf-7", "boundary=b", "x", "x=y", 'x="', "multipart/form-data", "application/x-www-form-urlencoded", "text/plain"]
+)  # fmt: skip
+FIRST = st.sampled_from(["application/json", "a/b+json", "multipart/form-data; boundary=b", "text/plain", "", "x"])
+
+
+def charsets(value: str) -> set[str]:
+    """The charsets that lenient parsers find: the standard library's, and expressions that search the whole value."""
+    message = Message()
+    message["Content-Type"] = value
+    found = {message.get_content_charset() or ""}
+    for expression in (
+        r"charset\s*=\s*\"?([^\s;\"]*)",
+        r".*charset=['\"]?([^\s;\"']*)",
+        r"charset[*0-9]*=(?:\w*'\w*')?([^;]*)",
+    ):
+        match = re.search(expression, value, re.IGNORECASE)
+        found.add(match[1].strip('" ').lower() if match else "")
+    return found
+
+
+@given(first=FIRST, rest=st.lists(PIECES, max_size=6))
+def test_no_parser_finds_another_charset_or_form_in_an_unambiguous_type(first: str, rest: list[str]) -> None:
+    value = first + "".join(rest)
+    if not is_unambiguous(value.lower().encode()):
+        return
+    assert charsets(value) <= {"", "utf-8", "utf8", "us-ascii", "ascii"}
+    if not first.startswith("multipart"):
+        assert "multipart" not in value.lower()
+
+
+def test_the_parsers_find_what_is_refused() -> None:
+    assert "utf-7" in charsets("application/json; charset=utf-7")
+    assert "utf-7" in charsets("application/json; charset*=us-ascii'en'utf-7")

@@ -231,6 +231,16 @@ async def test_the_model_before_a_verb_in_the_path_is_judged(
     assert told.status in refusals("openai", status)
 
 
+@pytest.mark.parametrize("tokens", ["openai", "none"])
+@pytest.mark.parametrize("value", ["%b", "[%b]", "-%b", '[{"small":[%b]}]', '[{"model":%b}]'])
+async def test_a_number_of_any_length_is_no_model(start: Start, tokens: str, value: str) -> None:
+    wire = await judging(start, tokens=tokens, model="json:model")
+    for digits in (1, 4_300, 4_301, 16_000):
+        number = value.encode() % (b"1" * digits)
+        told = await ask(wire, b'{"model":"small","messages":[],"fallbacks":%b}' % number)
+        assert (told.status, code(told)) == (400, "request_malformed")
+
+
 async def test_an_owned_model_needs_no_row(start: Start) -> None:
     wire = await judging(start)
     wire.owned_ids.add("model", "ft:acme/small", "acme", is_slow=True)

@@ -26,7 +26,18 @@ def compression_of(codings: tuple[bytes, ...], body: bytes) -> int | None:
         return None
     if len(encodings) > 1 or encodings[0] not in (b"gzip", b"x-gzip", b"deflate"):
         raise malformed("Content-Encoding must be identity, gzip or deflate on this route.")
-    return window_bits(body, is_gzip=encodings[0] != b"deflate")
+    is_gzip = encodings[0] != b"deflate"
+    if not is_gzip and body[0] & 0x0F == zlib.DEFLATED and _is_stored_block(body):
+        raise malformed("The body is compressed in two formats at once.")
+    return window_bits(body, is_gzip=is_gzip)
+
+
+def _is_stored_block(body: bytes) -> bool:
+    """Whether content in the zlib format is the raw format too, with other content, to a server that expects that.
+
+    The first byte of zlib's header begins a stored block, whose length and its complement follow. RFC 1951 section 3.2.4.
+    """
+    return len(body) >= 5 and body[1] ^ body[3] == 0xFF and body[2] ^ body[4] == 0xFF
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)

@@ -24,7 +24,8 @@ def named_in(raw: bytes, member: str) -> list[str]:
     """
     if len(raw) > _BYTES_MAX:
         raise _malformed(f"'{member}' is too long.", member)
-    return _named(json.loads(raw, object_pairs_hook=lambda pairs: _members(pairs, member)), member)
+    # Python refuses to read an integer of more than 4,300 digits. No number names a model.
+    return _named(json.loads(raw, object_pairs_hook=lambda pairs: _members(pairs, member), parse_int=float), member)
 
 
 def _members(pairs: Sequence[tuple[str, Any]], member: str) -> dict[str, Any]:
