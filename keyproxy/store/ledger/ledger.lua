@@ -654,17 +654,21 @@ local function stock()
 end
 
 -- Apply PostgreSQL's reply: name, granted, others' spent and held, whether all was granted, whether the window has ended,
--- what was credited, and at which SPENT it has the next alert to write. Returns whether there is more to report at once.
+-- what was credited, at which SPENT it has the next alert to write, and NUMBER. Returns whether there is more to report at
+-- once.
 local function stocked()
     local is_more = false
     for _, row in ipairs(ask.rows) do
         local name, granted, is_over = row[1], row[2], row[6]
         local window = opened_by(name)
         local is_quiet = window[HELD] == 0 and room(window) == 0
-        if window[IS_KNOWN] and is_over and is_quiet then
+        -- If the window's key went missing meanwhile, the share is not that of the window that took its place: PostgreSQL
+        -- would count it for both, and it would be granted twice.
+        local is_same = window[IS_KNOWN] and window[NUMBER] == row[9]
+        if is_same and is_over and is_quiet then
             call('DEL', base .. 'w:' .. name)
             call('ZREM', base .. 'due', name)
-        elseif window[IS_KNOWN] then
+        elseif is_same then
             local got = max(0, granted - window[SHARE])
             window[SHARE] = window[SHARE] + got
             window[OTHERS_SPENT], window[OTHERS_HELD] = row[3], row[4]

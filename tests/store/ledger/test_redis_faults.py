@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+import asyncpg
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
@@ -20,7 +21,7 @@ from redis.exceptions import ResponseError
 from keyproxy.store.ledger.redis_backend import RedisLedger
 from keyproxy.store.postgres.database import StoreUnavailable
 from tests.contracts import line, window
-from tests.store.harness import Sql
+from tests.store.harness import Sql, until_blocked
 from tests.store.redis_harness import PAST_LIMIT, MakeLedger, MakeServer, granted, ledgers, make_due
 from tests.store.redis_server import RedisServer
 from tests.waiting import until
@@ -255,6 +256,26 @@ async def test_nothing_is_granted_twice_whichever_key_is_missing(
                 given, held[number] = given + now - held[number], now
             assert not await sql.fetch(PAST_LIMIT, 1000)
     assert given + await spent_out(ledger, sql) <= 1000
+
+
+async def test_share_that_arrives_after_its_window_went_missing_is_not_granted_twice(
+    server: RedisServer, ledger: RedisLedger, sql: Sql, dsn: str
+) -> None:
+    assert await granted(ledger, "a", 1, want=10) == 10
+    blocking: Sql = await asyncpg.connect(dsn)
+    async with blocking.transaction(), Redis.from_url(server.url) as client:
+        await blocking.execute("SELECT FROM keyproxy.windows FOR UPDATE")
+        asking = [asyncio.create_task(granted(ledger, "a", 2, granted=10, used=10, want=600))]
+        await until_blocked(sql, "sync_leases")
+        (key,) = [key async for key in client.scan_iter("*:w:*")]
+        await client.delete(key)
+        asking.append(asyncio.create_task(granted(ledger, "b", 1, want=1)))
+        while not await client.exists(key):
+            await asyncio.sleep(0.01)
+    await asyncio.gather(*asking)
+    await blocking.close()
+    await granted(ledger, "c", 1, want=150)
+    assert not await sql.fetch(PAST_LIMIT, 1000)
 
 
 async def test_promoted_replica_starts_its_own_generation(make_server: MakeServer, make_ledger: MakeLedger) -> None:
