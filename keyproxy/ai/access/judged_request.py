@@ -112,8 +112,9 @@ class JudgedRequest:
             query = counted_pairs(target.partition(b"?")[2], rules.query_names, "query")
         if rules.header_names.exact:
             headers = counted_headers(head.block, rules.header_names)
+        known = None if rules.known is None or parts is None else rules.known.find(parts)
         document: Any = None
-        if rules.needs_document and parts is not None:
+        if rules.needs_document and parts is not None and known is None:
             document = _parsed(content)
         found = _NOTHING
         if rules.sources:
@@ -132,8 +133,12 @@ class JudgedRequest:
             values.models = model.models_of(target, places)
             if rules.reads_form:
                 self.form_model = values.models.model
-        if rules.categories is not None:
+        if known is not None:
+            values.instructions = known
+        elif rules.categories is not None:
             _read_categories(values, rules.categories, headers, document)
+            if rules.known is not None and parts is not None and values.instructions is not None:
+                rules.known.add(parts, values.instructions)
         self.values = values
 
     # -- what it may use
