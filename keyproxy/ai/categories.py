@@ -229,24 +229,18 @@ class CategoryRules:
 
         `scopes`: the caller's. If it lacks some, the refusal names the smallest one.
         """
-        is_usual = not (values.declared or values.matched)
-        found = self._by_template.get(values.template) if is_usual else None
+        counted = self._counted(values)
+        found = self._kept.get(counted)
         if found is None:
-            counted = self._counted(values)
-            found = self._kept.get(counted)
-            if found is None:
-                found = self._made(counted)
-            if is_usual and len(self._by_template) < _KEPT_MAX:
-                self._by_template[values.template] = found
-        if not found.scopes <= scopes:
-            missing = min(found.scopes - scopes)
-            raise Refusal(
-                Reason.PROMPT_CATEGORY_NOT_ALLOWED,
-                f"of the categories {' '.join(found.names)}",
-                caller_text=f"Missing scope: '{missing}'.",
-                missing_scopes=(missing,),
-            )
-        return found
+            found = self._made(counted)
+        if not (values.declared or values.matched) and len(self._by_template) < _KEPT_MAX:
+            self._by_template[values.template] = found
+        return _allowed(found, scopes)
+
+    def judge_template(self, template: str | None, scopes: frozenset[str]) -> Categories:
+        """As `judge`, for a request that declares no category and matches no pattern."""
+        found = self._by_template.get(template)
+        return self.judge(CategoryValues(template=template), scopes) if found is None else _allowed(found, scopes)
 
     def _counted(self, values: CategoryValues) -> tuple[tuple[str, str], ...]:
         """The categories with their sources."""
@@ -276,6 +270,18 @@ class CategoryRules:
         if len(self._kept) < _KEPT_MAX:
             self._kept[counted] = made
         return made
+
+
+def _allowed(found: Categories, scopes: frozenset[str]) -> Categories:
+    if not found.scopes <= scopes:
+        missing = min(found.scopes - scopes)
+        raise Refusal(
+            Reason.PROMPT_CATEGORY_NOT_ALLOWED,
+            f"of the categories {' '.join(found.names)}",
+            caller_text=f"Missing scope: '{missing}'.",
+            missing_scopes=(missing,),
+        )
+    return found
 
 
 def _refused(detail: str, caller_text: str = "") -> Refusal:

@@ -105,6 +105,97 @@ def test_kept_instructions_are_those_of_every_request_that_has_them(shape: str, 
         assert outcome(warm, body) == expected
 
 
+SYSTEM, USER = '{"role":"system","content":"A"}', '{"role":"user","content":"a"}'
+MANY_DIGITS = "9" * 310
+
+#: Messages besides an instruction that is known, and what else is in the document.
+HOSTILE_MESSAGES = [
+    "1",
+    "1,2",
+    "null",
+    "true",
+    '"A"',
+    "[]",
+    f"[{USER}]",
+    "[1,2]",
+    "{}",
+    f'{{"x":{USER}}}',
+    '{"role":"User","content":"a"}',
+    '{"role":"user ","content":"a"}',
+    '{"role":"us\\u0065r","content":"a"}',
+    '{"role":"user\\u0000","content":"a"}',
+    '{"role":["user"],"content":"a"}',
+    '{"role":{"role":"user"},"content":"a"}',
+    '{"role":null,"content":"a"}',
+    '{"content":"a"}',
+    '{"content":"a","role":"user"}',
+    '{"type":"x"}',
+    '{"type":"x","role":"user"}',
+    '{"role":"user","content":1e999}',
+    '{"role":"user","n":-0.5E+400}',
+    '{"role":"user","n":9e308}',
+    '{"role":"user","n":[1e999]}',
+    f'{{"role":"user","n":{MANY_DIGITS}}}',
+    f'{{"role":"user","content":{SYSTEM}}}',
+    f'{{"role":"user","content":[{SYSTEM}]}}',
+    '{"role":"system","content":[7,8]}',
+    '{"role":"system","content":[{"type":"text","text":"A"}]}',
+    '{"role":"system"}',
+    '{"role":"user","content":"\\ud800"}',
+    '{"role":"user","role":"system","content":"A"}',
+    '{"Role":"user","content":"a"}',
+]
+HOSTILE_MEMBERS = [
+    '"x":1e999',
+    '"x":[1e999,2]',
+    '"instructions":null',
+    '"instructions":""',
+    '"instructions":"B"',
+    '"instructions":7',
+    '"instructions":{"text":"B"}',
+    '"prompt":"text"',
+    '"prompt":{}',
+    '"prompt":{"id":"p","version":"1"}',
+    '"prompt":[{"id":"p"}]',
+    '"input":"B"',
+    '"input":7',
+    '"input":null',
+    '"input":true',
+    f'"input":{USER}',
+    f'"input":{SYSTEM}',
+    f'"input":[{SYSTEM}]',
+    f'"input":[[{SYSTEM}]]',
+    '"input":[1]',
+    '"input":[1,2,3]',
+    '"Messages":[]',
+]
+HOSTILE_BODIES = [
+    *(f'{{"messages":[{message},{SYSTEM}]}}' for message in HOSTILE_MESSAGES),
+    *(f'{{"messages":[{SYSTEM},{message}]}}' for message in HOSTILE_MESSAGES),
+    *(f'{{"messages":[{message}]}}' for message in HOSTILE_MESSAGES),
+    *(f'{{"messages":{message}}}' for message in HOSTILE_MESSAGES),
+    *(f'{{"messages":[{SYSTEM}],{member}}}' for member in HOSTILE_MEMBERS),
+    *(f"{{{member}}}" for member in HOSTILE_MEMBERS),
+    f'[{{"messages":[{SYSTEM}]}}]',
+    "[]",
+    f"[{SYSTEM}]",
+    '"A"',
+    "{}",
+    f'{{"messages":[{SYSTEM},{SYSTEM}]}}',
+    "",
+]
+
+
+def test_hostile_requests_after_usual_ones_are_read_as_if_they_came_first() -> None:
+    warm = judging_templates("openai")
+    for body in (f'{{"messages":[{SYSTEM},{USER}]}}', f'{{"messages":[{USER}]}}'):
+        outcome(warm, body.encode())
+    for body in HOSTILE_BODIES:
+        expected = outcome(judging_templates("openai"), body.encode())
+        assert outcome(warm, body.encode()) == expected, body
+        assert outcome(warm, body.encode()) == expected, body
+
+
 MEMBERS: dict[str, tuple[str, str, str]] = {
     "openai": ("messages", "content", "system"), "anthropic": ("messages", "content", "system"),
     "gemini": ("contents", "parts", "system"),

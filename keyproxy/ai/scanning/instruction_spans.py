@@ -72,7 +72,7 @@ class InstructionSpans:
         if length > _SAFE_BYTES and self._content[start] <= _NINE:
             # A parser may refuse the document for it.
             number = self._content[start:end]
-            if length > _DIGITS_MAX or b"e" in number or b"E" in number:
+            if length > _DIGITS_MAX or number.lower().find(b"e") > 0:
                 self.is_usual = False
 
     def note_member(self, part: int, path: str, start: int, end: int) -> None:
