@@ -55,16 +55,18 @@ class InstructionSpans:
         # JSON has no NUL, and no value of it begins like a name.
         return b"" if self._pieces is None else b"\0".join(self._pieces)
 
-    def note_string(self, part: int, path: str, object_start: int, start: int, end: int, text: bytes | None) -> None:
-        """A string is the value of a member. `object_start`: of the object with it. `text`: it is short, and decoded."""
-        if part == ROLE:
-            if text is not None and text in self._roles:
-                self._exempt_start = object_start
+    def note_role(self, object_start: int, text: bytes | None) -> None:
+        """A string is the role of an entry. `object_start`: of the entry. `text`: decoded; None: it is long."""
+        if text is not None and text in self._roles:
+            self._exempt_start = object_start
+
+    def note_string(self, part: int, path: str, start: int, end: int) -> None:
+        """A string, with its quotes, is the value of a member."""
+        if part == WHOLE:
+            self._add_named(path, start, end)
         elif part == ENTRIES:
-            # Whatever it is, it is not an instruction.
-            self._add_named(path, end, end + 1)
-        elif part == WHOLE:
-            self._add_named(path, start - 1, end + 1)
+            # It is the user's, or no instruction in any API: which one does not matter.
+            self._add_named(path, start, start + 1)
 
     def note_plain(self, start: int, end: int) -> None:
         """A number or literal ends, anywhere in the document."""

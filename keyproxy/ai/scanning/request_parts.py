@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from keyproxy.ai.scanning.content_media import IMAGE
-from keyproxy.ai.scanning.instruction_spans import ENTRIES, NOTHING, InstructionMembers, InstructionSpans
+from keyproxy.ai.scanning.instruction_spans import ENTRIES, NOTHING, ROLE, InstructionMembers, InstructionSpans
 from keyproxy.ai.scanning.json_grammar import decoded
 from keyproxy.ai.scanning.media_reader import MediaReader
 from keyproxy.ai.scanning.member_meanings import (
@@ -106,7 +106,10 @@ class RequestParts:
                 self.values[slot.path] = self._kept(start, end, text)
                 self.spans[slot.path] = (start - 1, end + 1)
             if slot.part and self.instructions is not None:
-                self.instructions.note_string(slot.part, slot.path, frame.start, start, end, text)
+                if slot.part == ROLE:
+                    self.instructions.note_role(frame.start, text)
+                else:
+                    self.instructions.note_string(slot.part, slot.path, start - 1, end + 1)
         if not frame.is_object:
             frame.elements += 1
             if self.instructions is not None and _part_of_element(frame):
