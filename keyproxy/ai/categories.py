@@ -249,6 +249,11 @@ class CategoryRules:
                 self._by_template[values.template] = found
         return found
 
+    def find_template(self, template: str | None) -> Categories:
+        """As `find`, for a request that declares no category and matches no pattern."""
+        found = self._by_template.get(template)
+        return self.find(CategoryValues(template=template)) if found is None else found
+
     def _counted(self, values: CategoryValues) -> tuple[tuple[str, str], ...]:
         """The categories with their sources."""
         counted = list(self._fixed)

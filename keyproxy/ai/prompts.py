@@ -11,6 +11,7 @@ import hashlib
 from typing import Any, Final, NamedTuple
 
 from keyproxy.ai.requests.request_facts import malformed
+from keyproxy.ai.scanning.instruction_spans import InstructionMembers
 from keyproxy.mypyc_compat import mypyc_attr
 
 #: Types of parts that hold text, in APIs that name the type.
@@ -119,6 +120,14 @@ def counting_paths(shape: str) -> tuple[tuple[str, ...], ...]:
     if row.stored:
         paths += [(row.stored,), (row.stored, "id"), (row.stored, "version")]
     return tuple(paths)
+
+
+def instruction_members(shape: str) -> InstructionMembers:
+    """The members that decide what the instructions are, for the scan. All of them are among `counting_paths`."""
+    row = _SHAPES[shape]
+    stored = (row.stored,) if row.stored else ()
+    roles = frozenset([role.encode("ascii") for role in row.roles])
+    return InstructionMembers((*row.instructions, *row.by_reference), stored, row.entries, roles)
 
 
 def instructions_of(shape: str, document: dict[str, Any]) -> Instructions:

@@ -7,13 +7,14 @@ from typing import Final
 
 from keyproxy.ai.access.counted_names import CountedNames, counted_headers
 from keyproxy.ai.access.value_sources import path_value
-from keyproxy.ai.dialects.endpoint import Dialect, MemberPath
+from keyproxy.ai.dialects.endpoint import Dialect
 from keyproxy.ai.model_source import ModelSource, candidates_of, json_model, named_models
 from keyproxy.ai.models import ModelTable
 from keyproxy.ai.request_models import RequestModels
 from keyproxy.ai.requests.request_facts import RequestFacts
 from keyproxy.ai.requests.request_reading import BodyBounds, ReadingRules
 from keyproxy.ai.reservation import INSERT, TokenRules
+from keyproxy.ai.scanning.member_scope import NO_MEMBERS, JudgedMembers
 from keyproxy.limits.allowance import Need
 from keyproxy.model import RequestHead
 
@@ -52,7 +53,7 @@ class RouteRules:
         cap_field: str = "",
         placeholder: re.Pattern[bytes] | None = None,
         model_field: bytes = b"",
-        judged: tuple[MemberPath, ...] = (),
+        judged: JudgedMembers = NO_MEMBERS,
     ) -> None:
         self.name: Final = name
         self.dialect: Final = dialect

@@ -12,6 +12,7 @@ from keyproxy.ai.dialects.table import DIALECTS
 from keyproxy.ai.model_source import parse_model_source
 from keyproxy.ai.models import ModelTable
 from keyproxy.ai.route_rules import RouteRules
+from keyproxy.ai.scanning.member_scope import NO_MEMBERS
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.access_settings import access_rules
 from keyproxy.config.schema import RouteRow, Settings
@@ -82,7 +83,7 @@ def build_metering(
             cap=row.cap,
             cap_field=row.cap_field,
             placeholder=placeholder_pattern(match, source.name) if source.kind == "path" else None,
-            judged=() if judged is None else judged.json_paths,
+            judged=NO_MEMBERS if judged is None else judged.members,
             model_field=f"{settings.identity.header_prefix}Model: ".encode("ascii"),
         )
     return found

@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from typing import Final
 
 from keyproxy.ai.access.counted_names import CountedNames
+from keyproxy.ai.access.known_instructions import KnownInstructions
 from keyproxy.ai.access.model_judgement import MODEL_PLACES
 from keyproxy.ai.access.named_models import ModelRules
 from keyproxy.ai.access.namespaces import Bind
 from keyproxy.ai.access.value_sources import HEADER, JSON, PATH, QUERY, ValueSource
 from keyproxy.ai.categories import CategoryRules
 from keyproxy.ai.dialects.endpoint import MemberPath
-from keyproxy.ai.prompts import counting_paths
+from keyproxy.ai.prompts import counting_paths, instruction_members
 from keyproxy.ai.requests.request_reading import BodyBounds
 from keyproxy.ai.scanning.json_bounds import JsonBounds
-from keyproxy.ai.scanning.member_scope import MemberScope, scope_of_paths
+from keyproxy.ai.scanning.member_scope import JudgedMembers, MemberScope, scope_of_paths
 
 _FORM: Final = "form"
 
@@ -28,13 +29,15 @@ class AccessRules:
     """The rules of one route. `model`, `categories`: None if it judges none.
 
     `placeholders`: of each placeholder that is read, a pattern of the route's paths with it in the first group.
-    `json_paths`: the members of JSON that count, besides those with models. `reads_json`, `reads_form`: whether a source
+    `members`: those of JSON that count, besides those with models. `known`: the instructions of earlier requests, if they
+    are all that is read of the parsed document. `reads_json`, `reads_form`: whether a source
     is in the body. `needs_document`: the values are read from a parsed document; a model alone is read from the scan.
     """
 
     __slots__ = (
-        "binds", "bounds", "categories", "form_names", "header_names", "json_paths", "model", "name", "needs_document",
-        "placeholders", "query_names", "reads_body", "reads_form", "reads_json", "scope", "sources", "untyped_names",
+        "binds", "bounds", "categories", "form_names", "header_names", "known", "members", "model", "name",
+        "needs_document", "placeholders", "query_names", "reads_body", "reads_form", "reads_json", "scope", "sources",
+        "untyped_names",
     )  # fmt: skip
 
     def __init__(
@@ -67,11 +70,12 @@ class AccessRules:
         self.query_names: Final = CountedNames(queries)
         self.header_names: Final = CountedNames(headers)
         self.form_names: Final = CountedNames(forms)
-        self.json_paths: Final = _json_paths(self.sources, categories)
+        self.known: Final = KnownInstructions() if _needs_instructions_alone(self.sources, categories) else None
+        self.members: Final = _members(self.sources, categories)
         members = [] if model is None else [(name,) for name in (*MODEL_PLACES, model.json_member) if name]
-        self.scope: Final[MemberScope] = scope_of_paths(members, self.json_paths)
+        self.scope: Final[MemberScope] = scope_of_paths(members, self.members)
         #: What counts in a body without a type, if a server reads it as a form.
-        self.untyped_names: Final = CountedNames([path[0] for path in (*members, *self.json_paths)])
+        self.untyped_names: Final = CountedNames([path[0] for path in (*members, *self.members.paths)])
         self.needs_document: Final = _needs_document(self.sources, categories)
         bounds = BodyBounds() if bounds is None else bounds
         self.bounds: Final = _bounds_of_documents(bounds) if self.needs_document else bounds
@@ -93,13 +97,22 @@ def _bounds_of_documents(bounds: BodyBounds) -> BodyBounds:
     )
 
 
-def _json_paths(sources: tuple[ValueSource, ...], categories: CategoryRules | None) -> tuple[MemberPath, ...]:
+def _members(sources: tuple[ValueSource, ...], categories: CategoryRules | None) -> JudgedMembers:
     paths: list[MemberPath] = [one.pointer for one in sources if one.kind == JSON]
     if categories is not None:
         paths += [one.pointer for one in categories.declared if one.kind == JSON]
         if categories.uses_template or categories.uses_patterns:
             paths += counting_paths(categories.shape)
-    return tuple(dict.fromkeys(paths))
+    instructions = None
+    if categories is not None and _needs_instructions_alone(sources, categories):
+        instructions = instruction_members(categories.shape)
+    return JudgedMembers(tuple(dict.fromkeys(paths)), instructions)
+
+
+def _needs_instructions_alone(sources: tuple[ValueSource, ...], categories: CategoryRules | None) -> bool:
+    if categories is None or not categories.uses_template or categories.uses_patterns or categories.declared:
+        return False
+    return not any(one.kind == JSON for one in sources)
 
 
 def _needs_document(sources: tuple[ValueSource, ...], categories: CategoryRules | None) -> bool:

@@ -17,7 +17,6 @@ from keyproxy.ai.access.body_content import ContentReading, check_media_type, ch
 from keyproxy.ai.access.counted_names import counted_headers, counted_pairs
 from keyproxy.ai.access.judged_values import MISSING, Found, JudgedValues, found_at, found_text
 from keyproxy.ai.access.model_judgement import JudgedModel
-from keyproxy.ai.access.named_models import ModelPlaces
 from keyproxy.ai.access.namespaces import judge_binds
 from keyproxy.ai.access.tenant_records import TenantRecords
 from keyproxy.ai.access.value_sources import HEADER, JSON, PATH, QUERY, path_value
@@ -109,12 +108,14 @@ class JudgedRequest:
         check_untyped(rules, head.fields, content)
         target = head.line.target
         query = headers = None
-        if rules.query_names.exact and b"?" in target:
+        # Not `in`: for bytes it raises an exception within CPython first, which costs more than the search.
+        if rules.query_names.exact and target.find(b"?") >= 0:
             query = counted_pairs(target.partition(b"?")[2], rules.query_names, "query")
         if rules.header_names.exact:
             headers = counted_headers(head.block, rules.header_names)
+        known = None if rules.known is None or parts is None else rules.known.find(parts)
         document: Any = None
-        if rules.needs_document and parts is not None:
+        if rules.needs_document and parts is not None and known is None:
             document = _parsed(content)
         found = _NOTHING
         if rules.sources:
@@ -129,12 +130,15 @@ class JudgedRequest:
                     found[source.text] = MISSING if texts is None else found_text(texts.get(source.name))
         values = JudgedValues(found)
         if model is not None:
-            places = ModelPlaces(parts, query=query, headers=headers, fields=fields)
-            values.models = model.models_of(target, places)
+            values.models = model.models_of(target, parts, query=query, headers=headers, fields=fields)
             if rules.reads_form:
                 self.form_model = values.models.model
-        if rules.categories is not None:
+        if known is not None:
+            values.instructions = known
+        elif rules.categories is not None:
             _read_categories(values, rules.categories, headers, document)
+            if rules.known is not None and parts is not None and values.instructions is not None:
+                rules.known.add(parts, values.instructions)
         self.values = values
 
     # -- what it may use
@@ -208,7 +212,11 @@ def _judge_categories(
         template = records.category(instructions.digest)
         if not instructions.is_registrable:
             template = None
-    matched = () if values.search is None else values.search.categories()
-    categories = values.categories = rules.find(CategoryValues(values.declared, template, matched))
+    if not values.declared and values.search is None:
+        categories = rules.find_template(template)
+    else:
+        matched = () if values.search is None else values.search.categories()
+        categories = rules.find(CategoryValues(values.declared, template, matched))
+    values.categories = categories
     categories.check(identity.scopes)
     return categories

@@ -15,7 +15,6 @@ from keyproxy.ai.requests.model_lists import named_in
 from keyproxy.ai.requests.request_facts import malformed
 from keyproxy.ai.scanning.member_scope import ALTERNATIVES
 from keyproxy.ai.scanning.request_parts import RequestParts
-from keyproxy.mypyc_compat import mypyc_attr
 
 _FORM: Final = "form"
 
@@ -23,26 +22,6 @@ _FORM: Final = "form"
 _KEPT_MAX: Final = 1_024
 _KEPT_CHARACTERS_MAX: Final = 256
 _NULL: Final = b"null"
-
-
-@mypyc_attr(acyclic=True)
-class ModelPlaces:
-    """The counting values of one request, by their names. `parts`: of its JSON, None without."""
-
-    __slots__ = ("fields", "headers", "parts", "query")
-
-    def __init__(
-        self,
-        parts: RequestParts | None,
-        *,
-        query: dict[str, str] | None = None,
-        headers: dict[str, str] | None = None,
-        fields: dict[str, str] | None = None,
-    ) -> None:
-        self.parts: Final = parts
-        self.query: Final = query
-        self.headers: Final = headers
-        self.fields: Final = fields
 
 
 class ModelRules:
@@ -72,21 +51,31 @@ class ModelRules:
         #: By target, and the model in JSON as the source and as every API has it.
         self._kept: Final[dict[tuple[bytes, str | None, str | None], NamedModels]] = {}
 
-    def models_of(self, target: bytes, places: ModelPlaces) -> NamedModels:
-        """The models that a request names. Raises a Refusal (REQUEST_MALFORMED) for a value of another type or shape."""
-        parts = places.parts
-        if places.fields or not self._keeps or (parts is not None and _has_lists(parts)):
-            return self._named(target, places)
+    def models_of(
+        self,
+        target: bytes,
+        parts: RequestParts | None,
+        *,
+        query: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
+        fields: dict[str, str] | None = None,
+    ) -> NamedModels:
+        """The models that a request names. Raises a Refusal (REQUEST_MALFORMED) for a value of another type or shape.
+
+        `parts`: of its JSON, None without. The others are its counting values, by their names.
+        """
+        if fields or not self._keeps or (parts is not None and _has_lists(parts)):
+            return self._named(target, parts, query=query, headers=headers, fields=fields)
         stated = usual = None
         if parts is not None:
             usual = parts.values.get(MODEL)
             stated = usual if self.json_member == MODEL else parts.values.get(self.json_member)
         if not (stated is None or isinstance(stated, str)) or not (usual is None or isinstance(usual, str)):
-            return self._named(target, places)
+            return self._named(target, parts, query=query, headers=headers, fields=fields)
         key = (target, stated, usual)
         found = self._kept.get(key)
         if found is None:
-            found = self._named(target, places)
+            found = self._named(target, parts, query=query, headers=headers, fields=fields)
             if len(target) + len(stated or "") + len(usual or "") <= _KEPT_CHARACTERS_MAX:
                 if len(self._kept) >= _KEPT_MAX:
                     self._kept.clear()
@@ -97,15 +86,23 @@ class ModelRules:
         """The models of a request that names another one at the route's source."""
         return NamedModels(model, named.others, self.table, self.field)
 
-    def _named(self, target: bytes, places: ModelPlaces) -> NamedModels:
+    def _named(
+        self,
+        target: bytes,
+        parts: RequestParts | None,
+        *,
+        query: dict[str, str] | None,
+        headers: dict[str, str] | None,
+        fields: dict[str, str] | None,
+    ) -> NamedModels:
         source, path = self.source, target.partition(b"?")[0]
         others: list[str] = []
-        model = None if places.parts is None else _json_models(places.parts, self.json_member, others)
+        model = None if parts is None else _json_models(parts, self.json_member, others)
         if source.kind == HEADER:
-            model = (places.headers or {}).get(source.name.lower())
+            model = (headers or {}).get(source.name.lower())
         elif source.kind == PATH:
             model = path_value(self.placeholders[source.name], path)
-        for kind, values in ((QUERY, places.query), (_FORM, places.fields)):
+        for kind, values in ((QUERY, query), (_FORM, fields)):
             for name, value in (values or {}).items():
                 if source.kind == kind and name == source.name:
                     model = value
@@ -123,7 +120,7 @@ class ModelRules:
 
 
 def _has_lists(parts: RequestParts) -> bool:
-    return not parts.values.keys().isdisjoint(ALTERNATIVES)
+    return any(name in parts.values for name in ALTERNATIVES)
 
 
 def _json_models(parts: RequestParts, member: str, others: list[str]) -> str | None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from typing import Final
 
-from keyproxy.ai.dialects.endpoint import Dialect, DialectEndpoint, MemberPath
+from keyproxy.ai.dialects.endpoint import Dialect, DialectEndpoint
 from keyproxy.ai.requests.inflation import ContentMemory, Inflation, compression_of
 from keyproxy.ai.requests.request_facts import RequestFacts, ambiguous_type, facts_of
 from keyproxy.ai.requests.scan_faults import refusal_of
 from keyproxy.ai.scanning.content_media import AUDIO, IMAGE, VIDEO, media_kind
 from keyproxy.ai.scanning.json_bounds import JsonBounds, JsonError, TooDenseError
 from keyproxy.ai.scanning.json_grammar import Utf8
-from keyproxy.ai.scanning.member_scope import AmbiguousNameError, MemberScope, scope_of
+from keyproxy.ai.scanning.member_scope import NO_MEMBERS, AmbiguousNameError, JudgedMembers, MemberScope, scope_of
 from keyproxy.ai.scanning.request_parts import DoubledNameError, RequestParts
 from keyproxy.ai.scanning.request_scanner import RequestScanner
 from keyproxy.ai.text_estimate import TextEstimate
@@ -61,7 +61,7 @@ class ReadingRules:
         bounds: BodyBounds,
         *,
         model_member: str | None = None,
-        judged: tuple[MemberPath, ...] = (),
+        judged: JudgedMembers = NO_MEMBERS,
     ) -> None:
         if model_member is None:
             model_member = "model" if dialect.model_member else ""

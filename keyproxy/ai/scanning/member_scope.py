@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from keyproxy.ai.dialects.endpoint import EACH, Dialect, MemberPath
+from keyproxy.ai.scanning.instruction_spans import ENTRIES, NOTHING, ROLE, STORED, WHOLE, InstructionMembers
 from keyproxy.ai.scanning.member_meanings import MEANINGS, NO_MEANING
 
 #: Members with other models that the upstream may use instead.
@@ -42,16 +43,17 @@ class Slot:
     """A member that counts. `path`: its names, outermost first, in the dialect's own spelling, joined by dots.
 
     `scope`: of its value. `is_kept`: the scan keeps its value; other values only have to be unambiguous. `bit`: tells the
-    members of one scope apart.
+    members of one scope apart. `part`: what it is to the instructions of a request, one of `instruction_spans`.
     """
 
-    __slots__ = ("bit", "is_kept", "path", "scope")
+    __slots__ = ("bit", "is_kept", "part", "path", "scope")
 
     def __init__(self, path: str, scope: MemberScope | None, bit: int, *, is_kept: bool) -> None:
         self.path: Final = path
         self.scope: Final = scope
         self.bit: Final = bit
         self.is_kept: Final = is_kept
+        self.part = NOTHING
 
 
 class Name:
@@ -69,15 +71,17 @@ class MemberScope:
 
     `known`: names that have occurred, by their bytes in JSON, which are also the decoded name: those with escapes are
     left out, because they are different names with the same bytes. `each`: the scope of the elements of an array in the
-    place of the object; None: no member counts in them.
+    place of the object; None: no member counts in them. `instructions`: the members with instructions, of a document
+    whose scan finds what these depend on; else None.
     """
 
-    __slots__ = ("_folded", "_has_twins", "_slots", "each", "known")
+    __slots__ = ("_folded", "_has_twins", "_slots", "each", "instructions", "known")
 
     def __init__(self, slots: dict[bytes, Slot], each: MemberScope | None = None, *, has_twins: bool = False) -> None:
         """`slots`: by each spelling, decoded. `has_twins`: another spelling in camelCase or snake_case is ambiguous."""
         self.known: Final[dict[bytes, Name]] = {}
         self.each: Final = each
+        self.instructions: InstructionMembers | None = None
         self._slots: Final = slots
         self._has_twins: Final = has_twins
         self._folded: Final = {self._fold(name): name.decode("utf-8") for name in reversed(slots)}
@@ -85,6 +89,12 @@ class MemberScope:
     def _fold(self, name: bytes) -> str:
         found = folded(name.decode("utf-8"))
         return found.replace("_", "") if self._has_twins else found
+
+    def mark(self, name: str, part: int) -> Slot:
+        """Set what a member that counts is to the instructions."""
+        slot = self._slots[name.encode("ascii")]
+        slot.part = part
+        return slot
 
     def name(self, name: bytes) -> Name:
         """Look up a decoded name. Raises AmbiguousNameError."""
@@ -111,10 +121,21 @@ class MemberScope:
 NO_SCOPE: Final = MemberScope({})
 
 
-def scope_of(dialect: Dialect, model_member: str = "model", judged: Sequence[MemberPath] = ()) -> MemberScope:
-    """Build the scope of a request's document, once per route. `model_member`: the member with the model.
+class JudgedMembers(NamedTuple):
+    """The members that count because a request is judged by them; EACH in a path is every element of an array.
 
-    `judged`: further members that count; EACH in a path is every element of an array.
+    `instructions`: see `MemberScope`; all of its members are among `paths`.
+    """
+
+    paths: tuple[MemberPath, ...] = ()
+    instructions: InstructionMembers | None = None
+
+
+NO_MEMBERS: Final = JudgedMembers()
+
+
+def scope_of(dialect: Dialect, model_member: str = "model", judged: JudgedMembers = NO_MEMBERS) -> MemberScope:
+    """Build the scope of a request's document, once per route. `model_member`: the member with the model.
 
     A member `model` counts on every metered route: it must not name another model than the route's source.
     """
@@ -128,12 +149,25 @@ def scope_of(dialect: Dialect, model_member: str = "model", judged: Sequence[Mem
     kept += dialect.thinking
     if dialect.streams_by_member:
         kept.append(("stream",))
-    return _scope(kept, judged, "", has_twins=dialect.has_twins)
+    return _document_scope(kept, judged, has_twins=dialect.has_twins)
 
 
-def scope_of_paths(kept: Sequence[MemberPath], judged: Sequence[MemberPath]) -> MemberScope:
+def scope_of_paths(kept: Sequence[MemberPath], judged: JudgedMembers) -> MemberScope:
     """Build the scope of a document in which these members count. `kept`: those whose values the scan keeps."""
-    return _scope(kept, judged, "", has_twins=False)
+    return _document_scope(kept, judged, has_twins=False)
+
+
+def _document_scope(kept: Sequence[MemberPath], judged: JudgedMembers, *, has_twins: bool) -> MemberScope:
+    scope = _scope(kept, judged.paths, "", has_twins=has_twins)
+    members = scope.instructions = judged.instructions
+    if members is not None:
+        for part, names in ((WHOLE, members.whole), (STORED, members.stored), (ENTRIES, members.entries)):
+            for name in names:
+                inner = scope.mark(name, part).scope
+                if part == ENTRIES and inner is not None:
+                    for entry in (inner, inner.each or inner):
+                        entry.mark("role", ROLE)
+    return scope
 
 
 def _scope(kept: Sequence[MemberPath], judged: Sequence[MemberPath], prefix: str, *, has_twins: bool) -> MemberScope:

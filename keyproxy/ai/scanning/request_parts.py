@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from keyproxy.ai.scanning.content_media import IMAGE
+from keyproxy.ai.scanning.instruction_spans import ENTRIES, NOTHING, ROLE, InstructionMembers, InstructionSpans
 from keyproxy.ai.scanning.json_grammar import decoded
 from keyproxy.ai.scanning.media_reader import MediaReader
 from keyproxy.ai.scanning.member_meanings import (
@@ -43,9 +44,12 @@ class RequestParts:
     `values`: of the members that count, by their path: raw bytes of a number or literal, decoded text, or an empty
     array or object for any. `spans`: where these values stand. `opening`: where the outermost object opens.
     `empty`: paths of objects without members; `""` is the document. `prompts`: strings and arrays in `prompt`.
+    `instructions`: what the instructions depend on; None if the scope does not name their members.
     """
 
-    def __init__(self, content: bytes, *, has_image_arrays: bool) -> None:
+    def __init__(
+        self, content: bytes, *, has_image_arrays: bool, instructions: InstructionMembers | None = None
+    ) -> None:
         self.values: dict[str, bytes | str | list[str] | dict[str, str]] = {}
         self.spans: dict[str, tuple[int, int]] = {}
         self.empty: set[str] = set()
@@ -58,6 +62,7 @@ class RequestParts:
         self.text: Final = PendingText(content)
         self.media: Final = MediaReader(content, self.text)
         self.content: Final = content
+        self.instructions: Final = None if instructions is None else InstructionSpans(content, instructions)
         self._has_image_arrays: Final = has_image_arrays
 
     # -- events of the scan
@@ -80,6 +85,12 @@ class RequestParts:
         """A number or literal is the value of the current member, or an element."""
         frame.is_empty = False
         slot = frame.slot
+        if self.instructions is not None:
+            self.instructions.note_plain(start, end)
+            if slot is not None:
+                self.instructions.note_member(slot.part, slot.path, start, end)
+            elif _part_of_element(frame):
+                self.instructions.note_entry(start, end, is_object=False)
         if slot is not None and slot.is_kept:
             self.values[slot.path] = self.content[start : min(end, start + _KEPT_BYTES_MAX)]
             self.spans[slot.path] = (start, end)
@@ -90,11 +101,19 @@ class RequestParts:
         """A string is the value of the current member, or an element. `text`: it is short, and decoded."""
         frame.is_empty = False
         slot = frame.slot
-        if slot is not None and slot.is_kept:
-            self.values[slot.path] = self._kept(start, end, text)
-            self.spans[slot.path] = (start - 1, end + 1)
+        if slot is not None:
+            if slot.is_kept:
+                self.values[slot.path] = self._kept(start, end, text)
+                self.spans[slot.path] = (start - 1, end + 1)
+            if slot.part and self.instructions is not None:
+                if slot.part == ROLE:
+                    self.instructions.note_role(frame.start, text)
+                else:
+                    self.instructions.note_string(slot.part, slot.path, start - 1, end + 1)
         if not frame.is_object:
             frame.elements += 1
+            if self.instructions is not None and _part_of_element(frame):
+                self.instructions.note_entry(start, end, is_object=False)
             if frame.own == IMAGES and self._has_image_arrays:
                 self.media.count.add(IMAGE, 0)
                 return
@@ -137,6 +156,11 @@ class RequestParts:
     def close_frame(self, frame: Frame, parent: Frame | None, end: int) -> None:
         """An array or object ends."""
         slot = frame.own_slot
+        if self.instructions is not None:
+            if slot is not None:
+                self.instructions.note_container(slot.part, slot.path, frame.start, end, is_object=frame.is_object)
+            elif parent is not None and _part_of_element(parent):
+                self.instructions.note_entry(frame.start, end, is_object=frame.is_object)
         if slot is not None and slot.is_kept and parent is not None and parent.is_object and parent.slot is slot:
             self.values[slot.path] = {} if frame.is_object else []
             self.spans[slot.path] = (frame.start, end)
@@ -157,3 +181,9 @@ class RequestParts:
         if end - start > _KEPT_BYTES_MAX:
             return TOO_LONG
         return (decoded(self.content, start, end) if text is None else text).decode("utf-8")
+
+
+def _part_of_element(frame: Frame) -> int:
+    """What the elements of an array are to the instructions: ENTRIES or NOTHING."""
+    own = frame.own_slot
+    return ENTRIES if own is not None and own.part == ENTRIES and not frame.is_object else NOTHING

@@ -99,7 +99,7 @@ class RequestScanner:
         has_image_arrays: bool,
         window_bytes: int = WINDOW_BYTES,
     ) -> None:
-        self.parts: Final = RequestParts(content, has_image_arrays=has_image_arrays)
+        self.parts: Final = RequestParts(content, has_image_arrays=has_image_arrays, instructions=scope.instructions)
         self._content: Final = content
         self._scope: Final = scope
         self._open: Final[list[Frame]] = []

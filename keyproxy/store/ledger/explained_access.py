@@ -10,7 +10,6 @@ from keyproxy.ai.access.access_rules import AccessRules
 from keyproxy.ai.access.counted_names import counted_pairs
 from keyproxy.ai.access.judged_request import JudgedRequest, judge_values
 from keyproxy.ai.access.judged_values import Found, JudgedValues, found_text
-from keyproxy.ai.access.named_models import ModelPlaces
 from keyproxy.ai.access.tenant_records import TenantRecords
 from keyproxy.ai.access.value_sources import PATH, QUERY, parse_value_source, path_value
 from keyproxy.ai.prompts import Instructions
@@ -176,5 +175,5 @@ def _read(rules: AccessRules, stated: StatedValues) -> JudgedValues:
         elif source.kind == QUERY:
             values.found[source.text] = found_text(query.get(source.name))
     if rules.model is not None:
-        values.models = rules.model.models_of(stated.target, ModelPlaces(None, query=query))
+        values.models = rules.model.models_of(stated.target, None, query=query)
     return values
