@@ -1,7 +1,7 @@
 """The fields of a multipart form that count. RFC 7578, read strictly.
 
 The library splits the form; what it and other parsers read differently is refused here: a second parser must not find
-a boundary, a part or a name that this one does not. docs/decisions/0021 has the reasons.
+a boundary, a part or a name that this one does not. docs/decisions/0020 has the reasons.
 """
 
 from __future__ import annotations
