@@ -72,6 +72,7 @@ def stocked(name: str, line: LeaseReport, reply: LeaseGrant, alert_percentages: 
     alert_at = min([amount for amount in amounts if amount > reply.spent], default=others_spent) - others_spent
     return (
         name, reply.granted, others_spent, reply.held - outstanding, is_all, line.is_closing, reply.credited, alert_at,
+        line.lease,
     )  # fmt: skip
 
 

@@ -13,14 +13,16 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+import asyncpg
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
+from keyproxy.store.ledger.ledger_script import GenerationLost
 from keyproxy.store.ledger.redis_backend import RedisLedger
 from keyproxy.store.postgres.database import StoreUnavailable
 from tests.contracts import line, window
-from tests.store.harness import Sql
+from tests.store.harness import Sql, until_blocked
 from tests.store.redis_harness import PAST_LIMIT, MakeLedger, MakeServer, granted, ledgers, make_due
 from tests.store.redis_server import RedisServer
 from tests.waiting import until
@@ -255,6 +257,68 @@ async def test_nothing_is_granted_twice_whichever_key_is_missing(
                 given, held[number] = given + now - held[number], now
             assert not await sql.fetch(PAST_LIMIT, 1000)
     assert given + await spent_out(ledger, sql) <= 1000
+
+
+async def delete(server: RedisServer, *patterns: str) -> None:
+    """Delete all keys that match."""
+    async with Redis.from_url(server.url) as client:
+        for pattern in patterns:
+            assert await client.delete(*[key async for key in client.scan_iter(pattern)])
+
+
+@pytest.mark.parametrize("gone", [["*:w:*"], ["*:w:*", "*:due"]])
+async def test_reply_about_the_share_of_a_deleted_window_grants_nothing_twice(
+    server: RedisServer, make_ledger: MakeLedger, sql: Sql, dsn: str, gone: list[str]
+) -> None:
+    ledger, other = make_ledger(server), make_ledger(server)
+    assert await granted(ledger, "a", 1, want=900) == 900
+    assert await granted(other, "b", 1, want=100, at_least=100) == 100
+    assert await granted(ledger, "a", 2, granted=900, used=900) == 900
+    blocking = await asyncpg.connect(dsn)
+    async with blocking.transaction():
+        await blocking.execute("SELECT FROM keyproxy.windows FOR UPDATE")
+        exchange = asyncio.create_task(ledger.refresh([window()]))
+        await until_blocked(sql, "sync_leases")
+        await delete(server, *gone)
+        # A report of a holder that has no unused units. Unless the generation ends, it makes the window anew.
+        has_ended = await granted(other, "c", 1) < 0
+    await blocking.close()
+    with contextlib.suppress(GenerationLost):
+        await exchange
+    assert has_ended == (len(gone) == 1)
+    assert await spent_out(other, sql) == 0
+
+
+async def holder_without_a_lease(ledger: RedisLedger) -> None:
+    """Send the first message of another holder."""
+    assert await granted(ledger, "b", 1, want=1) == -1
+
+
+async def reporter(ledger: RedisLedger) -> None:
+    """Send PostgreSQL the reports that are due."""
+    await ledger.reap()
+
+
+async def reader(ledger: RedisLedger) -> None:
+    """Read the account of a holder that shuts down and has used all of its units."""
+    await ledger.end("used")
+
+
+@pytest.mark.parametrize("notices", [holder_without_a_lease, reporter, reader])
+async def test_missing_window_ends_the_generation_whichever_call_notices(
+    server: RedisServer, ledger: RedisLedger, sql: Sql, notices: Callable[[RedisLedger], Awaitable[None]]
+) -> None:
+    assert await granted(ledger, "used", 1, want=100) == 100
+    assert await granted(ledger, "used", 2, granted=100, used=100) == 100
+    assert await granted(ledger, "a", 1, want=100) == 100
+    await ledger.refresh([window()])
+    await make_due(server)
+    await delete(server, "*:w:*")
+    await notices(ledger)
+    async with Redis.from_url(server.url) as client:
+        assert [key async for key in client.scan_iter("keyproxy:*}:?")] == []
+    assert await granted(ledger, "a", 2, granted=100, used=100) == -1
+    assert await spent_out(ledger, sql) <= 800
 
 
 async def test_promoted_replica_starts_its_own_generation(make_server: MakeServer, make_ledger: MakeLedger) -> None:
