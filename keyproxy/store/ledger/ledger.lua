@@ -8,7 +8,7 @@
 --   <1>:<g>:holders   sorted set: holders by expiry
 --   <1>:<g>:h:<id>    hash of one holder: serial, ended, rests, its leases, and w:<name>: how many leases it has of a window
 --   <1>:<g>:w:<name>  one window; name is kind:is_test:measure:starts:selector"owner. No selector contains a quote.
---   <1>:<g>:due       sorted set: windows by when they are reported to PostgreSQL
+--   <1>:<g>:due       sorted set: windows by when they are reported to PostgreSQL; a window with a share is always in it
 --
 -- This must be fast, because a server has one thread. So lines, leases and windows are sent and stored as structs, and are
 -- arrays here, with a named index for each field: Lua tables with keys take twice as long to create and to collect,
@@ -147,6 +147,12 @@ local function opened(name, measure, starts, ends)
     return windows[name] or looked_at(call('GET', at_window .. name), name, measure, starts, ends)
 end
 
+-- Whether a window is missing of which PostgreSQL may have granted a share: it has not ended, and its report is scheduled.
+-- Made anew, it would not account for what leases hold of that share.
+local function is_lost(window)
+    return not window[IS_KNOWN] and window[ENDS] and now < window[ENDS] and call('ZSCORE', base .. 'due', window[NAME])
+end
+
 local function write(window)
     local over = max(now, window[ENDS] or 0)
         + (window[LASTS] > 0 and window[LASTS] + 60 or window[HELD] > 0 and KEPT_SECONDS or OVER_SECONDS)
@@ -235,7 +241,8 @@ local function window_of(line)
     return name_of(line[KIND], line[IS_TEST], measure, starts, line[SELECTOR], line[OWNER]), starts, ends
 end
 
--- Attach to each line its window and its stored lease. False: a window with reserved units is missing, so data was lost.
+-- Attach to each line its window and its stored lease. False: data was lost, because a window is missing, or was made anew
+-- without units that leases hold of it.
 local function find(lines, kept)
     local seen, keys, firsts, all_starts, all_ends = {}, {}, {}, {}, {}
     for i, line in ipairs(lines) do
@@ -259,10 +266,12 @@ local function find(lines, kept)
         end
     end
     local found = #keys > 0 and call('MGET', unpack(keys)) or {}
-    for i, line in ipairs(firsts) do looked_at(found[i], line[OF], line[OF_MEASURE], all_starts[i], all_ends[i]) end
+    for i, line in ipairs(firsts) do
+        if is_lost(looked_at(found[i], line[OF], line[OF_MEASURE], all_starts[i], all_ends[i])) then return false end
+    end
     for _, line in ipairs(lines) do
         line[OF] = windows[line[OF]]
-        if line[HAD] > line[CONSUMED] + line[BACK] and not line[OF][IS_KNOWN] then return false end
+        if line[HAD] - line[CONSUMED] - line[BACK] > line[OF][HELD] then return false end
     end
     return true
 end
@@ -576,7 +585,7 @@ local function end_holder()
         elseif tonumber(field) then
             local had, consumed, back, name = unpacked(LEASE_KEPT, found[2][i + 1])
             local window, outstanding = opened_by(name), had - consumed - back
-            if outstanding > 0 and not window[IS_KNOWN] then return lose() end
+            if is_lost(window) or outstanding > window[HELD] then return lose() end
             window[HELD] = window[HELD] - outstanding
             if window[MEASURE] ~= 'concurrency' then
                 window[SPENT], window[FORFEITED] = window[SPENT] + outstanding, window[FORFEITED] + outstanding
@@ -646,6 +655,8 @@ local function stock()
             -- If this report is not sent, another process sends it.
             set_due(window, now + TURN_SECONDS)
             write(window)
+        elseif is_lost(window) then
+            return lose()
         else
             call('ZREM', base .. 'due', name)
         end
@@ -654,21 +665,22 @@ local function stock()
 end
 
 -- Apply PostgreSQL's reply: name, granted, others' spent and held, whether all was granted, whether the window has ended,
--- what was credited, at which SPENT it has the next alert to write, and NUMBER. Returns whether there is more to report at
--- once.
+-- what was credited, at which SPENT it has the next alert to write, and the number of the share. Returns whether there is more
+-- to report at once.
 local function stocked()
     local is_more = false
     for _, row in ipairs(ask.rows) do
         local name, granted, is_over = row[1], row[2], row[6]
         local window = opened_by(name)
+        if is_lost(window) then return lose() end
         local is_quiet = window[HELD] == 0 and room(window) == 0
-        -- If the window's key went missing meanwhile, the share is not that of the window that took its place: PostgreSQL
-        -- would count it for both, and it would be granted twice.
-        local is_same = window[IS_KNOWN] and window[NUMBER] == row[9]
-        if is_same and is_over and is_quiet then
+        -- A window that was deleted and made anew has another share. The units in this reply are those of the earlier one:
+        -- leases hold them, or have used them.
+        local is_its = window[IS_KNOWN] and window[NUMBER] == row[9]
+        if is_its and is_over and is_quiet then
             call('DEL', base .. 'w:' .. name)
             call('ZREM', base .. 'due', name)
-        elseif is_same then
+        elseif is_its then
             local got = max(0, granted - window[SHARE])
             window[SHARE] = window[SHARE] + got
             window[OTHERS_SPENT], window[OTHERS_HELD] = row[3], row[4]

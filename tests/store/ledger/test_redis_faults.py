@@ -18,6 +18,7 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
+from keyproxy.store.ledger.ledger_script import GenerationLost
 from keyproxy.store.ledger.redis_backend import RedisLedger
 from keyproxy.store.postgres.database import StoreUnavailable
 from tests.contracts import line, window
@@ -258,24 +259,66 @@ async def test_nothing_is_granted_twice_whichever_key_is_missing(
     assert given + await spent_out(ledger, sql) <= 1000
 
 
-async def test_share_that_arrives_after_its_window_went_missing_is_not_granted_twice(
-    server: RedisServer, ledger: RedisLedger, sql: Sql, dsn: str
+async def delete(server: RedisServer, *patterns: str) -> None:
+    """Delete all keys that match."""
+    async with Redis.from_url(server.url) as client:
+        for pattern in patterns:
+            assert await client.delete(*[key async for key in client.scan_iter(pattern)])
+
+
+@pytest.mark.parametrize("gone", [["*:w:*"], ["*:w:*", "*:due"]])
+async def test_reply_about_the_share_of_a_deleted_window_grants_nothing_twice(
+    server: RedisServer, make_ledger: MakeLedger, sql: Sql, dsn: str, gone: list[str]
 ) -> None:
-    assert await granted(ledger, "a", 1, want=10) == 10
-    blocking: Sql = await asyncpg.connect(dsn)
-    async with blocking.transaction(), Redis.from_url(server.url) as client:
+    ledger, other = make_ledger(server), make_ledger(server)
+    assert await granted(ledger, "a", 1, want=900) == 900
+    assert await granted(other, "b", 1, want=100, at_least=100) == 100
+    assert await granted(ledger, "a", 2, granted=900, used=900) == 900
+    blocking = await asyncpg.connect(dsn)
+    async with blocking.transaction():
         await blocking.execute("SELECT FROM keyproxy.windows FOR UPDATE")
-        asking = [asyncio.create_task(granted(ledger, "a", 2, granted=10, used=10, want=600))]
+        exchange = asyncio.create_task(ledger.refresh([window()]))
         await until_blocked(sql, "sync_leases")
-        (key,) = [key async for key in client.scan_iter("*:w:*")]
-        await client.delete(key)
-        asking.append(asyncio.create_task(granted(ledger, "b", 1, want=1)))
-        while not await client.exists(key):
-            await asyncio.sleep(0.01)
-    await asyncio.gather(*asking)
+        await delete(server, *gone)
+        # A report of a holder that has no unused units. Unless the generation ends, it makes the window anew.
+        has_ended = await granted(other, "c", 1) < 0
     await blocking.close()
-    await granted(ledger, "c", 1, want=150)
-    assert not await sql.fetch(PAST_LIMIT, 1000)
+    with contextlib.suppress(GenerationLost):
+        await exchange
+    assert has_ended == (len(gone) == 1)
+    assert await spent_out(other, sql) == 0
+
+
+async def holder_without_a_lease(ledger: RedisLedger) -> None:
+    """Send the first message of another holder."""
+    assert await granted(ledger, "b", 1, want=1) == -1
+
+
+async def reporter(ledger: RedisLedger) -> None:
+    """Send PostgreSQL the reports that are due."""
+    await ledger.reap()
+
+
+async def reader(ledger: RedisLedger) -> None:
+    """Read the account of a holder that shuts down and has used all of its units."""
+    await ledger.end("used")
+
+
+@pytest.mark.parametrize("notices", [holder_without_a_lease, reporter, reader])
+async def test_missing_window_ends_the_generation_whichever_call_notices(
+    server: RedisServer, ledger: RedisLedger, sql: Sql, notices: Callable[[RedisLedger], Awaitable[None]]
+) -> None:
+    assert await granted(ledger, "used", 1, want=100) == 100
+    assert await granted(ledger, "used", 2, granted=100, used=100) == 100
+    assert await granted(ledger, "a", 1, want=100) == 100
+    await ledger.refresh([window()])
+    await make_due(server)
+    await delete(server, "*:w:*")
+    await notices(ledger)
+    async with Redis.from_url(server.url) as client:
+        assert [key async for key in client.scan_iter("keyproxy:*}:?")] == []
+    assert await granted(ledger, "a", 2, granted=100, used=100) == -1
+    assert await spent_out(ledger, sql) <= 800
 
 
 async def test_promoted_replica_starts_its_own_generation(make_server: MakeServer, make_ledger: MakeLedger) -> None:
