@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import tempfile
@@ -53,6 +54,17 @@ _FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off",
 
 
 _IS_COMPILED = not gateway.__file__.endswith(".py")
+
+
+@pytest.fixture(autouse=True)
+def restored_logging() -> Iterator[None]:
+    """Undo what a command that runs in the process of the test does to logging: later tests read what is logged."""
+    loggers = logging.getLogger(), logging.getLogger("asyncio")
+    levels, handlers = [logger.level for logger in loggers], list(loggers[0].handlers)
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+    loggers[0].handlers[:] = [handler for handler in loggers[0].handlers if handler in handlers]
 
 
 def pytest_configure() -> None:
