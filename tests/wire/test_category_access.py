@@ -153,17 +153,17 @@ async def test_a_document_of_too_many_values_to_judge_at_once_is_refused(start: 
     wire = await judging(
         start, scopes=("prompt:code",), category=["=code", "template"], unregistered="plain", tokens=tokens
     )
-    parts = [turn("user", ["x"] * 60_000), turn("system", "")]
+    parts = [turn("user", ["x"] * 30_000), turn("system", "")]
     assert (await ask(wire, parts)).status == 200
-    told = await ask(wire, [*parts, turn("user", ["x"] * 10_000)])
+    told = await ask(wire, [*parts, turn("user", ["x"] * 5_000)])
     assert (told.status, code(told)) == (400, "request_malformed")
 
 
 DENSE = {
-    "messages": b'{"messages":[' + b",".join([b'{"role":"system","content":"%b"}' % (b"x" * 300)] * 16_000) + b"]}",
-    "parts": b'{"messages":[{"role":"system","content":[' + b",".join([b'"%b"' % (b"x" * 120)] * 65_000) + b"]}]}",
+    "messages": b'{"messages":[' + b",".join([b'{"role":"system","content":"%b"}' % (b"x" * 300)] * 10_000) + b"]}",
+    "parts": b'{"messages":[{"role":"system","content":[' + b",".join([b'"%b"' % (b"x" * 120)] * 32_000) + b"]}]}",
     "arguments": b'{"messages":[{"role":"user","content":[{"arguments":{"args":{'
-    + b",".join([b'"k%d":"%b"' % (number, b"x" * 99) for number in range(65_000)]) + b"}}}]}]}",
+    + b",".join([b'"k%d":"%b"' % (number, b"x" * 99) for number in range(32_000)]) + b"}}}]}]}",
     "text": b'{"messages":[{"role":"system","content":"' + b"x" * 8_300_000 + b'"}]}',
 }  # fmt: skip
 

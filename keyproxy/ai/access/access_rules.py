@@ -21,8 +21,8 @@ from keyproxy.ai.scanning.member_scope import JudgedMembers, MemberScope, scope_
 
 _FORM: Final = "form"
 
-#: A document is parsed and searched in one piece: with so many values that takes up to 40 ms.
-_DOCUMENT_VALUES_MAX: Final = 65_536
+#: A document is parsed and searched in one piece: with so many values that takes up to 30 ms.
+_DOCUMENT_VALUES_MAX: Final = 32_768
 
 
 class AccessRules:
