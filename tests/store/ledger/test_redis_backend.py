@@ -262,7 +262,7 @@ async def test_window_that_changes_during_an_exchange_with_postgresql_is_read_on
     server: RedisServer, make_ledger: MakeLedger, sql: Sql, dsn: str
 ) -> None:
     ledger, other = make_ledger(server), make_ledger(server)
-    assert await granted(ledger, "a", 1, want=1000) == 1000
+    assert await granted(ledger, "a", 1, want=10) == 10
     await other.windows([window()])
     before = await sql.fetchval("SELECT serial FROM keyproxy.lease_holders")
     blocking = await asyncpg.connect(dsn)
