@@ -13,7 +13,7 @@ _KEPT_BYTES_MAX: Final = 1_048_576
 
 
 class KnownInstructions:
-    """The instructions of one route's requests. Bodies whose scan cannot tell what they depend on are not kept."""
+    """The instructions of one route's requests, except where the scan does not show what they depend on."""
 
     __slots__ = ("_bytes", "_kept")
 

@@ -42,8 +42,8 @@ class AmbiguousNameError(Exception):
 class Slot:
     """A member that counts. `path`: its names, outermost first, in the dialect's own spelling, joined by dots.
 
-    `scope`: of its value. `is_kept`: the scan keeps its value; other values only have to be unambiguous. `bit`: tells the
-    members of one scope apart. `part`: what it is to the instructions of a request, one of `instruction_spans`.
+    `scope`: of its value. `is_kept`: the scan keeps its value; other values only have to be unambiguous. `bit`: its own
+    among the members of one scope. `part`: what it is to the instructions of a request, one of `instruction_spans`.
     """
 
     __slots__ = ("bit", "is_kept", "part", "path", "scope")

@@ -215,7 +215,7 @@ BEGIN
                    ELSE greatest(now_granted, now_used + now_returned)
                END AS sure_granted
         FROM settled
-    ), told AS (
+    ), resulting AS (
         SELECT summed.*,
                CASE WHEN counts THEN sure_granted - now_used - now_returned ELSE 0 END AS outstanding,
                CASE WHEN counts THEN sure_granted - now_used - now_returned - (was_granted - was_used - was_returned) ELSE 0
@@ -223,7 +223,7 @@ BEGIN
                row_number() OVER (PARTITION BY window_id ORDER BY want > 0 DESC, lease DESC) = 1 AS is_asker
         FROM summed
     ), asked AS (
-        SELECT told.*,
+        SELECT resulting.*,
                CASE
                    WHEN is_rate THEN floor((bound * interval_seconds - ahead) / interval_seconds + 1e-6)::bigint
                    WHEN settles OR instant >= ends THEN 0
@@ -231,7 +231,7 @@ BEGIN
                         - (sum(more_used + more_held) OVER (PARTITION BY window_id))::bigint
                END AS available,
                was_held + (sum(more_held) OVER (PARTITION BY window_id))::bigint AS now_held
-        FROM told
+        FROM resulting
     ), judged AS (
         SELECT asked.*,
                CASE

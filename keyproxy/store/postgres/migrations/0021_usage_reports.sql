@@ -1,4 +1,4 @@
--- Reports of usage read it by an index, whatever the planner's statistics say and however often a connection has prepared them.
+-- Reports of usage read it by an index, regardless of the planner's statistics and of how often a connection prepared them.
 --
 -- A prepared statement whose filters may be null has one generic plan for all of them, which scans the table; so does a plan
 -- that is made before the statistics of a growing table are collected. The first day is never null, so that there is an index
