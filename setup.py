@@ -11,9 +11,9 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 #: What runs for every request: these folders whole, but for `NOT_COMPILED`, and these modules.
-FOLDERS = ("ai", "auth", "http", "limits", "wire")
+FOLDERS = ("ai", "auth", "decision", "http", "limits", "wire")
 MODULES = (
-    "reasons", "model", "ports", "gateway", "access_decision", "limit_state", "token_accounting", "platform/clock",
+    "reasons", "model", "http_messages", "ports", "gateway", "limit_state", "platform/clock",
     "metrics/access_log", "metrics/model_counts", "metrics/recorder",
     "store/identities/cache", "store/identities/owned_ids", "store/ledger/ledger", "store/usage/journal",
     "store/usage/model_names", "store/usage/usage_batch",

@@ -26,13 +26,14 @@ from keyproxy.auth.api_key import KeyFormat, SecretKey
 from keyproxy.config import schema
 from keyproxy.http import headers
 from keyproxy.http.headers import FieldNames
+from keyproxy.http_messages import RequestHead
 from keyproxy.limits.allowance import Allowance, Need
 from keyproxy.limits.lease_sync import Short
 from keyproxy.limits.ledger_protocol import LeaseGrant
 from keyproxy.limits.plan import Limit, Plan
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.recorder import Recorder
-from keyproxy.model import Missing, Moment, Permit, RequestHead, TimeBudget
+from keyproxy.model import Missing, Moment, Permit, TimeBudget
 from keyproxy.platform import clock
 from keyproxy.ports import Exchange, OwnedIds, PromptTemplates
 from keyproxy.process.run import freeze_garbage

@@ -12,8 +12,6 @@ import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 
-from keyproxy import access_decision, token_accounting
-from keyproxy.access_decision import StoreRecords
 from keyproxy.ai.access.access_rules import AccessRules
 from keyproxy.ai.access.judged_request import JudgedRequest
 from keyproxy.ai.metered_request import MeteredRequest
@@ -22,22 +20,14 @@ from keyproxy.ai.responses.select_meter import meter_for
 from keyproxy.ai.route_rules import RouteRules
 from keyproxy.auth import authorization, credentials
 from keyproxy.auth.api_key import KeyFormat
+from keyproxy.decision import access_decision, token_accounting
+from keyproxy.decision.access_decision import StoreRecords
 from keyproxy.http import headers, idempotency_key
 from keyproxy.http.idempotency_key import Fingerprint
 from keyproxy.http.routes import RouteTable
+from keyproxy.http_messages import RequestHead, ResponseHead
 from keyproxy.limits.allowance import Allowance, Hold, Need
-from keyproxy.model import (
-    Grant,
-    Identity,
-    Missing,
-    Moment,
-    Permit,
-    PublicGrant,
-    RequestHead,
-    ResponseHead,
-    Route,
-    TimeBudget,
-)
+from keyproxy.model import Grant, Identity, Missing, Moment, Permit, PublicGrant, Route, TimeBudget
 from keyproxy.ports import Claims, Exchange, Gate, Identities, Ledger, OwnedIds, PromptTemplates
 from keyproxy.reasons import Blame, Reason, Refusal
 

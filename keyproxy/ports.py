@@ -20,21 +20,9 @@ from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.http.forwarding import Forwarding
 from keyproxy.http.idempotency_key import Fingerprint
+from keyproxy.http_messages import RequestHead, RequestLine, ResponseHead
 from keyproxy.limits.allowance import Allowance, Hold, Need
-from keyproxy.model import (
-    COMPLETED,
-    Ending,
-    Identity,
-    KeyDigest,
-    Missing,
-    Moment,
-    Permit,
-    RequestHead,
-    RequestLine,
-    ResponseHead,
-    Route,
-    TimeBudget,
-)
+from keyproxy.model import COMPLETED, Ending, Identity, KeyDigest, Missing, Moment, Permit, Route, TimeBudget
 from keyproxy.mypyc_compat import mypyc_attr
 from keyproxy.reasons import Reason, Refusal
 
@@ -53,8 +41,18 @@ class Identities:
         """
         raise NotImplementedError
 
+    def acting(self, digest: KeyDigest, user_id: str, now: Moment, *, is_first_lookup: bool = True) -> Identity:
+        """The identity of a key that acts for a user of its tenant, from memory. Never waits.
+
+        Raises what `known` raises, and a Refusal (DELEGATION_REFUSED) if the key may not act for this user.
+        """
+        raise NotImplementedError
+
     def fetching(self, key: SecretKey, missing: Missing) -> Missing:
-        """What to fetch after `known` raised `missing`: the same, or also a lookup of a key from another program."""
+        """What to fetch after `known` raised `missing`: the same, or also a lookup of a key from another program.
+
+        Raises a Refusal for an agent token whose signature or claims are invalid, or that has expired.
+        """
         raise NotImplementedError
 
 

@@ -144,6 +144,13 @@ class Reason(enum.Enum):
         "Prompt category not allowed",
         "The API key may not send this kind of prompt on this route.",
     )
+    DELEGATION_REFUSED = ProblemSpec(
+        "delegation_refused",
+        403,
+        Blame.CALLER,
+        "Delegation refused",
+        "The credential may not act for this user, or may not mint this token.",
+    )
     RATE_LIMITED = ProblemSpec(
         "rate_limited",
         429,

@@ -26,6 +26,7 @@ PUBLIC_STATUSES = {
     "model_not_allowed": 403,
     "namespace_forbidden": 403,
     "prompt_category_not_allowed": 403,
+    "delegation_refused": 403,
     "rate_limited": 429,
     "concurrency_limited": 429,
     "quota_exhausted": 429,

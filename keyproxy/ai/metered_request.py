@@ -30,8 +30,8 @@ from keyproxy.ai.responses.meter import ResponseUse
 from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.ai.route_rules import RouteRules
 from keyproxy.ai.scanning.request_parts import RequestParts
+from keyproxy.http_messages import RequestHead
 from keyproxy.limits import allowance
-from keyproxy.model import RequestHead
 from keyproxy.mypyc_compat import mypyc_attr
 from keyproxy.reasons import Reason, Refusal
 

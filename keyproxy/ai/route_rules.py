@@ -15,8 +15,8 @@ from keyproxy.ai.requests.request_facts import RequestFacts
 from keyproxy.ai.requests.request_reading import BodyBounds, ReadingRules
 from keyproxy.ai.reservation import INSERT, TokenRules
 from keyproxy.ai.scanning.member_scope import NO_MEMBERS, JudgedMembers
+from keyproxy.http_messages import RequestHead
 from keyproxy.limits.allowance import Need
-from keyproxy.model import RequestHead
 
 #: The models of requests that name the same are kept. Clients choose paths and names: at the bound all are dropped, and
 #: long ones are never kept.

@@ -25,7 +25,8 @@ from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from keyproxy.auth.api_key import KeyFormat, SecretKey
-from keyproxy.model import CredentialField, KeyDigest, RequestFields, RequestHead, RequestLine
+from keyproxy.http_messages import CredentialField, RequestFields, RequestHead, RequestLine
+from keyproxy.model import KeyDigest
 from keyproxy.reasons import Reason, Refusal
 
 #: Query parameters with a value that is always a credential. Compared in lower case, with `-` for `_`.

@@ -15,12 +15,13 @@ from keyproxy.ai.categories import Category
 from keyproxy.ai.models import Model
 from keyproxy.config import addresses, bind_settings, categories, route_access, token_settings, value_checks
 from keyproxy.config.categories import CategoryKeys
+from keyproxy.config.delegation_settings import AccessSettings
 from keyproxy.config.token_settings import Money, Tokens
 from keyproxy.config.value_checks import Check, one_of, within
 from keyproxy.config.value_types import OneOrMany
 from keyproxy.http import error_responses
 from keyproxy.http.routes import RouteTable
-from keyproxy.model import Route
+from keyproxy.model import AGENT_TOKENS, Route
 
 
 def _setting(default: Any, check: Check | None = None, *, secret: bool = False) -> Any:
@@ -104,6 +105,7 @@ class Cache:
     unknown_seconds: float = _setting(5.0, within(0.1))
     entries_max: int = _setting(100_000, within(1))
     unknown_entries_max: int = _setting(100_000, within(1))
+    acting_entries_max: int = _setting(100_000, within(1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +212,7 @@ class RouteRow:
     unregistered: str = _setting("", categories.unregistered_fault)
     access: str = _setting(route_access.KEY, one_of(route_access.KEY, route_access.PUBLIC))
     encoded_slash: str = _setting(route_access.REFUSE, one_of(route_access.REFUSE, route_access.FORWARD))
+    serves: str = _setting("", one_of("", AGENT_TOKENS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +227,7 @@ class Settings:
     cache: Cache = field(default_factory=Cache)
     identity: IdentityHeaders = field(default_factory=IdentityHeaders)
     keys: KeySettings = field(default_factory=KeySettings)
+    access: AccessSettings = field(default_factory=AccessSettings)
     ledger: LedgerSettings = field(default_factory=LedgerSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     usage: Usage = field(default_factory=Usage)
@@ -261,6 +265,7 @@ class Settings:
                         deduplicates=row.idempotency == token_settings.ONCE,
                         is_public=row.access == route_access.PUBLIC,
                         forwards_encoded_slash=row.encoded_slash == route_access.FORWARD,
+                        serves=row.serves,
                     ),
                 )
                 for row in self.routes

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from keyproxy.http.identity_headers import identity_block
-from keyproxy.model import RequestHead
+from keyproxy.http_messages import RequestHead
 
 #: A hop of X-Forwarded-For that may be an address, with or without a port.
 _HOP = re.compile(

@@ -19,7 +19,8 @@ from typing import Final
 
 from keyproxy.http import identity_headers
 from keyproxy.http.forwarding import Forwarding
-from keyproxy.model import Permit, PublicGrant, RequestHead
+from keyproxy.http_messages import RequestHead
+from keyproxy.model import Permit, PublicGrant
 
 
 class Kind(enum.Enum):

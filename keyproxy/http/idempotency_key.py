@@ -14,7 +14,8 @@ import hashlib
 import re
 from typing import Final
 
-from keyproxy.model import Identity, RequestHead
+from keyproxy.http_messages import RequestHead
+from keyproxy.model import Identity
 from keyproxy.reasons import SPENT, Reason
 
 #: The header's name, in lower case.

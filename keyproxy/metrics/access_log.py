@@ -26,7 +26,8 @@ import orjson
 
 from keyproxy.ai.metered_request import MeteredRequest
 from keyproxy.http.headers import trace_id
-from keyproxy.model import RequestHead, RequestLine, Route
+from keyproxy.http_messages import RequestHead, RequestLine
+from keyproxy.model import Route
 from keyproxy.ports import Exchange
 
 _log = logging.getLogger(__name__)

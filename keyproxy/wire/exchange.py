@@ -17,7 +17,8 @@ from collections.abc import Callable
 from typing import Final
 
 from keyproxy.http import headers
-from keyproxy.model import COMPLETED, PUBLIC_OWNER, Ending, Permit, PublicGrant, RequestHead, ResponseHead
+from keyproxy.http_messages import RequestHead, ResponseHead
+from keyproxy.model import COMPLETED, PUBLIC_OWNER, Ending, Permit, PublicGrant
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire import phases
 from keyproxy.wire.body_buffer import BodyBuffer, BodyOwner, InflatedContent

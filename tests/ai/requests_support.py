@@ -9,7 +9,7 @@ from keyproxy.ai.dialects.endpoint import DialectEndpoint
 from keyproxy.ai.dialects.table import DIALECTS, endpoint_of
 from keyproxy.ai.requests.request_facts import RequestFacts
 from keyproxy.ai.requests.request_reading import BodyBounds, ReadingRules, RequestReading
-from keyproxy.model import RequestFields
+from keyproxy.http_messages import RequestFields
 
 HELLO: dict[str, Any] = {"model": "gpt-4o", "messages": [{"role": "user", "content": "Hello, how are you?"}]}
 

@@ -13,7 +13,7 @@ from keyproxy.ai.access.access_rules import AccessRules
 from keyproxy.ai.access.judged_request import JudgedRequest
 from keyproxy.ai.categories import Category, CategoryRules, parse_category_source
 from keyproxy.ai.prompts import SHAPES, counting_paths, instruction_members
-from keyproxy.model import RequestFields, RequestHead, RequestLine
+from keyproxy.http_messages import RequestFields, RequestHead, RequestLine
 from keyproxy.reasons import Refusal
 
 each_shape = pytest.mark.parametrize("shape", SHAPES)

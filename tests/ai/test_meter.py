@@ -23,7 +23,7 @@ from keyproxy.ai.responses.select_meter import meter_for
 from keyproxy.ai.responses.streams import sse_meter, stream_reading
 from keyproxy.ai.responses.usage_objects import TOKENS_MAX, UsageReport, header_report
 from keyproxy.http.headers import FieldNames
-from keyproxy.model import ResponseHead
+from keyproxy.http_messages import ResponseHead
 from keyproxy.wire.parsing.head_cache import ResponseReader
 from keyproxy.wire.parsing.head_templates import LEARNT_AFTER
 

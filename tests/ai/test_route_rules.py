@@ -17,7 +17,7 @@ from keyproxy.ai.requests.request_reading import BodyBounds, RequestReading
 from keyproxy.ai.reservation import TokenRules
 from keyproxy.ai.route_rules import RouteRules
 from keyproxy.http.headers import FieldNames
-from keyproxy.model import RequestHead
+from keyproxy.http_messages import RequestHead
 from keyproxy.reasons import Refusal
 from keyproxy.wire.parsing.head_cache import RequestReader
 

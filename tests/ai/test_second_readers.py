@@ -26,7 +26,8 @@ from keyproxy.ai.access.tenant_records import TenantRecords
 from keyproxy.ai.access.value_sources import parse_value_source
 from keyproxy.ai.model_source import parse_model_source
 from keyproxy.ai.models import Model, ModelTable
-from keyproxy.model import Identity, RequestFields, RequestHead, RequestLine
+from keyproxy.http_messages import RequestFields, RequestHead, RequestLine
+from keyproxy.model import Identity
 from keyproxy.reasons import Refusal
 from tests import fakes
 

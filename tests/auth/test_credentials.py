@@ -9,7 +9,7 @@ import pytest
 
 from keyproxy.auth import credentials
 from keyproxy.auth.api_key import KeyFormat
-from keyproxy.model import CredentialField, RequestFields, RequestHead, RequestLine
+from keyproxy.http_messages import CredentialField, RequestFields, RequestHead, RequestLine
 from keyproxy.reasons import Reason, Refusal
 from tests import fakes
 

@@ -7,7 +7,7 @@ import pytest
 from keyproxy.http.forwarding import TrustRule
 from keyproxy.http.headers import FieldNames, Kind, sane_request_id
 from keyproxy.http.identity_headers import identity_block
-from keyproxy.model import RequestFields, RequestHead, RequestLine
+from keyproxy.http_messages import RequestFields, RequestHead, RequestLine
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pytest
 
 from keyproxy.http.headers import FieldNames
 from keyproxy.http.idempotency_key import Fingerprint, fingerprint
-from keyproxy.model import Identity, RequestHead
+from keyproxy.http_messages import RequestHead
+from keyproxy.model import Identity
 from keyproxy.reasons import Reason
 from keyproxy.wire.parsing.head_cache import RequestReader
 from keyproxy.wire.parsing.head_templates import LEARNT_AFTER

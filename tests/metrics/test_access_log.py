@@ -14,8 +14,9 @@ from keyproxy.http import headers
 from keyproxy.http.forwarding import TrustRule
 from keyproxy.http.headers import FieldNames
 from keyproxy.http.routes import ANY_ROUTE
+from keyproxy.http_messages import RequestHead
 from keyproxy.metrics.access_log import AccessLog
-from keyproxy.model import COMPLETED, Ending, Grant, Permit, RequestHead
+from keyproxy.model import COMPLETED, Ending, Grant, Permit
 from keyproxy.ports import Exchange
 from keyproxy.reasons import Reason
 from keyproxy.wire.parsing.head_beginnings import refused_line

@@ -14,7 +14,7 @@ from keyproxy.ai.categories import Category, CategoryRules, parse_category_sourc
 from keyproxy.ai.models import Model
 from keyproxy.ai.prompts import digest_of
 from keyproxy.config.schema import RouteRow
-from keyproxy.model import RequestFields, RequestHead, RequestLine
+from keyproxy.http_messages import RequestFields, RequestHead, RequestLine
 from keyproxy.process.patterns.re2_matcher import compile_patterns
 from keyproxy.reasons import Reason, Refusal
 from tests import fakes

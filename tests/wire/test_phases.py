@@ -16,7 +16,8 @@ from keyproxy.ai.responses.meter import Meter
 from keyproxy.ai.responses.usage_reader import ResponseUsageReader
 from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.http.headers import FieldNames
-from keyproxy.model import Grant, Permit, RequestHead, ResponseHead, Route
+from keyproxy.http_messages import RequestHead, ResponseHead
+from keyproxy.model import Grant, Permit, Route
 from keyproxy.ports import Exchange, Gate
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire import phases

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from keyproxy.ai.dialects.header import HEADER
 from keyproxy.ai.responses.meter import Meter
 from keyproxy.ai.responses.usage_reader import ResponseUsageReader
-from keyproxy.model import Grant, Permit, ResponseHead, Route
+from keyproxy.http_messages import ResponseHead
+from keyproxy.model import Grant, Permit, Route
 from keyproxy.ports import Exchange, Gate
 from keyproxy.wire.client.connection import ClientConnection
 from keyproxy.wire.upstream.connection import UpstreamConnection

@@ -15,7 +15,7 @@ from keyproxy.ai.scanning.json_bounds import JsonError, TooDenseError
 from keyproxy.ai.scanning.member_scope import AmbiguousNameError
 from keyproxy.ai.scanning.request_parts import DoubledNameError, RequestParts
 from keyproxy.ai.scanning.request_scanner import RequestScanner
-from keyproxy.model import RequestFields, RequestHead
+from keyproxy.http_messages import RequestFields, RequestHead
 from keyproxy.mypyc_compat import mypyc_attr
 from keyproxy.reasons import Reason, Refusal
 

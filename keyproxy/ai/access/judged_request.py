@@ -24,7 +24,8 @@ from keyproxy.ai.categories import Categories, CategoryRules, CategoryValues
 from keyproxy.ai.prompts import instructions_of, prompt_text
 from keyproxy.ai.requests.request_facts import malformed
 from keyproxy.ai.scanning.request_parts import RequestParts
-from keyproxy.model import Identity, RequestHead
+from keyproxy.http_messages import RequestHead
+from keyproxy.model import Identity
 from keyproxy.mypyc_compat import mypyc_attr
 from keyproxy.reasons import Reason, Refusal
 

@@ -20,7 +20,7 @@ from keyproxy.ai.scanning.member_scope import NO_MEMBERS, AmbiguousNameError, Ju
 from keyproxy.ai.scanning.request_parts import DoubledNameError, RequestParts
 from keyproxy.ai.scanning.request_scanner import RequestScanner
 from keyproxy.ai.text_estimate import TextEstimate
-from keyproxy.model import RequestFields
+from keyproxy.http_messages import RequestFields
 from keyproxy.reasons import Reason, Refusal
 
 #: The work of one portion, in bytes of text: about two milliseconds.

@@ -16,7 +16,7 @@ from keyproxy.ai.responses.streams.sse_meter import SseMeter
 from keyproxy.ai.responses.streams.stream_reading import StreamReading
 from keyproxy.ai.responses.usage_objects import header_report
 from keyproxy.ai.responses.usage_reader import ResponseUsageReader
-from keyproxy.model import ResponseHead
+from keyproxy.http_messages import ResponseHead
 
 _EVENTS: Final = b"text/event-stream"
 _LINES: Final = (b"application/x-ndjson", b"application/ndjson", b"application/jsonl")

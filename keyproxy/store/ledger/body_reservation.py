@@ -11,10 +11,10 @@ from keyproxy.ai.models import Candidates, ModelTable, recorded_name
 from keyproxy.ai.requests.request_reading import ReadingRules, RequestReading
 from keyproxy.ai.reservation import INSERT, TokenNeed, need_of
 from keyproxy.config.schema import RouteRow, Settings
+from keyproxy.http_messages import RequestFields
 from keyproxy.limits import allowance
 from keyproxy.limits.allowance import Allowance, Hold, applies, is_of_mode
 from keyproxy.limits.plan import PER_REQUEST, TOKENS
-from keyproxy.model import RequestFields
 
 _JSON: Final = RequestFields(host=b"localhost", host_block=b"", media_type=b"application/json")
 

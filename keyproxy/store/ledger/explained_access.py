@@ -13,7 +13,8 @@ from keyproxy.ai.access.judged_values import Found, JudgedValues, found_text
 from keyproxy.ai.access.tenant_records import TenantRecords
 from keyproxy.ai.access.value_sources import PATH, QUERY, parse_value_source, path_value
 from keyproxy.ai.prompts import Instructions
-from keyproxy.model import Identity, RequestFields, RequestHead, RequestLine
+from keyproxy.http_messages import RequestFields, RequestHead, RequestLine
+from keyproxy.model import Identity
 from keyproxy.reasons import Refusal
 from keyproxy.store.directory.errors import Invalid
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.http import headers
-from keyproxy.model import RequestHead
+from keyproxy.http_messages import RequestHead
 
 
 class RequestIds:

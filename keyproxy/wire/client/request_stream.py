@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Final
 
 from keyproxy.http.headers import NOT_IN_TRAILERS
-from keyproxy.model import RequestHead
+from keyproxy.http_messages import RequestHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.parsing.framing import Body, ChunkedBody, CountedBody, EndlessBody, NoBody
 from keyproxy.wire.parsing.head_beginnings import HEAD_END, check_beginning

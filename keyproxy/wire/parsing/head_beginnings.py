@@ -10,7 +10,7 @@ import httptools
 
 from keyproxy.http import request_target
 from keyproxy.http.routes import KNOWN_METHODS
-from keyproxy.model import RequestLine
+from keyproxy.http_messages import RequestLine
 from keyproxy.reasons import Reason, Refusal
 
 HEAD_END: Final = b"\r\n\r\n"

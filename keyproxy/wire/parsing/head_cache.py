@@ -25,7 +25,7 @@ from typing import Final, Generic, TypeVar
 from keyproxy.http import request_target
 from keyproxy.http.headers import FieldNames, Kind
 from keyproxy.http.routes import KNOWN_METHODS
-from keyproxy.model import (
+from keyproxy.http_messages import (
     CredentialField,
     RequestFields,
     RequestHead,

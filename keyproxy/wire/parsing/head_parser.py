@@ -22,7 +22,7 @@ import httptools
 from keyproxy.http import content_type, idempotency_key, request_target
 from keyproxy.http.headers import FieldNames, states_limits
 from keyproxy.http.routes import KNOWN_METHODS
-from keyproxy.model import RequestFields, RequestLine, ResponseFields, ResponseHead, StatusLine
+from keyproxy.http_messages import RequestFields, RequestLine, ResponseFields, ResponseHead, StatusLine
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.parsing.head_beginnings import with_uniform_method
 from keyproxy.wire.parsing.header_fields import Fields, ParsedFields, malformed, parse_fields

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from typing import Final
 
 from keyproxy.http.headers import NOT_HOP_BY_HOP, FieldNames, Kind, canonical
-from keyproxy.model import CredentialField
+from keyproxy.http_messages import CredentialField
 from keyproxy.reasons import Reason, Refusal
 
 CONTENT_LENGTH_DIGITS_MAX: Final = 18

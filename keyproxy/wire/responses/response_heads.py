@@ -7,7 +7,7 @@ from typing import Final
 
 from keyproxy.http import headers
 from keyproxy.http.error_responses import ErrorResponse
-from keyproxy.model import ResponseHead
+from keyproxy.http_messages import ResponseHead
 from keyproxy.ports import Exchange
 from keyproxy.wire.context import ServerContext
 

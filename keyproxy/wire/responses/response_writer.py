@@ -9,7 +9,7 @@ sent in one write; until then one of ours can still replace it.
 from __future__ import annotations
 
 from keyproxy.http.error_responses import ErrorResponse
-from keyproxy.model import RequestHead, ResponseHead
+from keyproxy.http_messages import RequestHead, ResponseHead
 from keyproxy.wire.client.transport import ClientTransport
 from keyproxy.wire.parsing.framing import CHUNK_BEGINNING, chunks
 from keyproxy.wire.parsing.head_parser import has_no_body

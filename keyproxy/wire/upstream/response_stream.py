@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from keyproxy.http.headers import Kind
-from keyproxy.model import ResponseHead
+from keyproxy.http_messages import ResponseHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.parsing.framing import Body, ChunkedBody, CountedBody, EndlessBody, NoBody
 from keyproxy.wire.parsing.head_beginnings import HEAD_END, check_response_beginning

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from keyproxy.model import RequestHead
+from keyproxy.http_messages import RequestHead
 from keyproxy.reasons import Reason, Refusal
 
 #: RFC 9110 section 9.2.2.

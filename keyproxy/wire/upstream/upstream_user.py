@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from keyproxy import ports
-from keyproxy.model import ResponseHead
+from keyproxy.http_messages import ResponseHead
 from keyproxy.reasons import Refusal
 from keyproxy.wire.upstream import retry
 

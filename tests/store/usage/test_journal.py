@@ -13,7 +13,8 @@ import pytest
 
 from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.config.schema import Usage
-from keyproxy.model import Identity, RequestFields, RequestHead, RequestLine
+from keyproxy.http_messages import RequestFields, RequestHead, RequestLine
+from keyproxy.model import Identity
 from keyproxy.ports import Exchange
 from keyproxy.reasons import Reason
 from keyproxy.store.postgres.database import Database, Row, StoreUnavailable

@@ -13,7 +13,7 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from keyproxy.http.headers import FieldNames
-from keyproxy.model import RequestHead, ResponseHead
+from keyproxy.http_messages import RequestHead, ResponseHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.parsing import head_cache, head_templates
 from keyproxy.wire.parsing.head_cache import RequestReader, ResponseReader

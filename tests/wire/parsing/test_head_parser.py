@@ -9,7 +9,7 @@ from hypothesis import given
 
 from keyproxy.http.headers import FieldNames
 from keyproxy.http.routes import KNOWN_METHODS
-from keyproxy.model import RequestFields, RequestLine, ResponseFields, StatusLine
+from keyproxy.http_messages import RequestFields, RequestLine, ResponseFields, StatusLine
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.parsing.head_beginnings import check_beginning
 from keyproxy.wire.parsing.head_cache import RequestReader, ResponseReader

@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 from typing import Final, NamedTuple
 
-from keyproxy import token_accounting
 from keyproxy.ai.access.access_rules import AccessRules
 from keyproxy.ai.access.judged_request import JudgedRequest
 from keyproxy.ai.access.tenant_records import TenantRecords
 from keyproxy.ai.metered_request import MeteredRequest
-from keyproxy.model import Identity, Missing, Moment, RequestHead, TimeBudget
+from keyproxy.decision import token_accounting
+from keyproxy.http_messages import RequestHead
+from keyproxy.model import Identity, Missing, Moment, TimeBudget
 from keyproxy.ports import Exchange, OwnedIds, PromptTemplates
 
 #: A body up to this size is read at once: that costs no more than to wait for a turn.

@@ -11,8 +11,9 @@ from keyproxy.ai.charge import ResponseEnd
 from keyproxy.ai.metered_request import MeteredRequest
 from keyproxy.ai.requests.forwarded_headers import for_metering, with_length
 from keyproxy.ai.responses.meter import ResponseUse
+from keyproxy.http_messages import RequestHead
 from keyproxy.limits.allowance import Hold
-from keyproxy.model import COMPLETED, Ending, Missing, RequestHead
+from keyproxy.model import COMPLETED, Ending, Missing
 from keyproxy.ports import Exchange
 from keyproxy.reasons import Blame
 
