@@ -41,6 +41,7 @@ _RULES: Final = (
         re.compile(r"prompt_templates_category_check"),
         "a category starts with a lower-case letter, contains only those, digits, _ and -, and has at most 64 characters",
     ),
+    (re.compile(r"api_keys_acts_for_check"), "acts_for is none or tenant"),
     (re.compile(r"window_credits_reason_check"), "a reason has 1 to 500 characters"),
     (re.compile(r"window_credits_bound"), "a limit and its credits together must stay from 0 to 10^15"),
     (
@@ -124,10 +125,13 @@ class DirectoryContext:
     ) -> list[str]:
         """Check what keys may do after these changes. Returns warnings of a changed key."""
         if kind == "key":
-            if "scopes" not in changes and "roles" not in changes:
-                return []
-            await authority.check_scopes(transaction, keys=[entity_id])
-            return await authority.ceiling_warnings(transaction, [entity_id])
+            warnings: list[str] = []
+            if "scopes" in changes or "roles" in changes:
+                await authority.check_scopes(transaction, keys=[entity_id])
+                warnings += await authority.ceiling_warnings(transaction, [entity_id])
+            if "acts_for" in changes or "plan" in changes:
+                warnings += await authority.acting_warnings(transaction, [entity_id])
+            return warnings
         if "roles" in changes:
             user, tenant = (entity_id, None) if kind == "user" else (None, entity_id)
             await authority.check_scopes(transaction, user=user, tenant=tenant)
