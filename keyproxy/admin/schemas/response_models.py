@@ -181,6 +181,7 @@ class Plan(ResponseModel):
     tenants: _Count
     users: _Count
     keys: _Count
+    agents: _Count
 
 
 class PlanShown(Plan):
