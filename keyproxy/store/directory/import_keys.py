@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from keyproxy.auth.api_key import masked
-from keyproxy.config.value_checks import is_role, is_scope
+from keyproxy.auth.names import is_role, is_scope
 from keyproxy.store.directory.access.authority import check_scopes, key_warnings
 from keyproxy.store.directory.context import DirectoryContext
 from keyproxy.store.directory.entities import ACTS_FOR, ACTS_FOR_NONE, KeyWish, new_key_id
