@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import re
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple, NoReturn
@@ -23,6 +22,7 @@ SKEW_SECONDS: Final = 60
 
 _BYTES_MAX: Final = 4_096
 _SIGNATURE_BYTES: Final = 64
+_TIME_MAX: Final = 2**53
 
 _HEADER: Final = re.compile(
     rb'\{"typ":"%b","alg":"ES256","kid":"([A-Za-z0-9_-]{1,128})"\}' % re.escape(AGENT_TOKEN_TYPE.encode("ascii"))
@@ -69,9 +69,9 @@ class SignedToken(NamedTuple):
         # `aud` is one string here: a list that contains the audience is another token than ours.
         if claims.get("iss") != rules.issuer or claims.get("aud") != rules.audience:
             raise _invalid("its issuer or audience is another one")
-        issued, expires = claims.get("iat"), claims.get("exp")
-        if not _is_time(issued) or not _is_time(expires) or issued > now_wall + SKEW_SECONDS:
-            raise _invalid("its times are invalid")
+        issued, expires = _time(claims.get("iat")), _time(claims.get("exp"))
+        if issued > now_wall + SKEW_SECONDS:
+            raise _invalid("it was issued in the future")
         # Without skew, as the expiry of every key: the row would be refused for the same reason.
         if now_wall >= expires:
             raise Refusal(Reason.KEY_EXPIRED, "agent token: it has expired")
@@ -100,8 +100,10 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
-def _is_time(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _time(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _TIME_MAX:
+        raise _invalid("a time is missing or invalid")
+    return value
 
 
 def _decoded(part: bytes) -> bytes:
