@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from keyproxy.auth.names import is_agent
 from keyproxy.store.directory.access import authority
 from keyproxy.store.directory.context import DirectoryContext
 from keyproxy.store.directory.entities import CHANGEABLE, ENTITIES, Entity, etag
 from keyproxy.store.directory.errors import Invalid, NotFound, Outdated
 from keyproxy.store.postgres.database import Row, Transaction
 
-AGENT_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 AGENT_ID_RULE: Final = (
     "an agent's id starts with a letter or digit, contains only those and . _ -, and has at most 64 characters"
 )
@@ -22,7 +21,7 @@ AGENT_ID_RULE: Final = (
 
 def agent_id(text: str) -> str:
     """A valid id of an agent. Raises Invalid."""
-    if AGENT_ID.fullmatch(text) is None:
+    if not is_agent(text):
         raise Invalid(f"invalid agent {text!r}: {AGENT_ID_RULE}")
     return text
 
