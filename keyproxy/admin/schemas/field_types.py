@@ -84,6 +84,10 @@ Instant = Annotated[AwareDatetime, BeforeValidator(_instant)]
 #: Text that may contain keys.
 Pasted = Annotated[str, Field(max_length=TEXT_BYTES_MAX, description="Headers, logs, scripts, JSON, URLs: unchanged.")]
 
+ActsFor = Annotated[
+    Literal["none", "tenant"], Field(description="The users that the key may act for besides its owner.")
+]
+
 #: The two forms of a plan's limits, in the locations of validation errors.
 BY_NAME, AS_LIST = "<by name>", "<list>"
 

@@ -21,6 +21,7 @@ from pydantic import (
 from keyproxy.admin.schemas.field_types import (
     AS_LIST,
     BY_NAME,
+    ActsFor,
     Amount,
     AuditedId,
     Burst,
@@ -194,6 +195,7 @@ class KeyIssue(FirstKey):
     user: Id
     is_test: bool = False
     roles: Annotated[list[Role], Field(max_length=16)] = []
+    acts_for: ActsFor = "none"
 
 
 class KeysIssue(RequestModel):
@@ -208,12 +210,13 @@ class KeysIssue(RequestModel):
 class KeyChange(RequestModel):
     """Fields to change; omitted fields stay unchanged. A null plan removes the plan."""
 
-    without_default: ClassVar[frozenset[str]] = frozenset({"name", "plan", "scopes", "roles"})
+    without_default: ClassVar[frozenset[str]] = frozenset({"name", "plan", "scopes", "roles", "acts_for"})
 
     name: Name = ""
     plan: PlanId | None = None
     scopes: Annotated[list[KeyScope], Field(max_length=64, description="All scopes; replace the previous ones.")] = []
     roles: Annotated[list[Role], Field(max_length=16, description="All roles; replace the previous ones.")] = []
+    acts_for: ActsFor = "none"
 
 
 class KeyRotate(RequestModel):
