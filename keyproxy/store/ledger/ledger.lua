@@ -642,10 +642,10 @@ local function stock()
         local window = opened_by(name)
         if window[IS_KNOWN] then
             if window[NUMBER] == 0 then window[NUMBER] = call('HINCRBY', marker, 'numbers', 1) end
-            local is_idle = window[NEED] == 0 and (is_deserted or since(window[TOUCHED]) >= IDLE_SECONDS)
+            local is_idle = window[NEED] == 0 and since(window[TOUCHED]) >= IDLE_SECONDS
             -- A budget has no end: its share is closed when nothing uses it, and its next use opens another one.
             local is_over = window[HELD] == 0 and (now >= window[ENDS] + 60 or is_idle and window[ENDS] == NEVER)
-            if is_over or is_idle then
+            if is_over or is_idle or window[NEED] == 0 and is_deserted then
                 -- Give units up here first, then report it to PostgreSQL.
                 window[GIVEN_BACK], window[LOW] = window[GIVEN_BACK] + max(0, room(window)), 0
             end
