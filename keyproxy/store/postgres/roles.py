@@ -30,6 +30,10 @@ RIGHTS: Final = {
     "roles": ("SELECT", _ALL),
     "owned": ("SELECT", _ALL),
     "prompt_templates": ("SELECT", _ALL),
+    "agents": ("SELECT", _ALL),
+    # Proxies mint by a function, which checks the authority of the parent.
+    "agent_tokens": ("SELECT", _ALL),
+    "signing_keys": ("SELECT, INSERT, UPDATE (ends_at)", _ALL),
     # Proxies only use two functions: see the migration that created the table.
     "foreign_hashes": ("", _ALL),
     "changes": ("SELECT, DELETE", "SELECT"),
