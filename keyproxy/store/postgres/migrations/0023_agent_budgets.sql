@@ -1,6 +1,6 @@
 -- Budgets of agent tokens, windows that never end; and the pools of agents and agent tokens.
 --
--- These are the current texts of sync_leases and tenant_of_pool. docs/ledger.md lists where those of other functions are.
+-- These are the current texts of sync_leases, forget_windows and tenant_of_pool. docs/ledger.md lists where those of other functions are.
 --
 -- The previous release has no such windows, and never reads one.
 
@@ -34,6 +34,29 @@ SET search_path = pg_catalog, pg_temp AS $$
             SELECT u.tenant_id FROM keyproxy.agent_tokens AS t JOIN keyproxy.users AS u ON u.id = t.user_id WHERE t.id = owner
         )
     END
+$$;
+
+-- Delete unused rates and slots. Budgets also start at 0: they go with their tokens, and this does not look at them.
+CREATE OR REPLACE FUNCTION keyproxy.forget_windows(after bigint, portion int, OUT next bigint, OUT gone bigint)
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
+DECLARE
+    seen bigint[] := ARRAY(
+        SELECT w.id FROM keyproxy.windows AS w
+        WHERE w.starts = 0 AND w.id > after AND w.measure IN ('rate', 'token_rate', 'concurrency')
+        ORDER BY w.id LIMIT portion
+    );
+    long_ago float8 := extract(epoch FROM clock_timestamp()) - 86400;
+BEGIN
+    DELETE FROM keyproxy.windows AS w WHERE w.id = ANY (ARRAY(
+        SELECT o.id FROM keyproxy.windows AS o
+        WHERE o.id = ANY (seen) AND o.held = 0 AND o.theoretical < long_ago AND o.wanted_at < long_ago
+          AND (o.measure IN ('rate', 'token_rate') OR o.measure = 'concurrency' AND o.spent = 0)
+          AND NOT EXISTS (SELECT FROM keyproxy.leases AS x WHERE x.window_id = o.id)
+        ORDER BY o.id FOR UPDATE SKIP LOCKED
+    ));
+    GET DIAGNOSTICS gone = ROW_COUNT;
+    next := CASE WHEN cardinality(seen) = portion THEN seen[portion] END;
+END
 $$;
 
 -- One message of a holder. One row per line and one in front, of lease 0, whose granted is the number of living holders, and
