@@ -25,7 +25,7 @@ _SIGNATURE_BYTES: Final = 64
 _TIME_MAX: Final = 2**53
 
 _HEADER: Final = re.compile(
-    rb'\{"typ":"%b","alg":"ES256","kid":"([A-Za-z0-9_-]{1,128})"\}' % re.escape(AGENT_TOKEN_TYPE.encode("ascii"))
+    rb'\{"typ":"%b","alg":"ES256","kid":"([A-Za-z0-9_-]{43})"\}' % re.escape(AGENT_TOKEN_TYPE.encode("ascii"))
 )
 _BASE64URL: Final = re.compile(rb"[A-Za-z0-9_-]+")
 
