@@ -27,10 +27,12 @@ from keyproxy.platform.tasks import cancel_all
 from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
 from keyproxy.store.directory.admin_tokens import AdminTokens
+from keyproxy.store.directory.agents.operator_mint import OperatorKey, SigningMint, token_rules
 from keyproxy.store.directory.directory import Actor
 from keyproxy.store.outbox.limit_alerts import LimitAlertQueue
 from keyproxy.store.outbox.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database, StoreUnavailable
+from keyproxy.store.signing_keys import SigningKeyCache
 from keyproxy.wire.tls import TlsError, server_context, show
 
 _log = logging.getLogger(__name__)
@@ -57,6 +59,8 @@ class Admin:
         self._reminding = WebhookSender(self._reminders)
         self._alerts = LimitAlertQueue(self._database, lambda: self._settings.alerts.percentages)
         self._alerting = WebhookSender(self._alerts, "alerts of limits")
+        signing_keys = SigningKeyCache(self._database, token_rules(settings.access), clock.now)
+        self._operator_key = OperatorKey(signing_keys, clock.now)
         self._service = self._made(settings)
 
     def _made(self, settings: Settings) -> Service:
@@ -65,7 +69,8 @@ class Admin:
         tokens = AdminTokens(self._database, key_format, Actor("admin", "local"))
         access = Access(tokens, key_format, self._throttle, file_digest=file_digest(settings.admin.token_file))
         config = ApiConfig(settings.keys.age_days_max, settings)
-        return Service(self._database, key_format, access, config, clock.monotonic)
+        mint = SigningMint(settings.access, self._operator_key, clock.now)
+        return Service(self._database, key_format, access, config, mint, clock.monotonic)
 
     async def run(
         self, *, access_log_fd: int, started: Callable[[str], None], read_again: Callable[[], Settings]
@@ -79,6 +84,7 @@ class Admin:
         async with contextlib.AsyncExitStack() as stack:
             await self._database.open()
             stack.push_async_callback(self._database.close)
+            stack.push_async_callback(self._operator_key.close)
             await self._check_tokens()
             log = AccessLog(access_log_fd, wall_offset=clock.wall_offset)
             log.success_share = self._settings.log.success_share

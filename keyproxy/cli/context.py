@@ -92,6 +92,23 @@ class Call:
         key_format = KeyFormat(keys.prefix, accepts_foreign=keys.accept_foreign)
         return self.run_in_store(lambda database: work(Directory(database, key_format, actor())))
 
+    def run_to_mint(self, work: Callable[[DirectoryOperations], Awaitable[_T]]) -> _T:
+        """As `run_for_secret`, for the minting of agent tokens."""
+        if self.admin_url is not None:
+            return self.run_for_secret(work)
+        require_stdout()
+        # The libraries for signatures take longer to load than a command runs.
+        from keyproxy.store.directory.agents.operator_mint import minting
+
+        settings = self.settings()
+        key_format = KeyFormat(settings.keys.prefix, accepts_foreign=settings.keys.accept_foreign)
+
+        async def minted(database: Database) -> _T:
+            async with minting(database, settings.access, clock.now) as mint:
+                return await work(Directory(database, key_format, actor(), mint=mint))
+
+        return self.run_in_store(minted)
+
     def run_usage(self, work: Callable[[UsageOperations], Awaitable[_T]]) -> _T:
         """As `run`, for queries of usage and limits."""
         url = self.admin_url

@@ -104,7 +104,12 @@ class KeysQuery(Paged):
 class AuditQuery(RequestModel):
     """Selects audit log rows; all given filters must match."""
 
-    entity: Literal["tenant", "user", "key", "plan", "token", "window", "role", "owned", "template"] | None = None
+    entity: (
+        Literal[
+            "tenant", "user", "key", "plan", "token", "window", "role", "owned", "template", "agent", "agent_token"
+        ]
+        | None
+    ) = None
     entity_id: AuditedId | None = None
     tenant: Id | None = None
     actor: Text | None = None

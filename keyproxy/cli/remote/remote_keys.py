@@ -48,7 +48,7 @@ class RemoteKeys:
     async def list_by_time(
         self, order: str, cursor: str | None, limit: int, wanted: KeyFilter | None = None
     ) -> EntityPage:
-        return await self._client.page("list_keys", cursor, limit, sort=order, **_filters(wanted))
+        return await self._client.page("list_keys", cursor=cursor, limit=limit, sort=order, **_filters(wanted))
 
     async def change(self, key_id: str, changes: Mapping[str, Any]) -> Entity:
         return await self._client.call("change_key", key_id, **changes)

@@ -8,15 +8,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from keyproxy.auth.minting import MintParent, parse_mint_request
+from keyproxy.auth.minting import MintParent, MintRules, parse_mint_request
+from keyproxy.ports import AgentTokenMint
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.store.directory.agents.operator_mint import OperatorMint
 from keyproxy.store.directory.context import DirectoryContext
 from keyproxy.store.directory.entities import Entity
 from keyproxy.store.directory.errors import DelegationRefused, Invalid, TooManyTokens
-from keyproxy.store.postgres.database import JoinedTransaction, StoreUnavailable
+from keyproxy.store.postgres.database import JoinedTransaction, StatementRunner, StoreUnavailable
 
 TOKEN_ID: Final = re.compile(r"agt_[0-9A-Za-z]{22}")
+
+
+class OperatorMint:
+    """What a directory needs to mint tokens on behalf of operators. `minted`: how many were minted."""
+
+    def __init__(self, rules: MintRules) -> None:
+        self.rules: Final = rules
+        self.minted = 0
+
+    def minter(self, database: StatementRunner) -> AgentTokenMint:
+        """The mint over a database, or over one transaction of it."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +55,7 @@ class AgentTokenStore:
                 minted = await minter.mint(parent, request, actor=self._context.actor.name)
         except Refusal as refusal:
             raise _error_of(refusal) from refusal
-        self._mint.key.minted += 1
+        self._mint.minted += 1
         return minted.to_json()
 
     async def get(self, token_id: str) -> Entity:

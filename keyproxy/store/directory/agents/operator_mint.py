@@ -1,10 +1,14 @@
-"""Mints on behalf of operators, by the admin process and by commands: their own signing key, and what a mint needs."""
+"""Mints on behalf of operators, by the admin process and by commands: their own signing key, and the rules.
+
+Imported only where tokens are minted: the libraries for signatures take longer to load than a command runs.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 from keyproxy.auth.minting import MintRules
@@ -13,14 +17,18 @@ from keyproxy.model import Moment
 from keyproxy.ports import AgentTokenMint
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.signing.signing_key import SigningKey
+from keyproxy.signing.token_check import TokenRules
 from keyproxy.store.agent_tokens.minter import TokenMinter
-from keyproxy.store.postgres.database import StatementRunner
+from keyproxy.store.directory.agents.agent_tokens import OperatorMint
+from keyproxy.store.postgres.database import Database, StatementRunner, StoreConflict, StoreUnavailable
 from keyproxy.store.signing_keys import SigningKeyCache
 
-#: A key signs no longer than this, as those of proxies.
+_log = logging.getLogger(__name__)
+
+#: A key signs for this long, as those of proxies.
 _SIGNS_SECONDS: Final = 24 * 3600.0
 
-#: An agent token lives at most this long, with room for clocks that differ.
+#: The longest life of a token, with room for clocks that differ.
 _TOKEN_SECONDS_MAX: Final = 960.0
 
 
@@ -32,53 +40,67 @@ class OperatorKey:
         self._now = now
         self._key: SigningKey | None = None
         self._making = asyncio.Lock()
-        #: How many tokens were minted.
-        self.minted = 0
 
     async def prepare(self) -> None:
-        """Publish a key unless there is one that can sign. Call before `signing_key`. Raises StoreUnavailable."""
+        """Publish a key, unless there is one that can sign. Call before minting, outside of any transaction.
+
+        Raises StoreUnavailable.
+        """
         async with self._making:
-            if self._key is None or not _may_sign(self._key, self._now().wall_seconds):
-                key = SigningKey.make(self._now().wall_seconds)
+            wall = self._now().wall_seconds
+            if self._key is None or wall >= self._key.created_wall_seconds + _SIGNS_SECONDS:
+                key = SigningKey.make(wall)
                 await self._keys.publish(key)
                 self._key = key
 
     def signing_key(self, now: Moment) -> SigningKey:
-        """The published key. Raises a Refusal if there is none."""
-        if self._key is None or now.wall_seconds > self._key.ends_wall_seconds - _TOKEN_SECONDS_MAX:
+        """The published key. Raises a Refusal if there is none, or it would end before a token."""
+        if self._key is None or now.wall_seconds + _TOKEN_SECONDS_MAX > self._key.ends_wall_seconds:
             raise Refusal(Reason.STORE_UNAVAILABLE, "no signing key is published")
         return self._key
 
     async def close(self) -> None:
-        """Let the public key end with the last token that it signed. Raises StoreUnavailable."""
+        """Let the public key end with the last token that it signed."""
         key, self._key = self._key, None
-        if key is not None:
+        if key is None:
+            return
+        try:
             await self._keys.cut(key.kid, max(self._now().wall_seconds, key.signed_until_wall_seconds))
+        except (StoreUnavailable, StoreConflict) as error:
+            # It ends 25 hours after it was made.
+            _log.warning("signing key %s is not withdrawn early: %s", key.kid, error)
 
 
-@dataclass(frozen=True, slots=True)
-class OperatorMint:
-    """What a directory needs to mint: the rules of the configuration, and the key of the process."""
+class SigningMint(OperatorMint):
+    """Mints with the key of this process."""
 
-    rules: MintRules
-    key: OperatorKey
-    now: Callable[[], Moment]
+    def __init__(self, access: AccessSettings, key: OperatorKey, now: Callable[[], Moment]) -> None:
+        super().__init__(mint_rules(access))
+        self.key = key
+        self._now = now
 
     def minter(self, database: StatementRunner) -> AgentTokenMint:
-        """The mint over a database, or over one transaction of it."""
-        return TokenMinter(database, rules=lambda: self.rules, signing_key=self.key.signing_key, now=self.now)
+        return TokenMinter(database, rules=lambda: self.rules, signing_key=self.key.signing_key, now=self._now)
+
+
+@contextlib.asynccontextmanager
+async def minting(database: Database, access: AccessSettings, now: Callable[[], Moment]) -> AsyncIterator[SigningMint]:
+    """The mint of a command: its key ends with what it signed."""
+    key = OperatorKey(SigningKeyCache(database, token_rules(access), now), now)
+    await key.prepare()
+    try:
+        yield SigningMint(access, key, now)
+    finally:
+        await key.close()
 
 
 def mint_rules(access: AccessSettings) -> MintRules:
     """The configured bounds of agent tokens."""
     return MintRules(
-        tuple(access.audiences),
-        access.agent_ttl_seconds,
-        access.agent_depth_max,
-        access.agent_tokens_max,
-        access.issuer,
+        tuple(access.audiences), access.agent_ttl_seconds, access.agent_depth_max, access.agent_tokens_max, access.issuer
     )
 
 
-def _may_sign(key: SigningKey, wall_seconds: float) -> bool:
-    return wall_seconds < min(key.created_wall_seconds + _SIGNS_SECONDS, key.ends_wall_seconds - _TOKEN_SECONDS_MAX)
+def token_rules(access: AccessSettings) -> TokenRules:
+    """The issuer and audience of tokens that proxies of this configuration accept."""
+    return TokenRules(access.issuer, access.audiences[0])
