@@ -13,6 +13,9 @@ from keyproxy.ports import Exchange
 #: Cached common parts of events per group; the cache is cleared when it is full.
 _ALIKE_MAX: Final = 64
 
+#: Identities whose groups are cached per batch; the cache is cleared when it is full.
+_CACHED_MAX: Final = 10_000
+
 #: The place of the actor in the common part of an event: behind what belongs to models.
 _ACTOR_PLACE: Final = 14
 
@@ -110,6 +113,16 @@ class UsageGroup:
         return encoded
 
 
+def _value(identity: Identity, route: str, model: str) -> tuple[str | None, ...]:
+    """What the sums and the events of a group have in common."""
+    token = identity.agent_token
+    token_id = None if token is None else token.token_id
+    return (
+        identity.tenant_id, identity.user_id, identity.key_id, identity.mode, identity.actor_user_id, token_id,
+        route, model,
+    )  # fmt: skip
+
+
 def _tail(identity: Identity) -> bytes:
     token = identity.agent_token
     if token is None and identity.actor_user_id is None:
@@ -119,16 +132,47 @@ def _tail(identity: Identity) -> bytes:
 
 
 class UsageBatch:
-    """The unit of writing. `events`: JSON arrays without their brackets."""
+    """The unit of writing. `events`: JSON arrays without their brackets.
 
-    __slots__ = ("by_key", "event_bytes", "event_count", "events", "groups", "number")
+    `by_key` caches the groups of identities. An identity that is read again is another object, and so is each of those
+    that a key is refused as; their groups are found by value.
+    """
+
+    __slots__ = ("_by_value", "by_key", "event_bytes", "event_count", "events", "groups", "number")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.groups: list[UsageGroup] = []
         self.by_key: dict[tuple[Identity, str, str], UsageGroup] = {}
+        self._by_value: dict[tuple[str | None, ...], UsageGroup] = {}
         self.events: list[bytes] = []
         self.event_bytes = self.event_count = 0
+
+    def existing(self, identity: Identity, route: str, model: str) -> UsageGroup | None:
+        """The group of an identity, if there is one."""
+        group = self._by_value.get(_value(identity, route, model))
+        if group is not None:
+            self._cache(identity, group)
+        return group
+
+    def group(self, day: int, identity: Identity, route: str, model: str) -> UsageGroup:
+        """The group of an identity, a new one if there is none."""
+        group = self.existing(identity, route, model)
+        if group is None:
+            group = self._by_value[_value(identity, route, model)] = UsageGroup(day, identity, route, model)
+            self.groups.append(group)
+            self._cache(identity, group)
+        return group
+
+    def forget_groups(self) -> None:
+        """Begin a new group for each identity, since the day has changed."""
+        self.by_key.clear()
+        self._by_value.clear()
+
+    def _cache(self, identity: Identity, group: UsageGroup) -> None:
+        if len(self.by_key) >= _CACHED_MAX:
+            self.by_key.clear()
+        self.by_key[identity, group.route, group.model] = group
 
     def columns(self) -> tuple[object, ...]:
         """The batch as the arguments of `record_usage`."""

@@ -394,6 +394,19 @@ async def test_events_have_the_actor_the_agent_and_its_token_and_daily_sums_are_
     assert sums["o3"]["requests"] == 4
 
 
+async def test_identities_that_are_read_again_take_no_further_room_while_the_store_is_unavailable(
+    journal: UsageJournal, sql: Sql
+) -> None:
+    requests = 120_000
+    for _ in range(requests // 1_000):
+        journal.take(rows(*(ended(fakes.identity(), was_sent=False) for _ in range(1_000))))
+    assert journal.dropped["requests"] == 0
+    sent = ended(fakes.identity())
+    journal.take(rows(sent))
+    await journal.flush()
+    assert [(row["key_id"], row["requests"]) for row in await usage(sql)] == [("key_of_u_42", 1)]
+
+
 async def test_refusals_by_different_limits_are_distinguished(journal: UsageJournal, sql: Sql) -> None:
     who = fakes.identity()
     policies = ["user.requests_per_day", "tenant.requests_per_month", "user.requests_per_day", ""]
