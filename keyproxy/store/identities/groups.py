@@ -1,4 +1,4 @@
-"""Users and tenants in the identity cache: one write invalidates all entries of a user or tenant.
+"""Users, tenants and keys in the identity cache: one write invalidates all entries that depend on one of them.
 
 A group lives as long as an entry refers to it: tables of groups hold weak references. Therefore the class is in a module
 of its own that is not compiled: objects of compiled classes do not support weak references.
@@ -10,19 +10,33 @@ import weakref
 
 
 class Group:
-    """A user or a tenant. All entries of its keys refer to it, so one write invalidates all of them.
+    """A user, a tenant, or a key that acts. All entries that depend on it refer to it, so one write invalidates them.
 
     `is_current`: entries may be served without a lookup. `is_usable`: outdated entries may still be served while the
     store is down, because only limits have changed.
     """
 
-    __slots__ = ("__weakref__", "_newer", "_older", "is_current", "is_usable")
+    __slots__ = ("__weakref__", "_members", "_newer", "_older", "_parts", "is_current", "is_usable")
 
     def __init__(self) -> None:
         self.is_current = True
         self.is_usable = True
         self._older: list[weakref.ref[Group]] = []
         self._newer: Group | None = None
+        self._parts: tuple[Group, ...] = ()
+        self._members: weakref.WeakSet[Group] | None = None
+
+    def depend_on(self, other: Group) -> None:
+        """From now on, what invalidates the entries of the other group invalidates those of this one as well.
+
+        This group keeps the other one alive, so that a change finds it.
+        """
+        if other in self._parts:
+            return
+        self._parts = (*self._parts, other)
+        if other._members is None:
+            other._members = weakref.WeakSet()
+        other._members.add(self)
 
     def supersede(self) -> Group:
         """Mark the entries outdated but usable. Return the group for entries that are read from now on.
@@ -38,7 +52,7 @@ class Group:
                 older.keep(newer)
                 newer._older.append(reference)
         self._older = []
-        self.is_current = False
+        self._mark(is_usable=self.is_usable)
         return newer
 
     def keep(self, newer: Group) -> None:
@@ -47,8 +61,14 @@ class Group:
 
     def end(self) -> None:
         """Mark the entries of this group and of the older ones outdated and unusable."""
-        self.is_current = self.is_usable = False
+        self._mark(is_usable=False)
         for reference in self._older:
             older = reference()
             if older is not None:
-                older.is_current = older.is_usable = False
+                older._mark(is_usable=False)
+
+    def _mark(self, *, is_usable: bool) -> None:
+        self.is_current = False
+        self.is_usable = self.is_usable and is_usable
+        for member in self._members or ():
+            member._mark(is_usable=is_usable)
