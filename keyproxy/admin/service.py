@@ -21,6 +21,7 @@ from keyproxy.admin.problems import Problem, Refused
 from keyproxy.admin.resources import access, agents, credit, importing, keys, plans, prompts, tenants, usage
 from keyproxy.admin.scopes import Scope, allows
 from keyproxy.auth.api_key import KeyFormat
+from keyproxy.store.directory.agents.operator_mint import SigningMint
 from keyproxy.store.directory.directory import (
     Actor,
     Conflict,
@@ -34,7 +35,6 @@ from keyproxy.store.directory.directory import (
     TooManyTokens,
     etag,
 )
-from keyproxy.store.directory.agents.operator_mint import SigningMint
 from keyproxy.store.directory.idempotent_requests import (
     IdempotencyRecord,
     InProgress,

@@ -28,7 +28,7 @@ class AgentTokenWish(RequestModel):
 
     agent: Annotated[AgentId, Field(description="The agent of the user; created by its first token.")]
     role: Role = ""
-    scopes: Annotated[list[KeyScope], Field(min_length=1, max_length=64)] = []
+    scopes: Annotated[list[KeyScope], Field(min_length=1, max_length=64, default_factory=list)]
     token_budget: Annotated[Whole | None, Field(description="How many tokens of models it may use; null: any.")] = None
     request_budget: Annotated[Whole | None, Field(description="How many requests it may make; null: any.")] = None
     ttl_seconds: Annotated[
@@ -147,9 +147,7 @@ async def _revoke_token(request: ApiRequest) -> ApiResponse:
 
 async def _agents(request: ApiRequest) -> ApiResponse:
     user = request.path["id"]
-    return await page(
-        request.query, lambda after, limit: request.directory.agents.list_by_id(user, after, limit)
-    )
+    return await page(request.query, lambda after, limit: request.directory.agents.list_by_id(user, after, limit))
 
 
 async def _agent(request: ApiRequest) -> ApiResponse:
@@ -171,21 +169,22 @@ async def _revoke(request: ApiRequest) -> ApiResponse:
 
 ENDPOINTS: Final = (
     Endpoint("mint_agent_token",
-             "Mint a token for an agent from a key, without a use of the key. The agent is created by its first token. The "
-             "token is only in this response.",
+             "Mint a token for an agent from a key, which needs no scope for this. The agent is created by its first "
+             "token. The token is only in this response.",
              Scope.KEYS_WRITE, _mint, {201: AgentTokenMinted}, body=AgentTokenWish, signs=True, refuses=_REFUSED),
     Endpoint("show_agent_token", "One agent token.",
              Scope.KEYS_READ, _token, {200: AgentTokenShown}, refuses=_NOT_THERE),
     Endpoint("revoke_agent_token",
              "Revoke an agent token permanently, and thereby those minted from it. Takes effect within a second.",
-             Scope.KEYS_WRITE, _revoke_token, {200: AgentTokenShown}, body=KeyRevoke, may_be_empty=True, refuses=_NOT_THERE),
+             Scope.KEYS_WRITE, _revoke_token, {200: AgentTokenShown}, body=KeyRevoke, may_be_empty=True,
+             refuses=_NOT_THERE),
     Endpoint("list_agents", "List the agents of a user, sorted by id.",
              Scope.KEYS_READ, _agents, {200: Agents}, query=Paged, refuses=_NOT_THERE),
     Endpoint("show_agent", "One agent.",
              Scope.KEYS_READ, _agent, {200: Agent}, refuses=_NOT_THERE),
     Endpoint("change_agent",
-             "Change an agent's ceiling or plan, or disable or enable it. The tokens of a disabled agent, and those minted "
-             "from them, are refused, and it gets no new ones. Takes effect within a second.",
+             "Change an agent's ceiling or plan, or disable or enable it. The tokens of a disabled agent, and those "
+             "minted from them, are refused, and it gets no new ones. Takes effect within a second.",
              Scope.KEYS_WRITE, _change, {200: Agent}, body=AgentChange, is_conditional=True, refuses=_NOT_THERE),
     Endpoint("revoke_agent",
              "Revoke all live tokens of an agent, and thereby those minted from them. Takes effect within a second.",

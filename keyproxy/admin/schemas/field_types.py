@@ -23,7 +23,7 @@ PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 SCOPE = r"^[A-Za-z0-9][A-Za-z0-9._:/\-]{0,63}$"
 ROLE = r"^[a-z][a-z0-9_\-]{0,63}$"
 AGENT = r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,63}$"
-TOKEN_ID = r"^agt_[0-9A-Za-z]{22}$"
+AGENT_TOKEN = r"^agt_[0-9A-Za-z]{22}$"  # noqa: S105 - the form of an id
 OBJECT_ID = r"^[A-Za-z0-9._:@|+~/=,!$\-]{1,256}$"
 
 NAMESPACE = r"^(path|query|header|json):[^=\x00-\x1f\x7f]{1,256}=[^\x00-\x1f\x7f]{0,512}$"

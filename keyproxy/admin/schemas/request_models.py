@@ -105,9 +105,7 @@ class AuditQuery(RequestModel):
     """Selects audit log rows; all given filters must match."""
 
     entity: (
-        Literal[
-            "tenant", "user", "key", "plan", "token", "window", "role", "owned", "template", "agent", "agent_token"
-        ]
+        Literal["tenant", "user", "key", "plan", "token", "window", "role", "owned", "template", "agent", "agent_token"]
         | None
     ) = None
     entity_id: AuditedId | None = None

@@ -114,9 +114,7 @@ class AdminClient:
                 async for line in response.content:
                     yield orjson.loads(line)
 
-    async def page(
-        self, endpoint: str, /, *path: str, cursor: str | None, limit: int, **filters: Any
-    ) -> EntityPage:
+    async def page(self, endpoint: str, /, *path: str, cursor: str | None, limit: int, **filters: Any) -> EntityPage:
         """Return one page of a list. `path`: as for `call`."""
         content = await self.call(endpoint, *path, limit=min(limit, PAGE_MAX), cursor=cursor, **filters)
         return EntityPage(content["items"], content["next"])

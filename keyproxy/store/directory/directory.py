@@ -13,9 +13,9 @@ from keyproxy.auth.api_key import KeyFormat
 from keyproxy.store.directory.access.owned_ids import OwnedIdStore
 from keyproxy.store.directory.access.prompts import PromptTemplateStore
 from keyproxy.store.directory.access.roles import RoleStore
+from keyproxy.store.directory.accounts import TenantStore, UserStore
 from keyproxy.store.directory.agents.agent_tokens import AgentTokenStore, OperatorMint
 from keyproxy.store.directory.agents.agents import AgentStore
-from keyproxy.store.directory.accounts import TenantStore, UserStore
 from keyproxy.store.directory.audit import AuditFilter, AuditLog
 from keyproxy.store.directory.context import DirectoryContext
 from keyproxy.store.directory.credits import Credit, CreditStore

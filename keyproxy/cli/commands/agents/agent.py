@@ -29,8 +29,8 @@ _user_option = click.option("--user", "user_id", required=True, metavar="USER", 
 def agent_group() -> None:
     """Manage agents and their tokens.
 
-    An agent is a program that works for a user with tokens of its own. A token lives for at most 15 minutes and has a part
-    of the scopes of the key that it is cut from. An agent is created by its first token.
+    An agent is a program that works for a user with tokens of its own. A token lives for at most 15 minutes and has a
+    part of the scopes of the key that it is cut from. An agent is created by its first token.
 
     \b
     keyproxy agent token --key key_… --agent crawler --role reader --token-budget 10000
@@ -104,9 +104,7 @@ def agent_set_roles(
 @plan_arguments
 @_user_option
 @takes_call
-def agent_set_plan(
-    call: Call, agent: str, plan: str | None, named: str | None, user_id: str, *, none: bool
-) -> None:
+def agent_set_plan(call: Call, agent: str, plan: str | None, named: str | None, user_id: str, *, none: bool) -> None:
     """Set or remove an agent's plan, which limits all its tokens together. Takes effect within a second.
 
     \b

@@ -24,7 +24,9 @@ _TOKEN_COLUMNS: Final = (
 @click.command("token", short_help="Mint a token for an agent from a key.")
 @click.option("--key", "key_id", required=True, metavar="KEY_ID", help="The key that the token is cut from.")
 @click.option("--agent", required=True, callback=agent_name, metavar="AGENT", help="The agent that gets the token.")
-@click.option("--role", "role_wanted", callback=role, metavar="ROLE", help="The scopes of a role, as far as the key has them.")
+@click.option(
+    "--role", "role_wanted", callback=role, metavar="ROLE", help="The scopes of a role, as far as the key has them."
+)
 @click.option(
     "--scope", "wanted", multiple=True, callback=scopes, metavar="SCOPE", help="A scope that the key has; repeatable."
 )
@@ -103,7 +105,9 @@ def agent_revoke(call: Call, subject: str, user_id: str | None, reason: str, *, 
     del yes
     if user_id is None:
         if TOKEN_ID.fullmatch(subject) is None:
-            raise click.UsageError(f"{subject!r} is not the id of a token (agt_…): for all tokens of an agent pass --user")
+            raise click.UsageError(
+                f"{subject!r} is not the id of a token (agt_…): for all tokens of an agent pass --user"
+            )
         revoked = call.run(lambda directory: directory.agent_tokens.revoke(subject, reason))
     else:
         if not is_agent(subject):

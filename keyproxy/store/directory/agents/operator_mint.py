@@ -97,7 +97,11 @@ async def minting(database: Database, access: AccessSettings, now: Callable[[], 
 def mint_rules(access: AccessSettings) -> MintRules:
     """The configured bounds of agent tokens."""
     return MintRules(
-        tuple(access.audiences), access.agent_ttl_seconds, access.agent_depth_max, access.agent_tokens_max, access.issuer
+        tuple(access.audiences),
+        access.agent_ttl_seconds,
+        access.agent_depth_max,
+        access.agent_tokens_max,
+        access.issuer,
     )
 
 
