@@ -355,12 +355,17 @@ class LeaseTable:
         refused = [need for need in short if need.most and need.lease.is_refused(need.least, now_mono)]
         if refused:
             # The limit with the longest wait: after it, the other limits admit the request too.
-            lease, least, _ = max(refused, key=lambda one: refusals.waits_longest(one.lease, one.least))
-            if extended is not None and not lease.is_rate:
-                # What it holds already is part of what it needs: its own reservation does not refuse it.
-                least += extended.spend if lease.window.measure in SPEND else extended.tokens
+            needs = [(need.lease, need.least + _held_of(need.lease, extended)) for need in refused]
+            lease, least = max(needs, key=lambda need: refusals.wait_order(need[0], need[1]))
             raise refusals.refusal(lease, least, now_mono, leases)
         raise Short(short)
+
+
+def _held_of(lease: Lease, extended: Hold | None) -> int:
+    """What an extended hold has of a lease: part of what it needs, so that its own reservation does not refuse it."""
+    if extended is None or lease.is_rate:
+        return 0
+    return extended.spend if lease.window.measure in SPEND else extended.tokens
 
 
 def _put_back(leases: Sequence[Lease], amount: int) -> None:

@@ -65,7 +65,7 @@ def refusal(lease: Lease, need: int, now_mono: float, leases: Sequence[Lease] = 
     )
 
 
-def waits_longest(lease: Lease, need: int) -> tuple[bool, float]:
+def wait_order(lease: Lease, need: int) -> tuple[bool, float]:
     """The order of exceeded limits by how long they refuse the request: a spent budget always does."""
     is_spent_budget = lease.window.measure in BUDGETS and lease.spent + need > lease.quota
     return is_spent_budget, lease.retry_mono
