@@ -17,8 +17,9 @@ from keyproxy.ai.requests.request_reading import BodyBounds
 from keyproxy.ai.reservation import TokenRules
 from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.ai.route_rules import RouteRules
-from keyproxy.auth import credentials
+from keyproxy.auth import credentials, minting
 from keyproxy.auth.api_key import KeyFormat, SecretKey
+from keyproxy.auth.minting import MintedToken, MintParent, MintRequest, MintRules
 from keyproxy.http import identity_headers
 from keyproxy.http.headers import FieldNames
 from keyproxy.limits.allowance import Allowance, Hold, Need
@@ -27,7 +28,8 @@ from keyproxy.limits.lease_table import LeaseTable
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import NEVER, Ending, Identity, KeyDigest, Missing, Moment
-from keyproxy.ports import Exchange, Identities, Ledger, OwnedIds, PromptTemplates, Recorder
+from keyproxy.platform import clock
+from keyproxy.ports import AgentTokenMint, Exchange, Identities, Ledger, OwnedIds, PromptTemplates, Recorder
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.parsing.head_cache import RequestReader
 from tests.reference_ledger import ReferenceLedger
@@ -121,6 +123,50 @@ class FakeIdentities(Identities):
         if self.is_down:
             raise Refusal(Reason.STORE_UNAVAILABLE)
         self.slow.discard(digest)
+
+
+class FakeMint(AgentTokenMint):
+    """Mints in memory, from the parents in `parents`, by their key or token. Mints wait for `may_mint`.
+
+    `is_down`: the store cannot be reached. `defect`: raised instead of a result.
+    """
+
+    def __init__(self, rules: MintRules) -> None:
+        self.rules = rules
+        self.parents: dict[str, Identity] = {}
+        self.minted: list[MintedToken] = []
+        self.calls: list[tuple[MintParent, MintRequest, str]] = []
+        self.is_down = False
+        self.defect: Exception | None = None
+        self.may_mint = asyncio.Event()
+        self.may_mint.set()
+
+    async def mint(self, parent: MintParent, request: MintRequest, *, actor: str) -> MintedToken:
+        """See the port."""
+        self.calls.append((parent, request, actor))
+        await self.may_mint.wait()
+        if self.defect is not None:
+            raise self.defect
+        if self.is_down:
+            raise Refusal(Reason.STORE_UNAVAILABLE)
+        who = self.parents.get(parent.token_id or parent.key_id)
+        if who is None:
+            raise minting.refused("The credential may not mint.", "no parent")
+        scopes = ("data:read",) if request.scopes is None else request.scopes
+        if not who.scopes.issuperset(scopes) or (request.role is not None and request.role != "reader"):
+            raise minting.refused("The token would exceed the credential.", "scopes")
+        if len(self.minted) >= self.rules.tokens_max:
+            raise minting.too_many_tokens(self.rules.tokens_max, 61.0)
+        now, depth = clock.now().wall_seconds, 0 if who.agent_token is None else who.agent_token.depth + 1
+        ttl_seconds = self.rules.ttl_seconds_max if request.ttl_seconds is None else request.ttl_seconds
+        token = MintedToken(
+            f"agt_{len(self.minted):022d}", SecretKey(b"eyJ.e30.%d" % len(self.minted)), request.agent,
+            parent.user_id or who.user_id, who.tenant_id, tuple(sorted(scopes)), request.token_budget,
+            request.request_budget, request.audience, who.is_test, depth,
+            min(float(int(now) + ttl_seconds), who.expires_wall_seconds),
+        )  # fmt: skip
+        self.minted.append(token)
+        return token
 
 
 class FakeOwnedIds(OwnedIds):

@@ -262,7 +262,7 @@ class Settings:
                     row.match,
                     Route(
                         row.name or row.match, frozenset(row.scopes), row.error_shape, row.tokens,
-                        deduplicates=row.idempotency == token_settings.ONCE,
+                        deduplicates=row.idempotency == token_settings.ONCE and not row.serves,
                         is_public=row.access == route_access.PUBLIC,
                         forwards_encoded_slash=row.encoded_slash == route_access.FORWARD,
                         serves=row.serves,

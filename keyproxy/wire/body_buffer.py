@@ -15,6 +15,7 @@ from typing import Final
 
 from keyproxy.ai.requests.inflation import ContentMemory
 from keyproxy.config.token_settings import USER_SHARE, Tokens
+from keyproxy.ports import Exchange
 from keyproxy.reasons import LimitReason, Reason, Refusal
 
 #: A body has to arrive at the configured pace over the last `PACE_SECONDS`; at this one while more than half of the
@@ -24,6 +25,13 @@ SHORT_PACE_BYTES_PER_SECOND: Final = 65_536
 
 #: The owner of the body.
 BodyOwner = tuple[str, str]
+
+
+def owner_of(exchange: Exchange) -> BodyOwner:
+    """The owner of the body of an exchange, whose key is known."""
+    identity = exchange.identity
+    assert identity is not None  # noqa: S101 - for the type checker: no body is read before its key is known
+    return identity.tenant_id, identity.user_id
 
 
 class BodyMemory:
@@ -82,13 +90,19 @@ class BodyBuffer:
     """Collects a body in pieces; `wait` returns when it is complete, or the exchange is over."""
 
     def __init__(
-        self, room: BodyMemory, owner: BodyOwner, started_mono: float, too_much: Refusal | None = None
+        self,
+        room: BodyMemory,
+        owner: BodyOwner,
+        started_mono: float,
+        too_much: Refusal | None = None,
+        *,
+        bytes_max: int | None = None,
     ) -> None:
-        """`too_much`: the refusal of a body that is too large."""
+        """`too_much`: the refusal of a body that is too large; `bytes_max`: the largest one, None: as configured."""
         self._too_much = too_much or Refusal(Reason.BODY_TOO_LARGE, "a body that has to be read whole")
         self._content = bytearray()
         self._room = room
-        self._bytes_max = room.body_bytes_max
+        self._bytes_max = room.body_bytes_max if bytes_max is None else bytes_max
         self._owner = owner
         self._held_bytes = 0
         self._arrived: deque[tuple[float, int]] = deque([(started_mono, 0)])

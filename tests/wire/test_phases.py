@@ -253,7 +253,7 @@ def _response(steps: str) -> Iterator[str]:
     calls: dict[str, Callable[[], object]] = {
         "begin": lambda: response.begin(head, answer, b"", may_continue=True),
         "tunnel": lambda: response.begin_tunnel(switch, b""),
-        "own": lambda: response.send_own(own, b"", closes=False, without_body=False),
+        "own": lambda: response.send_own(head, own, b"", closes=False),
         "write": lambda: response.write(b"d", is_last=False),
         "write last": lambda: response.write(b"d", is_last=True),
     }
