@@ -13,7 +13,15 @@ from typing import Any, Final
 from keyproxy.ai import prompts
 from keyproxy.ai.categories import Category
 from keyproxy.ai.models import Model
-from keyproxy.config import addresses, bind_settings, categories, route_access, token_settings, value_checks
+from keyproxy.config import (
+    addresses,
+    bind_settings,
+    categories,
+    route_access,
+    route_serves,
+    token_settings,
+    value_checks,
+)
 from keyproxy.config.categories import CategoryKeys
 from keyproxy.config.delegation_settings import AccessSettings
 from keyproxy.config.token_settings import Money, Tokens
@@ -319,6 +327,7 @@ def cross_checks(settings: Settings) -> list[str]:
         [CategoryKeys(row.prompt, row.category, row.unregistered) for row in settings.routes],
     )
     wrong += route_access.contradictions(settings.routes)
+    wrong += route_serves.contradictions(settings.routes)
     matches = [row.match for row in settings.routes]
     wrong += [
         f"routes: {match!r} is configured twice; the first one always wins"
