@@ -70,13 +70,13 @@ class AgentToken:
 
 class CachedAssertion:
     """The signed assertion of one identity, as a header line. It is used while `signed_by` is the number of the signer in
-    use, and before `renew_wall_seconds`."""
+    use, and before `renew_mono_seconds`."""
 
-    __slots__ = ("line", "renew_wall_seconds", "signed_by")
+    __slots__ = ("line", "renew_mono_seconds", "signed_by")
 
     def __init__(self) -> None:
         self.line = b""
-        self.renew_wall_seconds = 0.0
+        self.renew_mono_seconds = 0.0
         self.signed_by = 0
 
 
@@ -174,6 +174,12 @@ class Permit:
     def __init__(self, grant: Grant | PublicGrant, hold: Hold | None = None) -> None:
         self.grant: Final = grant
         self.hold: Final = hold
+
+    @property
+    def owner(self) -> Owner:
+        """The owner of the request."""
+        grant = self.grant
+        return PUBLIC_OWNER if isinstance(grant, PublicGrant) else grant.identity.owner
 
     def limit_headers(self, now_mono: float) -> bytes:
         """The RateLimit header lines for the limits that apply to the request; empty if there are none."""

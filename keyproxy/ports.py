@@ -281,14 +281,6 @@ class Exchange:
     is_minting: bool = False
     mint_request: MintRequest | None = None
 
-    def note(self, refusal: Refusal) -> None:
-        """Keep the reason for a refusal, for records."""
-        self.reason = refusal.reason
-        self.refusal_detail = refusal.detail
-        self.limit_reason = refusal.limit_reason.value
-        if refusal.limit is not None:
-            self.policy = refusal.limit.policy.name
-
     async def whole_body(self, otherwise: Refusal | None = None, *, bytes_max: int | None = None) -> None:
         """Wait until the body is complete, or the exchange is over.
 
@@ -334,6 +326,17 @@ class Exchange:
 
     def end_stream(self, refusal: Refusal) -> None:
         """End an event stream in flight with an error event, so that the client learns the reason."""
+        raise NotImplementedError
+
+
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Assertions:
+    """Signs the identities of forwarded requests. `number` is that of no other one in this process, and not 0."""
+
+    number: int
+
+    def sign(self, identity: Identity, now_mono: float) -> None:
+        """Replace the identity's assertion by a new one. Raises a Refusal if there is no key to sign with."""
         raise NotImplementedError
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,7 +29,7 @@ from keyproxy.limits.lease_sync import LeaseSync, Short
 from keyproxy.limits.lease_table import LeaseTable
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
-from keyproxy.model import NEVER, Ending, Identity, KeyDigest, Missing, Moment
+from keyproxy.model import NEVER, AgentToken, Ending, Identity, KeyDigest, Missing, Moment
 from keyproxy.platform import clock
 from keyproxy.ports import AgentTokenMint, Exchange, Identities, Ledger, OwnedIds, PromptTemplates, Recorder
 from keyproxy.reasons import Reason, Refusal
@@ -135,6 +137,7 @@ class FakeMint(AgentTokenMint):
         self.rules = rules
         self.parents: dict[str, Identity] = {}
         self.minted: list[MintedToken] = []
+        self.live: collections.Counter[str] = collections.Counter()
         self.calls: list[tuple[MintParent, MintRequest, str]] = []
         self.is_down = False
         self.defect: Exception | None = None
@@ -150,22 +153,37 @@ class FakeMint(AgentTokenMint):
         if self.is_down:
             raise Refusal(Reason.STORE_UNAVAILABLE)
         who = self.parents.get(parent.token_id or parent.key_id)
-        if who is None:
+        of_role = {"reader": ("data:read",)}.get(request.role or "", ())
+        if who is None or "agents:mint" not in who.scopes:
             raise minting.refused("The credential may not mint.", "no parent")
-        scopes = ("data:read",) if request.scopes is None else request.scopes
-        if not who.scopes.issuperset(scopes) or (request.role is not None and request.role != "reader"):
-            raise minting.refused("The token would exceed the credential.", "scopes")
-        if len(self.minted) >= self.rules.tokens_max:
+        minting.check_authority(who, request, self.rules, clock.now())
+        scopes = tuple(sorted(who.scopes.intersection(of_role))) if request.scopes is None else request.scopes
+        if not scopes:
+            raise minting.refused("The token would have no scopes.", "no scopes")
+        if self.live[parent.key_id] >= self.rules.tokens_max:
             raise minting.too_many_tokens(self.rules.tokens_max, 61.0)
-        now, depth = clock.now().wall_seconds, 0 if who.agent_token is None else who.agent_token.depth + 1
+        return self._minted(parent, who, request, scopes)
+
+    def _minted(self, parent: MintParent, who: Identity, request: MintRequest, scopes: tuple[str, ...]) -> MintedToken:
+        number, above = len(self.minted), who.agent_token
         ttl_seconds = self.rules.ttl_seconds_max if request.ttl_seconds is None else request.ttl_seconds
+        expires = min(float(int(clock.now().wall_seconds) + ttl_seconds), who.expires_wall_seconds)
+        depth = 0 if above is None else above.depth + 1
         token = MintedToken(
-            f"agt_{len(self.minted):022d}", SecretKey(b"eyJ.e30.%d" % len(self.minted)), request.agent,
-            parent.user_id or who.user_id, who.tenant_id, tuple(sorted(scopes)), request.token_budget,
-            request.request_budget, request.audience, who.is_test, depth,
-            min(float(int(now) + ttl_seconds), who.expires_wall_seconds),
+            f"agt_{number:022d}", SecretKey(b"eyJ.e30.%d" % number), request.agent, parent.user_id or who.user_id,
+            who.tenant_id, scopes, request.token_budget, request.request_budget, request.audience, who.is_test, depth,
+            expires,
         )  # fmt: skip
+        agents = (request.agent, *(() if above is None else above.agents))
         self.minted.append(token)
+        self.live[parent.key_id] += 1
+        self.parents[token.id] = dataclasses.replace(
+            who,
+            user_id=token.user_id,
+            scopes=frozenset(scopes),
+            expires_wall_seconds=expires,
+            agent_token=AgentToken(token.id, agents, depth, request.token_budget, request.request_budget),
+        )
         return token
 
 

@@ -17,6 +17,7 @@ from keyproxy.config import (
     addresses,
     bind_settings,
     categories,
+    delegation_settings,
     route_access,
     route_serves,
     token_settings,
@@ -294,6 +295,7 @@ def cross_checks(settings: Settings) -> list[str]:
     wrong = []
     if settings.cache.stale_seconds < settings.cache.fresh_seconds:
         wrong.append("cache.stale_seconds: must not be less than cache.fresh_seconds")
+    wrong += delegation_settings.conflicts(settings.access)
     wrong += addresses.conflicts(settings.listeners(), settings.upstream_urls())
     if settings.listen.address.startswith("unix:") and settings.listen.workers != 1:
         wrong.append("listen.workers: must be 1 with a unix socket: only a port can be shared by several processes")

@@ -90,28 +90,28 @@ class BodyBuffer:
     """Collects a body in pieces; `wait` returns when it is complete, or the exchange is over."""
 
     def __init__(
-        self,
-        room: BodyMemory,
-        owner: BodyOwner,
-        started_mono: float,
-        too_much: Refusal | None = None,
-        *,
-        bytes_max: int | None = None,
+        self, room: BodyMemory, owner: BodyOwner, started_mono: float, too_much: Refusal | None = None
     ) -> None:
-        """`too_much`: the refusal of a body that is too large; `bytes_max`: the largest one, None: as configured."""
+        """`too_much`: the refusal of a body that is too large."""
         self._too_much = too_much or Refusal(Reason.BODY_TOO_LARGE, "a body that has to be read whole")
         self._content = bytearray()
         self._room = room
-        self._bytes_max = room.body_bytes_max if bytes_max is None else bytes_max
+        self._bytes_max = room.body_bytes_max
         self._owner = owner
         self._held_bytes = 0
         self._arrived: deque[tuple[float, int]] = deque([(started_mono, 0)])
         self._is_over = asyncio.get_running_loop().create_future()
 
-    def expect(self, announced_bytes: int) -> None:
-        """Raise a Refusal if the announced length is too large."""
+    def begin(self, announced_bytes: int, content: bytes, bytes_max: int | None = None) -> None:
+        """Begin with what has arrived. Raises a Refusal if the announced length is too large.
+
+        `bytes_max`: the largest body; None: the configured bound.
+        """
+        if bytes_max is not None:
+            self._bytes_max = bytes_max
         if announced_bytes > self._bytes_max:
             raise self._too_much
+        self.take(content)
 
     def take(self, content: bytes) -> None:
         """Add the next piece. Raises a Refusal if the body becomes too large."""

@@ -1,7 +1,6 @@
 """One request and its response, between one client connection and at most one upstream connection.
 
-    deciding -> (awaiting body, connecting) -> requested -> responding (or tunnel) -> over
-             -> serving -> over
+    deciding -> serving, or (awaiting body, connecting) -> requested -> responding (or tunnel) -> over
 
 `phases` has the table of all transitions. The exchange owns no socket. The client connection passes it the request as
 it arrives, the upstream connection the response; it reframes both and sends them on, the response with its
@@ -17,10 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from keyproxy.http import headers
 from keyproxy.http.own_response import OwnResponse
 from keyproxy.http_messages import RequestHead, ResponseHead
-from keyproxy.model import COMPLETED, PUBLIC_OWNER, Ending, Permit, PublicGrant
+from keyproxy.model import COMPLETED, Ending, Permit
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire import phases, usage_reads
 from keyproxy.wire.body_buffer import BodyBuffer, InflatedContent, owner_of
@@ -30,6 +28,7 @@ from keyproxy.wire.responses import own_responses, response_heads, stream_cut
 from keyproxy.wire.responses.response_writer import ResponseWriter
 from keyproxy.wire.upstream.connection import UpstreamConnection
 from keyproxy.wire.upstream.pool import PoolUser, UpstreamPool
+from keyproxy.wire.upstream.request_head import missing_assertion, request_head
 from keyproxy.wire.upstream.retry import may_retry
 from keyproxy.wire.usage_reads import NOT_REPORTED, REPORTED
 
@@ -105,13 +104,11 @@ class Exchange(PoolUser):
         self._end(COMPLETED, self.responded_mono, closes=closes)
 
     def refuse(self, refusal: Refusal) -> None:
-        if self.is_over:
-            return
-        if self._has_left:
+        if self._has_left or self.is_over:
             self._server.usage_reads.end(self, NOT_REPORTED)
             self._leave()
             return
-        self.note(refusal)
+        own_responses.note(refusal, self)
         if self.response.is_replaceable:
             closes = own_responses.send(refusal, self, self.response, self._server)
             self._end(Ending.REFUSED, self._server.clock(), closes=closes)
@@ -122,15 +119,12 @@ class Exchange(PoolUser):
         head = self.head
         if self.is_complete or self.is_over or head is None:
             return
-        collector = self._collector = BodyBuffer(
-            self._server.room, owner_of(self), self._server.clock(), otherwise, bytes_max=bytes_max
-        )
-        collector.expect(head.content_length)
-        collector.take(self.body)
+        since = self._server.clock()
+        collector = self._collector = BodyBuffer(self._server.room, owner_of(self), since, otherwise)
+        collector.begin(head.content_length, self.body, bytes_max)
         self.body = b""
         self._invite_body(head)
         self._client.resume()
-        since = self._server.clock()
         await collector.wait()
         self.body_wait_seconds += self._server.clock() - since
 
@@ -157,10 +151,9 @@ class Exchange(PoolUser):
         self.pause_response()
 
     def end_stream(self, refusal: Refusal) -> None:
-        if not (self.is_over or self._has_left) and stream_cut.send_error_event(
-            refusal, self, self.response, self._server
-        ):
-            self.note(refusal)
+        is_open = not (self.is_over or self._has_left)
+        if is_open and stream_cut.send_error_event(refusal, self, self.response, self._server):
+            own_responses.note(refusal, self)
             self._end(Ending.CUT, self._server.clock(), closes=self.response.closes, resets=False)
         else:
             self.refuse(refusal)
@@ -252,14 +245,18 @@ class Exchange(PoolUser):
         head, permit = self.head, self.permit
         assert head is not None  # noqa: S101 - for the type checker: forward() has seen both
         assert permit is not None  # noqa: S101
+        now = self._server.clock()
+        try:
+            forwarding = self._client.forwarding
+            data = request_head(self, head, permit, self._server, forwarding=forwarding, host=upstream.host, now=now)
+        except Refusal as refusal:
+            upstream.abort()
+            self.refuse(refusal)
+            return
         self._phase = phases.EXCHANGE.step(self._phase, phases.REQUESTED)
         self._upstream = upstream
-        block = head.block if self.block is None else self.block
-        data = headers.build_upstream_head(
-            head, block, permit, request_id=self.request_id, forwarding=self._client.forwarding, host=upstream.host
-        )
         body, self.body = self.body, b""
-        now = self.sent_mono = self._server.clock()
+        self.sent_mono = now
         if self._connection_since_mono:
             self.connection_wait_seconds += now - self._connection_since_mono
             self._connection_since_mono = 0.0
@@ -356,8 +353,11 @@ class Exchange(PoolUser):
         if self._body_since_mono:
             self.body_wait_seconds += self._server.clock() - self._body_since_mono
             self._body_since_mono = 0.0
-        grant = permit.grant
-        owner = PUBLIC_OWNER if isinstance(grant, PublicGrant) else grant.identity.owner
+        refusal = missing_assertion(self._server, permit)
+        if refusal is not None:
+            self.refuse(refusal)
+            return
+        owner = permit.owner
         pool = self._pool = self._server.upstreams.for_owner(owner)
         upstream = None if self._is_retry or self.is_tunnel_request else pool.take(owner, self.started_mono)
         if upstream is not None:

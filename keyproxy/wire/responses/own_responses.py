@@ -1,4 +1,4 @@
-"""Send the responses of the proxy itself: to refused requests, and to those that it serves."""
+"""Record refusals, and send the responses of the proxy itself: to refused requests, and to those that it serves."""
 
 from __future__ import annotations
 
@@ -38,6 +38,15 @@ def _send(
     exchange.bytes_out = 0 if is_head else len(own.body)
     response.send_own(head, own, server.date_line(), closes=closes)
     return closes
+
+
+def note(refusal: Refusal, exchange: Exchange) -> None:
+    """Record the refusal as the outcome of the exchange."""
+    exchange.reason = refusal.reason
+    exchange.refusal_detail = refusal.detail
+    exchange.limit_reason = refusal.limit_reason.value
+    if refusal.limit is not None:
+        exchange.policy = refusal.limit.policy.name
 
 
 def _error_shape(exchange: Exchange, server: ServerContext) -> str:
