@@ -122,16 +122,15 @@ class Story:
         dave = await directory.users.create(
             "u_dave", "acme", KeyWish("agent", ("jobs:write",), expires_in=week), plan="agent"
         )
-        worker = await directory.users.create(
-            "u_worker", "acme", KeyWish("service", ("jobs:write", "agents:mint"), expires_in=week, acts_for="tenant")
-        )
+        await directory.users.create("u_worker", "acme", None)
+        service = KeyWish("service", ("jobs:write", "agents:mint"), expires_in=week, acts_for="tenant")
         keys = {
             "alice": alice["key"],
             "test": await directory.keys.issue("u_alice", KeyWish("staging", both, is_test=True, expires_in=week)),
             "revoked": await directory.keys.issue("u_alice", KeyWish("old worker", both, expires_in=week)),
             "bob": bob["key"],
             "carol": carol["key"],
-            "worker": worker["key"],
+            "worker": await directory.keys.issue("u_worker", service),
             "dave": dave["key"],
         }
         for key in keys.values():
