@@ -39,7 +39,7 @@ STEPS = {
     "An admin gives the key the role premium": ["< 200 the compute server received Model big"],
     "alice requests a collection of another tenant": ["/globex/docs", "< 403 namespace_forbidden"],
     "A worker acts for alice and for bob with one service key": [
-        "User u_alice, Tenant acme, Scope agents:mint jobs:write, Test false, Actor u_worker",
+        "User u_alice, Tenant acme, Scope jobs:write agents:mint, Test false, Actor u_worker",
         "User u_bob",
     ],
     "The worker gives an agent of alice a token for 147 tokens": [
