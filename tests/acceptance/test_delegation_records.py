@@ -20,7 +20,7 @@ ROUTES = [
 COLUMNS = ("actor_user_id", "agent_id", "agent_token_id")
 
 
-async def sent(
+async def post(
     site: Site, credential: str, *, act_for: str = "", path: str = "/v1/ai/jobs", **body: object
 ) -> tuple[int, dict[str, Any]]:
     """(status, content) of one call."""
@@ -51,16 +51,16 @@ async def test_delegated_requests_are_attributed_in_the_log_in_usage_and_in_the_
             'agent_tokens_minted_total{via="route"}',
         ):  # fmt: skip
             assert f"keyproxy_{series} 0.0" in page
-        assert (await sent(site, secret))[0] == 200
-        assert (await sent(site, secret, act_for="u_alice"))[0] == 200
-        assert (await sent(site, secret, act_for="u_nobody"))[0] == 403
+        assert (await post(site, secret))[0] == 200
+        assert (await post(site, secret, act_for="u_alice"))[0] == 200
+        assert (await post(site, secret, act_for="u_nobody"))[0] == 403
         minting = {"path": "/v1/agent-tokens", "act_for": "u_alice"}
-        assert (await sent(site, secret, **minting, agent="crawler", scopes=["data:delete"]))[0] == 403
-        status, token = await sent(site, secret, **minting, agent="crawler", scopes=["jobs:write"])
+        assert (await post(site, secret, **minting, agent="crawler", scopes=["data:delete"]))[0] == 403
+        status, token = await post(site, secret, **minting, agent="crawler", scopes=["jobs:write"])
         assert status == 201
         bearer = f"Bearer {token['token']}"
-        assert (await sent(site, bearer))[0] == 200
-        assert (await sent(site, bearer, path="/v1/agent-tokens", agent="x", scopes=["jobs:write"]))[0] == 403
+        assert (await post(site, bearer))[0] == 200
+        assert (await post(site, bearer, path="/v1/agent-tokens", agent="x", scopes=["jobs:write"]))[0] == 403
         counts = {
             "acting": await site.metric("keyproxy_acting_requests_total", mode="live"),
             "refused": await site.metric("keyproxy_delegation_refusals_total", kind="acting"),
