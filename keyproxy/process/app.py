@@ -34,6 +34,7 @@ from keyproxy.process.terms import build_gateway, build_terms, build_upstreams
 from keyproxy.reasons import Refusal
 from keyproxy.signing.signing_key import SigningKey
 from keyproxy.signing.token_check import AcceptedTokens
+from keyproxy.store.agent_tokens.minter import TokenMinter
 from keyproxy.store.postgres.database import StoreConflict, StoreUnavailable
 from keyproxy.store.store import Store
 from keyproxy.store.usage.model_names import ModelNames
@@ -48,6 +49,9 @@ _log = logging.getLogger(__name__)
 
 #: After a reload, decisions that began before it may take as long as draining may, but at least this long.
 _UNDECIDED_SECONDS: Final = 10.0
+
+#: How long a stop waits for tokens that are being minted for clients that have left.
+_MINTING_SECONDS: Final = 3.0
 
 
 class Proxy:
@@ -262,7 +266,7 @@ class Proxy:
         await self.server.drain(self._settings.listen.drain_seconds)
         # A token that is being minted is charged if it comes to exist, even if its client has left.
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_UNDECIDED_SECONDS):
+            async with asyncio.timeout(_MINTING_SECONDS):
                 await asyncio.gather(*(gateway.all_decided() for gateway in self._gateways))
 
     def _log_as(self, settings: Settings) -> None:
