@@ -48,6 +48,26 @@ SELECT t.digest, t.category, t.tenant_id FROM keyproxy.prompt_templates AS t;
 -- The templates of the digests $1. Needs: prompt_templates (digest).
 SELECT t.digest, t.category, t.tenant_id FROM keyproxy.prompt_templates AS t WHERE t.digest = ANY ($1::bytea[]);
 
+-- name: signing_keys
+-- The public halves of signing keys that have not been removed, at most $1: those that end last.
+-- Needs: signing_keys (kid); the table is small.
+SELECT s.kid, s.jwk, extract(epoch FROM s.ends_at)::float8 AS ends_wall_seconds
+FROM keyproxy.signing_keys AS s
+ORDER BY s.ends_at DESC, s.kid
+LIMIT $1;
+
+-- name: publish_signing_key
+-- Store the public half $2 of the key $1, unless it is stored. The times are those of the machine that signs.
+INSERT INTO keyproxy.signing_keys (kid, jwk, created_at, ends_at)
+VALUES ($1, $2::text::jsonb, to_timestamp($3::float8), to_timestamp($4::float8))
+ON CONFLICT (kid) DO NOTHING;
+
+-- name: cut_signing_key
+-- Let the key $1 end at $2, unless it ends before.
+UPDATE keyproxy.signing_keys AS s
+SET ends_at = greatest(s.created_at, to_timestamp($2::float8))
+WHERE s.kid = $1 AND s.ends_at > greatest(s.created_at, to_timestamp($2::float8));
+
 -- name: changes_since
 -- The changes that are visible now and were not in the snapshot $1; with null, only the present snapshot. Changes of
 -- limits come last: if the last of the first $2 rows is one, all other changes are among them. The rows are not sorted
@@ -1225,3 +1245,22 @@ SELECT count(*) AS alerts FROM late;
 -- name: count_alerts_waiting
 -- Needs: limit_alerts (next_at).
 SELECT count(*) AS waiting FROM keyproxy.limit_alerts WHERE delivered_at IS NULL AND given_up_at IS NULL;
+
+-- name: minting_authority
+-- What the key $1, or the token $2 cut from it, may grant to the agent $4; $3: the user that the key acts for. The scopes of
+-- the role $5; null: there is no such role. See the function. Needs: api_keys (id), agent_tokens (id), agents (user_id, id).
+SELECT a.refusal, a.user_id, a.tenant_id, a.actor_user_id, a.is_test, a.agents, a.held, a.grantable, a.token_budget,
+       a.request_budget, extract(epoch FROM a.expires_at)::float8 AS expires_wall_seconds,
+       extract(epoch FROM clock_timestamp())::float8 AS server_seconds,
+       (SELECT r.scopes FROM keyproxy.roles AS r WHERE r.id = $5) AS role_scopes
+FROM keyproxy.minting_authority($1, $2, $3, $4) AS a;
+
+-- name: mint_agent_token
+-- Inserts a token if every bound holds: see the function. Needs: agent_tokens (root_key_id, expires_at).
+SELECT m.outcome, m.reset_seconds
+FROM keyproxy.mint_agent_token($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16) AS m;
+
+-- name: tend_agent_tokens
+-- Deletes tokens and signing keys that ended a day ago, $1 of each at most: see the function.
+-- Needs: agent_tokens (expires_at), signing_keys (ends_at), windows (pool_kind, pool_id …).
+SELECT keyproxy.tend_agent_tokens($1) AS is_more;
