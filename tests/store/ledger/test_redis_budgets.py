@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import asyncpg
 import pytest
@@ -33,7 +34,7 @@ def ledger(make_ledger: MakeLedger, server: RedisServer) -> RedisLedger:
     return make_ledger(server)
 
 
-def of_budget(**figures: int) -> list[LeaseReport]:
+def of_budget(**figures: Any) -> list[LeaseReport]:
     return [line(of=BUDGET, limit=1000, **figures)]
 
 

@@ -4,6 +4,9 @@
 --
 -- The previous release has no such windows, and never reads one.
 
+-- A message that waits for this continues with the earlier sync_leases, which is the same for its windows.
+LOCK TABLE keyproxy.windows IN ACCESS EXCLUSIVE MODE;
+
 -- Not validated, because the constraints that these replace are narrower: that would lock the table while all of it is read.
 ALTER TABLE keyproxy.windows
     DROP CONSTRAINT windows_pool_kind_check,
@@ -36,21 +39,21 @@ SET search_path = pg_catalog, pg_temp AS $$
     END
 $$;
 
--- Delete unused rates and slots. Budgets also start at 0: they go with their tokens, and this does not look at them.
+-- Delete unused windows among the next `portion` that do not end: rates, slots, and budgets whose token was deleted while they
+-- were in use, or with its owner. Others go with their tokens: see tend_agent_tokens.
 CREATE OR REPLACE FUNCTION keyproxy.forget_windows(after bigint, portion int, OUT next bigint, OUT gone bigint)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 DECLARE
     seen bigint[] := ARRAY(
-        SELECT w.id FROM keyproxy.windows AS w
-        WHERE w.starts = 0 AND w.id > after AND w.measure IN ('rate', 'token_rate', 'concurrency')
-        ORDER BY w.id LIMIT portion
+        SELECT w.id FROM keyproxy.windows AS w WHERE w.starts = 0 AND w.id > after ORDER BY w.id LIMIT portion
     );
     long_ago float8 := extract(epoch FROM clock_timestamp()) - 86400;
 BEGIN
     DELETE FROM keyproxy.windows AS w WHERE w.id = ANY (ARRAY(
         SELECT o.id FROM keyproxy.windows AS o
         WHERE o.id = ANY (seen) AND o.held = 0 AND o.theoretical < long_ago AND o.wanted_at < long_ago
-          AND (o.measure IN ('rate', 'token_rate') OR o.measure = 'concurrency' AND o.spent = 0)
+          AND (o.measure IN ('rate', 'token_rate') OR o.measure = 'concurrency' AND o.spent = 0
+               OR o.pool_kind = 'token' AND NOT keyproxy.has_agent_token(o.pool_id))
           AND NOT EXISTS (SELECT FROM keyproxy.leases AS x WHERE x.window_id = o.id)
         ORDER BY o.id FOR UPDATE SKIP LOCKED
     ));
