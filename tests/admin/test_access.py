@@ -21,7 +21,7 @@ UNKNOWN = KeyFormat().make_admin_token(bytes(32)).reveal().decode()
 
 
 def _path(endpoint: Endpoint, thing: str) -> str:
-    return endpoint.path.replace("{kind}", "collection").replace("{id}", thing)
+    return endpoint.path.replace("{kind}", "collection").replace("{agent}", "crawler").replace("{id}", thing)
 
 
 def _name(endpoint: Endpoint) -> str:
@@ -52,6 +52,8 @@ def _body(endpoint: Endpoint, tenant: str, user: str) -> object:
         "explain_request": {"path": "/", "body": "{}"},
         "set_role": {"scopes": ["jobs:read"]},
         "add_owned": {"tenant": tenant},
+        "mint_agent_token": {"agent": "crawler", "scopes": ["a"]},
+        "change_agent": {"disabled": True},
     }
     return bodies.get(endpoint.name)
 

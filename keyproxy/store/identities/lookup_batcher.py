@@ -242,9 +242,7 @@ class LookupBatcher(Generic[_Subject]):
         if not self._flights:
             self._changed_groups.clear()
 
-    def _install(
-        self, query: LookupQuery[_Subject], batch: Sequence[_Subject], found: dict[_Subject, Row]
-    ) -> None:
+    def _install(self, query: LookupQuery[_Subject], batch: Sequence[_Subject], found: dict[_Subject, Row]) -> None:
         settled, given_up, unusable = [], [], []
         for subject in batch:
             flight, row = self._flights[subject], found.get(subject)

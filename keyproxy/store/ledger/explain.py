@@ -37,7 +37,6 @@ from keyproxy.limits.plan import PER_REQUEST, Limit, Plan
 from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Route
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.directory.errors import Invalid, NotFound
-from keyproxy.store.identities.identity_rows import identity_of
 from keyproxy.store.identities.lookup_batcher import UNUSABLE
 from keyproxy.store.ledger.backend import REAP_PORTION
 from keyproxy.store.ledger.body_reservation import BodyReservation, RequestUrl, no_reservation, reservation_of
@@ -50,6 +49,9 @@ from keyproxy.store.postgres.database import Database
 _TOKENS: Final = (*TOKENS, TOKEN_RATE, TOKENS_PER_REQUEST)
 _SPEND: Final = (*SPEND, SPEND_PER_REQUEST)
 
+#: A route that needs no scope.
+_ANY_ROUTE: Final = Route("")
+
 
 class WindowReader(Protocol):
     """A source of the current state of windows."""
@@ -60,11 +62,13 @@ class WindowReader(Protocol):
 
 
 class Question(NamedTuple):
-    """The request to explain. `tokens`: the maximum that it may use; None if it does not state one.
+    """The request to explain. `path` empty: no request, only the credential. `tokens`: the maximum that it may use; None if
+    it does not state one.
 
     `spend`: what these may cost, in micro-units; None: the model has no price. `body`: read instead of both, on a route
     that counts tokens or judges what the body names; `model` then replaces the one that the request names.
-    `categories`, `namespaces`: what the request would contain; see `StatedValues`.
+    `categories`, `namespaces`: what the request would contain; see `StatedValues`. `act_for`: the user that the key acts
+    for; None: its owner's requests are explained.
     """
 
     method: str
@@ -75,6 +79,7 @@ class Question(NamedTuple):
     body: bytes | None = None
     categories: tuple[str, ...] = ()
     namespaces: tuple[tuple[str, str], ...] = ()
+    act_for: str | None = None
 
 
 class Explanation(NamedTuple):
@@ -146,24 +151,44 @@ class _DryBackend:
         """Do nothing: the caller closes the windows."""
 
 
-async def explain_key(
-    database: Database, key_id: str, question: Question, configured: schema.Settings, *, now: Callable[[], Moment]
-) -> tuple[Identity, Explanation]:
-    """The identity of a key, and the decision on a request with it. Raises NotFound, Invalid, StoreUnavailable."""
-    digests = await database.fetch("digest_of_key", key_id)
-    rows = await database.fetch("identities_by_digest", [row["digest"] for row in digests])
-    if not rows:
-        raise NotFound(f"there is no key {key_id!r}")
-    try:
-        identity = identity_of(rows[0], configured.identity.header_prefix)
-    except UNUSABLE as error:
-        raise Invalid(f"key {key_id!r} is refused because its row is invalid: {error}") from error
+async def explain_identity(
+    database: Database,
+    identity: Identity,
+    question: Question,
+    configured: schema.Settings,
+    *,
+    now: Callable[[], Moment],
+) -> Explanation:
+    """The decision on a request of this identity. Raises Invalid, StoreUnavailable."""
     windows = ledger_backend(database, configured.ledger)
     try:
-        explanation = await explain(identity, question, configured, windows, owners=database, now=now)
+        if not question.path:
+            return await _explain_credential(identity, question, configured, windows, now=now)
+        return await explain(identity, question, configured, windows, owners=database, now=now)
     finally:
         await windows.close()
-    return identity, explanation
+
+
+async def _explain_credential(
+    identity: Identity,
+    question: Question,
+    configured: schema.Settings,
+    windows: WindowReader,
+    *,
+    now: Callable[[], Moment],
+) -> Explanation:
+    """The decision as far as it depends on no route: on the credential itself, and on its limits."""
+    backend = _DryBackend(windows, now)
+    refusal, need = None, _need(question, None)
+    try:
+        authorization.admit(identity, _ANY_ROUTE, now())
+        if identity.allowance is not None:
+            await _take(backend, identity.allowance, need, ledger=configured.ledger, now=now)
+    except Refusal as error:
+        refusal = error
+    limits = await _limits(identity.allowance, backend, need, refusal)
+    access = ExplainedAccess(None, StatedValues(b""), identity)
+    return Explanation(None, refusal, limits, no_reservation(), access.shown())
 
 
 async def windows_of_user(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -16,13 +17,15 @@ from keyproxy.ai.models import Model, price_of
 from keyproxy.config import schema
 from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.limits.ledger_protocol import LeaseReport, Pool, Window
+from keyproxy.model import Identity, Moment
 from keyproxy.platform import clock
 from keyproxy.reasons import Reason
 from keyproxy.store.directory.directory import NotFound
 from keyproxy.store.directory.errors import Invalid
-from keyproxy.store.ledger.explain import Explanation, Question, explain_key, windows_of_user
+from keyproxy.store.ledger.explain import Explanation, Question, explain_identity, windows_of_user
 from keyproxy.store.ledger.postgres_backend import PostgresLedger
 from keyproxy.store.postgres.database import Database
+from keyproxy.store.usage.explained_credentials import key_credential
 from tests.store.harness import Sql, add_key, add_user
 
 ROUTES = (RouteRow("POST /v1/ai/jobs", ["jobs:write"]), RouteRow("POST /v1/chat", tokens="openai"))
@@ -49,6 +52,14 @@ async def use(database: Database, measure: str, *, spent: int = 0, held: int = 0
     assert reply.granted == spent + held
     await ledger.sync("other", 2, [asked._replace(granted=reply.granted, used=spent, want=0, at_least=0)])
     return 1
+
+
+async def explain_key(
+    database: Database, key_id: str, question: Question, configured: Settings, *, now: Callable[[], Moment]
+) -> tuple[Identity, Explanation]:
+    """The identity of a key, and the decision on a request with it."""
+    identity = (await key_credential(database, key_id, question.act_for, "X-Keyproxy-")).identity
+    return identity, await explain_identity(database, identity, question, configured, now=now)
 
 
 async def explained(database: Database, question: Question = JOB) -> Explanation:
