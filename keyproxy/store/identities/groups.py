@@ -7,6 +7,14 @@ of its own that is not compiled: objects of compiled classes do not support weak
 from __future__ import annotations
 
 import weakref
+from collections.abc import Hashable
+from typing import Final
+from weakref import WeakValueDictionary
+
+#: The kinds of groups.
+USER: Final = "user"
+TENANT: Final = "tenant"
+KEY: Final = "key"
 
 
 class Group:
@@ -72,3 +80,44 @@ class Group:
         self.is_usable = self.is_usable and is_usable
         for member in self._members or ():
             member._mark(is_usable=is_usable)
+
+
+class Groups:
+    """The groups that entries refer to, by kind and name. A key is a group of the identities with which it acts."""
+
+    def __init__(self) -> None:
+        self._tables: dict[str, WeakValueDictionary[Hashable, Group]] = {
+            kind: WeakValueDictionary() for kind in (USER, TENANT, KEY)
+        }
+
+    def get(self, kind: str, name: Hashable) -> Group:
+        """The group for entries that are read now."""
+        return self._tables[kind].setdefault(name, Group())
+
+    def key_of(self, digest: bytes, owner: Group) -> Group:
+        """The group of the identities with which a key acts. They depend on the owner of the key too."""
+        keys = self._tables[KEY]
+        group = keys.get(digest)
+        if group is None:
+            group = keys[digest] = Group()
+        elif not group.is_current:
+            # The limits of its owner have changed.
+            group = keys[digest] = group.supersede()
+        group.depend_on(owner)
+        return group
+
+    def has_key(self, digest: bytes) -> bool:
+        """Whether there are entries of this key acting for any user."""
+        return digest in self._tables[KEY]
+
+    def forget(self, kind: str, name: Hashable) -> None:
+        """This group was changed or deleted: its entries are outdated and unusable."""
+        group = self._tables[kind].pop(name, None)
+        if group is not None:
+            group.end()
+
+    def distrust(self, kind: str, name: Hashable) -> None:
+        """Limits of this group have changed: its entries are outdated, and usable while the store is down."""
+        group = self._tables[kind].get(name)
+        if group is not None:
+            self._tables[kind][name] = group.supersede()
