@@ -8,6 +8,7 @@ from typing import Final
 
 from keyproxy.config import schema
 from keyproxy.model import Moment
+from keyproxy.store.agent_tokens.cleanup import AgentTokenCleanup
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.change_feed import CHANNEL, ChangeFeed
 from keyproxy.store.identities.last_used import LastUsed
@@ -51,6 +52,9 @@ class Store:
         self.claims = Claims(PostgresClaims(self._ledger_database, repeats_max=repeats_max), self.ledger, ledger, now)
         # Another one, so that neither waits for a batch of usage.
         self._usage_database = Database(dsn, pool_size_max=1, statement_timeout_seconds=seconds, main=self.database)
+        # Another one, because a mint may wait for a lock. Without mints it has no connection.
+        self.minting_database = Database(dsn, pool_size_max=2, statement_timeout_seconds=seconds, main=self.database)
+        self.agent_tokens = AgentTokenCleanup(self._usage_database)
         state = FeedState()
         self.usage = UsageJournal(
             self._usage_database,
@@ -88,6 +92,7 @@ class Store:
             self.last_used.lasting,
             self.feed.lasting,
             self.templates.lasting,
+            self.agent_tokens.lasting,
         )
         #: All cleanup of expired rows.
         self.chores = (
@@ -97,6 +102,7 @@ class Store:
             self.usage.tending,
             self.usage.sweeping,
             self.feed.forgetting,
+            self.agent_tokens.tending,
         )
 
     def _follow_windows(self, backend: PostgresLedger | RedisLedger) -> None:
@@ -104,7 +110,7 @@ class Store:
         self.feed.window_changed = partial(backend.refresh_soon, then=forget_refusals)
 
     def _share_outage(self, *, has_ledger: bool) -> None:
-        for part in (self._ledger_database, self._usage_database):
+        for part in (self._ledger_database, self._usage_database, self.minting_database):
             part.outage, part.is_main = self.database.outage, False
         self.usage.outage = self.claims.outage = self.database.outage
         if has_ledger:
@@ -115,12 +121,14 @@ class Store:
         await self.database.open()
         await self._ledger_database.open()
         await self._usage_database.open()
+        await self.minting_database.open()
         self.templates.start()
         self.feed.start()
         self.ledger.start()
         self.claims.start()
         self.last_used.start()
         self.usage.start()
+        self.agent_tokens.start()
 
     async def close(self) -> None:
         """Flush what is pending and close all connections."""
@@ -129,6 +137,8 @@ class Store:
         await self.ledger.close()
         await self._ledger_database.close()
         await self.usage.close()
+        await self.agent_tokens.close()
+        await self.minting_database.close()
         await self._usage_database.close()
         await self.last_used.close()
         await self.feed.close()
