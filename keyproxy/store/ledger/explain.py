@@ -62,8 +62,8 @@ class WindowReader(Protocol):
 
 
 class Question(NamedTuple):
-    """The request to explain. `path` empty: no request, only the credential. `tokens`: the maximum that it may use; None if
-    it does not state one.
+    """The request to explain. `path` empty: only the credential. `tokens`: the maximum that it may use; None if it does
+    not state one.
 
     `spend`: what these may cost, in micro-units; None: the model has no price. `body`: read instead of both, on a route
     that counts tokens or judges what the body names; `model` then replaces the one that the request names.
