@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -90,6 +91,8 @@ class FakeIdentities(Identities):
 
     def __init__(self) -> None:
         self.table: dict[KeyDigest, Identity] = {}
+        #: The users that a key may act for.
+        self.acting_table: dict[tuple[KeyDigest, str], Identity] = {}
         self.slow: set[KeyDigest] = set()
         self.is_down = False
         self.brought = 0
@@ -109,6 +112,12 @@ class FakeIdentities(Identities):
         if self.is_down:
             raise Refusal(Reason.STORE_UNAVAILABLE)
         raise Refusal(Reason.KEY_INVALID, "unknown")
+
+    def acting(self, digest: KeyDigest, user_id: str, now: Moment, *, is_first_lookup: bool = True) -> Identity:
+        """See the port."""
+        own = self.known(digest, now, is_first_lookup=is_first_lookup)
+        refused = dataclasses.replace(own, standing=own.standing or Reason.DELEGATION_REFUSED)
+        return self.acting_table.get((digest, user_id), refused)
 
     def fetching(self, key: SecretKey, missing: Missing) -> Missing:
         """See the port."""
@@ -294,6 +303,7 @@ class Recorded:
     output_cap: int
     limit_reason: str
     categories: tuple[tuple[str, str], ...] | None
+    act_for: bytes | None = None
 
     @property
     def overhead_seconds(self) -> float:
@@ -336,5 +346,6 @@ class FakeRecorder(Recorder):
                 0 if exchange.metered is None else exchange.metered.cap,
                 exchange.limit_reason,
                 exchange.categories,
+                None if head is None else head.act_for,
             )
         )
