@@ -320,6 +320,17 @@ class Exchange:
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
+class Assertions:
+    """Signs the identities of forwarded requests. `number` is that of no other one in this process, and not 0."""
+
+    number: int
+
+    def sign(self, identity: Identity, now_mono: float) -> None:
+        """Replace the identity's assertion by a new one. Raises a Refusal if there is no key to sign with."""
+        raise NotImplementedError
+
+
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Gate:
     """Decides on requests, and reserves and settles what they use."""
 

@@ -155,6 +155,26 @@ SELECT t.digest, t.category, t.tenant_id FROM keyproxy.prompt_templates AS t;
 -- The templates of the digests $1. Needs: prompt_templates (digest).
 SELECT t.digest, t.category, t.tenant_id FROM keyproxy.prompt_templates AS t WHERE t.digest = ANY ($1::bytea[]);
 
+-- name: signing_keys
+-- The public halves of signing keys that have not been removed, at most $1: those that end last.
+-- Needs: signing_keys (kid); the table is small.
+SELECT s.kid, s.jwk, extract(epoch FROM s.ends_at)::float8 AS ends_wall_seconds
+FROM keyproxy.signing_keys AS s
+ORDER BY s.ends_at DESC, s.kid
+LIMIT $1;
+
+-- name: publish_signing_key
+-- Store the public half $2 of the key $1, unless it is stored. The times are those of the machine that signs.
+INSERT INTO keyproxy.signing_keys (kid, jwk, created_at, ends_at)
+VALUES ($1, $2::text::jsonb, to_timestamp($3::float8), to_timestamp($4::float8))
+ON CONFLICT (kid) DO NOTHING;
+
+-- name: cut_signing_key
+-- Let the key $1 end at $2, unless it ends before.
+UPDATE keyproxy.signing_keys AS s
+SET ends_at = greatest(s.created_at, to_timestamp($2::float8))
+WHERE s.kid = $1 AND s.ends_at > greatest(s.created_at, to_timestamp($2::float8));
+
 -- name: changes_since
 -- The changes that are visible now and were not in the snapshot $1; with null, only the present snapshot. Changes of
 -- limits come last: if the last of the first $2 rows is one, all other changes are among them. The rows are not sorted
