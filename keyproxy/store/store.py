@@ -8,8 +8,12 @@ from typing import Final
 
 from keyproxy.config import schema
 from keyproxy.model import Moment
+<<<<<<< HEAD
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
+=======
+from keyproxy.store.agent_tokens.cleanup import AgentTokenCleanup
+>>>>>>> rows
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.change_feed import CHANNEL, ChangeFeed
 from keyproxy.store.identities.last_used import LastUsed
@@ -54,6 +58,9 @@ class Store:
         self.claims = Claims(PostgresClaims(self._ledger_database, repeats_max=repeats_max), self.ledger, ledger, now)
         # Another one, so that neither waits for a batch of usage.
         self._usage_database = Database(dsn, pool_size_max=1, statement_timeout_seconds=seconds, main=self.database)
+        # Another one, because a mint may wait for a lock. Without mints it has no connection.
+        self.minting_database = Database(dsn, pool_size_max=2, statement_timeout_seconds=seconds, main=self.database)
+        self.agent_tokens = AgentTokenCleanup(self._usage_database)
         state = FeedState()
         self.usage = UsageJournal(
             self._usage_database,
@@ -64,6 +71,7 @@ class Store:
         )
         self._share_outage(has_ledger=ledger.backend == "postgres")
         self.last_used = LastUsed(self.database)
+        self.signing_keys = SigningKeyCache(self.database, now)
         self.identities = IdentityCache(
             self.database,
             cache,
@@ -73,10 +81,10 @@ class Store:
             # One connection is left for the change feed, which delivers revocations, and one for lookups of owned ids.
             look_ups_max=max(1, store.pool_size_max - 2),
             now=now,
+            verifier=self.signing_keys,
         )
         self.owned_ids = OwnedIdCache(self.database, cache, feed=state, look_ups_max=1, now=now)
         self.templates = TemplateCache(self.database, cache, now)
-        self.signing_keys = SigningKeyCache(self.database, now)
         listener = NotificationListener(dsn, CHANNEL, shortage=self.database.shortage)
         reads_recalls = self.ledger.conversation if ledger.backend == "postgres" else None
         self.feed = ChangeFeed(
@@ -96,6 +104,7 @@ class Store:
             self.feed.lasting,
             self.templates.lasting,
             self.signing_keys.lasting,
+            self.agent_tokens.lasting,
         )
 
     @property
@@ -108,6 +117,7 @@ class Store:
             self.usage.tending,
             self.usage.sweeping,
             self.feed.forgetting,
+            self.agent_tokens.tending,
         )
 
     def _follow_windows(self, backend: PostgresLedger | RedisLedger) -> None:
@@ -115,7 +125,7 @@ class Store:
         self.feed.window_changed = partial(backend.refresh_soon, then=forget_refusals)
 
     def _share_outage(self, *, has_ledger: bool) -> None:
-        for part in (self._ledger_database, self._usage_database):
+        for part in (self._ledger_database, self._usage_database, self.minting_database):
             part.outage, part.is_main = self.database.outage, False
         self.usage.outage = self.claims.outage = self.database.outage
         if has_ledger:
@@ -126,6 +136,7 @@ class Store:
         await self.database.open()
         await self._ledger_database.open()
         await self._usage_database.open()
+        await self.minting_database.open()
         self.templates.start()
         self.signing_keys.start()
         self.feed.start()
@@ -133,6 +144,7 @@ class Store:
         self.claims.start()
         self.last_used.start()
         self.usage.start()
+        self.agent_tokens.start()
 
     async def close(self) -> None:
         """Flush what is pending and close all connections."""
@@ -141,6 +153,8 @@ class Store:
         await self.ledger.close()
         await self._ledger_database.close()
         await self.usage.close()
+        await self.agent_tokens.close()
+        await self.minting_database.close()
         await self._usage_database.close()
         await self.last_used.close()
         await self.feed.close()

@@ -141,7 +141,7 @@ def token_identity(row: Row, header_prefix: str) -> Identity:
 
 def _token_scopes(row: Row, chain: list[Mapping[str, Any]]) -> list[str]:
     """What a token may do: its scopes within those of its root key and ancestors, and the ceilings of its agents."""
-    bounds = [row["key_scopes"]]
+    bounds = [bounded_scopes(row["key_scopes"], f"key {row['key_id']}")]
     for step in chain:
         bounds.append(step["scopes"])
         if step["ceiling"] is not None:
