@@ -18,6 +18,7 @@ from keyproxy.ai.requests.inflation import ContentMemory
 from keyproxy.ai.responses.meter import Meter
 from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.auth.api_key import SecretKey
+from keyproxy.auth.minting import MintedToken, MintParent, MintRequest
 from keyproxy.http.forwarding import Forwarding
 from keyproxy.http.idempotency_key import Fingerprint
 from keyproxy.http_messages import RequestHead, RequestLine, ResponseHead
@@ -44,7 +45,15 @@ class Identities:
     def acting(self, digest: KeyDigest, user_id: str, now: Moment, *, is_first_lookup: bool = True) -> Identity:
         """The identity of a key that acts for a user of its tenant, from memory. Never waits.
 
-        Raises what `known` raises, and a Refusal (DELEGATION_REFUSED) if the key may not act for this user.
+        Raises what `known` raises. If the credential may not act for this user, or `user_id` is no id, the identity is
+        that of the credential itself, with a `standing`: DELEGATION_REFUSED, unless it is refused on its own account.
+        """
+        raise NotImplementedError
+
+    def reviewed(self, digest: KeyDigest, before: Identity, now: Moment) -> Identity:
+        """The identity behind a credential as it is now. Never waits. `before`: what it was resolved to earlier.
+
+        Raises what `known` raises.
         """
         raise NotImplementedError
 
@@ -177,6 +186,22 @@ class Claims(Protocol):
         ...
 
 
+class AgentTokenMint(Protocol):
+    """Mints agent tokens."""
+
+    async def mint(self, parent: MintParent, request: MintRequest, *, actor: str) -> MintedToken:
+        """Mint a token from its parent, if every bound holds at that moment. A token that is returned exists.
+
+        `actor`: for the audit log, such as `key:<id>`.
+
+        Raises a Refusal: DELEGATION_REFUSED if a bound does not hold, REQUEST_MALFORMED if the signed token would be
+        too long, QUOTA_EXHAUSTED if the root key has as many live tokens as it may have, STORE_UNAVAILABLE if the store
+        cannot be reached, or no key can sign. Then the caller has no token, and there is no row unless the store was
+        lost during the statement.
+        """
+        ...
+
+
 class Exchange:
     """One request and its response, as the gateway and the recorder see it. Times are `clock` seconds, 0.0: never.
 
@@ -291,6 +316,17 @@ class Exchange:
 
     def end_stream(self, refusal: Refusal) -> None:
         """End an event stream in flight with an error event, so that the client learns the reason."""
+        raise NotImplementedError
+
+
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Assertions:
+    """Signs the identities of forwarded requests. `number` is that of no other one in this process, and not 0."""
+
+    number: int
+
+    def sign(self, identity: Identity, now_mono: float) -> None:
+        """Replace the identity's assertion by a new one. Raises a Refusal if there is no key to sign with."""
         raise NotImplementedError
 
 

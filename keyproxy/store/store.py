@@ -8,6 +8,9 @@ from typing import Final
 
 from keyproxy.config import schema
 from keyproxy.model import Moment
+from keyproxy.store.background import BackgroundTask
+from keyproxy.store.housekeeping import Chore
+from keyproxy.store.agent_tokens.cleanup import AgentTokenCleanup
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.change_feed import CHANNEL, ChangeFeed
 from keyproxy.store.identities.last_used import LastUsed
@@ -20,6 +23,7 @@ from keyproxy.store.ledger.redis_backend import RedisLedger
 from keyproxy.store.ledger.select_backend import ledger_backend
 from keyproxy.store.postgres.database import Database, NotificationListener
 from keyproxy.store.prompt_templates import TemplateCache
+from keyproxy.store.signing_keys import SigningKeyCache
 from keyproxy.store.usage.journal import UsageJournal
 
 _DEFAULT_LIMITS: Final = schema.LimitSettings()
@@ -51,6 +55,9 @@ class Store:
         self.claims = Claims(PostgresClaims(self._ledger_database, repeats_max=repeats_max), self.ledger, ledger, now)
         # Another one, so that neither waits for a batch of usage.
         self._usage_database = Database(dsn, pool_size_max=1, statement_timeout_seconds=seconds, main=self.database)
+        # Another one, because a mint may wait for a lock. Without mints it has no connection.
+        self.minting_database = Database(dsn, pool_size_max=2, statement_timeout_seconds=seconds, main=self.database)
+        self.agent_tokens = AgentTokenCleanup(self._usage_database)
         state = FeedState()
         self.usage = UsageJournal(
             self._usage_database,
@@ -61,6 +68,7 @@ class Store:
         )
         self._share_outage(has_ledger=ledger.backend == "postgres")
         self.last_used = LastUsed(self.database)
+        self.signing_keys = SigningKeyCache(self.database, now)
         self.identities = IdentityCache(
             self.database,
             cache,
@@ -70,6 +78,7 @@ class Store:
             # One connection is left for the change feed, which delivers revocations, and one for lookups of owned ids.
             look_ups_max=max(1, store.pool_size_max - 2),
             now=now,
+            verifier=self.signing_keys,
         )
         self.owned_ids = OwnedIdCache(self.database, cache, feed=state, look_ups_max=1, now=now)
         self.templates = TemplateCache(self.database, cache, now)
@@ -77,26 +86,35 @@ class Store:
         reads_recalls = self.ledger.conversation if ledger.backend == "postgres" else None
         self.feed = ChangeFeed(
             self.database, listener, self.identities, state, now,
-            owned=self.owned_ids, templates=self.templates, lease_holder=reads_recalls,
+            owned=self.owned_ids, templates=self.templates, signing_keys=self.signing_keys, lease_holder=reads_recalls,
         )  # fmt: skip
         self._follow_windows(backend)
-        #: All background tasks that run while the store is open.
-        self.lasting = (
+
+    @property
+    def lasting(self) -> Sequence[BackgroundTask]:
+        """All background tasks that run while the store is open."""
+        return (
             self.ledger.conversation.lasting,
             self.claims.lasting,
             self.usage.lasting,
             self.last_used.lasting,
             self.feed.lasting,
             self.templates.lasting,
+            self.signing_keys.lasting,
+            self.agent_tokens.lasting,
         )
-        #: All cleanup of expired rows.
-        self.chores = (
+
+    @property
+    def chores(self) -> Sequence[Chore]:
+        """All cleanup of expired rows."""
+        return (
             self.ledger.conversation.reaping,
             self.ledger.conversation.forgetting,
             self.claims.forgetting,
             self.usage.tending,
             self.usage.sweeping,
             self.feed.forgetting,
+            self.agent_tokens.tending,
         )
 
     def _follow_windows(self, backend: PostgresLedger | RedisLedger) -> None:
@@ -104,7 +122,7 @@ class Store:
         self.feed.window_changed = partial(backend.refresh_soon, then=forget_refusals)
 
     def _share_outage(self, *, has_ledger: bool) -> None:
-        for part in (self._ledger_database, self._usage_database):
+        for part in (self._ledger_database, self._usage_database, self.minting_database):
             part.outage, part.is_main = self.database.outage, False
         self.usage.outage = self.claims.outage = self.database.outage
         if has_ledger:
@@ -115,12 +133,15 @@ class Store:
         await self.database.open()
         await self._ledger_database.open()
         await self._usage_database.open()
+        await self.minting_database.open()
         self.templates.start()
+        self.signing_keys.start()
         self.feed.start()
         self.ledger.start()
         self.claims.start()
         self.last_used.start()
         self.usage.start()
+        self.agent_tokens.start()
 
     async def close(self) -> None:
         """Flush what is pending and close all connections."""
@@ -129,10 +150,13 @@ class Store:
         await self.ledger.close()
         await self._ledger_database.close()
         await self.usage.close()
+        await self.agent_tokens.close()
+        await self.minting_database.close()
         await self._usage_database.close()
         await self.last_used.close()
         await self.feed.close()
         await self.templates.close()
+        await self.signing_keys.close()
         await self.identities.close()
         await self.owned_ids.close()
         await self.database.close()

@@ -30,6 +30,10 @@ RIGHTS: Final = {
     "roles": ("SELECT", _ALL),
     "owned": ("SELECT", _ALL),
     "prompt_templates": ("SELECT", _ALL),
+    "agents": ("SELECT", _ALL),
+    # Proxies mint by a function, which checks the authority of the parent.
+    "agent_tokens": ("SELECT", _ALL),
+    "signing_keys": ("SELECT, INSERT, UPDATE (ends_at)", _ALL),
     # Proxies only use two functions: see the migration that created the table.
     "foreign_hashes": ("", _ALL),
     "changes": ("SELECT, DELETE", "SELECT"),
@@ -67,6 +71,11 @@ _FUNCTIONS: Final = {
     "foreign_recipe(text)": ("EXECUTE", "EXECUTE"),
     "adopt_foreign(text, text, bytea)": ("EXECUTE", "EXECUTE"),
     "tend_usage(integer, integer, integer)": ("EXECUTE", "EXECUTE"),
+    (
+        "mint_agent_token(text, bytea, text, text, text, text, text, text[], text, bigint, bigint, double precision,"
+        " integer, integer, boolean, text)"
+    ): ("EXECUTE", "EXECUTE"),
+    "tend_agent_tokens(integer)": ("EXECUTE", "EXECUTE"),
     "credit_window(text, text, boolean, text, text, bigint, bigint, text)": ("", "EXECUTE"),
 }
 

@@ -1,0 +1,120 @@
+"""The check of an agent token that needs no query: exact header, signature, issuer, audience and times.
+
+Only the bytes that `SigningKey.sign` writes are accepted, so there is one header text per key and no choice of algorithm:
+a token with another `alg` or `typ`, with `jku`, `jwk`, `x5u` or `crit`, or in another encoding is refused before its
+signature is verified.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple, NoReturn
+
+from keyproxy.reasons import Reason, Refusal
+from keyproxy.signing.claims import AGENT_TOKEN_TYPE
+from keyproxy.signing.signing_key import VerifyingKey
+
+#: How far the clock of the machine that signed may be ahead of this one's.
+SKEW_SECONDS: Final = 60
+
+_BYTES_MAX: Final = 4_096
+_SIGNATURE_BYTES: Final = 64
+_TIME_MAX: Final = 2**53
+
+_HEADER: Final = re.compile(
+    rb'\{"typ":"%b","alg":"ES256","kid":"([A-Za-z0-9_-]{43})"\}' % re.escape(AGENT_TOKEN_TYPE.encode("ascii"))
+)
+_BASE64URL: Final = re.compile(rb"[A-Za-z0-9_-]+")
+
+
+class AcceptedTokens(NamedTuple):
+    """The issuer and the audience of the agent tokens that a proxy accepts."""
+
+    issuer: str
+    audience: str
+
+
+class SignedToken(NamedTuple):
+    """An agent token of the right form; nothing about it is verified."""
+
+    kid: str
+    message: bytes
+    signature: bytes
+    payload: bytes
+
+    @classmethod
+    def parse(cls, token: bytes) -> SignedToken:
+        """Split a token. Raises a Refusal for any other form than that of our tokens."""
+        if len(token) > _BYTES_MAX:
+            raise _invalid("it is too long")
+        parts = token.split(b".")
+        if len(parts) != 3:
+            raise _invalid("it has no three parts")
+        header = _HEADER.fullmatch(_decoded(parts[0]))
+        if header is None:
+            raise _invalid("it has another header")
+        signature = _decoded(parts[2])
+        if len(signature) != _SIGNATURE_BYTES:
+            raise _invalid("its signature has another length")
+        return cls(header[1].decode("ascii"), parts[0] + b"." + parts[1], signature, _decoded(parts[1]))
+
+    def check(self, key: VerifyingKey, rules: AcceptedTokens, now_wall: float) -> None:
+        """Raises a Refusal if the signature or a claim is invalid, or a genuine token has expired."""
+        if not key.verifies(self.message, self.signature):
+            raise _invalid("its signature is invalid")
+        claims = _claims(self.payload)
+        # `aud` is one string here: a list that contains the audience is another token than ours.
+        if claims.get("iss") != rules.issuer or claims.get("aud") != rules.audience:
+            raise _invalid("its issuer or audience is another one")
+        issued, expires = _time(claims.get("iat")), _time(claims.get("exp"))
+        if issued > now_wall + SKEW_SECONDS:
+            raise _invalid("it was issued in the future")
+        # Without skew, as the expiry of every key: the row would be refused for the same reason.
+        if now_wall >= expires:
+            raise Refusal(Reason.KEY_EXPIRED, "agent token: it has expired")
+        if now_wall >= key.ends_wall_seconds:
+            raise _invalid("its key has ended")
+
+
+def _claims(payload: bytes) -> dict[str, Any]:
+    try:
+        claims = json.loads(payload.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise _invalid("its payload is invalid") from None
+    if not isinstance(claims, dict):
+        raise _invalid("its payload is no object")
+    return claims
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a member occurs twice")
+    return members
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _time(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _TIME_MAX:
+        raise _invalid("a time is missing or invalid")
+    return value
+
+
+def _decoded(part: bytes) -> bytes:
+    """Canonical base64url: one text for the same bytes, without padding, spaces or stray bits."""
+    if _BASE64URL.fullmatch(part) is None or len(part) % 4 == 1:
+        raise _invalid("a part is not base64url")
+    content = base64.urlsafe_b64decode(part + b"=" * (-len(part) % 4))
+    if base64.urlsafe_b64encode(content).rstrip(b"=") != part:
+        raise _invalid("a part is not canonical base64url")
+    return content
+
+
+def _invalid(why: str) -> Refusal:
+    return Refusal(Reason.KEY_INVALID, f"agent token: {why}")
