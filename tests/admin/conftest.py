@@ -145,6 +145,7 @@ async def serving(
         metrics=MetricsPage(
             reminders, WebhookSender(reminders), alerts, now_mono=lambda: now[0], traffic=counted
         ).page,
+        signing_keys=SigningKeyCache(database, clock.now),
         log_line=lambda line, _status: log.append(json.loads(line)), bounds=bounds,
     )  # fmt: skip
     with contextlib.closing(socket.socket()) as sock:
