@@ -7,7 +7,6 @@ are idle in other proxies' leases are waited for, as a proxy without any leases 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol
@@ -36,8 +35,6 @@ from keyproxy.limits.ledger_protocol import (
 from keyproxy.limits.plan import PER_REQUEST, Limit, Plan
 from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Route
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.store.directory.errors import Invalid, NotFound
-from keyproxy.store.identities.lookup_batcher import UNUSABLE
 from keyproxy.store.ledger.backend import REAP_PORTION
 from keyproxy.store.ledger.body_reservation import BodyReservation, RequestUrl, no_reservation, reservation_of
 from keyproxy.store.ledger.explained_access import ExplainedAccess, OwnerReader, StatedValues
@@ -95,7 +92,7 @@ class Explanation(NamedTuple):
     access: Mapping[str, Any]
 
 
-class _DryBackend:
+class DryBackend:
     """Reply as the ledger would, from the state of its windows, and change nothing. Implements LedgerBackend."""
 
     def __init__(self, windows: WindowReader, now: Callable[[], Moment]) -> None:
@@ -178,7 +175,7 @@ async def _explain_credential(
     now: Callable[[], Moment],
 ) -> Explanation:
     """The decision as far as it depends on no route: on the credential itself, and on its limits."""
-    backend = _DryBackend(windows, now)
+    backend = DryBackend(windows, now)
     refusal, need = None, _need(question, None)
     try:
         authorization.admit(identity, _ANY_ROUTE, now())
@@ -191,35 +188,6 @@ async def _explain_credential(
     return Explanation(None, refusal, limits, no_reservation(), access.shown())
 
 
-async def windows_of_user(
-    database: Database, user_id: str, configured: schema.Settings, *, is_test: bool, now: Callable[[], Moment]
-) -> list[dict[str, Any]]:
-    """The current state of the limits of a user and its tenant. Raises NotFound, Invalid, StoreUnavailable."""
-    rows = await database.fetch("limits_of_user", user_id, is_test)
-    if not rows:
-        raise NotFound(f"there is no user {user_id!r}")
-    (row,) = rows
-    owners = (("tenant", row["tenant_id"]), ("user", row["user_id"]))
-    try:
-        pools = [
-            (Pool(kind, owner, is_test), Plan.from_json(json.loads(row[f"{kind}_limits"])))
-            for kind, owner in owners
-            if row[f"{kind}_limits"] is not None
-        ]
-    except UNUSABLE as error:
-        raise Invalid(f"the plan of user {user_id!r} or of its tenant is invalid: {error}") from error
-    wanted = _windows_of(pools)
-    windows = ledger_backend(database, configured.ledger)
-    try:
-        states = await _DryBackend(windows, now).states([window for window, _ in wanted])
-    finally:
-        await windows.close()
-    return [
-        {"owner": window.pool.owner, **window_state(window, limit, state)}
-        for (window, limit), state in zip(wanted, states, strict=True)
-    ]
-
-
 async def explain(
     identity: Identity,
     question: Question,
@@ -230,7 +198,7 @@ async def explain(
     now: Callable[[], Moment],
 ) -> Explanation:
     """The decision on a request of this identity. Raises StoreUnavailable if the windows cannot be read, and Invalid."""
-    backend = _DryBackend(windows, now)
+    backend = DryBackend(windows, now)
     route, need, refusal, reservation, hold = None, None, None, None, None
     of_body: Refusal | None = None
     access = ExplainedAccess(None, StatedValues(b""), identity)
@@ -278,7 +246,7 @@ def _reservation(
 
 
 async def _take(
-    backend: _DryBackend,
+    backend: DryBackend,
     allowance: Allowance,
     need: Need | None,
     *,
@@ -310,11 +278,11 @@ def _need(question: Question, route: Route | None) -> Need | None:
 
 
 async def _limits(
-    allowance: Allowance | None, backend: _DryBackend, need: Need | None, refusal: Refusal | None
+    allowance: Allowance | None, backend: DryBackend, need: Need | None, refusal: Refusal | None
 ) -> list[dict[str, Any]]:
     """The state of each limit at the decision, and whether it `refuses`."""
     pools = () if allowance is None else allowance.pools
-    wanted = _windows_of(pools)
+    wanted = windows_of(pools)
     unseen = [window for window, _ in wanted if window not in backend.seen]
     if unseen:
         await backend.states(unseen)
@@ -347,7 +315,7 @@ def _needed(measure: str, need: Need | None) -> int:
     return 1
 
 
-def _windows_of(pools: Sequence[tuple[Pool, Plan]]) -> list[tuple[Window, Limit]]:
+def windows_of(pools: Sequence[tuple[Pool, Plan]]) -> list[tuple[Window, Limit]]:
     """The windows that limits of these plans count in."""
     return [
         (Window(pool, limit.window_measure, limit.selector), limit)

@@ -12,10 +12,11 @@ from keyproxy.config.schema import Settings
 from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.model import Moment
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.store.ledger.explain import Explanation, Question, explain_identity, windows_of_user
+from keyproxy.store.ledger.explain import Explanation, Question, explain_identity
 from keyproxy.store.postgres.database import Database
 from keyproxy.store.usage.explained_credentials import ExplainedCredential, key_credential, token_credential
 from keyproxy.store.usage.usage_queries import UsageFilter, UsageReader
+from keyproxy.store.usage.user_windows import windows_of_user
 
 
 class UsageOperations(Protocol):
@@ -38,7 +39,7 @@ class UsageService(UsageReader):
         self._now = now
 
     async def windows(self, user_id: str, *, is_test: bool) -> list[dict[str, Any]]:
-        """The current state of the limits of a user and of its tenant."""
+        """The current state of the limits of a user, its tenant, its agents and their tokens."""
         return await windows_of_user(self._database, user_id, self._configured, is_test=is_test, now=self._now)
 
     async def explained(self, key_id: str, question: Question) -> dict[str, Any]:
