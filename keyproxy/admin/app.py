@@ -27,7 +27,7 @@ from keyproxy.platform.tasks import cancel_all
 from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
 from keyproxy.store.directory.admin_tokens import AdminTokens
-from keyproxy.store.directory.agents.operator_mint import OperatorKey, SigningMint, token_rules
+from keyproxy.store.directory.agents.operator_mint import OperatorKey, SigningMint
 from keyproxy.store.directory.directory import Actor
 from keyproxy.store.outbox.limit_alerts import LimitAlertQueue
 from keyproxy.store.outbox.reminders import ReminderQueue
@@ -59,8 +59,8 @@ class Admin:
         self._reminding = WebhookSender(self._reminders)
         self._alerts = LimitAlertQueue(self._database, lambda: self._settings.alerts.percentages)
         self._alerting = WebhookSender(self._alerts, "alerts of limits")
-        signing_keys = SigningKeyCache(self._database, token_rules(settings.access), clock.now)
-        self._operator_key = OperatorKey(signing_keys, clock.now)
+        self._signing_keys = SigningKeyCache(self._database, clock.now)
+        self._operator_key = OperatorKey(self._signing_keys, clock.now)
         self._service = self._made(settings)
 
     def _made(self, settings: Settings) -> Service:
@@ -94,6 +94,7 @@ class Admin:
             listener = AdminListener(
                 self._service,
                 metrics=self._metrics_page(counted).page,
+                signing_keys=self._signing_keys,
                 traffic=counted,
                 log_line=log.write_line if self._settings.log.access else None,
                 bounds=Bounds(self._settings.admin.connections_max),

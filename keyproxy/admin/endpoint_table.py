@@ -91,4 +91,6 @@ ADDRESSES: Final = {
     "show_limits": EndpointAddress("GET", "/v1/users/{id}/limits"),
     "explain_key": EndpointAddress("GET", "/v1/keys/{id}/explain"),
     "explain_request": EndpointAddress("POST", "/v1/keys/{id}/explain"),
+    "explain_agent_token": EndpointAddress("GET", "/v1/agent-tokens/{id}/explain"),
+    "explain_agent_token_request": EndpointAddress("POST", "/v1/agent-tokens/{id}/explain"),
 }

@@ -18,7 +18,7 @@ from keyproxy.admin import request_parsing
 from keyproxy.admin.authentication import Access
 from keyproxy.admin.endpoints import ApiConfig, ApiRequest, ApiResponse, ApiStream, Endpoint, needs
 from keyproxy.admin.problems import Problem, Refused
-from keyproxy.admin.resources import access, agents, credit, importing, keys, plans, prompts, tenants, usage
+from keyproxy.admin.resources import access, agents, credit, explain, importing, keys, plans, prompts, tenants, usage
 from keyproxy.admin.scopes import Scope, allows
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.store.directory.agents.operator_mint import SigningMint
@@ -61,6 +61,7 @@ ENDPOINTS: Final = (
     *access.ENDPOINTS,
     *prompts.ENDPOINTS,
     *usage.ENDPOINTS,
+    *explain.ENDPOINTS,
     *credit.ENDPOINTS,
 )
 

@@ -26,7 +26,7 @@ from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.platform import clock
 from keyproxy.store.directory.admin_tokens import AdminTokens
-from keyproxy.store.directory.agents.operator_mint import OperatorKey, SigningMint, token_rules
+from keyproxy.store.directory.agents.operator_mint import OperatorKey, SigningMint
 from keyproxy.store.directory.directory import Actor, Directory, Entity, KeyWish
 from keyproxy.store.outbox.limit_alerts import LimitAlertQueue
 from keyproxy.store.outbox.reminders import ReminderQueue
@@ -134,7 +134,7 @@ async def serving(
     tokens = AdminTokens(database, key_format, actor)
     access = Access(tokens, key_format, Throttle(), file_digest=hashlib.sha256(FILE_TOKEN.encode()).digest())
     settings = settings or Settings(routes=routes)
-    operator_key = OperatorKey(SigningKeyCache(database, token_rules(settings.access), clock.now), clock.now)
+    operator_key = OperatorKey(SigningKeyCache(database, clock.now), clock.now)
     mint = SigningMint(settings.access, operator_key, clock.now)
     service = Service(database, key_format, access, ApiConfig(90, settings), mint, lambda: now[0])
     log: list[Json] = []
@@ -145,6 +145,7 @@ async def serving(
         metrics=MetricsPage(
             reminders, WebhookSender(reminders), alerts, now_mono=lambda: now[0], traffic=counted
         ).page,
+        signing_keys=SigningKeyCache(database, clock.now),
         log_line=lambda line, _status: log.append(json.loads(line)), bounds=bounds,
     )  # fmt: skip
     with contextlib.closing(socket.socket()) as sock:

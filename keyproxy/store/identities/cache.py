@@ -10,26 +10,21 @@ states of an entry:
     changed the feed delivered a change of the key, its user or its tenant: never served again. If only limits changed,
             the key is looked up again before it is served, and still served under the old limits while the store is down.
 
-Unknown digests, which do not exist in the store or whose agent token is forged or expired, are cached in a separate table,
-so that a flood of them evicts no known key. So are the pairs of a key and a user that it acts for: see `acting_pairs`. For
-the lookups see `lookup_batcher`.
+Unknown digests are cached in a separate table, so that a flood of them evicts no known key: see `unknown_credentials`. So
+are the pairs of a key and a user that it acts for: see `acting_pairs`. For the lookups see `lookup_batcher`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Final, Protocol, TypeAlias
-
-import cachetools
+from typing import Any, TypeAlias
 
 from keyproxy.auth import names
-from keyproxy.auth.agent_token_format import is_jwt
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.config.schema import Cache
-from keyproxy.model import Identity, KeyDigest, Missing, Moment, TimeBudget
+from keyproxy.model import Identity, KeyDigest, Missing, Moment
 from keyproxy.ports import Identities
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.store.identities import drf_api_keys
 from keyproxy.store.identities.acting_pairs import ActingPairs
 from keyproxy.store.identities.delegated_rows import (
     BY_PAIR,
@@ -39,29 +34,16 @@ from keyproxy.store.identities.delegated_rows import (
     refused_delegation,
     token_identity,
 )
-from keyproxy.store.identities.drf_api_keys import DrfApiKeys
 from keyproxy.store.identities.entries import Entry, EntryTable
 from keyproxy.store.identities.groups import KEY, TENANT, USER, Group, Groups
 from keyproxy.store.identities.identity_rows import BY_DIGEST, identity_of
 from keyproxy.store.identities.last_used import LastUsed
-from keyproxy.store.identities.lookup_batcher import LookupBatcher
+from keyproxy.store.identities.lookup_batcher import LookupBatcher, LookupQuery
+from keyproxy.store.identities.unknown_credentials import TokenVerifier, UnknownCredentials
 from keyproxy.store.postgres.database import Database, Row
 
 #: What the store is queried for.
 _Subject: TypeAlias = KeyDigest | TokenDigest | ActingPair
-
-#: Why an unknown digest is refused, and the detail for the log.
-_Unknown: TypeAlias = tuple[Reason, str]
-
-_NO_ROW: Final[_Unknown] = (Reason.KEY_INVALID, "the store has no such key")
-
-
-class TokenVerifier(Protocol):
-    """Verifies the signature and the claims of an agent token, without the store's rows of tokens."""
-
-    def verify(self, token: bytes, now: Moment) -> None:
-        """Raises a Refusal for a token that is not genuine or has expired, Missing for an unknown signing key."""
-        ...
 
 
 class LookupCounts:
@@ -124,19 +106,16 @@ class IdentityCache(Identities):
         self._last_used = last_used
         self._header_prefix = header_prefix
         self._now = now
-        self._verifier = verifier
         self._groups = Groups()
         self._keys: EntryTable[KeyDigest, Entry] = EntryTable(cache.entries_max)
         self._entries = self._keys.rows
         self._pairs = ActingPairs(cache, self._groups, header_prefix, now)
         self._acting = self._pairs.entries.rows
-        self._unknown: cachetools.TTLCache[KeyDigest, _Unknown] = cachetools.TTLCache(
-            cache.unknown_entries_max, cache.unknown_seconds, timer=lambda: now().mono_seconds
-        )
-        self._foreign = DrfApiKeys(database)
+        self._unknown = UnknownCredentials(database, cache, verifier, now)
+        keys: LookupQuery[Any] = BY_DIGEST
         self._look_ups: LookupBatcher[_Subject] = LookupBatcher(
             database,
-            BY_DIGEST,
+            keys,
             self._settle,
             look_ups_max=look_ups_max,
             others={TokenDigest: BY_TOKEN, ActingPair: BY_PAIR},
@@ -199,37 +178,12 @@ class IdentityCache(Identities):
             raise Missing("identity", lambda _patience: self._fetch(subject)) from None
 
     def fetching(self, key: SecretKey, missing: Missing) -> Missing:
-        """The fetch for a credential that is not cached. An agent token is first verified without a query, a key of a
-        foreign form imported by its own hash.
-
-        Off the hot path.
-        """
+        """What to fetch for a credential, after `known` or `acting` raised `missing`. Off the hot path."""
         digest = key.digest()
         if digest in self._entries or self._groups.has_key(digest):
             return missing
-        if is_jwt(key.reveal()):
-            return self._fetching_token(key, digest)
-        if drf_api_keys.prefix_of(key) is None:
-            return missing
-
-        async def fetch_missing(patience: TimeBudget) -> None:
-            await self._foreign.adopt(key)
-            await missing.fetch_missing(patience)
-
-        return Missing("identity", fetch_missing)
-
-    def _fetching_token(self, key: SecretKey, digest: KeyDigest) -> Missing:
-        try:
-            if self._verifier is None:
-                raise Refusal(Reason.KEY_INVALID, "agent tokens are not accepted here")
-            self._verifier.verify(key.reveal(), self._now())
-        except Refusal as refusal:
-            if refusal.reason in (Reason.KEY_INVALID, Reason.KEY_EXPIRED):
-                self._unknown[digest] = (refusal.reason, refusal.detail)
-            raise
-        except Missing as unknown_signing_key:
-            return unknown_signing_key
-        return Missing("identity", lambda _patience: self._fetch(TokenDigest(digest)))
+        token = Missing("identity", lambda _patience: self._fetch(TokenDigest(digest)))
+        return self._unknown.fetching(key, missing, token)
 
     def _refused(self, digest: KeyDigest, user_id: str, now: Moment, is_first_lookup: bool) -> Identity | None:
         """The identity of a credential that may not act for this user, as far as that is known without a lookup.
@@ -251,11 +205,11 @@ class IdentityCache(Identities):
         return refused
 
     def _refuse_unknown(self, digest: KeyDigest, is_first_lookup: bool) -> None:
-        unknown = self._unknown.get(digest)
-        if unknown is not None:
+        refusal = self._unknown.refusal(digest)
+        if refusal is not None:
             if is_first_lookup:
                 self.counts.unknown += 1
-            raise Refusal(*unknown)
+            raise refusal
 
     def _while_down(self, entry: Entry | None, now: Moment, is_first_lookup: bool) -> Identity:
         if entry is not None and entry.is_usable(now.mono_seconds):
@@ -291,7 +245,7 @@ class IdentityCache(Identities):
         entry = self._entries.get(digest)
         if entry is not None:
             entry.forget()
-        self._unknown.pop(digest, None)
+        self._unknown.discard(digest)
         self._look_ups.subject_changed(digest)
         self._forget_group(KEY, digest)
 
@@ -363,7 +317,7 @@ class IdentityCache(Identities):
             self._entries.pop(digest, None)
             if isinstance(subject, ActingPair):
                 self._pairs.drop(subject)
-            self._unknown[digest] = _NO_ROW
+            self._unknown.add(digest)
             return
         if isinstance(subject, ActingPair):
             self._pairs.keep(subject, row)
@@ -371,7 +325,7 @@ class IdentityCache(Identities):
             self._keep(digest, token_identity(row, self._header_prefix), self._group_of_token(row))
         else:
             self._keep(digest, identity_of(row, self._header_prefix), self._groups.get(USER, row["user_id"]))
-        self._unknown.pop(digest, None)
+        self._unknown.discard(digest)
 
     def _group_of_token(self, row: Row) -> Group:
         """The group of the user of an agent token; if it was minted while acting, also of the owner of its root key."""

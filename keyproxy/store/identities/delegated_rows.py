@@ -45,7 +45,7 @@ def _groups_of_token(row: Row) -> list[Group]:
 
 
 #: The lookup of identities by the digest of a key and the user that it acts for.
-BY_PAIR: Final = LookupQuery[ActingPair](
+BY_PAIR: Final[LookupQuery[ActingPair]] = LookupQuery(
     "acting_identities",
     "users that one key acts for",
     parameters=lambda pairs: ([pair.digest for pair in pairs], [pair.user_id for pair in pairs]),
@@ -57,7 +57,7 @@ BY_PAIR: Final = LookupQuery[ActingPair](
 )
 
 #: The lookup of identities by the digests of agent tokens.
-BY_TOKEN: Final = LookupQuery[TokenDigest](
+BY_TOKEN: Final[LookupQuery[TokenDigest]] = LookupQuery(
     "agent_token_identities",
     "agent tokens",
     parameters=lambda tokens: ([token.digest for token in tokens],),
@@ -140,8 +140,8 @@ def token_identity(row: Row, header_prefix: str) -> Identity:
 
 
 def _token_scopes(row: Row, chain: list[Mapping[str, Any]]) -> list[str]:
-    """What an agent token may do: its scopes within those of its root key and ancestors, and the ceilings of its agents."""
-    bounds = [row["key_scopes"]]
+    """What a token may do: its scopes within those of its root key and ancestors, and the ceilings of its agents."""
+    bounds = [bounded_scopes(row["key_scopes"], f"key {row['key_id']}")]
     for step in chain:
         bounds.append(step["scopes"])
         if step["ceiling"] is not None:

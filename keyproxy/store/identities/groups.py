@@ -42,9 +42,13 @@ class Group:
         if other in self._parts:
             return
         self._parts = (*self._parts, other)
-        if other._members is None:
-            other._members = weakref.WeakSet()
-        other._members.add(self)
+        other.add_member(self)
+
+    def add_member(self, member: Group) -> None:
+        """Invalidate the entries of the member with those of this group."""
+        if self._members is None:
+            self._members = weakref.WeakSet()
+        self._members.add(member)
 
     def supersede(self) -> Group:
         """Mark the entries outdated but usable. Return the group for entries that are read from now on.
@@ -60,7 +64,7 @@ class Group:
                 older.keep(newer)
                 newer._older.append(reference)
         self._older = []
-        self._mark(is_usable=self.is_usable)
+        self.mark(is_usable=self.is_usable)
         return newer
 
     def keep(self, newer: Group) -> None:
@@ -69,17 +73,18 @@ class Group:
 
     def end(self) -> None:
         """Mark the entries of this group and of the older ones outdated and unusable."""
-        self._mark(is_usable=False)
+        self.mark(is_usable=False)
         for reference in self._older:
             older = reference()
             if older is not None:
-                older._mark(is_usable=False)
+                older.mark(is_usable=False)
 
-    def _mark(self, *, is_usable: bool) -> None:
+    def mark(self, *, is_usable: bool) -> None:
+        """Mark the entries outdated, and unusable unless `is_usable`."""
         self.is_current = False
         self.is_usable = self.is_usable and is_usable
         for member in self._members or ():
-            member._mark(is_usable=is_usable)
+            member.mark(is_usable=is_usable)
 
 
 class Groups:

@@ -1,8 +1,8 @@
 """Looks values up in the store: at most one lookup at a time for each subject, and one query for a batch of them.
 
 A subject is a key or an agent token by its digest, a key with the user that it acts for, or an id that a tenant may own.
-All requests with the same subject share one lookup, and a few concurrent queries serve all waiting subjects in batches. So neither a flood of unknown keys nor the recovery of the
-store becomes a stampede.
+All requests with the same subject share one lookup, and a few concurrent queries serve all waiting subjects in batches.
+So neither a flood of unknown keys nor the recovery of the store becomes a stampede.
 
 If a change arrives from the feed while a lookup is under way, its result is discarded and the lookup repeated. A query
 that starts after the feed has delivered a change returns a result that includes the change.
@@ -187,12 +187,12 @@ class LookupBatcher(Generic[_Subject]):
             # Here, not in a done callback, which runs later: a key that arrives in between would wait forever.
             self._working -= 1
 
-    def _query_for(self, subject: _Subject) -> LookupQuery[_Subject]:
+    def _query_for(self, subject: _Subject) -> LookupQuery[Any]:
         return self._others.get(type(subject), self._query)
 
-    def _by_query(self, subjects: Sequence[_Subject]) -> list[tuple[LookupQuery[_Subject], list[_Subject]]]:
+    def _by_query(self, subjects: Sequence[_Subject]) -> list[tuple[LookupQuery[Any], list[_Subject]]]:
         """The queries with the subjects that each is for, without those that are no longer looked up."""
-        batches: dict[int, tuple[LookupQuery[_Subject], list[_Subject]]] = {}
+        batches: dict[int, tuple[LookupQuery[Any], list[_Subject]]] = {}
         for subject in subjects:
             if subject in self._flights:
                 query = self._query_for(subject)
@@ -219,7 +219,7 @@ class LookupBatcher(Generic[_Subject]):
                 failure = Refusal(Reason.INTERNAL_ERROR, f"lookup of {plural} failed")
                 self._finish([*_subjects(batches), *self._waiting], failure)
 
-    async def _look_up(self, query: LookupQuery[_Subject], batch: list[_Subject]) -> None:
+    async def _look_up(self, query: LookupQuery[Any], batch: list[_Subject]) -> None:
         for subject in batch:
             flight = self._flights[subject]
             flight.queried_at_change, flight.has_changed = self._changes, False
@@ -242,9 +242,7 @@ class LookupBatcher(Generic[_Subject]):
         if not self._flights:
             self._changed_groups.clear()
 
-    def _install(
-        self, query: LookupQuery[_Subject], batch: Sequence[_Subject], found: dict[_Subject, Row]
-    ) -> None:
+    def _install(self, query: LookupQuery[Any], batch: Sequence[_Subject], found: dict[_Subject, Row]) -> None:
         settled, given_up, unusable = [], [], []
         for subject in batch:
             flight, row = self._flights[subject], found.get(subject)
@@ -270,7 +268,7 @@ class LookupBatcher(Generic[_Subject]):
             detail = f"one of the {query.plural} changes faster than it can be read"
             self._finish(given_up, Refusal(Reason.STORE_UNAVAILABLE, detail))
 
-    def _is_outdated(self, query: LookupQuery[_Subject], subject: _Subject, row: Row | None) -> bool:
+    def _is_outdated(self, query: LookupQuery[Any], subject: _Subject, row: Row | None) -> bool:
         """Whether something that this result depends on has changed since the query started."""
         flight = self._flights[subject]
         if flight.has_changed:
@@ -281,5 +279,5 @@ class LookupBatcher(Generic[_Subject]):
         return any(self._changed_groups.get(group, 0) > flight.queried_at_change for group in groups)
 
 
-def _subjects(batches: Sequence[tuple[LookupQuery[_Subject], list[_Subject]]]) -> list[_Subject]:
+def _subjects(batches: Sequence[tuple[LookupQuery[Any], list[_Subject]]]) -> list[_Subject]:
     return [subject for _, batch in batches for subject in batch]

@@ -1249,6 +1249,14 @@ SELECT (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM keyproxy.usag
 -- The digest of a key, the parameter of identities_by_digest.
 SELECT k.digest FROM keyproxy.api_keys AS k WHERE k.id = $1;
 
+-- name: digest_of_agent_token
+-- The digest of an agent token, the parameter of agent_token_identities.
+SELECT t.digest FROM keyproxy.agent_tokens AS t WHERE t.id = $1;
+
+-- name: ceiling_of_user
+-- What the ceiling of the user $1 allows; null: there is no ceiling.
+SELECT keyproxy.scopes_of_roles(u.roles) AS ceiling FROM keyproxy.users AS u WHERE u.id = $1;
+
 -- name: limits_of_user
 -- The limits of the user $1 and of its tenant, for test traffic if $2.
 SELECT u.id AS user_id, t.id AS tenant_id, up.limits AS user_limits, tp.limits AS tenant_limits

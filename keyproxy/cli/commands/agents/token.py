@@ -1,4 +1,4 @@
-"""keyproxy agent token|revoke: the tokens of agents."""
+"""keyproxy agent token|explain|revoke: the tokens of agents."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import click
 from keyproxy.auth.minting import BUDGET_MAX
 from keyproxy.auth.names import is_agent
 from keyproxy.cli.commands.agents.agent import agent_name
+from keyproxy.cli.commands.keys.explain import print_explanation, question_of, question_options
 from keyproxy.cli.context import Call, takes_call
 from keyproxy.cli.output import print_message, showing_secret
 from keyproxy.cli.parameters import role, scopes, span
@@ -116,4 +117,22 @@ def agent_revoke(call: Call, subject: str, user_id: str | None, reason: str, *, 
     call.print_result(revoked, _TOKEN_COLUMNS)
 
 
-TOKEN_COMMANDS: Final = (agent_token, agent_revoke)
+@click.command("explain", short_help="Show whether a request with an agent token would be accepted, and why.")
+@click.argument("token_id", metavar="TOKEN_ID")
+@question_options
+@takes_call
+def agent_explain(call: Call, token_id: str, method: str, path: str, **options: Any) -> None:
+    """Show whether a request with an agent token would be accepted. Nothing is charged or sent.
+
+    The output includes the user and the actor, the scopes and budgets of the token and of those that it was cut from, the
+    scopes in effect, and the state of each limit. The options are those of `keyproxy key explain`.
+
+    \b
+    keyproxy agent explain agt_…
+    keyproxy agent explain agt_… --path /v1/ai/jobs --tokens 2000
+    """
+    question = question_of(method, path, **options)
+    print_explanation(call, question, call.run_usage(lambda usage: usage.explained_token(token_id, question)))
+
+
+TOKEN_COMMANDS: Final = (agent_token, agent_explain, agent_revoke)

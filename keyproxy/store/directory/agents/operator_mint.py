@@ -17,7 +17,6 @@ from keyproxy.model import Moment
 from keyproxy.ports import AgentTokenMint
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.signing.signing_key import SigningKey
-from keyproxy.signing.token_check import TokenRules
 from keyproxy.store.agent_tokens.minter import TokenMinter
 from keyproxy.store.directory.agents.agent_tokens import OperatorMint
 from keyproxy.store.postgres.database import Database, StatementRunner, StoreConflict, StoreUnavailable
@@ -86,7 +85,7 @@ class SigningMint(OperatorMint):
 @contextlib.asynccontextmanager
 async def minting(database: Database, access: AccessSettings, now: Callable[[], Moment]) -> AsyncIterator[SigningMint]:
     """The mint of a command: its key ends with what it signed."""
-    key = OperatorKey(SigningKeyCache(database, token_rules(access), now), now)
+    key = OperatorKey(SigningKeyCache(database, now), now)
     await key.prepare()
     try:
         yield SigningMint(access, key, now)
@@ -103,8 +102,3 @@ def mint_rules(access: AccessSettings) -> MintRules:
         access.agent_tokens_max,
         access.issuer,
     )
-
-
-def token_rules(access: AccessSettings) -> TokenRules:
-    """The issuer and audience of tokens that proxies of this configuration accept."""
-    return TokenRules(access.issuer, access.audiences[0])
