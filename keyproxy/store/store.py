@@ -8,9 +8,9 @@ from typing import Final
 
 from keyproxy.config import schema
 from keyproxy.model import Moment
+from keyproxy.store.agent_tokens.cleanup import AgentTokenCleanup
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
-from keyproxy.store.agent_tokens.cleanup import AgentTokenCleanup
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.change_feed import CHANNEL, ChangeFeed
 from keyproxy.store.identities.last_used import LastUsed
