@@ -106,10 +106,12 @@ class Proxy:
             stack.callback(self._deadlines.stop)
             stack.push_async_callback(self._close_pools)
             stack.push_async_callback(self._close_ops)
+            self._ops.is_started = False
             await self._ops.start(ops)
             await self.signing.until_started(self._settings)
             stack.push_async_callback(self._drain)
             self.server.start(proxy)
+            self._ops.is_started = True
             yield
 
     async def prepare(self, settings: Settings, dsn: str) -> PreparedConfig:

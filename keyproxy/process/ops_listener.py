@@ -1,6 +1,6 @@
 """The ops listener: /livez, /readyz, /metrics and /jwks.json, on an address of their own, never on the proxied port.
 
-    /livez      the process runs its event loop. Restart it if this fails.
+    /livez      the process runs its event loop. Restart it if this fails. 503 until the proxied port accepts connections.
     /readyz     200 while requests can be served, also with `"status": "degraded"`; 503 while none can.
     /jwks.json  the keys that verify agent tokens and assertions, of all proxies.
 
@@ -84,6 +84,8 @@ class OpsListener:
         self._metrics = metrics
         self._metrics_content_type = metrics_content_type
         self._jwks = jwks
+        #: Whether the proxied port accepts connections; before that, verifiers may read the keys here.
+        self.is_started = True
         self._bounds = bounds
         self._runner: web.AppRunner | None = None
         self._connections: Connections | None = None
@@ -123,7 +125,7 @@ class OpsListener:
             self._runner = None
 
     async def _live(self, _request: web.Request) -> web.Response:
-        return _json(200, {"status": "ok"})
+        return _json(200, {"status": "ok"}) if self.is_started else _json(503, {"status": "starting"})
 
     async def _ready(self, _request: web.Request) -> web.Response:
         checks = await self._checks()

@@ -94,9 +94,10 @@ class Supervisor:
                 ops = bound(self._settings.ops)
                 addresses = (sockets.address_of(self._reserved), sockets.address_of(ops))
                 # Before the first request is forwarded: the upstream may read the keys here.
+                self._ops.is_started = False
                 await self._ops.start(ops)
                 await self._start_workers()
-                self._is_running = True
+                self._ops.is_started = self._is_running = True
                 started(*addresses)
                 systemd.notify("READY=1")
                 self._spawn(self._poll_workers())
