@@ -30,6 +30,7 @@ from keyproxy.store.directory.directory import Actor, Directory, Entity, KeyWish
 from keyproxy.store.outbox.limit_alerts import LimitAlertQueue
 from keyproxy.store.outbox.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database
+from keyproxy.store.signing_keys import SigningKeyCache
 from tests.webhook_receiver import Receiver, receiving
 
 FILE_TOKEN = "the-token-of-the-file-0123456789abcdef"
@@ -140,6 +141,7 @@ async def serving(
         metrics=MetricsPage(
             reminders, WebhookSender(reminders), alerts, now_mono=lambda: now[0], traffic=counted
         ).page,
+        signing_keys=SigningKeyCache(database, clock.now),
         log_line=lambda line, _status: log.append(json.loads(line)), bounds=bounds,
     )  # fmt: skip
     with contextlib.closing(socket.socket()) as sock:
