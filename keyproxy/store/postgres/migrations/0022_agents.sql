@@ -479,6 +479,7 @@ DECLARE
     right_now timestamptz;
     owner record;
     principal text;
+    one_user text;
     link record;
     chain_agents text[] := ARRAY[new_agent];
     chain_tokens text[] := '{}';
@@ -506,16 +507,27 @@ BEGIN
         chain_tokens := chain_tokens || next_token;
         next_token := link.parent_token_id;
     END LOOP;
+    -- An owner that is gone when its lock is free may exist again already, but is not locked: the order would be another one.
+    outcome := 'refused';
     BEGIN
         PERFORM FROM keyproxy.tenants AS t WHERE t.id = owner.tenant_id FOR KEY SHARE;
-        IF owner.user_id < principal THEN
-            PERFORM FROM keyproxy.users AS u WHERE u.id = owner.user_id FOR KEY SHARE;
+        IF NOT FOUND THEN
+            RETURN;
         END IF;
-        PERFORM FROM keyproxy.users AS u WHERE u.id = principal FOR NO KEY UPDATE;
-        IF owner.user_id > principal THEN
-            PERFORM FROM keyproxy.users AS u WHERE u.id = owner.user_id FOR KEY SHARE;
-        END IF;
+        FOREACH one_user IN ARRAY ARRAY[least(owner.user_id, principal), greatest(owner.user_id, principal)] LOOP
+            IF one_user = principal THEN
+                PERFORM FROM keyproxy.users AS u WHERE u.id = one_user FOR NO KEY UPDATE;
+            ELSE
+                PERFORM FROM keyproxy.users AS u WHERE u.id = one_user FOR KEY SHARE;
+            END IF;
+            IF NOT FOUND THEN
+                RETURN;
+            END IF;
+        END LOOP;
         PERFORM FROM keyproxy.api_keys AS k WHERE k.id = key_id FOR NO KEY UPDATE;
+        IF NOT FOUND THEN
+            RETURN;
+        END IF;
         PERFORM FROM keyproxy.agents AS a WHERE a.user_id = principal AND a.id = ANY (chain_agents) ORDER BY a.id FOR SHARE;
         PERFORM FROM keyproxy.agent_tokens AS t WHERE t.id = ANY (chain_tokens) ORDER BY t.depth FOR SHARE;
     EXCEPTION WHEN lock_not_available THEN
