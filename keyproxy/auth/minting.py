@@ -13,6 +13,7 @@ from typing import Any, Final, NoReturn
 from keyproxy import limit_state
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.auth.names import is_agent, is_role, is_scope
+from keyproxy.http_messages import RequestHead
 from keyproxy.limit_state import LimitState
 from keyproxy.limits.calendar_windows import civil_date
 from keyproxy.model import Identity, Moment
@@ -186,6 +187,19 @@ def check_authority(identity: Identity, request: MintRequest, rules: MintRules, 
             raise refused(f"'{name}' exceeds that of the credential.", f"{name} beyond the parent", field=name)
 
 
+def check_head(head: RequestHead) -> None:
+    """Refuse a request whose body cannot be a request for a token, before the body has arrived. Raises a Refusal.
+
+    The declared type does not matter: nothing but the proxy reads this body, and what is not JSON is refused anyway.
+    """
+    if head.content_length > BODY_BYTES_MAX:
+        raise too_large()
+    if any(coding != b"identity" for coding in head.fields.codings):
+        raise _malformed("The body must not be compressed.", "Content-Encoding")
+    if not head.fields.has_clear_type:
+        raise _malformed("The body must be JSON in UTF-8; Content-Type names another charset.", "Content-Type")
+
+
 def refused(text: str, detail: str, *, field: str | None = None) -> Refusal:
     """The refusal of a token that exceeds the authority of its parent. `text`: for the caller; `detail`: for the log."""
     return Refusal(Reason.DELEGATION_REFUSED, detail, caller_text=text, replaces_sentence=True, field=field)
@@ -203,6 +217,11 @@ def too_many_tokens(tokens_max: int, reset_seconds: float | None = None) -> Refu
     )
 
 
+def too_large() -> Refusal:
+    """The refusal of a body that is longer than any valid request."""
+    return Refusal(Reason.BODY_TOO_LARGE, caller_text=f"On this route the maximum is {BODY_BYTES_MAX} bytes.")
+
+
 def malformed(field: str, text: str) -> Refusal:
     """The refusal of a request because of one member. `text`: what is wrong with it, as a sentence about it."""
     return _malformed(f"'{field}' {text}.", field=field)
@@ -211,7 +230,7 @@ def malformed(field: str, text: str) -> Refusal:
 def _read(body: bytes) -> dict[str, Any]:
     """The members of the one JSON object. Raises a Refusal."""
     if len(body) > BODY_BYTES_MAX:
-        raise Refusal(Reason.BODY_TOO_LARGE, caller_text=f"The maximum is {BODY_BYTES_MAX} bytes.")
+        raise too_large()
     try:
         content = json.loads(
             body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_parse_integer

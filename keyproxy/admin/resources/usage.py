@@ -97,7 +97,7 @@ class Sums(ResponseModel):
 
 
 class Event(ResponseModel):
-    """One request."""
+    """One request. `user` is its principal; `actor_user_id` the owner of the key, if the key acts for that user."""
 
     id: str
     time: str
@@ -118,6 +118,9 @@ class Event(ResponseModel):
     tokens_cache_write: int | None
     tokens_reasoning: int | None
     cost_micros: int | None
+    actor_user_id: str | None
+    agent_id: str | None
+    agent_token_id: str | None
     estimated: bool
     request_bytes: int
     response_bytes: int

@@ -199,6 +199,24 @@ BEGIN
 END
 $$;
 
+-- As 0013_limit_changes.sql has made it, but a user may also get the id of one that a key tried to act for.
+CREATE OR REPLACE FUNCTION keyproxy.note_change() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    harmless constant text[] := ARRAY['name', 'plan_id', 'test_plan_id', 'created_at'];
+BEGIN
+    IF TG_OP = 'UPDATE' AND TG_ARGV[0] <> 'plan' AND to_jsonb(OLD) - harmless = to_jsonb(NEW) - harmless THEN
+        PERFORM keyproxy.note_change(TG_ARGV[0] || '_limits', OLD.id);
+    ELSE
+        PERFORM keyproxy.note_change(TG_ARGV[0], OLD.id);
+        IF TG_OP = 'UPDATE' AND NEW.id <> OLD.id THEN
+            PERFORM keyproxy.note_change(TG_ARGV[0], NEW.id);
+        END IF;
+    END IF;
+    RETURN NULL;
+END
+$$;
+
 CREATE FUNCTION keyproxy.note_agent_change() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -461,6 +479,7 @@ DECLARE
     right_now timestamptz;
     owner record;
     principal text;
+    one_user text;
     link record;
     chain_agents text[] := ARRAY[new_agent];
     chain_tokens text[] := '{}';
@@ -488,16 +507,27 @@ BEGIN
         chain_tokens := chain_tokens || next_token;
         next_token := link.parent_token_id;
     END LOOP;
+    -- An owner that is gone when its lock is free may exist again already, but is not locked: the order would be another one.
+    outcome := 'refused';
     BEGIN
         PERFORM FROM keyproxy.tenants AS t WHERE t.id = owner.tenant_id FOR KEY SHARE;
-        IF owner.user_id < principal THEN
-            PERFORM FROM keyproxy.users AS u WHERE u.id = owner.user_id FOR KEY SHARE;
+        IF NOT FOUND THEN
+            RETURN;
         END IF;
-        PERFORM FROM keyproxy.users AS u WHERE u.id = principal FOR NO KEY UPDATE;
-        IF owner.user_id > principal THEN
-            PERFORM FROM keyproxy.users AS u WHERE u.id = owner.user_id FOR KEY SHARE;
-        END IF;
+        FOREACH one_user IN ARRAY ARRAY[least(owner.user_id, principal), greatest(owner.user_id, principal)] LOOP
+            IF one_user = principal THEN
+                PERFORM FROM keyproxy.users AS u WHERE u.id = one_user FOR NO KEY UPDATE;
+            ELSE
+                PERFORM FROM keyproxy.users AS u WHERE u.id = one_user FOR KEY SHARE;
+            END IF;
+            IF NOT FOUND THEN
+                RETURN;
+            END IF;
+        END LOOP;
         PERFORM FROM keyproxy.api_keys AS k WHERE k.id = key_id FOR NO KEY UPDATE;
+        IF NOT FOUND THEN
+            RETURN;
+        END IF;
         PERFORM FROM keyproxy.agents AS a WHERE a.user_id = principal AND a.id = ANY (chain_agents) ORDER BY a.id FOR SHARE;
         PERFORM FROM keyproxy.agent_tokens AS t WHERE t.id = ANY (chain_tokens) ORDER BY t.depth FOR SHARE;
     EXCEPTION WHEN lock_not_available THEN
