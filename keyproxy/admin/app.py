@@ -117,7 +117,10 @@ class Admin:
 
     def _metrics_page(self, counted: Traffic) -> MetricsPage:
         now_mono = clock.monotonic
-        return MetricsPage(self._reminders, self._reminding, self._alerts, now_mono=now_mono, traffic=counted)
+        return MetricsPage(
+            self._reminders, self._reminding, self._alerts,
+            now_mono=now_mono, traffic=counted, minted=lambda: self._operator_key.minted,
+        )  # fmt: skip
 
     def _warn_of_unencrypted_tokens(self) -> None:
         # Only a warning: a TLS proxy in front, a pod or a container requires this setup.

@@ -143,7 +143,8 @@ async def serving(
     listener = AdminListener(
         service, traffic=counted,
         metrics=MetricsPage(
-            reminders, WebhookSender(reminders), alerts, now_mono=lambda: now[0], traffic=counted
+            reminders, WebhookSender(reminders), alerts, now_mono=lambda: now[0], traffic=counted,
+            minted=lambda: operator_key.minted,
         ).page,
         signing_keys=SigningKeyCache(database, clock.now),
         log_line=lambda line, _status: log.append(json.loads(line)), bounds=bounds,

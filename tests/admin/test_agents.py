@@ -372,6 +372,15 @@ async def test_changes_of_agents_and_tokens_are_audited_with_their_author(api: A
     assert "digest" not in tokens[1]["after"]
 
 
+async def test_minted_tokens_are_counted_from_zero(api: Api) -> None:
+    key, series = await _key(api), 'keyproxy_agent_tokens_minted_total{via="admin"}'
+    token = await api.token("metrics:read")
+    assert f"{series} 0.0\n" in (await api.call("GET", "/metrics", token=token)).body.decode()
+    assert (await api.call("POST", f"/v1/keys/{key}/agent-tokens", {**WISH, "scopes": ["x"]})).status == 403
+    await api.done("POST", f"/v1/keys/{key}/agent-tokens", WISH)
+    assert f"{series} 1.0\n" in (await api.call("GET", "/metrics", token=token)).body.decode()
+
+
 # -- explanations
 
 
@@ -482,12 +491,13 @@ async def test_a_leaked_token_is_revoked_and_its_key_is_not(operations: Operatio
 
 async def test_a_leaked_token_is_revoked_by_itself_or_its_digest(operations: Operations, key: str) -> None:
     directory = operations.directory
-    for report in (
-        lambda token: directory.leaked_keys.report_key(token, "leaked"),
-        lambda token: directory.leaked_keys.report_digest(token.digest(), "leaked"),
-    ):
+    for by_digest in (False, True):
         minted = await directory.agent_tokens.mint(key, WISH)
-        found = await report(SecretKey(minted["token"].encode()))
+        token = SecretKey(minted["token"].encode())
+        if by_digest:
+            found = await directory.leaked_keys.report_digest(token.digest(), "leaked")
+        else:
+            found = await directory.leaked_keys.report_key(token, "leaked")
         assert (found["known"], found["revoked_now"], found["key"], found["user"]) == (True, True, None, "u_1")
         assert (found["agent_token"]["id"], found["agent_token"]["key"]) == (minted["id"], key)
         assert found["agent_token"]["revoked_at"] is not None
