@@ -6,6 +6,7 @@ Pure. The store decides on the rest (`ports.AgentTokenMint`): roles, agents, bou
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
@@ -28,6 +29,9 @@ BUDGET_MAX: Final = 10**15
 #: The policy that a refusal names when a root key has as many live tokens as it may have.
 TOKENS_POLICY: Final = "key.agent_tokens"
 TOKENS_UNIT: Final = "agent-tokens"
+
+#: The wait for a live token to end, if its end is unknown.
+_RETRY_SECONDS: Final = 60
 
 _AGENT: Final = "agent"
 _ROLE: Final = "role"
@@ -212,6 +216,8 @@ def too_many_tokens(tokens_max: int, reset_seconds: float | None = None) -> Refu
         Reason.QUOTA_EXHAUSTED,
         caller_text="The key has as many live agent tokens as it may have. Wait until one expires, or revoke one.",
         replaces_sentence=True,
+        # Tokens end by themselves, unlike what is spent of a budget.
+        retry_after_seconds=_RETRY_SECONDS if reset_seconds is None else max(1, math.ceil(reset_seconds)),
         limit=limit,
         limit_reason=LimitReason.SPENT,
     )

@@ -100,8 +100,8 @@ class Store:
             self.last_used.lasting,
             self.feed.lasting,
             self.templates.lasting,
-            self.agent_tokens.lasting,
             self.signing_keys.lasting,
+            self.agent_tokens.lasting,
         )
 
     @property

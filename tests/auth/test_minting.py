@@ -205,7 +205,7 @@ def test_head_whose_body_cannot_be_a_request_is_refused(lines: list[str], reason
 
 
 def _authority(who: Identity, **asked: Any) -> Reason | None:
-    request = MintRequest(**{  # type: ignore[arg-type]
+    request = MintRequest(**{
         "agent": "a", "role": "r", "scopes": None, "token_budget": None, "request_budget": None, "ttl_seconds": None,
         "audience": "keyproxy", **asked,
     })  # fmt: skip
