@@ -18,6 +18,7 @@ from keyproxy.ai.requests.inflation import ContentMemory
 from keyproxy.ai.responses.meter import Meter
 from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.auth.api_key import SecretKey
+from keyproxy.auth.minting import MintedToken, MintParent, MintRequest
 from keyproxy.http.forwarding import Forwarding
 from keyproxy.http.idempotency_key import Fingerprint
 from keyproxy.http_messages import RequestHead, RequestLine, ResponseHead
@@ -173,6 +174,22 @@ class Claims(Protocol):
         """The tokens that the request was charged in the last 24 hours; None if it was not charged.
 
         Raises a Refusal if the lookup fails or exceeds the request's time budget.
+        """
+        ...
+
+
+class AgentTokenMint(Protocol):
+    """Mints agent tokens."""
+
+    async def mint(self, parent: MintParent, request: MintRequest, *, actor: str) -> MintedToken:
+        """Mint a token from its parent, if every bound holds at that moment. A token that is returned exists.
+
+        `actor`: for the audit log, such as `key:<id>`.
+
+        Raises a Refusal: DELEGATION_REFUSED if a bound does not hold, REQUEST_MALFORMED if the signed token would be
+        too long, QUOTA_EXHAUSTED if the root key has as many live tokens as it may have, STORE_UNAVAILABLE if the store
+        cannot be reached, or no key can sign. Then the caller has no token, and there is no row unless the store was
+        lost during the statement.
         """
         ...
 

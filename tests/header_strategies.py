@@ -31,12 +31,14 @@ _VALUES: dict[bytes, list[bytes]] = {
     b"Connection": [
         b"x-custom, close", b"keep-alive", b"X-Custom", b"close", b"Cookie", b"X-Keyproxy-User, X-Request-Id", b"Host",
         b"content-length", b"upgrade", b"", b",", b"Authorization", b"X-Forwarded-For", b"te, X_Custom",
+        b"x_keyproxy_act_for",
     ],
     b"Expect": [b"100-continue", b"100-Continue", b"200-ok", b""],
     b"Content-Type": [b"application/json", b"text/plain", b""],
     b"Authorization": [b"Api-Key k1", b"Bearer k2", b"  Api-Key k1 ", b"", b"Basic eDp5"],
     b"X-Api-Key": [b"k1", b"", b"\tk2"],
     b"X-Request-Id": [b"r-1", b"", b"r 2", b"\xe9", b"r-3 "],
+    b"X-Keyproxy-Act-For": [b"u_1", b"u_2 ", b"", b"u 3", b"\xe9"],
 }  # fmt: skip
 _ANY_VALUES = [b"v", b"w", b"", b"a: b", b"a, b", b" v ", b"\tv\t", b"caf\xc3\xa9", b'"', b"a\tb", b"0", b"evil"]
 _BAD_VALUES = [b"a\x00b", b"a\x7f", b"a\rb", b"a\nb", b"a\r\n b", b"a\x0b", b"\x01"]
@@ -45,7 +47,7 @@ _NAMES = [
     *_VALUES, b"X-Custom", b"X-Custom", b"User-Agent", b"Accept", b"Cookie", b"Forwarded", b"X-Forwarded-For",
     b"X-Forwarded-Host", b"X-Real-Ip", b"Keep-Alive", b"Upgrade", b"TE", b"Proxy-Authorization", b"X_Request_Id",
     b"X-Keyproxy-User", b"X_Keyproxy_User", b"X-Keyproxy-Other", b"X_Custom", b"X.Custom", b"X_Api_Key",
-    b"X.Forwarded.For", b"X-Original-Url",
+    b"X.Forwarded.For", b"X-Original-Url", b"X_Keyproxy_Act_For",
 ]  # fmt: skip
 _BAD_NAMES = [
     b"",

@@ -15,14 +15,16 @@ import zlib
 from collections.abc import Iterator
 from typing import Final
 
+from keyproxy.auth import agent_token_format
+from keyproxy.auth.base62 import base62
 from keyproxy.model import KeyDigest
 
-ALPHABET: Final = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 RANDOM_DIGITS: Final = 43
 CHECKSUM_DIGITS: Final = 6
 ENTROPY_BYTES: Final = 32
 
-#: The maximum length of a key that is looked up. Our own keys have 57 characters with the default prefix.
+#: The maximum length of a key that is looked up. Our own keys have 57 characters with the default prefix; agent tokens
+#: have their own limit.
 KEY_BYTES_MAX: Final = 512
 
 #: The characters of a foreign key: those that RFC 9110 allows in a token68 or a token, and no separators.
@@ -100,10 +102,15 @@ class KeyFormat:
         return self._admin.fullmatch(plaintext) is not None and _is_whole(plaintext)
 
     def may_exist(self, plaintext: bytes) -> bool:
-        """Whether to look this up as a key: well-formed with a correct checksum, or a foreign key where allowed."""
+        """Whether to look this up as a key: well-formed with a correct checksum, or a foreign key where allowed.
+
+        A JSON Web Token is an agent token of ours or nothing; its signature is verified before any lookup.
+        """
         if self._start.match(plaintext):
             return self._ours.fullmatch(plaintext) is not None and _is_whole(plaintext)
-        return self._accepts_foreign and _FOREIGN.fullmatch(plaintext) is not None
+        if not self._accepts_foreign or _FOREIGN.fullmatch(plaintext) is None:
+            return False
+        return not agent_token_format.is_jwt(plaintext)
 
     @staticmethod
     def has_right_checksum(plaintext: bytes) -> bool:
@@ -117,12 +124,13 @@ class KeyFormat:
     def _made(self, kind: bytes, entropy: bytes) -> SecretKey:
         if len(entropy) != ENTROPY_BYTES:
             raise ValueError(f"a key requires {ENTROPY_BYTES} random bytes, not {len(entropy)}")
-        body = b"%b_%b_%b" % (self._prefix, kind, _base62(int.from_bytes(entropy, "big"), RANDOM_DIGITS))
+        body = b"%b_%b_%b" % (self._prefix, kind, base62(int.from_bytes(entropy, "big"), RANDOM_DIGITS))
         return SecretKey(body + _checksum(body))
 
     def is_within(self, text: bytes) -> bool:
-        """Whether these bytes contain one of our keys, or enough of one to require masking, in upper or lower case."""
-        return self._recognisable.search(text) is not None
+        """Whether these bytes contain one of our keys or agent tokens, or enough of one to require masking, in upper or
+        lower case."""
+        return self._recognisable.search(text) is not None or agent_token_format.is_within(text)
 
     def hint(self, key: SecretKey) -> str:
         """The part of a key that may be displayed to identify it: its start and its last four characters."""
@@ -141,8 +149,8 @@ class KeyFormat:
 
 
 def masked(text: str) -> str:
-    """The text, with everything that looks like a key under any prefix truncated to its start."""
-    return _LIKE_A_KEY.sub(r"\1…", text)
+    """The text, with everything that looks like a key under any prefix, or an agent token, truncated to its start."""
+    return agent_token_format.masked(_LIKE_A_KEY.sub(r"\1…", text))
 
 
 def _is_whole(key: bytes) -> bool:
@@ -150,12 +158,4 @@ def _is_whole(key: bytes) -> bool:
 
 
 def _checksum(body: bytes) -> bytes:
-    return _base62(zlib.crc32(body), CHECKSUM_DIGITS)
-
-
-def _base62(number: int, digits: int) -> bytes:
-    out = bytearray(digits)
-    for place in range(digits - 1, -1, -1):
-        number, digit = divmod(number, 62)
-        out[place] = ALPHABET[digit]
-    return bytes(out)
+    return base62(zlib.crc32(body), CHECKSUM_DIGITS)

@@ -10,7 +10,8 @@ only for a digest that is not in the cache, so that a known key costs one hash. 
 identical bytes on the same connection cost none.
 
 The key is not forwarded in any other field either, whatever its name: a client library may also send it as `Api-Key`,
-in a cookie or in a Referer. Such a line is dropped, and has no effect. If the key is in Host or Content-Type, without
+in a cookie or in a Referer. Such a line is dropped, and has no effect. Agent tokens are keys here: a line is dropped if
+it contains the signature, because tokens have their header in common. If the key is in Host or Content-Type, without
 which the request would be another one, the request is refused. On a public route no credential is checked, and the
 value of each counts as a key.
 """
@@ -24,6 +25,7 @@ import re
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
+from keyproxy.auth import agent_token_format
 from keyproxy.auth.api_key import KeyFormat, SecretKey
 from keyproxy.http_messages import CredentialField, RequestFields, RequestHead, RequestLine
 from keyproxy.model import KeyDigest
@@ -80,9 +82,10 @@ def discard(head: RequestHead) -> None:
 
 
 def checked(head: RequestHead, key_format: KeyFormat) -> SecretKey:
-    """The one key of a request, for the lookup of an unknown digest. Raises a Refusal for a key that cannot exist."""
+    """The one key or agent token of a request, for the lookup of an unknown digest. Raises a Refusal for one that cannot
+    exist: an agent token has the form of a JSON Web Token."""
     key = _presented(head)
-    if not key_format.may_exist(key.reveal()):
+    if not key_format.may_exist(key.reveal()) and not agent_token_format.is_jwt(key.reveal()):
         raise Refusal(Reason.KEY_INVALID, "malformed, or wrong checksum")
     return key
 
@@ -120,8 +123,12 @@ def _the_same(credentials: tuple[CredentialField, ...]) -> bytes:
 
 
 def _part(key: SecretKey) -> bytes:
-    """The search pattern for a key: its longest word, which URL encoding does not change."""
+    """The search pattern for a key: its longest word, which URL encoding does not change; of a JSON Web Token, that of
+    its signature."""
     plaintext = key.reveal()
+    signature = agent_token_format.signature_of(plaintext)
+    if len(signature) >= _WORD_BYTES_MIN:
+        plaintext = signature
     word = max(_WORD.findall(plaintext), key=len, default=b"")
     return word if len(word) >= _WORD_BYTES_MIN else plaintext
 

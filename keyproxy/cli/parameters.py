@@ -8,7 +8,7 @@ from typing import Final
 
 import click
 
-from keyproxy.config.value_checks import is_role, is_scope
+from keyproxy.auth.names import is_role, is_scope
 
 _DURATION = re.compile(r"([0-9]+)\s*(s|m|h|d|w)")
 _DURATION_DIGITS_MAX: Final = 12

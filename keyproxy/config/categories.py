@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from keyproxy.ai.categories import CATEGORY_NAME, FIXED, PATTERNS, TEMPLATE, Category, parse_category_source
+from keyproxy.auth.names import is_scope
 
 #: The keys of a row, in the order of the example.
 CATEGORY_KEYS: Final = ("name", "scopes", "patterns")
@@ -16,8 +16,6 @@ CATEGORIES_MAX: Final = 64
 PATTERNS_MAX: Final = 200
 PATTERN_BYTES_MAX: Final = 1_024
 _SCOPES_MAX: Final = 64
-
-_SCOPE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}")
 
 
 class CategoryKeys(NamedTuple):
@@ -67,7 +65,7 @@ def _faults(row: dict[str, Any]) -> list[str]:
 
 
 def _is_scope(value: object) -> bool:
-    return isinstance(value, str) and _SCOPE.fullmatch(value) is not None
+    return isinstance(value, str) and is_scope(value)
 
 
 def _repeated(rows: list[dict[str, Any]]) -> list[str]:

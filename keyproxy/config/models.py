@@ -7,9 +7,9 @@ import re
 from typing import Any, Final
 
 from keyproxy.ai.models import Model, price_of
+from keyproxy.auth.names import is_scope
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@~+-]{0,127}")
-_SCOPE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}")
 
 _PRICES: Final = (
     "input_micros_per_million", "output_micros_per_million", "cached_input_micros_per_million",
@@ -50,11 +50,12 @@ def _faults(row: dict[str, Any]) -> list[str]:
             close = difflib.get_close_matches(key, MODEL_KEYS, n=1, cutoff=0.5)
             found.append(f"{key}: no such key" + (f"; did you mean {close[0]}?" if close else ""))
     name = row.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _is_name(name):
         found.append("name: must be 1 to 128 letters, digits and . _ : / @ ~ + -, beginning with a letter or digit")
-    for key, pattern in (("aliases", _NAME), ("scopes", _SCOPE)):
+    for key, is_valid in (("aliases", _is_name), ("scopes", is_scope)):
         value = row.get(key, [])
-        if not isinstance(value, list) or len(value) > _LIST_MAX or not all(_is_name(one, pattern) for one in value):
+        is_list = isinstance(value, list) and len(value) <= _LIST_MAX
+        if not is_list or not all(isinstance(one, str) and is_valid(one) for one in value):
             found.append(f"{key}: must be a list of at most {_LIST_MAX} names")
     for keys, most, hint in ((_PRICES, _PRICE_MAX, ""), (_COUNTS, _COUNT_MAX, "; 0 if it is unknown")):
         bad = [key for key in keys if key in row and not _is_count(row[key], most)]
@@ -101,8 +102,8 @@ def _model(row: dict[str, Any]) -> Model:
     )
 
 
-def _is_name(value: object, pattern: re.Pattern[str]) -> bool:
-    return isinstance(value, str) and pattern.fullmatch(value) is not None
+def _is_name(text: str) -> bool:
+    return _NAME.fullmatch(text) is not None
 
 
 def _is_count(value: object, most: int) -> bool:

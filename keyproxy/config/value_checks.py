@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from keyproxy.auth.names import is_scope
 from keyproxy.config import addresses, dsn
 from keyproxy.http import webhook_signature
 from keyproxy.http.forwarding import TrustRule
@@ -154,17 +155,3 @@ def route_scopes(value: list[str]) -> str | None:
     """The scopes that a route requires."""
     bad = [scope for scope in value if not is_scope(scope)]
     return f"{bad[0]!r} is not a valid scope" if bad else None
-
-
-_SCOPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}")
-_ROLE = re.compile(r"[a-z][a-z0-9_-]{0,63}")
-
-
-def is_scope(text: str) -> bool:
-    """Whether this is a valid scope, such as `jobs:write`; no wildcards, no spaces."""
-    return _SCOPE.fullmatch(text) is not None
-
-
-def is_role(text: str) -> bool:
-    """Whether this is a valid name of a role or of a kind of owned ids, such as `reader`."""
-    return _ROLE.fullmatch(text) is not None

@@ -29,6 +29,7 @@ class Kind(enum.Enum):
     PLAIN = enum.auto()  # end-to-end: forwarded
     HOP = enum.auto()  # ends here
     RESERVED = enum.auto()  # set only by this proxy: dropped in any spelling
+    ACT_FOR = enum.auto()  # the user to act for, in any spelling: ends here; refused if repeated
     CREDENTIAL = enum.auto()
     HOST = enum.auto()
     CONTENT_LENGTH = enum.auto()
@@ -123,6 +124,8 @@ class FieldNames:
 
     def __init__(self, header_prefix: str = "X-Keyproxy-", *, forward_overrides: bool = False) -> None:
         self._prefix = canonical(header_prefix.encode("ascii"))
+        #: The name of the Act-For header in canonical form.
+        self.act_for: Final = self._prefix + identity_headers.ACT_FOR
         self._overrides = frozenset() if forward_overrides else _OVERRIDES
         self._remembered: dict[bytes, Kind] = {}
 
@@ -144,6 +147,8 @@ class FieldNames:
         if not _NAME.fullmatch(name):
             return Kind.UNREADABLE
         plain = canonical(name)
+        if plain == self.act_for:
+            return Kind.ACT_FOR
         if identity_headers.is_reserved(plain, self._prefix):
             return Kind.RESERVED
         if plain in self._overrides:
@@ -203,7 +208,7 @@ def without_upgrade(head: RequestHead) -> RequestHead:
     """A WebSocket handshake as an ordinary request: a server may ignore an upgrade. RFC 9110 section 7.8."""
     fields = dataclasses.replace(head.fields, opens_tunnel=False)
     plain = RequestHead(head.line, fields, head.block, head.credentials, head.content_length)
-    plain.forwarded, plain.request_id = head.forwarded, head.request_id
+    plain.forwarded, plain.request_id, plain.act_for = head.forwarded, head.request_id, head.act_for
     return plain
 
 

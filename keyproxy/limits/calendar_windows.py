@@ -33,13 +33,18 @@ def span(measure: str, at: float) -> tuple[int, float]:
     return 0, math.inf
 
 
-def _day_of_month(day: int) -> int:
-    """The day of the month, from 1, of a day since 1970.
+def civil_date(day: int) -> tuple[int, int, int]:
+    """The year, month and day of the month, from 1, of a day since 1970.
 
     Howard Hinnant, "chrono-compatible low-level date algorithms": years begin in March, in eras of 400 years.
     """
-    of_era = (day + 719_468) % 146_097
+    era, of_era = divmod(day + 719_468, 146_097)
     year = (of_era - of_era // 1_460 + of_era // 36_524 - of_era // 146_096) // 365
     of_year = of_era - (365 * year + year // 4 - year // 100)
     month = (5 * of_year + 2) // 153
-    return of_year - (153 * month + 2) // 5 + 1
+    of_month = of_year - (153 * month + 2) // 5 + 1
+    return year + 400 * era + (month > 9), month - 9 if month > 9 else month + 3, of_month
+
+
+def _day_of_month(day: int) -> int:
+    return civil_date(day)[2]

@@ -8,6 +8,7 @@ from typing import Final
 
 from keyproxy.config import schema
 from keyproxy.model import Moment
+from keyproxy.store.agent_tokens.cleanup import AgentTokenCleanup
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
 from keyproxy.store.identities.cache import FeedState, IdentityCache
@@ -54,6 +55,9 @@ class Store:
         self.claims = Claims(PostgresClaims(self._ledger_database, repeats_max=repeats_max), self.ledger, ledger, now)
         # Another one, so that neither waits for a batch of usage.
         self._usage_database = Database(dsn, pool_size_max=1, statement_timeout_seconds=seconds, main=self.database)
+        # Another one, because a mint may wait for a lock. Without mints it has no connection.
+        self.minting_database = Database(dsn, pool_size_max=2, statement_timeout_seconds=seconds, main=self.database)
+        self.agent_tokens = AgentTokenCleanup(self._usage_database)
         state = FeedState()
         self.usage = UsageJournal(
             self._usage_database,
@@ -96,6 +100,7 @@ class Store:
             self.feed.lasting,
             self.templates.lasting,
             self.signing_keys.lasting,
+            self.agent_tokens.lasting,
         )
 
     @property
@@ -108,6 +113,7 @@ class Store:
             self.usage.tending,
             self.usage.sweeping,
             self.feed.forgetting,
+            self.agent_tokens.tending,
         )
 
     def _follow_windows(self, backend: PostgresLedger | RedisLedger) -> None:
@@ -115,7 +121,7 @@ class Store:
         self.feed.window_changed = partial(backend.refresh_soon, then=forget_refusals)
 
     def _share_outage(self, *, has_ledger: bool) -> None:
-        for part in (self._ledger_database, self._usage_database):
+        for part in (self._ledger_database, self._usage_database, self.minting_database):
             part.outage, part.is_main = self.database.outage, False
         self.usage.outage = self.claims.outage = self.database.outage
         if has_ledger:
@@ -126,6 +132,7 @@ class Store:
         await self.database.open()
         await self._ledger_database.open()
         await self._usage_database.open()
+        await self.minting_database.open()
         self.templates.start()
         self.signing_keys.start()
         self.feed.start()
@@ -133,6 +140,7 @@ class Store:
         self.claims.start()
         self.last_used.start()
         self.usage.start()
+        self.agent_tokens.start()
 
     async def close(self) -> None:
         """Flush what is pending and close all connections."""
@@ -141,6 +149,8 @@ class Store:
         await self.ledger.close()
         await self._ledger_database.close()
         await self.usage.close()
+        await self.agent_tokens.close()
+        await self.minting_database.close()
         await self._usage_database.close()
         await self.last_used.close()
         await self.feed.close()

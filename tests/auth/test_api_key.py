@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keyproxy.auth.api_key import ALPHABET, KeyFormat, SecretKey
+from keyproxy.auth.api_key import KeyFormat, SecretKey
+from keyproxy.auth.base62 import ALPHABET
 
 OURS = KeyFormat()
 OURS_ONLY = KeyFormat(accepts_foreign=False)

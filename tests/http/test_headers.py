@@ -17,6 +17,8 @@ from keyproxy.http_messages import RequestFields, RequestHead, RequestLine
         (Kind.RESERVED, "X-Keyproxy-User X_Keyproxy_User x-keyproxy_user X_KEYPROXY-TENANT X-Keyproxy- X-Keyproxy--User"),
         (Kind.RESERVED, "X-Keyproxy-Anything X_Request_Id x-request.id X.Keyproxy.User X_Forwarded_For X-Forwarded.Port"),
         (Kind.RESERVED, "X_Real_Ip X.Real-Ip"),
+        (Kind.ACT_FOR, "X-Keyproxy-Act-For X_Keyproxy_Act_For X.Keyproxy.Act.For x-keyproxy_act.for"),
+        (Kind.RESERVED, "X-Keyproxy-Act X-Keyproxy-Act-Forx X-Keyproxy-ActFor X-Keyproxy--Act-For"),
         (Kind.DROPPED, "X_Api_Key X.Api.Key x-api_key Keep_Alive Proxy.Authorization Proxy_Connection Http2_Settings"),
         (Kind.DROPPED, "X-Http-Method-Override X-Http-Method X-Method-Override X-Original-Url X-Original-Uri"),
         (Kind.DROPPED, "X-Original-Method X-Rewrite-Url X-Override-Url X_Http_Method_Override Accept_Encoding"),
@@ -51,8 +53,11 @@ def test_invalid_name_is_unreadable(name: bytes) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(b"X-Acme-User", Kind.RESERVED), (b"x_acme_user", Kind.RESERVED), (b"X-Keyproxy-User", Kind.PLAIN)],
-)
+    [
+        (b"X-Acme-User", Kind.RESERVED), (b"x_acme_user", Kind.RESERVED), (b"X-Keyproxy-User", Kind.PLAIN),
+        (b"X-Acme-Act-For", Kind.ACT_FOR), (b"x_acme.act_for", Kind.ACT_FOR), (b"X-Keyproxy-Act-For", Kind.PLAIN),
+    ],
+)  # fmt: skip
 def test_reserved_names_follow_the_configured_prefix(name: bytes, kind: Kind) -> None:
     assert FieldNames("X-Acme-").kind(name) is kind
 

@@ -23,6 +23,7 @@ from keyproxy.store.identities.owned_ids import OwnedIdCache
 from keyproxy.store.postgres import migrations, queries
 from keyproxy.store.postgres.database import Database, NotificationListener, Row, StoreUnavailable
 from keyproxy.store.prompt_templates import TemplateCache
+from keyproxy.store.signing_keys import SigningKeyCache
 from tests import fakes
 from tests.server import address_of, password_of
 from tests.waiting import until
@@ -339,6 +340,7 @@ class Rig:
     cache: IdentityCache
     owned: OwnedIdCache
     templates: TemplateCache
+    signing_keys: SigningKeyCache
     feed: ChangeFeed
 
     def hot(self, secret: SecretKey, *, is_first_lookup: bool = True) -> Identity | Reason | None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final, NamedTuple
 
-from keyproxy.auth.api_key import ALPHABET, SecretKey
+from keyproxy.auth.api_key import SecretKey
+from keyproxy.auth.base62 import ALPHABET
 from keyproxy.store.directory.errors import Invalid
 from keyproxy.store.postgres.database import Row
 from keyproxy.store.postgres.json_values import read_json

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from keyproxy.auth.api_key import masked
-from keyproxy.config.value_checks import is_role, is_scope
+from keyproxy.auth.names import is_role, is_scope
 from keyproxy.store.directory.access.authority import ceiling_warnings, check_scopes
 from keyproxy.store.directory.context import DirectoryContext
 from keyproxy.store.directory.entities import KeyWish, new_key_id

@@ -1229,3 +1229,22 @@ SELECT count(*) AS alerts FROM late;
 -- name: count_alerts_waiting
 -- Needs: limit_alerts (next_at).
 SELECT count(*) AS waiting FROM keyproxy.limit_alerts WHERE delivered_at IS NULL AND given_up_at IS NULL;
+
+-- name: minting_authority
+-- What the key $1, or the token $2 cut from it, may grant to the agent $4; $3: the user that the key acts for. The scopes of
+-- the role $5; null: there is no such role. See the function. Needs: api_keys (id), agent_tokens (id), agents (user_id, id).
+SELECT a.refusal, a.user_id, a.tenant_id, a.actor_user_id, a.is_test, a.agents, a.held, a.grantable, a.token_budget,
+       a.request_budget, extract(epoch FROM a.expires_at)::float8 AS expires_wall_seconds,
+       extract(epoch FROM clock_timestamp())::float8 AS server_seconds,
+       (SELECT r.scopes FROM keyproxy.roles AS r WHERE r.id = $5) AS role_scopes
+FROM keyproxy.minting_authority($1, $2, $3, $4) AS a;
+
+-- name: mint_agent_token
+-- Inserts a token if every bound holds: see the function. Needs: agent_tokens (root_key_id, expires_at).
+SELECT m.outcome, m.reset_seconds
+FROM keyproxy.mint_agent_token($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16) AS m;
+
+-- name: tend_agent_tokens
+-- Deletes tokens and signing keys that ended a day ago, $1 of each at most: see the function.
+-- Needs: agent_tokens (expires_at), signing_keys (ends_at), windows (pool_kind, pool_id …).
+SELECT keyproxy.tend_agent_tokens($1) AS is_more;

@@ -71,6 +71,11 @@ _FUNCTIONS: Final = {
     "foreign_recipe(text)": ("EXECUTE", "EXECUTE"),
     "adopt_foreign(text, text, bytea)": ("EXECUTE", "EXECUTE"),
     "tend_usage(integer, integer, integer)": ("EXECUTE", "EXECUTE"),
+    (
+        "mint_agent_token(text, bytea, text, text, text, text, text, text[], text, bigint, bigint, double precision,"
+        " integer, integer, boolean, text)"
+    ): ("EXECUTE", "EXECUTE"),
+    "tend_agent_tokens(integer)": ("EXECUTE", "EXECUTE"),
     "credit_window(text, text, boolean, text, text, bigint, bigint, text)": ("", "EXECUTE"),
 }
 

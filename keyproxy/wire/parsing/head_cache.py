@@ -79,7 +79,7 @@ _STABLE_KINDS: Final = frozenset({Kind.HOST, Kind.CONNECTION, Kind.TRANSFER_ENCO
 _VARYING_KINDS: Final = frozenset(
     {
         Kind.PLAIN, Kind.CONTENT_TYPE, Kind.CONTENT_LENGTH, Kind.CREDENTIAL, Kind.FORWARDED, Kind.REQUEST_ID,
-        Kind.USAGE, Kind.DROPPED,
+        Kind.ACT_FOR, Kind.USAGE, Kind.DROPPED,
     }
 )  # fmt: skip
 
@@ -231,6 +231,7 @@ class RequestReader(_Reader[RequestFields]):
             self._remember(line.minor_version, fields, lines, parsed)
         head = RequestHead(line, fields, _block(lines, parsed), tuple(parsed.credentials), parsed.content_length or 0)
         head.request_id = parsed.request_id
+        head.act_for = parsed.act_for
         head.forwarded = tuple(parsed.forwarded)
         return head
 
@@ -292,6 +293,8 @@ def _filled(line: RequestLine, shape: Shape[RequestFields], values: Sequence[byt
     head = RequestHead(line, shape.fields, shape.block(values), tuple(credentials), content_length)
     if shape.request_id >= 0:
         head.request_id = values[shape.request_id].strip(_OWS)
+    if shape.act_for >= 0:
+        head.act_for = values[shape.act_for].strip(_OWS)
     if shape.forwarded:
         head.forwarded = tuple([(name, values[place].strip(_OWS)) for place, name in shape.forwarded])
     return head

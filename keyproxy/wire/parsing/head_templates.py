@@ -56,6 +56,7 @@ class Shape(Generic[_Fields]):
         "_match",
         "_pattern",
         "_sightings",
+        "act_for",
         "content_length",
         "credentials",
         "fields",
@@ -70,7 +71,7 @@ class Shape(Generic[_Fields]):
     ) -> None:
         self.minor_version = minor_version
         self.fields = fields
-        self.content_length = self.request_id = self.usage_tokens = -1
+        self.content_length = self.request_id = self.act_for = self.usage_tokens = -1
         self.credentials: list[tuple[int, bytes]] = []
         self.forwarded: list[tuple[int, bytes]] = []
         self._sightings = 0
@@ -103,6 +104,8 @@ class Shape(Generic[_Fields]):
             self.content_length = place
         elif kind is Kind.REQUEST_ID:
             self.request_id = place
+        elif kind is Kind.ACT_FOR:
+            self.act_for = place
         elif kind is Kind.CREDENTIAL:
             self.credentials.append((place, name))
         elif kind is Kind.FORWARDED:

@@ -1,7 +1,7 @@
 """What the header fields of a head mean to this proxy: which lines are forwarded, and how the message is framed.
 
 Every line is classified by its name. A line is stripped if it ends at this proxy: hop-by-hop fields, credentials, and
-whatever a client sends under the prefix of the identity headers, or as X-Forwarded-* (RESERVED, FORWARDED).
+whatever a client sends under the prefix of the identity headers, or as X-Forwarded-* (RESERVED, ACT_FOR, FORWARDED).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class ParsedFields:
     """The parsed fields of one head. `is_forwarded`: for each field, in order, whether it is forwarded."""
 
     __slots__ = (
+        "act_for",
         "content_length",
         "content_length_place",
         "content_type",
@@ -46,6 +47,7 @@ class ParsedFields:
         self.credentials: list[CredentialField] = []
         self.forwarded: list[tuple[bytes, bytes]] = []
         self.request_id: bytes | None = None
+        self.act_for: bytes | None = None
         self.host: bytes | None = None
         self.content_length: int | None = None
         #: The index of Content-Length among the fields; -1 without one.
@@ -100,6 +102,10 @@ def parse_fields(fields: Fields, names: FieldNames, *, is_request: bool, hops: C
             parsed.forwarded.append((name.lower(), value))
         elif kind is Kind.REQUEST_ID:
             parsed.request_id = value
+        elif kind is Kind.ACT_FOR and is_request:
+            if parsed.act_for is not None:
+                raise malformed("more than one Act-For")
+            parsed.act_for = value
         elif kind is Kind.UPGRADE:
             parsed.upgrades.append(value.lower())
         elif kind is Kind.EXPECT and is_request:
@@ -108,13 +114,15 @@ def parse_fields(fields: Fields, names: FieldNames, *, is_request: bool, hops: C
                     parsed.expects_continue = True
                 elif member.strip(_OWS):
                     parsed.fails_expectation = True
-        elif kind not in (Kind.HOP, Kind.RESERVED, Kind.DROPPED):
+        elif kind not in (Kind.HOP, Kind.RESERVED, Kind.ACT_FOR, Kind.DROPPED):
             is_forwarded = _parse_framing(parsed, kind, value, is_request=is_request)
         parsed.is_forwarded.append(is_forwarded)
     named = {canonical(option) for option in parsed.options} - _OPTIONS_WITHOUT_FIELD
     if named and not hops:
         if not named.isdisjoint(NOT_HOP_BY_HOP):
             raise malformed("Connection names a field that is not hop-by-hop")
+        if is_request and names.act_for in named:
+            raise malformed("Connection names Act-For")
         return parse_fields(fields, names, is_request=is_request, hops=named)
     return parsed
 

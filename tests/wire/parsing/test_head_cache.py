@@ -82,7 +82,7 @@ def everything_of(head: RequestHead | ResponseHead) -> tuple[Any, ...]:
     shared = (dataclasses.astuple(head.line), dataclasses.astuple(head.fields), head.block, head.content_length)
     if isinstance(head, ResponseHead):
         return shared
-    return (*shared, head.credentials, head.forwarded, head.request_id, head.has_body)
+    return (*shared, head.credentials, head.forwarded, head.request_id, head.act_for, head.has_body)
 
 
 def head(*lines: bytes, start: bytes = b"POST /a HTTP/1.1") -> bytes:
@@ -147,6 +147,12 @@ def test_heads_of_many_kinds_do_not_disturb_each_other(kinds: list[list[bytes]])
         (b"X-Request-Id: r", b"X-Request-Id"),
         (b"Upgrade: h2c", b"Upgrade"),
         (b"X-Keyproxy-User: evil", b"X-Keyproxy-User"),
+        (b"X-Keyproxy-Act-For: u", b"X-Keyproxy-Act-For"),
+        (b"X-Keyproxy-Act-For: u", b"X-Keyproxy-Act-For: u\x00"),
+        (b"X-Keyproxy-Act-For: u", b"X-Keyproxy-Act-For: u\r\nX-Keyproxy-Act-For: u"),
+        (b"X-Keyproxy-Act-For: u", b"X-Keyproxy-Act-For: u\r\nx_keyproxy.act_for: u"),
+        (b"X-Keyproxy-Act-For: u", b"X-Keyproxy-Act-For: u\r\n w"),
+        (b"X-Keyproxy-Act-For: u", b"X-Keyproxy-Act-For: u\r\nConnection: x-keyproxy-act-for"),
         (b"X-Forwarded-For: x", b"X-Forwarded-For"),
         (b"Content-Length: 5", b"Content-Length"),
         (b"Content-Length: 5", b"Content-Length: "),
@@ -177,14 +183,14 @@ def test_one_client_s_values_never_turn_up_in_another_s_head() -> None:
         mine = b"%d" % (number + 1) * 3
         lines = [
             b"X-Custom: " + mine, b"Authorization: Api-Key " + mine, b"X-Request-Id: " + mine, b"Content-Length: " + mine,
-            b"X-Forwarded-For: " + mine, b"User-Agent: " + mine,
+            b"X-Forwarded-For: " + mine, b"User-Agent: " + mine, b"X-Keyproxy-Act-For: " + mine,
         ]  # fmt: skip
         found = read(reader, head(*lines, start=b"POST /%b HTTP/1.1" % mine))
         assert isinstance(found, RequestHead)
         assert found.line.target == b"/" + mine
         assert found.block == b"".join(line + b"\r\n" for line in (b"Host: a.example", lines[0], lines[3], lines[5]))
         assert [one.value for one in found.credentials] == [b"Api-Key " + mine]
-        assert (found.content_length, found.request_id) == (int(mine), mine)
+        assert (found.content_length, found.request_id, found.act_for) == (int(mine), mine, mine)
         assert found.forwarded == ((b"x-forwarded-for", mine),)
 
 

@@ -202,6 +202,8 @@ def test_fields_that_two_servers_could_read_differently_are_refused(field: bytes
         (b"Proxy-Authorization: x\r\nHTTP2-Settings: x\r\nX: a", b"X"),
         (b"X-Request-Id: r", b""),
         (b"X-Keyproxy-User: u\r\nx_keyproxy_user: u\r\nX_KEYPROXY-Test: u\r\nX-Keyproxy-: u\r\nX_Request_Id: r", b""),
+        (b"X-Keyproxy-Act-For: u\r\nX: a", b"X"),
+        (b"x_keyproxy.act_for: u\r\nX: a", b"X"),
         (b"Connection: X, y\r\nX: a\r\nY: b\r\nx: c\r\nZ: d", b"Z"),
         (b"X: a\r\nY: b\r\nConnection: close\r\nConnection: x", b"Y"),
         (b"Connection:\r\nX: a", b"X"),
@@ -228,6 +230,56 @@ def test_credentials_and_claims_are_set_aside_with_lower_case_names_and_trimmed_
     assert parsed.forwarded == [(b"x-forwarded-for", b"x , y"), (b"forwarded", b"z")]
     assert parsed.request_id == b"r"
     assert not fields.expects_continue
+
+
+ACT_FOR = b"X-Keyproxy-Act-For"
+
+
+@pytest.mark.parametrize(
+    "name", [ACT_FOR, ACT_FOR.lower(), ACT_FOR.upper(), b"X_Keyproxy_Act_For", b"x.keyproxy-act_for"]
+)
+@pytest.mark.parametrize(
+    ("value", "act_for"),
+    [(b" u_42", b"u_42"), (b"u_42", b"u_42"), (b"\t u_42 \t", b"u_42"), (b"", b""), (b"  ", b""), (b" u 42", b"u 42"),
+     (b" u_42, u_43", b"u_42, u_43"), (b" \xe9\xff", b"\xe9\xff"), (b" " + b"u" * 4000, b"u" * 4000)],
+)  # fmt: skip
+@pytest.mark.parametrize("start", [b"POST /a HTTP/1.1", b"POST /a HTTP/1.0"])
+def test_the_one_act_for_header_is_read_in_any_spelling_and_never_forwarded(
+    name: bytes, value: bytes, act_for: bytes, start: bytes
+) -> None:
+    _, _, parsed = accepted(request(b"%b:%b\r\nX: a" % (name, value), start=start))
+    assert (parsed.act_for, parsed.is_forwarded) == (act_for, [True, False, True])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        b"X-Keyproxy-Act-For: u\r\nX-Keyproxy-Act-For: u",
+        b"X-Keyproxy-Act-For: u\r\nX-Keyproxy-Act-For: v",
+        b"X-Keyproxy-Act-For:\r\nX-Keyproxy-Act-For:",
+        b"X-Keyproxy-Act-For: u\r\nA: b\r\nx-keyproxy-act-for: u",
+        b"X_Keyproxy_Act_For: u\r\nX.Keyproxy.Act.For: u",
+        b"X-Keyproxy-Act-For: u\r\nConnection: X-Keyproxy-Act-For",
+        b"Connection: close, x_keyproxy.act_FOR\r\nX-Keyproxy-Act-For: u",
+        b"Connection: A\r\nA: b\r\nConnection: x-keyproxy-act-for",
+        b"Connection: X-Keyproxy-Act-For",
+        b"X-Keyproxy-Act-For: u\r\n v",
+        b"X-Keyproxy-Act-For:\r\n u",
+        b"X-Keyproxy-Act-For: u\x00v",
+        b"X-Keyproxy-Act-For: u\x7f",
+        b"X-Keyproxy-Act-For : u",
+        b"X-Keyproxy-Act-For",
+        b"X-Keyproxy-Act!For: u",
+    ],
+)
+def test_an_act_for_header_that_servers_could_read_differently_is_malformed(fields: bytes) -> None:
+    assert refused(request(fields)) is Reason.REQUEST_MALFORMED
+
+
+def test_an_act_for_header_of_an_upstream_is_not_relayed_and_means_nothing() -> None:
+    fields = b"X-Keyproxy-Act-For: u\r\nx_keyproxy_act_for: v\r\nConnection: X-Keyproxy-Act-For"
+    _, _, parsed = answered(response(fields))
+    assert (parsed.act_for, parsed.is_forwarded) == (None, [False, False, False])
 
 
 @pytest.mark.parametrize(("count", "is_accepted"), [(0, True), (1, True), (253, True), (254, False), (300, False)])

@@ -1,0 +1,1 @@
+"""Agent tokens in the store: minting, and deleting what ended."""
