@@ -38,7 +38,7 @@ class AcceptedTokens(NamedTuple):
 
 
 #: No tokens: for a process that publishes keys, or serves them, and accepts no tokens.
-NO_TOKENS: Final = AcceptedTokens("", "")
+ACCEPTS_NONE: Final = AcceptedTokens("", "")
 
 
 class SignedToken(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Final
 
 from keyproxy.config import schema
 from keyproxy.model import Moment
-from keyproxy.signing.token_check import NO_TOKENS
+from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.agent_tokens.cleanup import AgentTokenCleanup
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
@@ -81,7 +81,7 @@ class Store:
         )
         self.owned_ids = OwnedIdCache(self.database, cache, feed=state, look_ups_max=1, now=now)
         self.templates = TemplateCache(self.database, cache, now)
-        self.signing_keys = SigningKeyCache(self.database, NO_TOKENS, now)
+        self.signing_keys = SigningKeyCache(self.database, ACCEPTS_NONE, now)
         listener = NotificationListener(dsn, CHANNEL, shortage=self.database.shortage)
         reads_recalls = self.ledger.conversation if ledger.backend == "postgres" else None
         self.feed = ChangeFeed(

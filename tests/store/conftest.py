@@ -18,7 +18,7 @@ import pytest
 
 from keyproxy.config.schema import Cache
 from keyproxy.model import Moment
-from keyproxy.signing.token_check import NO_TOKENS
+from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.embedded import embedded_postgres
 from keyproxy.store.embedded.embedded_postgres import EmbeddedServer
 from keyproxy.store.identities.cache import FeedState, IdentityCache
@@ -104,7 +104,7 @@ async def make_rig(dsn: str, sql: Sql, relay: Relay) -> AsyncIterator[MakeRig]:
             assert not isinstance(listening, str)
             owned = OwnedIdCache(door, cache or Cache(), feed=state, look_ups_max=look_ups_max, now=now or clock)
             templates = TemplateCache(door, cache or Cache(), now or clock)
-            signing_keys = SigningKeyCache(door, NO_TOKENS, now or clock)
+            signing_keys = SigningKeyCache(door, ACCEPTS_NONE, now or clock)
             feed = ChangeFeed(
                 door, listening, identities, state, now or clock,
                 owned=owned, templates=templates, signing_keys=signing_keys,

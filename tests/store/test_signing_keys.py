@@ -12,7 +12,7 @@ from keyproxy.model import Missing
 from keyproxy.platform import clock
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.signing.signing_key import SigningKey
-from keyproxy.signing.token_check import NO_TOKENS, AcceptedTokens
+from keyproxy.signing.token_check import ACCEPTS_NONE, AcceptedTokens
 from keyproxy.store.postgres.database import StoreUnavailable
 from keyproxy.store.signing_keys import SigningKeyCache
 from tests.store.conftest import MakeRig
@@ -55,7 +55,7 @@ async def live_rig(make_rig: MakeRig) -> Rig:
 
 async def publish_elsewhere(rig: Rig, key: SigningKey) -> None:
     """Publish as another process does."""
-    await SigningKeyCache(rig.door, NO_TOKENS, clock.now).publish(key)
+    await SigningKeyCache(rig.door, ACCEPTS_NONE, clock.now).publish(key)
 
 
 async def test_a_published_key_is_stored_with_its_times_and_without_its_private_half(live_rig: Rig, sql: Sql) -> None:
