@@ -8,6 +8,10 @@ from typing import Final
 
 from keyproxy.config import schema
 from keyproxy.model import Moment
+<<<<<<< HEAD
+=======
+from keyproxy.signing.token_check import ACCEPTS_NONE
+>>>>>>> sign
 from keyproxy.store.agent_tokens.cleanup import AgentTokenCleanup
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
@@ -82,6 +86,10 @@ class Store:
         )
         self.owned_ids = OwnedIdCache(self.database, cache, feed=state, look_ups_max=1, now=now)
         self.templates = TemplateCache(self.database, cache, now)
+<<<<<<< HEAD
+=======
+        self.signing_keys = SigningKeyCache(self.database, ACCEPTS_NONE, now)
+>>>>>>> sign
         listener = NotificationListener(dsn, CHANNEL, shortage=self.database.shortage)
         reads_recalls = self.ledger.conversation if ledger.backend == "postgres" else None
         self.feed = ChangeFeed(

@@ -25,6 +25,7 @@ from keyproxy.admin.webhook_sender import WebhookSender
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.platform import clock
+from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.agents.operator_mint import OperatorKey, SigningMint
 from keyproxy.store.directory.directory import Actor, Directory, Entity, KeyWish
@@ -146,7 +147,7 @@ async def serving(
             reminders, WebhookSender(reminders), alerts, now_mono=lambda: now[0], traffic=counted,
             minted=lambda: operator_key.minted,
         ).page,
-        signing_keys=SigningKeyCache(database, clock.now),
+        signing_keys=SigningKeyCache(database, ACCEPTS_NONE, clock.now),
         log_line=lambda line, _status: log.append(json.loads(line)), bounds=bounds,
     )  # fmt: skip
     with contextlib.closing(socket.socket()) as sock:
