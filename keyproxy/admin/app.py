@@ -60,12 +60,8 @@ class Admin:
         self._reminding = WebhookSender(self._reminders)
         self._alerts = LimitAlertQueue(self._database, lambda: self._settings.alerts.percentages)
         self._alerting = WebhookSender(self._alerts, "alerts of limits")
-<<<<<<< HEAD
-        self._signing_keys = SigningKeyCache(self._database, clock.now)
-        self._operator_key = OperatorKey(self._signing_keys, clock.now)
-=======
         self._signing_keys = SigningKeyCache(self._database, ACCEPTS_NONE, clock.now)
->>>>>>> sign
+        self._operator_key = OperatorKey(self._signing_keys, clock.now)
         self._service = self._made(settings)
 
     def _made(self, settings: Settings) -> Service:

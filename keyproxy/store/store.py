@@ -8,10 +8,7 @@ from typing import Final
 
 from keyproxy.config import schema
 from keyproxy.model import Moment
-<<<<<<< HEAD
-=======
 from keyproxy.signing.token_check import ACCEPTS_NONE
->>>>>>> sign
 from keyproxy.store.agent_tokens.cleanup import AgentTokenCleanup
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
@@ -72,7 +69,7 @@ class Store:
         )
         self._share_outage(has_ledger=ledger.backend == "postgres")
         self.last_used = LastUsed(self.database)
-        self.signing_keys = SigningKeyCache(self.database, now)
+        self.signing_keys = SigningKeyCache(self.database, ACCEPTS_NONE, now)
         self.identities = IdentityCache(
             self.database,
             cache,
@@ -86,10 +83,6 @@ class Store:
         )
         self.owned_ids = OwnedIdCache(self.database, cache, feed=state, look_ups_max=1, now=now)
         self.templates = TemplateCache(self.database, cache, now)
-<<<<<<< HEAD
-=======
-        self.signing_keys = SigningKeyCache(self.database, ACCEPTS_NONE, now)
->>>>>>> sign
         listener = NotificationListener(dsn, CHANNEL, shortage=self.database.shortage)
         reads_recalls = self.ledger.conversation if ledger.backend == "postgres" else None
         self.feed = ChangeFeed(

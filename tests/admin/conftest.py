@@ -135,7 +135,7 @@ async def serving(
     tokens = AdminTokens(database, key_format, actor)
     access = Access(tokens, key_format, Throttle(), file_digest=hashlib.sha256(FILE_TOKEN.encode()).digest())
     settings = settings or Settings(routes=routes)
-    operator_key = OperatorKey(SigningKeyCache(database, clock.now), clock.now)
+    operator_key = OperatorKey(SigningKeyCache(database, ACCEPTS_NONE, clock.now), clock.now)
     mint = SigningMint(settings.access, operator_key, clock.now)
     service = Service(database, key_format, access, ApiConfig(90, settings), mint, lambda: now[0])
     log: list[Json] = []

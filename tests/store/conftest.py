@@ -119,13 +119,10 @@ async def make_rig(dsn: str, sql: Sql, relay: Relay) -> AsyncIterator[MakeRig]:
             stack.push_async_callback(templates.close)
             stack.push_async_callback(signing_keys.close)
             stack.push_async_callback(feed.close)
-<<<<<<< HEAD
-            return Rig(dsn, sql, relay, door, clock, state, last_used, identities, owned, templates, feed, now or clock)
-=======
             return Rig(
-                dsn, sql, relay, door, clock, state, last_used, identities, owned, templates, signing_keys, feed
+                dsn, sql, relay, door, clock, state, last_used, identities, owned, templates, signing_keys, feed,
+                now or clock,
             )  # fmt: skip
->>>>>>> sign
 
         yield making
 

@@ -16,6 +16,7 @@ from keyproxy.model import Moment
 from keyproxy.ports import AgentTokenMint
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.signing.signing_key import SigningKey
+from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.agent_tokens.minter import TokenMinter
 from keyproxy.store.directory.agents.agent_tokens import OperatorMint
 from keyproxy.store.postgres.database import Database, StatementRunner, StoreConflict, StoreUnavailable
@@ -89,7 +90,7 @@ class SigningMint(OperatorMint):
 @contextlib.asynccontextmanager
 async def minting(database: Database, access: AccessSettings, now: Callable[[], Moment]) -> AsyncIterator[SigningMint]:
     """The mint of a command: its key ends with what it signed."""
-    key = OperatorKey(SigningKeyCache(database, now), now)
+    key = OperatorKey(SigningKeyCache(database, ACCEPTS_NONE, now), now)
     await key.prepare()
     try:
         yield SigningMint(access, key, now)
