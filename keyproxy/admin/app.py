@@ -26,6 +26,7 @@ from keyproxy.platform import clock, sockets, systemd
 from keyproxy.platform.tasks import cancel_all
 from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
+from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.agents.operator_mint import OperatorKey, SigningMint
 from keyproxy.store.directory.directory import Actor
@@ -59,7 +60,7 @@ class Admin:
         self._reminding = WebhookSender(self._reminders)
         self._alerts = LimitAlertQueue(self._database, lambda: self._settings.alerts.percentages)
         self._alerting = WebhookSender(self._alerts, "alerts of limits")
-        self._signing_keys = SigningKeyCache(self._database, clock.now)
+        self._signing_keys = SigningKeyCache(self._database, ACCEPTS_NONE, clock.now)
         self._operator_key = OperatorKey(self._signing_keys, clock.now)
         self._service = self._made(settings)
 
@@ -117,7 +118,10 @@ class Admin:
 
     def _metrics_page(self, counted: Traffic) -> MetricsPage:
         now_mono = clock.monotonic
-        return MetricsPage(self._reminders, self._reminding, self._alerts, now_mono=now_mono, traffic=counted)
+        return MetricsPage(
+            self._reminders, self._reminding, self._alerts,
+            now_mono=now_mono, traffic=counted, minted=lambda: self._operator_key.minted,
+        )  # fmt: skip
 
     def _warn_of_unencrypted_tokens(self) -> None:
         # Only a warning: a TLS proxy in front, a pod or a container requires this setup.

@@ -25,6 +25,7 @@ from keyproxy.admin.webhook_sender import WebhookSender
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.platform import clock
+from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.agents.operator_mint import OperatorKey, SigningMint
 from keyproxy.store.directory.directory import Actor, Directory, Entity, KeyWish
@@ -134,7 +135,7 @@ async def serving(
     tokens = AdminTokens(database, key_format, actor)
     access = Access(tokens, key_format, Throttle(), file_digest=hashlib.sha256(FILE_TOKEN.encode()).digest())
     settings = settings or Settings(routes=routes)
-    operator_key = OperatorKey(SigningKeyCache(database, clock.now), clock.now)
+    operator_key = OperatorKey(SigningKeyCache(database, ACCEPTS_NONE, clock.now), clock.now)
     mint = SigningMint(settings.access, operator_key, clock.now)
     service = Service(database, key_format, access, ApiConfig(90, settings), mint, lambda: now[0])
     log: list[Json] = []
@@ -143,9 +144,10 @@ async def serving(
     listener = AdminListener(
         service, traffic=counted,
         metrics=MetricsPage(
-            reminders, WebhookSender(reminders), alerts, now_mono=lambda: now[0], traffic=counted
+            reminders, WebhookSender(reminders), alerts, now_mono=lambda: now[0], traffic=counted,
+            minted=lambda: operator_key.minted,
         ).page,
-        signing_keys=SigningKeyCache(database, clock.now),
+        signing_keys=SigningKeyCache(database, ACCEPTS_NONE, clock.now),
         log_line=lambda line, _status: log.append(json.loads(line)), bounds=bounds,
     )  # fmt: skip
     with contextlib.closing(socket.socket()) as sock:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from keyproxy.auth.api_key import SecretKey
 from keyproxy.store.directory.directory import (
     Conflict,
     DelegationRefused,
@@ -371,6 +372,15 @@ async def test_changes_of_agents_and_tokens_are_audited_with_their_author(api: A
     assert "digest" not in tokens[1]["after"]
 
 
+async def test_minted_tokens_are_counted_from_zero(api: Api) -> None:
+    key, series = await _key(api), 'keyproxy_agent_tokens_minted_total{via="admin"}'
+    token = await api.token("metrics:read")
+    assert f"{series} 0.0\n" in (await api.call("GET", "/metrics", token=token)).body.decode()
+    assert (await api.call("POST", f"/v1/keys/{key}/agent-tokens", {**WISH, "scopes": ["x"]})).status == 403
+    await api.done("POST", f"/v1/keys/{key}/agent-tokens", WISH)
+    assert f"{series} 1.0\n" in (await api.call("GET", "/metrics", token=token)).body.decode()
+
+
 # -- explanations
 
 
@@ -457,3 +467,70 @@ async def test_an_explanation_of_a_token_names_user_actor_scopes_chain_and_code(
     await api.done("POST", f"/v1/agent-tokens/{token}/revoke")
     assert (await api.done("GET", path))["code"] == "api_key_revoked"
     assert (await api.call("GET", f"/v1/agent-tokens/agt_{'0' * 22}/explain")).code == "not_found"
+
+
+# -- leaked tokens
+
+
+async def test_a_leaked_token_is_revoked_and_its_key_is_not(operations: Operations, key: str) -> None:
+    directory = operations.directory
+    tokens = [await directory.agent_tokens.mint(key, WISH) for _ in range(3)]
+    text = f"Authorization: Bearer {tokens[0]['token']}\n curl -H 'X-Api-Key: {tokens[1]['token']}'\n"
+    report = await directory.leaked_keys.report_text(text.encode(), "in a log")
+    leaks = {leak.pop("agent_token"): leak for leak in report["found"]}
+    assert leaks == {
+        token["id"]: {"key": key, "user": "u_1", "tenant": "acme", "revoked_now": True} for token in tokens[:2]
+    }
+    assert (report["incomplete"], report["unknown"]) == (0, 0)
+    shown = [await directory.agent_tokens.get(token["id"]) for token in tokens]
+    assert [token["revoke_reason"] for token in shown] == ["in a log", "in a log", None]
+    assert (await directory.keys.get(key))["state"] == "active"
+    again = await directory.leaked_keys.report_text(text.encode(), "again")
+    assert [leak["revoked_now"] for leak in again["found"]] == [False, False]
+
+
+async def test_a_leaked_token_is_revoked_by_itself_or_its_digest(operations: Operations, key: str) -> None:
+    directory = operations.directory
+    for by_digest in (False, True):
+        minted = await directory.agent_tokens.mint(key, WISH)
+        token = SecretKey(minted["token"].encode())
+        if by_digest:
+            found = await directory.leaked_keys.report_digest(token.digest(), "leaked")
+        else:
+            found = await directory.leaked_keys.report_key(token, "leaked")
+        assert (found["known"], found["revoked_now"], found["key"], found["user"]) == (True, True, None, "u_1")
+        assert (found["agent_token"]["id"], found["agent_token"]["key"]) == (minted["id"], key)
+        assert found["agent_token"]["revoked_at"] is not None
+
+
+async def test_an_unknown_or_truncated_token_is_reported_and_changes_nothing(operations: Operations, key: str) -> None:
+    directory = operations.directory
+    minted = await directory.agent_tokens.mint(key, WISH)
+    start, _, signature = minted["token"].rpartition(".")
+    other = f"{start}.{'A' if signature[0] != 'A' else 'B'}{signature[1:]}"
+    unknown = await directory.leaked_keys.report_text(other.encode(), "")
+    assert unknown == {"found": [], "incomplete": 0, "unknown": 1}
+    truncated = await directory.leaked_keys.report_text(minted["token"][:-9].encode(), "")
+    assert truncated == {"found": [], "incomplete": 1, "unknown": 0}
+    assert (await directory.agent_tokens.get(minted["id"]))["revoked_at"] is None
+
+
+async def test_the_key_of_a_token_is_found_by_the_token(operations: Operations, key: str) -> None:
+    minted = await operations.directory.agent_tokens.mint(key, WISH)
+    found = await operations.directory.leaked_keys.find(minted["token"].encode())
+    assert [one["id"] for one in found["keys"]] == [key]
+
+
+async def test_a_bound_token_neither_finds_nor_revokes_agent_tokens_of_other_tenants(api: Api) -> None:
+    minted = await api.directory.agent_tokens.mint(await _key(api), WISH)
+    await api.directory.tenants.create("globex", "")
+    bound = await api.token("leaks:write", "keys:read", tenant="globex")
+    for path, body in (
+        ("/v1/leaked-texts", {"text": minted["token"]}),
+        ("/v1/leaked-keys", {"key": minted["token"]}),
+        ("/v1/keys/whose", {"text": minted["token"]}),
+    ):
+        reply = await api.call("POST", path, body, token=bound)
+        assert reply.status == 200
+        assert minted["id"] not in reply.body.decode()
+    assert (await api.directory.agent_tokens.get(minted["id"]))["revoked_at"] is None

@@ -382,7 +382,7 @@ def test_overhead_is_the_time_of_the_proxy_alone(waits: dict[str, float], overhe
 
 def test_requests_and_failed_logins_of_the_admin_api_are_counted_from_0_on() -> None:
     counted = traffic()
-    page_of_admin = Catalogue(ADMIN_METRICS, lambda: AdminScrape(None, {}, {}, counted))
+    page_of_admin = Catalogue(ADMIN_METRICS, lambda: AdminScrape(None, {}, {}, counted, 0))
     before = page_of_admin.render().decode()
     requests = series(before, "keyproxy_admin_requests_total")
     assert set(requests.values()) == {0.0}
@@ -429,7 +429,9 @@ def populated(number: int = 1) -> str:
 
 def admin_page() -> str:
     figures = StoreFigures({(1, False): 1}, {1: 1}, {"tok_1": 1.0}, 1)
-    return Catalogue(ADMIN_METRICS, lambda: AdminScrape(figures, {"sent": 1}, {"80": 1}, traffic())).render().decode()
+    return (
+        Catalogue(ADMIN_METRICS, lambda: AdminScrape(figures, {"sent": 1}, {"80": 1}, traffic(), 1)).render().decode()
+    )
 
 
 def described(text: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 from keyproxy.admin.endpoints import ApiRequest, ApiResponse, Endpoint, page
 from keyproxy.admin.problems import Problem
 from keyproxy.admin.schemas.field_types import PRINTABLE, AgentId, Id, KeyScope, PlanId, Role, Time, Whole
+from keyproxy.admin.schemas.leak_models import AgentTokenShown
 from keyproxy.admin.schemas.request_models import KeyRevoke, Paged, RequestModel
 from keyproxy.admin.schemas.response_models import Page, ResponseModel
 from keyproxy.admin.scopes import Scope
@@ -97,28 +98,6 @@ class AgentTokenMinted(ResponseModel):
     is_test: bool
     depth: int
     expires_at: Time
-
-
-class AgentTokenShown(ResponseModel):
-    """An agent token; its plaintext is not stored. `actor`: the owner of `key`, if that was acting for the user."""
-
-    id: str
-    agent: str
-    user: str
-    tenant: str
-    key: Annotated[str, Field(description="The key that it, or its first ancestor, was cut from.")]
-    actor: str | None
-    parent: Annotated[str | None, Field(description="The token that it was cut from; null: a key.")]
-    scopes: list[str]
-    token_budget: int | None
-    request_budget: int | None
-    audience: str
-    is_test: bool
-    depth: int
-    created_at: Time
-    expires_at: Time
-    revoked_at: Time | None
-    revoke_reason: str | None
 
 
 class AgentRevoked(ResponseModel):

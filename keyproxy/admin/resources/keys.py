@@ -9,6 +9,7 @@ from typing import Final
 
 from keyproxy.admin.endpoints import ApiRequest, ApiResponse, Endpoint, cursor, page, position
 from keyproxy.admin.problems import Problem
+from keyproxy.admin.schemas.leak_models import Leak, LeaksFound
 from keyproxy.admin.schemas.request_models import (
     KeyChange,
     KeyIssue,
@@ -31,8 +32,6 @@ from keyproxy.admin.schemas.response_models import (
     KeysIssued,
     KeysOf,
     KeysRevoked,
-    Leak,
-    LeaksFound,
 )
 from keyproxy.admin.scopes import Scope
 from keyproxy.auth.api_key import SecretKey
@@ -191,11 +190,11 @@ ENDPOINTS: Final = (
     Endpoint("revoke_key", "Revoke a key permanently. Takes effect within a second.",
              Scope.KEYS_WRITE, _revoke, {200: Key}, body=KeyRevoke, may_be_empty=True, is_conditional=True,
              refuses=_NOT_THERE),
-    Endpoint("report_leaked_key", "For secret scanners: revoke a leaked key and return its owner. `known` is "
-             "false if the key does not exist.",
+    Endpoint("report_leaked_key", "For secret scanners: revoke a leaked key or agent token and return its owner. "
+             "`known` is false if it does not exist.",
              Scope.LEAKS_WRITE, _leaked, {200: Leak}, body=LeakReport),
     Endpoint("report_leaked_text",
-             "Revoke every key in a text, in whatever notation, and list them. Distinguishes no key, "
+             "Revoke every key and agent token in a text, in whatever notation, and list them. Distinguishes no key, "
              "an incomplete key and an unknown key.",
              Scope.LEAKS_WRITE, _leaked_text, {200: LeaksFound}, body=LeakText),
     Endpoint("find_keys",

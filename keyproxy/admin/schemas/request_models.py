@@ -254,12 +254,12 @@ class KeysRevoke(RequestModel):
 
 
 class LeakReport(RequestModel):
-    """A leaked key: either the key itself or its SHA-256."""
+    """A leaked key or agent token: either itself or its SHA-256."""
 
     without_default: ClassVar[frozenset[str]] = frozenset({"key", "digest"})
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["key"]}, {"required": ["digest"]}]})
 
-    key: Annotated[str, StringConstraints(pattern=r"^[!-~]{8,512}$"), Field(description="The key.")] = ""
+    key: Annotated[str, StringConstraints(pattern=r"^[!-~]{8,4096}$"), Field(description="The key.")] = ""
     digest: Annotated[
         str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$"), Field(description="The key's SHA-256, hexadecimal.")
     ] = ""

@@ -244,33 +244,6 @@ class KeysRevoked(ResponseModel):
     remaining: int
 
 
-class Leak(ResponseModel):
-    """Whether the key exists, whether it was working until now, and its owner."""
-
-    known: bool
-    revoked_now: bool
-    tenant: str | None
-    user: str | None
-    key: Key | None
-
-
-class LeakedKey(ResponseModel):
-    """A key that was found in a text. `revoked_now`: it was not revoked before."""
-
-    key: str
-    user: str
-    tenant: str
-    revoked_now: bool
-
-
-class LeaksFound(ResponseModel):
-    """The keys in a text, now revoked; the number of incomplete or mistyped keys; the number of unknown keys."""
-
-    found: list[LeakedKey]
-    incomplete: int
-    unknown: int
-
-
 class KeysOf(ResponseModel):
     """The matching keys, at most 500."""
 

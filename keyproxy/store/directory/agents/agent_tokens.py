@@ -20,14 +20,17 @@ TOKEN_ID: Final = re.compile(r"agt_[0-9A-Za-z]{22}")
 
 
 class OperatorMint:
-    """What a directory needs to mint tokens on behalf of operators. `minted`: how many were minted."""
+    """What a directory needs to mint tokens on behalf of operators."""
 
     def __init__(self, rules: MintRules) -> None:
         self.rules: Final = rules
-        self.minted = 0
 
     def minter(self, database: StatementRunner) -> AgentTokenMint:
         """The mint over a database, or over one transaction of it."""
+        raise NotImplementedError
+
+    def count(self) -> None:
+        """Count a token that was minted."""
         raise NotImplementedError
 
 
@@ -55,7 +58,7 @@ class AgentTokenStore:
                 minted = await minter.mint(parent, request, actor=self._context.actor.name)
         except Refusal as refusal:
             raise _error_of(refusal) from refusal
-        self._mint.minted += 1
+        self._mint.count()
         return minted.to_json()
 
     async def get(self, token_id: str) -> Entity:

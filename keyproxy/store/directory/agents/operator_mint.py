@@ -11,12 +11,12 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
-from keyproxy.auth.minting import MintRules
 from keyproxy.config.delegation_settings import AccessSettings
 from keyproxy.model import Moment
 from keyproxy.ports import AgentTokenMint
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.signing.signing_key import SigningKey
+from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.agent_tokens.minter import TokenMinter
 from keyproxy.store.directory.agents.agent_tokens import OperatorMint
 from keyproxy.store.postgres.database import Database, StatementRunner, StoreConflict, StoreUnavailable
@@ -39,6 +39,8 @@ class OperatorKey:
         self._now = now
         self._key: SigningKey | None = None
         self._making = asyncio.Lock()
+        #: How many tokens this process has minted.
+        self.minted = 0
 
     async def prepare(self) -> None:
         """Publish a key, unless there is one that can sign. Call before minting, outside of any transaction.
@@ -74,31 +76,23 @@ class SigningMint(OperatorMint):
     """Mints with the key of this process."""
 
     def __init__(self, access: AccessSettings, key: OperatorKey, now: Callable[[], Moment]) -> None:
-        super().__init__(mint_rules(access))
+        super().__init__(access.mint_rules())
         self.key = key
         self._now = now
 
     def minter(self, database: StatementRunner) -> AgentTokenMint:
         return TokenMinter(database, rules=lambda: self.rules, signing_key=self.key.signing_key, now=self._now)
 
+    def count(self) -> None:
+        self.key.minted += 1
+
 
 @contextlib.asynccontextmanager
 async def minting(database: Database, access: AccessSettings, now: Callable[[], Moment]) -> AsyncIterator[SigningMint]:
     """The mint of a command: its key ends with what it signed."""
-    key = OperatorKey(SigningKeyCache(database, now), now)
+    key = OperatorKey(SigningKeyCache(database, ACCEPTS_NONE, now), now)
     await key.prepare()
     try:
         yield SigningMint(access, key, now)
     finally:
         await key.close()
-
-
-def mint_rules(access: AccessSettings) -> MintRules:
-    """The configured bounds of agent tokens."""
-    return MintRules(
-        tuple(access.audiences),
-        access.agent_ttl_seconds,
-        access.agent_depth_max,
-        access.agent_tokens_max,
-        access.issuer,
-    )
