@@ -99,9 +99,8 @@ class Exchange(PoolUser):
         if self._has_left or self.is_over:
             self._leave()
             return
-        self.responded_mono = self._server.clock()
         closes = own_responses.send_served(response, self, self.response, self._server)
-        self._end(COMPLETED, self.responded_mono, closes=closes)
+        self._end(COMPLETED, self._server.clock(), closes=closes)
 
     def refuse(self, refusal: Refusal) -> None:
         if self._has_left or self.is_over:
