@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Final
 
 from keyproxy.http_messages import RequestHead, ResponseHead
-from keyproxy.model import COMPLETED, PUBLIC_OWNER, Ending, Permit, PublicGrant
+from keyproxy.model import COMPLETED, PUBLIC_OWNER, Ending, Grant, Permit
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire import phases
 from keyproxy.wire.body_buffer import BodyBuffer, BodyOwner, InflatedContent
@@ -27,7 +27,7 @@ from keyproxy.wire.responses import refusal_response, response_heads, stream_cut
 from keyproxy.wire.responses.response_writer import ResponseWriter
 from keyproxy.wire.upstream.connection import UpstreamConnection
 from keyproxy.wire.upstream.pool import PoolUser, UpstreamPool
-from keyproxy.wire.upstream.request_head import missing_assertion, request_head
+from keyproxy.wire.upstream.request_head import request_head, unsigned_because
 from keyproxy.wire.upstream.retry import may_retry
 from keyproxy.wire.usage_reads import NOT_REPORTED, REPORTED
 
@@ -351,12 +351,14 @@ class Exchange(PoolUser):
         if self._body_since_mono:
             self.body_wait_seconds += self._server.clock() - self._body_since_mono
             self._body_since_mono = 0.0
-        refusal = missing_assertion(self._server, permit)
-        if refusal is not None:
-            self.refuse(refusal)
-            return
-        grant = permit.grant
-        owner = PUBLIC_OWNER if isinstance(grant, PublicGrant) else grant.identity.owner
+        grant, assertions, owner = permit.grant, self._server.assertions, PUBLIC_OWNER
+        if isinstance(grant, Grant):
+            owner = grant.identity.owner
+            if assertions is not None and grant.identity.assertion.signed_by != assertions.number:
+                refusal = unsigned_because(assertions, grant.identity, self._server.clock())
+                if refusal is not None:
+                    self.refuse(refusal)
+                    return
         pool = self._pool = self._server.upstreams.for_owner(owner)
         upstream = None if self._is_retry or self.is_tunnel_request else pool.take(owner, self.started_mono)
         if upstream is not None:
