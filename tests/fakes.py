@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,8 +19,10 @@ from keyproxy.ai.requests.request_reading import BodyBounds
 from keyproxy.ai.reservation import TokenRules
 from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.ai.route_rules import RouteRules
-from keyproxy.auth import credentials
+from keyproxy.auth import credentials, minting
 from keyproxy.auth.api_key import KeyFormat, SecretKey
+from keyproxy.auth.minting import MintedToken, MintParent, MintRequest, MintRules
+from keyproxy.auth.names import is_id
 from keyproxy.http import identity_headers
 from keyproxy.http.headers import FieldNames
 from keyproxy.limits.allowance import Allowance, Hold, Need
@@ -26,9 +30,11 @@ from keyproxy.limits.lease_sync import LeaseSync, Short
 from keyproxy.limits.lease_table import LeaseTable
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
-from keyproxy.model import NEVER, Ending, Identity, KeyDigest, Missing, Moment
-from keyproxy.ports import Exchange, Identities, Ledger, OwnedIds, PromptTemplates, Recorder
+from keyproxy.model import NEVER, AgentToken, Ending, Identity, KeyDigest, Missing, Moment
+from keyproxy.platform import clock
+from keyproxy.ports import AgentTokenMint, Exchange, Identities, Ledger, OwnedIds, PromptTemplates, Recorder
 from keyproxy.reasons import Reason, Refusal
+from keyproxy.store.identities.delegated_rows import refused_delegation
 from keyproxy.wire.parsing.head_cache import RequestReader
 from tests.reference_ledger import ReferenceLedger
 
@@ -70,6 +76,20 @@ def identity(
     return Identity(f"key_of_{user}", user, tenant, scopes, is_test, expires_wall_seconds, standing, block, allowance)
 
 
+def acting_identity(own: Identity, user: str) -> Identity:
+    """The identity of a key that acts for a user of its tenant."""
+    values = (
+        ("User", user),
+        ("Tenant", own.tenant_id),
+        ("Scope", " ".join(sorted(own.scopes))),
+        ("Test", "true" if own.is_test else "false"),
+        ("Key-Id", own.key_id),
+        ("Actor", own.user_id),
+    )
+    block = identity_headers.identity_block("X-Keyproxy-", values)
+    return dataclasses.replace(own, user_id=user, actor_user_id=own.user_id, header_block=block, can_act=True)
+
+
 _CHAT = b"POST /v1/chat/completions HTTP/1.1\r\nHost: p\r\n\r\n"
 
 
@@ -86,10 +106,14 @@ def metered_request(*, output: int = 4_096, cap: int = 0) -> MeteredRequest:
 
 
 class FakeIdentities(Identities):
-    """Identities in memory. A `slow` digest is missing until it was fetched; `is_down` refuses unknown keys."""
+    """Identities in memory. A `slow` digest is missing until it was fetched; `is_down` refuses unknown keys.
+
+    A key acts for the users that were added for it. One that was added for none may not act.
+    """
 
     def __init__(self) -> None:
         self.table: dict[KeyDigest, Identity] = {}
+        self.acting_for: dict[tuple[KeyDigest, str], Identity] = {}
         self.slow: set[KeyDigest] = set()
         self.is_down = False
         self.brought = 0
@@ -100,6 +124,13 @@ class FakeIdentities(Identities):
         """Resolve this key to this identity."""
         self.table[secret.digest()] = who
 
+    def let_act(self, secret: SecretKey, user: str) -> Identity:
+        """Let this key, which was added before, act for a user of its tenant."""
+        digest = secret.digest()
+        self.table[digest] = dataclasses.replace(self.table[digest], can_act=True)
+        made = self.acting_for[digest, user] = acting_identity(self.table[digest], user)
+        return made
+
     def known(self, digest: KeyDigest, now: Moment, *, is_first_lookup: bool = True) -> Identity:
         """See the port."""
         if digest in self.slow:
@@ -109,6 +140,20 @@ class FakeIdentities(Identities):
         if self.is_down:
             raise Refusal(Reason.STORE_UNAVAILABLE)
         raise Refusal(Reason.KEY_INVALID, "unknown")
+
+    def acting(self, digest: KeyDigest, user_id: str, now: Moment, *, is_first_lookup: bool = True) -> Identity:
+        """See the port."""
+        own = self.known(digest, now, is_first_lookup=is_first_lookup)
+        found = self.acting_for.get((digest, user_id))
+        if found is None and self.is_down and own.can_act and is_id(user_id):
+            raise Refusal(Reason.STORE_UNAVAILABLE)
+        return refused_delegation(own) if found is None else found
+
+    def reviewed(self, digest: KeyDigest, before: Identity, now: Moment) -> Identity:
+        """See the port."""
+        if before.actor_user_id is None or before.agent_token is not None:
+            return self.known(digest, now, is_first_lookup=False)
+        return self.acting(digest, before.user_id, now, is_first_lookup=False)
 
     def fetching(self, key: SecretKey, missing: Missing) -> Missing:
         """See the port."""
@@ -121,6 +166,66 @@ class FakeIdentities(Identities):
         if self.is_down:
             raise Refusal(Reason.STORE_UNAVAILABLE)
         self.slow.discard(digest)
+
+
+class FakeMint(AgentTokenMint):
+    """Mints in memory, from the parents in `parents`, by their key or token. Mints wait for `may_mint`.
+
+    `is_down`: the store cannot be reached. `defect`: raised instead of a result.
+    """
+
+    def __init__(self, rules: MintRules) -> None:
+        self.rules = rules
+        self.parents: dict[str, Identity] = {}
+        self.minted: list[MintedToken] = []
+        self.live: collections.Counter[str] = collections.Counter()
+        self.calls: list[tuple[MintParent, MintRequest, str]] = []
+        self.is_down = False
+        self.defect: Exception | None = None
+        self.may_mint = asyncio.Event()
+        self.may_mint.set()
+
+    async def mint(self, parent: MintParent, request: MintRequest, *, actor: str) -> MintedToken:
+        """See the port."""
+        self.calls.append((parent, request, actor))
+        await self.may_mint.wait()
+        if self.defect is not None:
+            raise self.defect
+        if self.is_down:
+            raise Refusal(Reason.STORE_UNAVAILABLE)
+        who = self.parents.get(parent.token_id or parent.key_id)
+        of_role = {"reader": ("data:read",)}.get(request.role or "", ())
+        if who is None or "agents:mint" not in who.scopes:
+            raise minting.refused("The credential may not mint.", "no parent")
+        minting.check_authority(who, request, self.rules, clock.now())
+        scopes = tuple(sorted(who.scopes.intersection(of_role))) if request.scopes is None else request.scopes
+        if not scopes:
+            raise minting.refused("The token would have no scopes.", "no scopes")
+        if self.live[parent.key_id] >= self.rules.tokens_max:
+            raise minting.too_many_tokens(self.rules.tokens_max, 61.0)
+        return self._minted(parent, who, request, scopes)
+
+    def _minted(self, parent: MintParent, who: Identity, request: MintRequest, scopes: tuple[str, ...]) -> MintedToken:
+        number, above = len(self.minted), who.agent_token
+        ttl_seconds = self.rules.ttl_seconds_max if request.ttl_seconds is None else request.ttl_seconds
+        expires = min(float(int(clock.now().wall_seconds) + ttl_seconds), who.expires_wall_seconds)
+        depth = 0 if above is None else above.depth + 1
+        token = MintedToken(
+            f"agt_{number:022d}", SecretKey(b"eyJ.e30.%d" % number), request.agent, parent.user_id or who.user_id,
+            who.tenant_id, scopes, request.token_budget, request.request_budget, request.audience, who.is_test, depth,
+            expires,
+        )  # fmt: skip
+        agents = (request.agent, *(() if above is None else above.agents))
+        self.minted.append(token)
+        self.live[parent.key_id] += 1
+        self.parents[token.id] = dataclasses.replace(
+            who,
+            user_id=token.user_id,
+            scopes=frozenset(scopes),
+            expires_wall_seconds=expires,
+            agent_token=AgentToken(token.id, agents, depth, request.token_budget, request.request_budget),
+        )
+        return token
 
 
 class FakeOwnedIds(OwnedIds):
@@ -294,6 +399,7 @@ class Recorded:
     output_cap: int
     limit_reason: str
     categories: tuple[tuple[str, str], ...] | None
+    act_for: bytes | None = None
 
     @property
     def overhead_seconds(self) -> float:
@@ -336,5 +442,6 @@ class FakeRecorder(Recorder):
                 0 if exchange.metered is None else exchange.metered.cap,
                 exchange.limit_reason,
                 exchange.categories,
+                None if head is None else head.act_for,
             )
         )

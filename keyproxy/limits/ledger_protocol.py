@@ -12,19 +12,31 @@ import math
 from typing import Final, NamedTuple
 
 from keyproxy import limit_state
-from keyproxy.limits.plan import PERIODS, Limit
+from keyproxy.limits.plan import PERIODS, TOTAL, Limit
 from keyproxy.reasons import LimitReason
 
-#: The measures of windows: units of rates, slots, and windows that count requests, tokens, or money in micro-units.
+#: The measures of windows: units of rates, slots, and windows that count requests, tokens, or money in micro-units. Those
+#: of budgets never end.
 RATE: Final = "rate"
 TOKEN_RATE: Final = "token_rate"  # noqa: S105 - tokens of a language model
 RATES: Final = (RATE, TOKEN_RATE)
 CONCURRENCY: Final = "concurrency"
-REQUESTS: Final = tuple([f"requests_per_{period}" for period in PERIODS])
-TOKENS: Final = tuple([f"tokens_per_{period}" for period in PERIODS])
+REQUESTS_TOTAL: Final = f"requests_{TOTAL}"
+TOKENS_TOTAL: Final = f"tokens_{TOTAL}"
+BUDGETS: Final = (REQUESTS_TOTAL, TOKENS_TOTAL)
+REQUESTS: Final = (*[f"requests_per_{period}" for period in PERIODS], REQUESTS_TOTAL)
+TOKENS: Final = (*[f"tokens_per_{period}" for period in PERIODS], TOKENS_TOTAL)
 SPEND: Final = tuple([f"spend_per_{period}" for period in PERIODS])
 
 MEASURES: Final = (CONCURRENCY, *RATES, *REQUESTS, *TOKENS, *SPEND)
+
+#: The kinds of pools: those with plans, and that of an agent token, whose limits are its budgets.
+TENANT_POOL: Final = "tenant"
+USER_POOL: Final = "user"
+KEY_POOL: Final = "key"
+AGENT_POOL: Final = "agent"
+TOKEN_POOL: Final = "token"  # noqa: S105 - a kind of pool
+PLANNED_POOLS: Final = (TENANT_POOL, USER_POOL, KEY_POOL, AGENT_POOL)
 
 #: How many reports of one window all its holders together send per second.
 REPORTS_PER_SECOND: Final = 120.0
@@ -41,9 +53,11 @@ SPEND_PER_REQUEST: Final = "spend_per_request"
 POLICIES: Final = tuple(
     [
         f"{kind}.{measure}"
-        for kind in ("tenant", "user", "key")
+        for kind in PLANNED_POOLS
         for measure in (*MEASURES, TOKENS_PER_REQUEST, SPEND_PER_REQUEST)
+        if measure not in BUDGETS
     ]
+    + [f"{TOKEN_POOL}.{measure}" for measure in BUDGETS]
 )
 
 
@@ -56,7 +70,7 @@ def _reasons(measure: str) -> tuple[LimitReason, ...]:
         return (LimitReason.PACE,)
     if measure == TOKEN_RATE:
         return (LimitReason.PACE, LimitReason.NEVER_FITS)
-    if measure in REQUESTS:
+    if measure in REQUESTS or measure in BUDGETS:
         return (LimitReason.SPENT, LimitReason.HELD)
     return (LimitReason.SPENT, LimitReason.HELD, LimitReason.NEVER_FITS)
 
@@ -68,7 +82,10 @@ REFUSALS: Final = tuple(
 
 
 class Pool(NamedTuple):
-    """The owner of limits: a tenant, a user or a key, in live or test mode. All keys of a user draw on one pool."""
+    """The owner of limits, in live or test mode. All keys of a user draw on one pool.
+
+    `owner`: the id of the tenant, user, agent token, or first key of the line. An agent's is `USER/AGENT`.
+    """
 
     kind: str
     owner: str

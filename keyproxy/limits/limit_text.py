@@ -22,6 +22,7 @@ from keyproxy.limits.plan import (
     TOKEN_RATE,
     InvalidPlanError,
     Limit,
+    check_period,
 )
 
 NONE: Final = "none"
@@ -52,6 +53,8 @@ def parse_limit(text: str) -> tuple[str, Limit | None]:
     is_rate = measure in (REQUEST_RATE, TOKEN_RATE)
     if is_rate and slash:
         raise InvalidPlanError(f"{measure}: the interval belongs to the amount, such as {measure}=50/s")
+    if not is_rate:
+        check_period(measure, per)
     chosen = _selectors(selectors, text) if selectors or "@" in text.rpartition("=")[0] else {}
     if amount == NONE:
         return Limit(measure, "second" if is_rate else per, 1, None, **chosen).name, None

@@ -36,10 +36,13 @@ TOKEN_RATE: Final = "token-rate"  # noqa: S105 - tokens of a language model
 PERIODS: Final = ("minute", "hour", "day", "week", "month")
 PER_REQUEST: Final = "request"
 
+#: A window that never ends. Only a budget has it, which no stored plan is: see `budgets`.
+TOTAL: Final = "total"
+
 #: The interval of a rate in seconds.
 INTERVAL_SECONDS: Final = {"second": 1, "minute": 60, "hour": 3_600, "day": 86_400}
 
-#: What `per` may be, by measure.
+#: What `per` may be in a stored plan, by measure.
 PERS: Final[Mapping[str, tuple[str, ...]]] = {
     REQUESTS: PERIODS,
     TOKENS: (*PERIODS, PER_REQUEST),
@@ -48,6 +51,9 @@ PERS: Final[Mapping[str, tuple[str, ...]]] = {
     REQUEST_RATE: tuple(INTERVAL_SECONDS),
     TOKEN_RATE: tuple(INTERVAL_SECONDS),
 }
+
+#: What `per` may be, by measure, in the order of limits within a plan.
+_PERS: Final = {**PERS, REQUESTS: (*PERS[REQUESTS], TOTAL), TOKENS: (*PERS[TOKENS], TOTAL)}
 MODES: Final = ("live", "test")
 
 #: The names of the object's limits that count in windows or per request.
@@ -83,8 +89,8 @@ class InvalidPlanError(ValueError):
 class Limit:
     """One limit: `amount` of `measure` per `per`, for requests with this `model`, `route` and `mode` (empty: any).
 
-    `per`: one of PERS[measure]. A rate has an interval and a `burst` (None: what one second of requests, or one minute of
-    tokens, replenishes). The `amount` of a request rate may have a fraction.
+    `per`: one of PERS[measure], or TOTAL. A rate has an interval and a `burst` (None: what one second of requests, or one
+    minute of tokens, replenishes). The `amount` of a request rate may have a fraction.
     """
 
     measure: str
@@ -99,7 +105,7 @@ class Limit:
         """Raises InvalidPlanError."""
         if self.measure not in PERS:
             raise InvalidPlanError(f"{self.measure!r}: there is no such measure; there are {', '.join(PERS)}")
-        if self.per not in PERS[self.measure]:
+        if self.per not in _PERS[self.measure]:
             raise InvalidPlanError(_wrong_period(self.measure, self.per))
         self._check_selector()
         name = self.name
@@ -143,9 +149,11 @@ class Limit:
 
     @property
     def window_measure(self) -> str:
-        """The measure of its window, and its name in policies: `tokens_per_day`, `rate`, `token_rate`, `concurrency`."""
+        """The measure of its window, and its name in policies: `tokens_per_day`, `tokens_total`, `token_rate`, `rate`."""
         if self.is_rate:
             return "rate" if self.measure == REQUEST_RATE else "token_rate"
+        if self.per == TOTAL:
+            return f"{self.measure}_{TOTAL}"
         return f"{self.measure}_per_{self.per}" if self.per else self.measure
 
     @property
@@ -180,6 +188,12 @@ class Limit:
             entry["burst"] = self.burst
         selectors = (("model", self.model), ("route", self.route), ("mode", self.mode))
         return {**entry, **{name: value for name, value in selectors if value}}
+
+
+def check_period(measure: str, per: str) -> None:
+    """Raise InvalidPlanError unless a stored plan may have a limit of this measure per `per`."""
+    if per not in PERS[measure]:
+        raise InvalidPlanError(_wrong_period(measure, per))
 
 
 def _wrong_period(measure: str, per: str) -> str:
@@ -264,7 +278,7 @@ class Plan:
 
 def _position(limit: Limit) -> tuple[int, int, str]:
     order = tuple(PERS)
-    return order.index(limit.measure), PERS[limit.measure].index(limit.per), limit.name
+    return order.index(limit.measure), _PERS[limit.measure].index(limit.per), limit.name
 
 
 def _entry(number: int, entry: object) -> Limit:
@@ -282,8 +296,11 @@ def _entry(number: int, entry: object) -> Limit:
     burst = entry.get("burst")
     if burst is not None and burst != int(burst):
         raise InvalidPlanError(f"limits: entry {number}: burst must be a whole number")
+    measure, per = entry["measure"], entry.get("per", "")
+    if measure in PERS:
+        check_period(measure, per)
     return Limit(
-        entry["measure"], entry.get("per", ""), entry["amount"], None if burst is None else int(burst),
+        measure, per, entry["amount"], None if burst is None else int(burst),
         entry.get("model", ""), entry.get("route", ""), entry.get("mode", ""),
     )  # fmt: skip
 

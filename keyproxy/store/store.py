@@ -69,6 +69,7 @@ class Store:
         )
         self._share_outage(has_ledger=ledger.backend == "postgres")
         self.last_used = LastUsed(self.database)
+        self.signing_keys = SigningKeyCache(self.database, ACCEPTS_NONE, now)
         self.identities = IdentityCache(
             self.database,
             cache,
@@ -78,10 +79,10 @@ class Store:
             # One connection is left for the change feed, which delivers revocations, and one for lookups of owned ids.
             look_ups_max=max(1, store.pool_size_max - 2),
             now=now,
+            verifier=self.signing_keys,
         )
         self.owned_ids = OwnedIdCache(self.database, cache, feed=state, look_ups_max=1, now=now)
         self.templates = TemplateCache(self.database, cache, now)
-        self.signing_keys = SigningKeyCache(self.database, ACCEPTS_NONE, now)
         listener = NotificationListener(dsn, CHANNEL, shortage=self.database.shortage)
         reads_recalls = self.ledger.conversation if ledger.backend == "postgres" else None
         self.feed = ChangeFeed(

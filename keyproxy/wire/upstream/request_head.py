@@ -8,7 +8,7 @@ from __future__ import annotations
 from keyproxy.http import headers
 from keyproxy.http.forwarding import Forwarding
 from keyproxy.http_messages import RequestHead
-from keyproxy.model import Grant, Identity, Permit
+from keyproxy.model import Grant, Permit
 from keyproxy.ports import Assertions, Exchange
 from keyproxy.reasons import Refusal
 from keyproxy.wire.context import ServerContext
@@ -45,10 +45,13 @@ def request_head(
     )
 
 
-def unsigned_because(assertions: Assertions, identity: Identity, now: float) -> Refusal | None:
-    """Sign the identity before a connection is taken for its request. Returns why that is impossible, else None."""
+def unsigned_because(assertions: Assertions, permit: Permit, server: ServerContext) -> Refusal | None:
+    """Sign an identity that never was, before a connection is taken. Returns why that is impossible, else None."""
+    grant = permit.grant
+    if not isinstance(grant, Grant) or grant.identity.assertion.signed_by == assertions.number:
+        return None
     try:
-        assertions.sign(identity, now)
+        assertions.sign(grant.identity, server.clock())
     except Refusal as refusal:
         return refusal
     return None
