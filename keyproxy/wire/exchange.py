@@ -28,7 +28,7 @@ from keyproxy.wire.responses import own_responses, response_heads, stream_cut
 from keyproxy.wire.responses.response_writer import ResponseWriter
 from keyproxy.wire.upstream.connection import UpstreamConnection
 from keyproxy.wire.upstream.pool import PoolUser, UpstreamPool
-from keyproxy.wire.upstream.request_head import missing_assertion, request_head
+from keyproxy.wire.upstream.request_head import request_head, unsigned_because
 from keyproxy.wire.upstream.retry import may_retry
 from keyproxy.wire.usage_reads import NOT_REPORTED, REPORTED
 
@@ -352,8 +352,8 @@ class Exchange(PoolUser):
         if self._body_since_mono:
             self.body_wait_seconds += self._server.clock() - self._body_since_mono
             self._body_since_mono = 0.0
-        refusal = missing_assertion(self._server, permit)
-        if refusal is not None:
+        assertions = self._server.assertions
+        if assertions is not None and (refusal := unsigned_because(assertions, permit, self._server)) is not None:
             self.refuse(refusal)
             return
         owner = permit.owner
