@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import pytest
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.http import identity_headers
 from keyproxy.limits.calendar_windows import span
-from keyproxy.limits.ledger_protocol import FEW_HOLDERS, LeaseGrant, LeaseReport, Pool, Window
+from keyproxy.limits.ledger_protocol import BUDGETS, FEW_HOLDERS, LeaseGrant, LeaseReport, Pool, Window
 from keyproxy.limits.plan import PERIODS
 from keyproxy.model import Identity, Missing, Moment, TimeBudget
 from keyproxy.ports import Identities, OwnedIds, PromptTemplates
@@ -312,7 +313,10 @@ class PromptTemplatesContract:
 
 
 LEASE_SECONDS = 1000.0
-LIMITS = {"concurrency": 5, "requests_per_day": 50, "tokens_per_month": 500, "spend_per_week": 10**12}
+LIMITS = {
+    "concurrency": 5, "requests_per_day": 50, "tokens_per_month": 500, "spend_per_week": 10**12, "requests_total": 30,
+    "tokens_total": 300,
+}  # fmt: skip
 BURST, INTERVAL_SECONDS = 400, 1e6
 _ROUNDING_SECONDS = 1e-3
 
@@ -791,6 +795,35 @@ class LedgerContract:
         assert holders[0] == 1
         # The first one that asks for tomorrow's units learns how many others will.
         assert min(holders[len(names) :]) >= len(names)
+
+    async def test_windows_of_budgets_start_at_0_and_never_end(self, ledger: InspectedBackend) -> None:
+        budgets = [Window(Pool("token", "agt_1", False), measure) for measure in BUDGETS]
+        replies = await ledger.sync("a", 1, [line(n + 1, of, want=1) for n, of in enumerate(budgets)])
+        assert replies is not None
+        assert [(reply.starts, reply.granted, reply.ends_seconds) for reply in replies] == [(0, 1, math.inf)] * 2
+        for state in await ledger.windows(budgets):
+            assert state is not None
+            assert (state.held, state.ends_seconds) == (1, math.inf)
+
+    async def test_two_holders_spend_a_budget_to_its_last_unit_and_no_further(self, ledger: InspectedBackend) -> None:
+        budget, taken = Window(Pool("token", "agt_1", False), "requests_total"), 0
+        granted = dict.fromkeys("ab", 0)
+        for serial in range(1, 9):
+            for name in "ab":
+                used = line(of=budget, limit=5, granted=granted[name], used=granted[name], want=4)
+                replies = await ledger.sync(name, serial, [used])
+                assert replies is not None
+                taken += replies[0].granted - granted[name]
+                granted[name] = replies[0].granted
+        assert taken == 5
+        (state,) = await ledger.windows([budget])
+        assert state is not None
+        assert (state.spent, state.held) == (5, 0)
+
+    async def test_budget_of_0_grants_nothing(self, ledger: InspectedBackend) -> None:
+        budgets = [Window(Pool("token", "agt_1", False), measure) for measure in BUDGETS]
+        lines = [line(n + 1, of, limit=0, want=1) for n, of in enumerate(budgets)]
+        assert await granted_to(ledger, 1, *lines) == {1: 0, 2: 0}
 
     @pytest.mark.parametrize("period", PERIODS)
     async def test_windows_are_calendar_periods(self, ledger: InspectedBackend, period: str) -> None:

@@ -22,7 +22,7 @@ from keyproxy.config.schema import LedgerSettings, RouteRow
 from keyproxy.limits.allowance import Allowance, Bundle, Hold
 from keyproxy.limits.lease_sync import LeaseSync, Short
 from keyproxy.limits.lease_table import LeaseTable
-from keyproxy.limits.ledger_protocol import POLICIES, REFUSALS, Pool
+from keyproxy.limits.ledger_protocol import PLANNED_POOLS, POLICIES, REFUSALS, Pool
 from keyproxy.limits.plan import PERS, Limit, Plan
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.exposition import PROCESS_METRICS, Catalogue
@@ -208,7 +208,7 @@ def test_every_policy_of_a_plan_is_counted_from_0_on() -> None:
         + [Limit("request-rate", "second", 1), Limit("token-rate", "second", 1)]
     )
     table = LeaseTable(LeaseSync(lambda: None))
-    for kind in ("tenant", "user", "key"):
+    for kind in PLANNED_POOLS:
         allowance = Allowance(((Pool(kind, "x", False), plan),))
         with pytest.raises(Short):
             table.take(allowance, 0.0)
@@ -219,6 +219,13 @@ def test_every_policy_of_a_plan_is_counted_from_0_on() -> None:
         bounds = {bundle.tokens_per_request.policy.name, bundle.spend_per_request.policy.name}
         names = {lease.policy.name for lease in bundle.leases} | bounds
         assert names == {policy for policy in POLICIES if policy.startswith(f"{kind}.")}
+
+
+def test_budgets_of_tokens_alone_are_counted_from_0_on() -> None:
+    counted = [(policy, reason) for policy, reason in REFUSALS if policy.startswith("token.") or "total" in policy]
+    assert set(counted) == {
+        (f"token.{measure}", reason) for measure in ("requests_total", "tokens_total") for reason in ("spent", "held")
+    }
 
 
 def test_series_that_start_at_0_survive_worker_restarts() -> None:

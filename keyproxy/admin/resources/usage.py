@@ -178,7 +178,7 @@ class Limit(ResponseModel):
 
 
 class Windows(ResponseModel):
-    """The state of a user's and its tenant's limits."""
+    """The state of the limits of a user, its tenant, its agents and their live tokens."""
 
     items: list[Limit]
     money_unit: MoneyUnit

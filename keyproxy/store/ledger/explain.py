@@ -18,6 +18,7 @@ from keyproxy.config.access_settings import access_rules
 from keyproxy.http import request_target
 from keyproxy.limits import gcra
 from keyproxy.limits.allowance import NO_SELECTION, Allowance, Hold, Need, applies, is_of_mode
+from keyproxy.limits.budgets import budget_plan
 from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.ledger.accounts import Holder, WindowAccount
 from keyproxy.limits.ledger.rules import LedgerRules
@@ -25,6 +26,7 @@ from keyproxy.limits.ledger_protocol import (
     CONCURRENCY,
     SPEND,
     SPEND_PER_REQUEST,
+    TOKEN_POOL,
     TOKEN_RATE,
     TOKENS,
     TOKENS_PER_REQUEST,
@@ -45,10 +47,13 @@ from keyproxy.store.ledger.explained_access import ExplainedAccess, OwnerReader,
 from keyproxy.store.ledger.ledger import Ledger
 from keyproxy.store.ledger.postgres_backend import WindowState
 from keyproxy.store.ledger.select_backend import ledger_backend
-from keyproxy.store.postgres.database import Database
+from keyproxy.store.postgres.database import Database, Row
 
 _TOKENS: Final = (*TOKENS, TOKEN_RATE, TOKENS_PER_REQUEST)
 _SPEND: Final = (*SPEND, SPEND_PER_REQUEST)
+
+#: The most agent tokens of one user whose windows are shown.
+_TOKENS_SHOWN_MAX: Final = 1_000
 
 
 class WindowReader(Protocol):
@@ -169,7 +174,10 @@ async def explain_key(
 async def windows_of_user(
     database: Database, user_id: str, configured: schema.Settings, *, is_test: bool, now: Callable[[], Moment]
 ) -> list[dict[str, Any]]:
-    """The current state of the limits of a user and its tenant. Raises NotFound, Invalid, StoreUnavailable."""
+    """The current state of the limits of a user, its tenant, its agents and their live tokens.
+
+    Of tokens, those that expire last: `_TOKENS_SHOWN_MAX`. Raises NotFound, Invalid, StoreUnavailable.
+    """
     rows = await database.fetch("limits_of_user", user_id, is_test)
     if not rows:
         raise NotFound(f"there is no user {user_id!r}")
@@ -181,8 +189,10 @@ async def windows_of_user(
             for kind, owner in owners
             if row[f"{kind}_limits"] is not None
         ]
+        agents = await database.fetch("pools_of_agents", user_id, is_test, _TOKENS_SHOWN_MAX)
+        pools += [(Pool(one["kind"], one["owner"], is_test), _plan_of_agent(one)) for one in agents]
     except UNUSABLE as error:
-        raise Invalid(f"the plan of user {user_id!r} or of its tenant is invalid: {error}") from error
+        raise Invalid(f"the plan of user {user_id!r}, its tenant or an agent is invalid: {error}") from error
     wanted = _windows_of(pools)
     windows = ledger_backend(database, configured.ledger)
     try:
@@ -193,6 +203,12 @@ async def windows_of_user(
         {"owner": window.pool.owner, **window_state(window, limit, state)}
         for (window, limit), state in zip(wanted, states, strict=True)
     ]
+
+
+def _plan_of_agent(row: Row) -> Plan:
+    if row["kind"] == TOKEN_POOL:
+        return budget_plan(row["token_budget"], row["request_budget"])
+    return Plan.from_json(json.loads(row["limits"]))
 
 
 async def explain(

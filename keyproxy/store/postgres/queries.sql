@@ -1128,6 +1128,22 @@ LEFT JOIN keyproxy.plans AS up ON up.id = CASE WHEN $2 THEN coalesce(u.test_plan
 LEFT JOIN keyproxy.plans AS tp ON tp.id = CASE WHEN $2 THEN coalesce(t.test_plan_id, t.plan_id) ELSE t.plan_id END
 WHERE u.id = $1;
 
+-- name: pools_of_agents
+-- The pools of the agents with a plan and of the live tokens with a budget of the user $1, for test traffic if $2; of tokens
+-- those that expire last, at most $3. Needs: agents (user_id, id); agent_tokens (user_id, agent_id).
+(
+    SELECT 'agent' AS kind, a.user_id || '/' || a.id AS owner, p.limits, NULL::bigint AS token_budget,
+           NULL::bigint AS request_budget
+    FROM keyproxy.agents AS a JOIN keyproxy.plans AS p ON p.id = a.plan_id
+    WHERE a.user_id = $1 ORDER BY a.id
+) UNION ALL (
+    SELECT 'token', t.id, NULL, t.token_budget, t.request_budget
+    FROM keyproxy.agent_tokens AS t JOIN keyproxy.api_keys AS k ON k.id = t.root_key_id
+    WHERE t.user_id = $1 AND k.is_test = $2 AND t.expires_at > now() AND t.revoked_at IS NULL
+      AND num_nonnulls(t.token_budget, t.request_budget) > 0
+    ORDER BY t.expires_at DESC, t.id LIMIT $3
+);
+
 -- name: count_expiring_keys
 -- How many keys expire within each of the days $1, by mode. Needs: api_keys (expires_at), (replaces).
 SELECT d.days, m.is_test, count(k.id) AS keys

@@ -36,7 +36,7 @@ class UsageService(UsageReader):
         self._now = now
 
     async def windows(self, user_id: str, *, is_test: bool) -> list[dict[str, Any]]:
-        """The current state of the limits of a user and of its tenant."""
+        """The current state of the limits of a user, its tenant, its agents and their tokens."""
         return await windows_of_user(self._database, user_id, self._configured, is_test=is_test, now=self._now)
 
     async def explained(self, key_id: str, question: Question) -> dict[str, Any]:
