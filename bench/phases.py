@@ -35,7 +35,7 @@ from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.recorder import Recorder
 from keyproxy.model import Missing, Moment, Permit, TimeBudget
 from keyproxy.platform import clock
-from keyproxy.ports import Exchange, OwnedIds, PromptTemplates
+from keyproxy.ports import AgentTokenMint, Exchange, OwnedIds, PromptTemplates
 from keyproxy.process.run import freeze_garbage
 from keyproxy.process.terms import build_gateway, build_terms
 from keyproxy.store.identities.cache import FeedState, IdentityCache
@@ -264,7 +264,7 @@ class Bench:
         self.recorder = Recorder(self.log, lambda rows: self.usage.take(rows))
         self.gateway = build_gateway(
             settings, self.routes, identities=identities, owned_ids=OwnedIds(), templates=_Templates(),
-            ledger=self.ledger, claims=claims, now=clock.now,
+            ledger=self.ledger, claims=claims, mint=cast("AgentTokenMint", None), now=clock.now,
         )  # fmt: skip
         deadlines = Deadlines(loop, clock.monotonic)
         pool = UpstreamPool(

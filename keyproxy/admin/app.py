@@ -26,6 +26,7 @@ from keyproxy.platform import clock, sockets, systemd
 from keyproxy.platform.tasks import cancel_all
 from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
+from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Actor
 from keyproxy.store.outbox.limit_alerts import LimitAlertQueue
@@ -58,7 +59,7 @@ class Admin:
         self._reminding = WebhookSender(self._reminders)
         self._alerts = LimitAlertQueue(self._database, lambda: self._settings.alerts.percentages)
         self._alerting = WebhookSender(self._alerts, "alerts of limits")
-        self._signing_keys = SigningKeyCache(self._database, clock.now)
+        self._signing_keys = SigningKeyCache(self._database, ACCEPTS_NONE, clock.now)
         self._service = self._made(settings)
 
     def _made(self, settings: Settings) -> Service:

@@ -25,11 +25,13 @@ from keyproxy.admin.webhook_sender import WebhookSender
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.platform import clock
+from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Actor, Directory, Entity, KeyWish
 from keyproxy.store.outbox.limit_alerts import LimitAlertQueue
 from keyproxy.store.outbox.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database
+from keyproxy.store.signing_keys import SigningKeyCache
 from tests.webhook_receiver import Receiver, receiving
 
 FILE_TOKEN = "the-token-of-the-file-0123456789abcdef"
@@ -140,6 +142,7 @@ async def serving(
         metrics=MetricsPage(
             reminders, WebhookSender(reminders), alerts, now_mono=lambda: now[0], traffic=counted
         ).page,
+        signing_keys=SigningKeyCache(database, ACCEPTS_NONE, clock.now),
         log_line=lambda line, _status: log.append(json.loads(line)), bounds=bounds,
     )  # fmt: skip
     with contextlib.closing(socket.socket()) as sock:

@@ -40,6 +40,7 @@ from keyproxy.process.proxy_metrics import (
     Scrape,
     Workers,
 )
+from keyproxy.process.signing.proxy_signing import ProxySigning
 from keyproxy.reasons import Reason
 from keyproxy.store.ledger.backend import LedgerBackend
 from keyproxy.store.ledger.ledger import Ledger
@@ -84,6 +85,7 @@ def store(number: int) -> Store:
         ),
         database=SimpleNamespace(is_up=number > 1),
         feed=SimpleNamespace(lag_seconds=lambda: float(number)),
+        signing_keys=SimpleNamespace(rejected=number, live=lambda: [None] * number),
         lasting=[SimpleNamespace(what="usage", defects=number)],
         chores=[SimpleNamespace(name="holders", failures=number)],
     )
@@ -101,6 +103,13 @@ def server(number: int) -> ProxyServer:
     return cast("ProxyServer", figures)
 
 
+def signing(number: int) -> ProxySigning:
+    ring = SimpleNamespace(
+        age_seconds=lambda: float(number), lasting=SimpleNamespace(what="signing_key_publishing", defects=number)
+    )
+    return cast("ProxySigning", SimpleNamespace(assertions=SimpleNamespace(total=number), ring=ring))
+
+
 def scrape(recorder: Recorder, number: int) -> Scrape:
     pool = SimpleNamespace(counts=lambda: dict.fromkeys(("idle", "busy"), number))
     ledger_round_trips = Histogram(ROUND_TRIP_BOUNDS)
@@ -116,6 +125,7 @@ def scrape(recorder: Recorder, number: int) -> Scrape:
         models=["gpt-4o"],
         categories=["chat", "code"],
         ledger_round_trips=ledger_round_trips,
+        signing=signing(number),
     )
 
 
