@@ -35,7 +35,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/-]{0,63}(?:@[\x20\x21\x23-\x5b\x5d
 
 @dataclass(frozen=True, slots=True)
 class LimitPolicy:
-    """One configured limit: at most `quota` of `unit` in `window_seconds`; None: at any one time.
+    """One limit: at most `quota` of `unit` in `window_seconds`; None: at any one time, or in all.
 
     Raises ValueError for a name that is not a plain word, a negative quota, or a window shorter than a second.
     """

@@ -311,8 +311,9 @@ class Refusal(Exception):
     `replaces_sentence`: `caller_text` replaces the reason's sentence. `field`: the member of the request's JSON at fault.
     `missing_scopes`: for the challenge of a 403. `limit` is the limit that was exceeded, with its state at that time;
     `applied` is every limit that applies to the request, and is part of the response too. `retry_after_seconds` defaults
-    to the limit's reset. `limit_reason`: why it refuses the request. Neither text may contain anything from the request
-    that was not checked for secrets: see docs/threat-model.md.
+    to the limit's reset; a budget that is spent has none, since no retry succeeds. `limit_reason`: why it refuses the
+    request. Neither text may contain anything from the request that was not checked for secrets: see
+    docs/threat-model.md.
     """
 
     def __init__(
@@ -339,7 +340,9 @@ class Refusal(Exception):
         self.limit = limit
         self.applied = applied or (() if limit is None else (limit,))
         self.limit_reason = limit_reason
-        self.retry_after_seconds = _wait(reason, limit) if retry_after_seconds is None else retry_after_seconds
+        self.retry_after_seconds = retry_after_seconds
+        if retry_after_seconds is None and not (limit_reason is LimitReason.SPENT and _is_budget(limit)):
+            self.retry_after_seconds = _wait(reason, limit)
 
     @property
     def is_held(self) -> bool:
@@ -350,6 +353,11 @@ class Refusal(Exception):
     def is_futile(self) -> bool:
         """Whether an automatic retry is pointless: the window is exhausted, or the request can never fit."""
         return self.reason in NEVER_FITS or (self.reason in SPENT and not self.is_held)
+
+
+def _is_budget(limit: LimitState | None) -> bool:
+    """Whether a spent limit is never replenished: it has no window."""
+    return limit is not None and limit.policy.window_seconds is None
 
 
 def _wait(reason: Reason, limit: LimitState | None) -> int | None:

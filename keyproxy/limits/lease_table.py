@@ -22,7 +22,7 @@ from keyproxy.limits.allowance import Allowance, Bundle, Hold, Need
 from keyproxy.limits.lease import Lease
 from keyproxy.limits.lease_binding import LeaseBinding
 from keyproxy.limits.lease_sync import LeaseShortage, LeaseSync, Short
-from keyproxy.limits.ledger_protocol import SPEND
+from keyproxy.limits.ledger_protocol import BUDGETS, SPEND
 from keyproxy.reasons import Reason, Refusal
 
 
@@ -319,6 +319,9 @@ class LeaseTable:
             most_here = min(most, lease.limit) if lease.is_rate else most
             free = lease.free if is_valid else -1
             if least > lease.quota:
+                if lease.window.measure in BUDGETS:
+                    # Nothing distinguishes a budget that is too small from one that is spent: a new one never begins.
+                    raise refusals.refusal(lease, least, now_mono, bundle.leases)
                 if lease.is_fresh(now_mono):
                     raise refusals.never_fits(lease, least, now_mono, bundle.leases)
                 # The ledger may have credited the window since.
@@ -352,12 +355,17 @@ class LeaseTable:
         refused = [need for need in short if need.most and need.lease.is_refused(need.least, now_mono)]
         if refused:
             # The limit with the longest wait: after it, the other limits admit the request too.
-            lease, least, _ = max(refused, key=lambda one: one.lease.retry_mono)
-            if extended is not None and not lease.is_rate:
-                # What it holds already is part of what it needs: its own reservation does not refuse it.
-                least += extended.spend if lease.window.measure in SPEND else extended.tokens
+            needs = [(need.lease, need.least + _held_of(need.lease, extended)) for need in refused]
+            lease, least = max(needs, key=lambda need: refusals.wait_order(need[0], need[1]))
             raise refusals.refusal(lease, least, now_mono, leases)
         raise Short(short)
+
+
+def _held_of(lease: Lease, extended: Hold | None) -> int:
+    """What an extended hold has of a lease: part of what it needs, so that its own reservation does not refuse it."""
+    if extended is None or lease.is_rate:
+        return 0
+    return extended.spend if lease.window.measure in SPEND else extended.tokens
 
 
 def _put_back(leases: Sequence[Lease], amount: int) -> None:

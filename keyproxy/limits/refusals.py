@@ -9,7 +9,15 @@ from typing import Final
 from keyproxy import limit_state
 from keyproxy.limit_state import LimitState
 from keyproxy.limits.lease import Lease
-from keyproxy.limits.ledger_protocol import CONCURRENCY, REQUESTS, SPEND, TOKENS
+from keyproxy.limits.ledger_protocol import (
+    BUDGETS,
+    CONCURRENCY,
+    REQUESTS,
+    REQUESTS_TOTAL,
+    SPEND,
+    TOKENS,
+    TOKENS_TOTAL,
+)
 from keyproxy.limits.ratelimit_headers import state
 from keyproxy.reasons import LimitReason, Reason, Refusal
 
@@ -17,6 +25,12 @@ _REASONS: Final = {CONCURRENCY: Reason.CONCURRENCY_LIMITED}
 _REASONS.update(dict.fromkeys(REQUESTS, Reason.QUOTA_EXHAUSTED))
 _REASONS.update(dict.fromkeys(TOKENS, Reason.TOKEN_BUDGET_EXHAUSTED))
 _REASONS.update(dict.fromkeys(SPEND, Reason.SPEND_BUDGET_EXHAUSTED))
+
+#: They replace the sentences of the reasons, which are about the current window.
+_BUDGET_SENTENCES: Final = {
+    REQUESTS_TOTAL: "The request budget of the agent token is exhausted.",
+    TOKENS_TOTAL: "The request may use more tokens than remain in the token budget of the agent token.",
+}
 
 #: Reservations of requests in flight can be released at any moment. Retries are spread over this many seconds.
 _HELD_SECONDS_MAX: Final = 5
@@ -38,14 +52,23 @@ def refusal(lease: Lease, need: int, now_mono: float, leases: Sequence[Lease] = 
     if measure == CONCURRENCY:
         return Refusal(Reason.CONCURRENCY_LIMITED, limit=exceeded, applied=applied)
     is_held = lease.spent + need <= lease.quota
+    is_budget = measure in BUDGETS
+    text = "" if measure in REQUESTS else _caller_text(lease, need, is_held=is_held)
     return Refusal(
         _REASONS[measure],
         limit=exceeded,
         applied=applied,
-        caller_text="" if measure in REQUESTS else _caller_text(lease, need, is_held=is_held),
+        caller_text=f"{_BUDGET_SENTENCES[measure]} {text}".rstrip() if is_budget else text,
+        replaces_sentence=is_budget,
         retry_after_seconds=_held_seconds(now_mono) if is_held else None,
         limit_reason=LimitReason.HELD if is_held else LimitReason.SPENT,
     )
+
+
+def wait_order(lease: Lease, need: int) -> tuple[bool, float]:
+    """The order of exceeded limits by how long they refuse the request: a spent budget always does."""
+    is_spent_budget = lease.window.measure in BUDGETS and lease.spent + need > lease.quota
+    return is_spent_budget, lease.retry_mono
 
 
 def never_fits(lease: Lease, need: int, now_mono: float, leases: Sequence[Lease]) -> Refusal:

@@ -17,6 +17,7 @@ LEASE_SECONDS = 10.0
 LINES_MAX = 1_000
 NOON = 1_706_700_000.0 - 1_706_700_000.0 % 86_400 + 43_200
 USER, TENANT, KEY = Pool("user", "u_42", False), Pool("tenant", "acme", False), Pool("key", "key_1", False)
+TOKEN = Pool("token", "agt_1", False)
 
 
 class Fleet:

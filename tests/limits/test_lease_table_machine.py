@@ -18,19 +18,19 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.limits.lease import Lease
 from keyproxy.limits.lease_sync import Short
-from keyproxy.limits.ledger_protocol import CONCURRENCY, Pool, Window
-from keyproxy.limits.plan import PERIODS, Limit, Plan
+from keyproxy.limits.ledger_protocol import BUDGETS, CONCURRENCY, Pool, Window
+from keyproxy.limits.plan import PERIODS, TOTAL, Limit, Plan
 from keyproxy.reasons import Refusal
-from tests.limits.test_lease_table import KEY, LEASE_SECONDS, NOON, TENANT, USER, Fleet, Process
+from tests.limits.test_lease_table import KEY, LEASE_SECONDS, NOON, TENANT, TOKEN, USER, Fleet, Process
 
-POOLS = (USER, TENANT, KEY)
+POOLS = (USER, TENANT, KEY, TOKEN)
 MODELS = st.sampled_from(["", "", "gpt", "mini"])
 LIMITS = st.tuples(
     st.sampled_from(POOLS),
     st.one_of(
         st.builds(Limit, st.just("concurrency"), st.just(""), st.integers(2, 12)),
-        st.builds(Limit, st.just("requests"), st.sampled_from(PERIODS), st.integers(5, 60)),
-        st.builds(Limit, st.just("tokens"), st.sampled_from(PERIODS), st.integers(30, 600), model=MODELS),
+        st.builds(Limit, st.just("requests"), st.sampled_from((*PERIODS, TOTAL)), st.integers(5, 60)),
+        st.builds(Limit, st.just("tokens"), st.sampled_from((*PERIODS, TOTAL)), st.integers(30, 600), model=MODELS),
         st.builds(Limit, st.just("spend"), st.sampled_from(PERIODS), st.integers(100, 3_000), model=MODELS),
         st.builds(Limit, st.sampled_from(["tokens", "spend"]), st.just("request"), st.integers(20, 300)),
     ),
@@ -134,7 +134,7 @@ class Spending(RuleBasedStateMachine):
     @rule(number=st.integers(0, 9), amount=st.integers(0, 40))
     def is_credited(self, number: int, amount: int) -> None:
         """An operator adds an amount to a window."""
-        keys = sorted(self.fleet.ledger.windows)
+        keys = sorted(key for key in self.fleet.ledger.windows if key[0].measure not in BUDGETS)
         if keys:
             window, starts = keys[number % len(keys)]
             self.fleet.ledger.rules.credit(window, amount, starts or NOON)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+from keyproxy.limits.budgets import budget_plan
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Limit, Plan
 from tests.simulation.network import Weather
@@ -17,6 +18,7 @@ def scenario(seed: int) -> Scenario:
     """The scenario of this seed. Every eighth one has no faults."""
     chance = random.Random(f"scenario {seed}")
     owners, plans = _owners(chance)
+    owners = _with_tokens(random.Random(f"tokens {seed}"), owners, plans)
     # A third of the ledgers treat the few processes as many.
     crowding = random.Random(f"crowding {seed}").choice([1, 1, 1, 1, 70, 300])
     return Scenario(
@@ -46,6 +48,22 @@ def _owners(chance: random.Random) -> tuple[list[tuple[Pool, ...]], dict[Pool, P
         ]
     plans = {pool: _plan(chance) for owner in owners for pool in owner}
     return owners, plans
+
+
+def _with_tokens(
+    chance: random.Random, owners: list[tuple[Pool, ...]], plans: dict[Pool, Plan]
+) -> list[tuple[Pool, ...]]:
+    """The owners of a ledger, half of which have agent tokens with budgets; the pools of a child are its parent's too."""
+    if chance.random() < 0.5:
+        return owners
+    tokens: list[tuple[Pool, ...]] = []
+    for number in range(chance.randint(1, 4)):
+        above = chance.choice(owners + tokens)
+        pool = Pool("token", f"agt_{number}", above[-1].is_test)
+        token_budget, request_budget = chance.choice([None, 300, 2_000, 20_000]), chance.choice([None, 1, 5, 60, 1_000])
+        plans[pool] = budget_plan(token_budget, request_budget)
+        tokens.append((pool, *above))
+    return owners + tokens
 
 
 def _plan(chance: random.Random) -> Plan:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from keyproxy.limits.budgets import budget_plan
 from keyproxy.limits.ledger.rules import LedgerRules
 from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Pool, Window
 from keyproxy.limits.plan import Plan
@@ -72,6 +73,28 @@ def test_with_no_faults_a_token_budget_is_spent_until_the_smallest_request_does_
     world = World(kind(Plan(tokens_per_day=2_000, tokens_per_request=60)))
     world.run()
     assert 2_000 - 5 < world.upstream.used[Window(USER, "tokens_per_day")] <= 2_000
+
+
+TOKEN, CHILDREN = Pool("token", "agt_0", False), [Pool("token", f"agt_{number}", False) for number in (1, 2)]
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 5, 137])
+def test_with_no_faults_a_request_budget_is_spent_to_its_last_request(limit: int) -> None:
+    world = World(replace(kind(Plan()), plans={TOKEN: budget_plan(None, limit)}, owners=[(TOKEN,)]))
+    world.run()
+    assert world.upstream.used[Window(TOKEN, "requests_total")] == limit
+    assert world.decided["unavailable"] == world.decided["overloaded"] == 0
+
+
+@pytest.mark.parametrize("fate", [Fate(), Fate(kills=0.3, pauses=0.1), Fate(weather=Weather(lost=0.1, doubled=0.2))])
+def test_children_of_a_token_together_spend_no_more_than_its_budget(fate: Fate) -> None:
+    plans = {TOKEN: budget_plan(3_000, 60), **dict.fromkeys(CHILDREN, budget_plan(2_000, 60))}
+    world = World(replace(kind(Plan()), plans=plans, owners=[(child, TOKEN) for child in CHILDREN], fate=fate))
+    world.run()
+    used = world.upstream.used
+    for measure, most in (("tokens_total", 3_000), ("requests_total", 60)):
+        assert sum(used[Window(child, measure)] for child in CHILDREN) == used[Window(TOKEN, measure)] <= most
+        assert used[Window(TOKEN, measure)] > 0
 
 
 def test_in_steady_state_99_of_100_requests_do_not_wait() -> None:

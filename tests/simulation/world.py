@@ -19,7 +19,7 @@ from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.ledger.accounts import WindowAccount
 from keyproxy.limits.ledger.rules import LedgerRules
-from keyproxy.limits.ledger_protocol import CONCURRENCY, RATES, Pool
+from keyproxy.limits.ledger_protocol import BUDGETS, CONCURRENCY, RATES, TOKEN_POOL, Pool
 from keyproxy.limits.plan import PER_REQUEST, SPEND, TOKEN_RATE, TOKENS, Limit, Plan
 from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, TimeBudget
 from keyproxy.reasons import SPENT, Reason, Refusal
@@ -453,7 +453,7 @@ class World:
     def _change_plan(self) -> None:
         if self.is_calm:
             return
-        pool = self.chance.choice(list(self.plans))
+        pool = self.chance.choice([pool for pool in self.plans if pool.kind != TOKEN_POOL])
         plan = self.plans[pool]
         changes: dict[str, Limit | None] = {
             limit.name: replace(limit, amount=max(1, int(limit.amount * self.chance.choice([0.3, 0.8, 1.5]))))
@@ -473,7 +473,7 @@ class World:
         """An operator adds to a current window. Credits in lost history are lost."""
         now = self.wall()
         current = [key for key in self.reference.windows if span(key[0].measure, now)[0] == key[1]]
-        credited = [key for key in sorted(current) if key[0].measure not in (*RATES, CONCURRENCY)]
+        credited = [key for key in sorted(current) if key[0].measure not in (*RATES, CONCURRENCY, *BUDGETS)]
         if credited and not self.network.is_lagging:
             window, starts = self.chance.choice(credited)
             amount = self.chance.choice([1, 40, 500])

@@ -96,8 +96,8 @@ async def add_token(
     await add_agent(sql, agent, user)
     await sql.execute(
         "INSERT INTO keyproxy.agent_tokens"
-        " (id, digest, user_id, agent_id, root_key_id, actor_user_id, parent_token_id, scopes, audience, depth, created_at,"
-        "  expires_at)"
+        " (id, digest, user_id, agent_id, root_key_id, actor_user_id, parent_token_id, scopes, audience, depth,"
+        "  created_at, expires_at)"
         " VALUES ($1, $2, $3, $4, $5, $6, $7, '{jobs:write}', 'keyproxy', $8, now() - $9::text::interval,"
         "         now() - $9::text::interval + $10::text::interval)",
         token_id(number), token_digest(number), user, agent, key, actor, None if parent is None else token_id(parent),

@@ -29,7 +29,8 @@ _SHOWN_MEASURES: Final = (*(name for name in MEASURES if name not in ("tokens_ca
 _EVENT_COLUMNS: Final = (
     "id", "time", "request_id", "tenant", "user", "key", "mode", "route", "method", "status", "code", "tokens_in",
     "tokens_out", "estimated", "request_bytes", "response_bytes", "duration_seconds", "policy", "model",
-    "tokens_cached", "tokens_cache_write", "tokens_reasoning", "cost_micros",
+    "tokens_cached", "tokens_cache_write", "tokens_reasoning", "cost_micros", "actor_user_id", "agent_id",
+    "agent_token_id",
 )  # fmt: skip
 
 
@@ -96,12 +97,15 @@ def usage_show(call: Call, day: datetime | None, by: tuple[str, ...], **wanted: 
         print_message(f"these are the first {_ROWS_MAX} rows: narrow the filters, or use `keyproxy usage export`")
 
 
-@usage_group.command("windows", short_help="Show the state of a user's and its tenant's limits.")
-@click.option("--user", required=True, metavar="USER", help="Show the limits of this user and its tenant.")
+@usage_group.command("windows", short_help="Show the state of the limits of a user, its tenant and its agents.")
+@click.option("--user", required=True, metavar="USER", help="Show the limits of this user, its tenant and its agents.")
 @click.option("--test", "is_test", is_flag=True, help="Show the limits of test traffic.")
 @takes_call
 def usage_windows(call: Call, user: str, *, is_test: bool) -> None:
-    """Show the state of a user's and its tenant's limits: spent, held by proxies, remaining, and the reset time.
+    """Show the state of limits: spent, held by proxies, remaining, and the reset time.
+
+    They are those of the user, its tenant, its agents, and their live tokens (the 1,000 that expire last). Budgets of
+    tokens never reset.
 
     Credited is added to the limit of this window alone. Forfeited is the part of spent that was charged because a proxy
     died while holding it.

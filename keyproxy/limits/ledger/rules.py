@@ -1,6 +1,6 @@
 """The rules of the ledger as a program: what a report changes, what is granted, when a holder ends.
 
-This is the specification. PostgreSQL (migrations/0018_ledger_pace.sql) and Redis (ledger.lua) implement the same rules;
+This is the specification. PostgreSQL (migrations/0023_agent_budgets.sql) and Redis (ledger.lua) implement the same rules;
 tests compare every backend with this one, message by message. `key explain` applies it to the current state of the real
 ledger, to predict a decision without changing anything. Rates follow `gcra`, and messages about windows with many holders
 `message_schedule`.

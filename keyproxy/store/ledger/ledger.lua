@@ -74,10 +74,11 @@ local function day_of_month(days)
     return of_year - floor((153 * month + 2) / 5) + 1
 end
 
+local NEVER = math.huge                   -- when the window of a budget ends
 local PERIOD_SECONDS = {minute = 60, hour = 3600, day = DAY, week = 7 * DAY}
 local MONDAY = 4 * DAY                    -- the first one of Unix time
 
--- When the window that an instant is in starts and ends; ends nil: never.
+-- When the window that an instant is in starts and ends; ends nil: it has no share, because it is a rate or counts slots.
 local function span(measure, at)
     local period = string.match(measure, '_per_(%a+)$')
     local seconds = PERIOD_SECONDS[period]
@@ -91,8 +92,11 @@ local function span(measure, at)
         local later = first + 31
         return first * DAY, (later - day_of_month(later) + 1) * DAY
     end
-    return 0, nil
+    return 0, string.sub(measure, -6) == '_total' and NEVER or nil
 end
+
+-- The seconds to the end of a window; -1: it never ends.
+local function ends_in(ends) return ends and ends ~= NEVER and ends - now or -1 end
 
 -- The fields of a window, by index. For this call only: OWN is what the leases in this message hold of it, ASKER the
 -- latest lease that wants units, LASTS how long a rate takes to recover, IS_URGENT whether PostgreSQL must hear of a refusal.
@@ -136,7 +140,7 @@ local function looked_at(packed, name, measure, starts, ends)
     local window = {
         name, measure, starts, ends or false, packed and true, false, 0, false, 0, false, false, unpacked(WINDOW, packed or NEW)
     }
-    if ends and not packed then expect_holders(window) end
+    if starts > 0 and not packed then expect_holders(window) end
     window[CROWD], window[WAS_SHORT] = holders_of(window), since(window[WANTED_AT]) < WANTED_SECONDS
     windows[name] = window
     names[#names + 1] = name
@@ -154,7 +158,7 @@ local function is_lost(window)
 end
 
 local function write(window)
-    local over = max(now, window[ENDS] or 0)
+    local over = max(now, window[ENDS] ~= NEVER and window[ENDS] or 0)
         + (window[LASTS] > 0 and window[LASTS] + 60 or window[HELD] > 0 and KEPT_SECONDS or OVER_SECONDS)
     local is_late = window[EXPIRES] < over
     if is_late then window[EXPIRES] = over + SLACK_SECONDS end
@@ -422,7 +426,7 @@ local function reply(line)
         wait = is_over and 0 or ask_seconds(window, line)
     end
     return pack(REPLY, line[LEASE], window[STARTS], line[COUNTS] and line[HAD] or line[USED] + line[RETURNED],
-        spent_of(window), window[HELD], window[CREDITED], holders, window[ENDS] and window[ENDS] - now or -1, wait, 0,
+        spent_of(window), window[HELD], window[CREDITED], holders, ends_in(window[ENDS]), wait, 0,
         line[IS_WANTED])
 end
 
@@ -638,8 +642,10 @@ local function stock()
         local window = opened_by(name)
         if window[IS_KNOWN] then
             if window[NUMBER] == 0 then window[NUMBER] = call('HINCRBY', marker, 'numbers', 1) end
-            local is_over = now >= window[ENDS] + 60 and window[HELD] == 0
-            if is_over or window[NEED] == 0 and (is_deserted or since(window[TOUCHED]) >= IDLE_SECONDS) then
+            local is_idle = window[NEED] == 0 and since(window[TOUCHED]) >= IDLE_SECONDS
+            -- A budget has no end: its share is closed when nothing uses it, and its next use opens another one.
+            local is_over = window[HELD] == 0 and (now >= window[ENDS] + 60 or is_idle and window[ENDS] == NEVER)
+            if is_over or is_idle or window[NEED] == 0 and is_deserted then
                 -- Give units up here first, then report it to PostgreSQL.
                 window[GIVEN_BACK], window[LOW] = window[GIVEN_BACK] + max(0, room(window)), 0
             end
@@ -665,8 +671,8 @@ local function stock()
 end
 
 -- Apply PostgreSQL's reply: name, granted, others' spent and held, whether all was granted, whether the window has ended,
--- what was credited, at which SPENT it has the next alert to write, and the number of the share. Returns whether there is more
--- to report at once.
+-- what was credited, at which SPENT it has the next alert to write, the number of the share, and how much of it was reported
+-- as spent. Returns whether there is more to report at once.
 local function stocked()
     local is_more = false
     for _, row in ipairs(ask.rows) do
@@ -677,9 +683,17 @@ local function stocked()
         -- A window that was deleted and made anew has another share. The units in this reply are those of the earlier one:
         -- leases hold them, or have used them.
         local is_its = window[IS_KNOWN] and window[NUMBER] == row[9]
-        if is_its and is_over and is_quiet then
+        local is_budget = window[ENDS] == NEVER
+        if is_its and is_over and is_quiet and not (is_budget and window[NEED] > 0) then
             call('DEL', base .. 'w:' .. name)
             call('ZREM', base .. 'due', name)
+        elseif is_its and is_over and is_budget then
+            -- It was used while its share was being closed: only that use belongs to the next share.
+            window[NUMBER], window[SHARE], window[GIVEN_BACK], window[SPENT] = 0, 0, 0, window[SPENT] - row[10]
+            window[OTHERS_SPENT], window[OTHERS_HELD], window[FRESHNESS] = row[3] + row[10], row[4], READ
+            set_due(window, URGENT)
+            write(window)
+            is_more = true
         elseif is_its then
             local got = max(0, granted - window[SHARE])
             window[SHARE] = window[SHARE] + got
@@ -691,7 +705,8 @@ local function stocked()
             local is_next = window[NEED] > 0 or window[FRESHNESS] == STALE
                 or window[ALERT_AT] > 0 and window[SPENT] >= window[ALERT_AT]
             is_more = is_more or is_next
-            set_due(window, is_next and URGENT or is_settled and window[ENDS] + 60 or now + TOLD_SECONDS)
+            local is_finished = is_settled and not is_budget
+            set_due(window, is_next and URGENT or is_finished and window[ENDS] + 60 or now + TOLD_SECONDS)
             write(window)
         end
     end
@@ -708,7 +723,7 @@ local function stand()
         local name = name_of(asked[1], asked[3] and 1 or 0, asked[4], starts, asked[5], asked[2])
         local window = opened(name, asked[4], starts, ends)
         rows[i] = window[IS_KNOWN] and format('[%.0f,%.0f,%.0f,%.6f,%.6f]', window[SPENT] + window[OTHERS_SPENT],
-            window[HELD] + window[OTHERS_HELD], window[FORFEITED], ends and ends - now or -1, max(0, window[THEORETICAL] - now))
+            window[HELD] + window[OTHERS_HELD], window[FORFEITED], ends_in(ends), max(0, window[THEORETICAL] - now))
             or 'null'
     end
     return '[' .. table.concat(rows, ',') .. ']'

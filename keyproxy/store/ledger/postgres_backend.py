@@ -1,4 +1,4 @@
-"""The ledger in PostgreSQL: one message is one statement is one transaction. See migrations/0018_ledger_pace.sql."""
+"""The ledger in PostgreSQL: one message is one statement is one transaction. See migrations/0023_agent_budgets.sql."""
 
 from __future__ import annotations
 

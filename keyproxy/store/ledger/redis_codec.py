@@ -15,7 +15,7 @@ from keyproxy.store.ledger.postgres_backend import WindowState
 
 #: Incremented whenever ledger.lua changes its stored values or its messages. It is part of all keys, so that proxies of
 #: two releases use separate generations.
-VERSION: Final = 5
+VERSION: Final = 6
 
 #: lease, starts, limit, interval_seconds, granted, used, returned, want, at_least, most, granted_at, is_closing, is_test;
 #: then the pool's kind, the measure, the owner and the selector, each terminated by a NUL.
@@ -72,7 +72,7 @@ def stocked(name: str, line: LeaseReport, reply: LeaseGrant, alert_percentages: 
     alert_at = min([amount for amount in amounts if amount > reply.spent], default=others_spent) - others_spent
     return (
         name, reply.granted, others_spent, reply.held - outstanding, is_all, line.is_closing, reply.credited, alert_at,
-        line.lease,
+        line.lease, line.used,
     )  # fmt: skip
 
 

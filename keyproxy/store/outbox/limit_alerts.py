@@ -12,6 +12,8 @@ from typing import Final
 
 import orjson
 
+from keyproxy.limits.ledger_protocol import BUDGETS
+from keyproxy.limits.plan import TOTAL
 from keyproxy.store.outbox.message import CLAIM_LEASE, REASON_CHARACTERS_MAX, Abandoned, Message
 from keyproxy.store.postgres.database import Database, Row, StatementRunner
 from keyproxy.store.postgres.times import time_text
@@ -71,11 +73,15 @@ def _subject(row: Row) -> str:
 
 def _limit(row: Row) -> str:
     measure: str = row["measure"]
-    return measure.replace("_per_", "/")
+    return measure.replace("_per_", "/").replace(f"_{TOTAL}", f"/{TOTAL}")
 
 
 def _content(row: Row) -> bytes:
-    """The payload, the same for each attempt. `amount` and `spent` are those when the percentage was reached."""
+    """The payload, the same for each attempt. `amount` and `spent` are those when the percentage was reached.
+
+    A budget counts in a window that neither starts nor ends.
+    """
+    is_budget = row["measure"] in BUDGETS
     return orjson.dumps(
         {
             "type": "limit.threshold",
@@ -90,8 +96,8 @@ def _content(row: Row) -> bytes:
                 "percentage": row["percentage"],
                 "amount": row["amount"],
                 "spent": row["spent"],
-                "window_starts": time_text(row["window_starts"]),
-                "window_ends": time_text(row["window_ends"]),
+                "window_starts": None if is_budget else time_text(row["window_starts"]),
+                "window_ends": None if is_budget else time_text(row["window_ends"]),
             },
         }
     )

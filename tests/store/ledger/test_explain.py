@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -15,14 +16,20 @@ from keyproxy.ai.categories import Category
 from keyproxy.ai.models import Model, price_of
 from keyproxy.config import schema
 from keyproxy.config.schema import RouteRow, Settings
+from keyproxy.limits.allowance import Allowance
+from keyproxy.limits.budgets import budget_plan
 from keyproxy.limits.ledger_protocol import LeaseReport, Pool, Window
+from keyproxy.model import Identity, Moment
 from keyproxy.platform import clock
 from keyproxy.reasons import Reason
 from keyproxy.store.directory.directory import NotFound
 from keyproxy.store.directory.errors import Invalid
-from keyproxy.store.ledger.explain import Explanation, Question, explain_key, windows_of_user
+from keyproxy.store.ledger.explain import Explanation, Question, explain, explain_identity
 from keyproxy.store.ledger.postgres_backend import PostgresLedger
 from keyproxy.store.postgres.database import Database
+from keyproxy.store.usage.explained_credentials import key_credential
+from keyproxy.store.usage.user_windows import windows_of_user
+from tests.store.agent_rows import AGENT_TOKEN, add_agent_token
 from tests.store.harness import Sql, add_key, add_user
 
 ROUTES = (RouteRow("POST /v1/ai/jobs", ["jobs:write"]), RouteRow("POST /v1/chat", tokens="openai"))
@@ -49,6 +56,14 @@ async def use(database: Database, measure: str, *, spent: int = 0, held: int = 0
     assert reply.granted == spent + held
     await ledger.sync("other", 2, [asked._replace(granted=reply.granted, used=spent, want=0, at_least=0)])
     return 1
+
+
+async def explain_key(
+    database: Database, key_id: str, question: Question, configured: Settings, *, now: Callable[[], Moment]
+) -> tuple[Identity, Explanation]:
+    """The identity of a key, and the decision on a request with it."""
+    identity = (await key_credential(database, key_id, question.act_for, "X-Keyproxy-")).identity
+    return identity, await explain_identity(database, identity, question, configured, now=now)
 
 
 async def explained(database: Database, question: Question = JOB) -> Explanation:
@@ -191,6 +206,56 @@ async def test_windows_of_a_user_are_its_own_and_its_tenant_s_in_one_mode(databa
         ("u_42", "user.requests_per_day", 4, 1, 45),
     ]
     assert [row["remaining"] for row in test] == [70, 50]
+
+
+async def test_windows_of_a_user_are_those_of_its_agents_and_live_tokens_too(database: Database, sql: Sql) -> None:
+    await give(sql, '{"requests_per_day": 50}')
+    dead, revoked, boundless = (f"agt_{letter * 22}" for letter in "xyz")
+    await add_agent_token(sql, token_budget=900, request_budget=10**15)
+    await add_agent_token(sql, dead, token_budget=5, ends="interval '-1 s'")
+    await add_agent_token(sql, revoked, token_budget=5)
+    await add_agent_token(sql, boundless)
+    await sql.execute("UPDATE keyproxy.agent_tokens SET revoked_at = now() WHERE id = $1", revoked)
+    await sql.execute("UPDATE keyproxy.agents SET plan_id = 'of_user'")
+    ledger, budget = (
+        PostgresLedger(database, lease_seconds=60.0),
+        Window(Pool("token", AGENT_TOKEN, False), "tokens_total"),
+    )
+    asked = LeaseReport(1, budget, 0, 900, 0.0, 0, 0, 0, 100, 100, False, False)
+    await ledger.sync("other", 1, [asked])
+    await ledger.sync("other", 2, [asked._replace(granted=100, used=70, want=0, at_least=0)])
+    live = await windows_of_user(database, "u_42", CONFIGURED, is_test=False, now=clock.now)
+    assert [(row["owner"], row["policy"], row["remaining"]) for row in live] == [
+        ("u_42", "user.requests_per_day", 50),
+        ("u_42/crawler", "agent.requests_per_day", 50),
+        (AGENT_TOKEN, "token.requests_total", 10**15 - 1),
+        (AGENT_TOKEN, "token.tokens_total", 800),
+    ]
+    assert live[-1] == live[-1] | {"limit": 900, "spent": 70, "held": 30, "credited": 0, "reset_seconds": None}
+    # Of the key's mode alone; an agent has one plan for both.
+    test = await windows_of_user(database, "u_42", CONFIGURED, is_test=True, now=clock.now)
+    assert [row["owner"] for row in test] == ["u_42", "u_42/crawler"]
+
+
+@pytest.mark.parametrize(
+    ("spent", "tokens", "code"), [(0, 10, None), (4, 7, "token_budget_exhausted"), (0, 11, "token_budget_exhausted")]
+)
+async def test_budget_decides_as_a_proxy_does(
+    database: Database, sql: Sql, spent: int, tokens: int, code: str | None
+) -> None:
+    await give(sql, "{}")
+    identity, _ = await explain_key(database, "key_1", JOB, CONFIGURED, now=clock.now)
+    budget = Pool("token", AGENT_TOKEN, False)
+    ledger = PostgresLedger(database, lease_seconds=60.0)
+    asked = LeaseReport(1, Window(budget, "tokens_total"), 0, 10, 0.0, 0, 0, 0, spent, spent, False, False)
+    await ledger.sync("other", 1, [asked])
+    await ledger.sync("other", 2, [asked._replace(granted=spent, used=spent, want=0, at_least=0)])
+    holder = replace(identity, allowance=Allowance(((budget, budget_plan(10, None)),)))
+    question = Question("POST", "/v1/chat", tokens)
+    told = await explain(holder, question, CONFIGURED, ledger, owners=database, now=clock.now)
+    assert (None if told.refusal is None else told.refusal.reason.code) == code
+    assert told.refusal is None or told.refusal.retry_after_seconds is None
+    assert about(told, "token.tokens_total")["remaining"] == 10 - spent
 
 
 # -- bodies

@@ -38,6 +38,7 @@ _MESSAGES = (
     [line(2, window("token_rate"), want=5, interval_seconds=1.0)],
     [line(2, window("token_rate"), returned=2, interval_seconds=1.0)],
     [line(3, Window(Pool("user", "u_42", False), "spend_per_week", "model:gpt-4o"), want=5)],
+    [line(4, Window(Pool("token", "agt_1", False), "tokens_total"), want=5)],
 )
 
 #: Tables that grow with users, replicas or requests.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from datetime import timedelta
 
@@ -10,8 +11,10 @@ import pytest
 
 from keyproxy.limits.ledger_protocol import Pool, Window
 from keyproxy.store.ledger.postgres_backend import PostgresLedger
+from keyproxy.store.outbox.limit_alerts import LimitAlertQueue
 from keyproxy.store.postgres.database import Database, StoreUnavailable
 from tests.contracts import LEASE_SECONDS, line, window
+from tests.store.agent_rows import AGENT_TOKEN, add_agent_token
 from tests.store.harness import Sql, StatementRunner, add_user
 from tests.store.ledger.test_window_credits import credit
 
@@ -215,6 +218,39 @@ async def test_alert_goes_to_one_sender_with_all_that_it_is_about(
     assert len(await database.fetch("claim_alerts", 9, timedelta(0))) == 1
     await database.fetch("alert_failed", second, 3, "never", None)
     assert await database.fetch("claim_alerts", 9, lease) == []
+
+
+@pytest.mark.parametrize("pool", [Pool("token", AGENT_TOKEN, True), Pool("agent", "u_42/crawler", True)])
+async def test_alert_of_an_agent_or_a_token_names_its_tenant(
+    ledger: PostgresLedger, database: Database, sql: Sql, pool: Pool
+) -> None:
+    await add_agent_token(sql)
+    of = Window(pool, "requests_total" if pool.kind == "token" else "requests_per_day")
+    await ledger.sync("a", 1, [line(1, of, limit=10, want=10)])
+    await ledger.sync("a", 2, [line(1, of, limit=10, granted=10, used=8)])
+    messages = await LimitAlertQueue(database).claim(9)
+    contents = [json.loads(message.content)["data"] for message in messages]
+    assert sorted(content["percentage"] for content in contents) == [50, 80]
+    for content in contents:
+        assert (content["pool_kind"], content["pool_id"], content["tenant"]) == (pool.kind, pool.owner, "acme")
+
+
+async def test_alert_of_a_budget_has_no_times(ledger: PostgresLedger, database: Database) -> None:
+    of = Window(Pool("token", AGENT_TOKEN, False), "tokens_total")
+    await ledger.sync("a", 1, [line(1, of, limit=10, want=10)])
+    await ledger.sync("a", 2, [line(1, of, limit=10, granted=10, used=10)])
+    for message in await LimitAlertQueue(database).claim(9):
+        content = json.loads(message.content)["data"]
+        assert content["limit"] == "tokens/total"
+        assert content["window_starts"] is content["window_ends"] is None
+
+
+async def test_first_refusal_under_a_budget_of_0_requests_writes_the_alert_of_100(
+    ledger: PostgresLedger, sql: Sql
+) -> None:
+    of = Window(Pool("token", AGENT_TOKEN, False), "requests_total")
+    await ledger.sync("a", 1, [line(1, of, limit=0, want=5, at_least=1)])
+    assert await alerts(sql) == [(100, 0, 0)]
 
 
 async def test_windows_with_waiting_alerts_stay_until_they_are_delivered(

@@ -29,7 +29,7 @@ from tests.store.redis_harness import servers
 #: Measures that count in windows, with a selector, and rates. None of them ends within a run, except at midnight.
 _COUNTED = (
     ("requests_per_month", ""), ("requests_per_month", "model:gpt-4o"), ("spend_per_week", "mode:live,route:a:b"),
-    ("concurrency", ""), ("concurrency", "model:a:b"),
+    ("concurrency", ""), ("concurrency", "model:a:b"), ("requests_total", ""), ("tokens_total", ""),
 )  # fmt: skip
 _RATES = (("rate", ""), ("token_rate", "model:gpt-4o"))
 _INTERVAL_SECONDS = 1e6

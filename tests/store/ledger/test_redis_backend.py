@@ -28,7 +28,7 @@ from keyproxy.store.postgres.database import StoreUnavailable
 from tests.contracts import line, window
 from tests.store.conftest import MakeRig
 from tests.store.harness import Relay, Sql, credit, until_blocked, until_row
-from tests.store.redis_harness import PAST_LIMIT, MakeLedger, MakeServer, granted, ledgers, make_due
+from tests.store.redis_harness import PAST_LIMIT, MakeLedger, MakeServer, granted, ledgers, make_due, make_idle
 from tests.store.redis_server import RedisServer
 from tests.waiting import until
 
@@ -155,13 +155,7 @@ async def test_spent_units_are_reported_to_postgresql_and_unused_shares_are_retu
     assert row is not None
     assert row["spent"] == 60
     assert row["held"] >= 10
-    async with Redis.from_url(server.url) as client:
-        (key,) = [key async for key in client.scan_iter("*:w:*")]
-        # The fifth of its values is the time of the last use.
-        packed = await client.getrange(key, 32, 39)
-        assert isinstance(packed, bytes)
-        (drawn_on,) = struct.unpack("<d", packed)
-        await client.setrange(key, 32, struct.pack("<d", drawn_on - 31))
+    await make_idle(server)
     await make_due(server)
     await ledger.reap()
     row = await sql.fetchrow("SELECT spent, held FROM keyproxy.windows")

@@ -479,6 +479,7 @@ DECLARE
     right_now timestamptz;
     owner record;
     principal text;
+    one_user text;
     link record;
     chain_agents text[] := ARRAY[new_agent];
     chain_tokens text[] := '{}';
@@ -506,16 +507,27 @@ BEGIN
         chain_tokens := chain_tokens || next_token;
         next_token := link.parent_token_id;
     END LOOP;
+    -- An owner that is gone when its lock is free may exist again already, but is not locked: the order would be another one.
+    outcome := 'refused';
     BEGIN
         PERFORM FROM keyproxy.tenants AS t WHERE t.id = owner.tenant_id FOR KEY SHARE;
-        IF owner.user_id < principal THEN
-            PERFORM FROM keyproxy.users AS u WHERE u.id = owner.user_id FOR KEY SHARE;
+        IF NOT FOUND THEN
+            RETURN;
         END IF;
-        PERFORM FROM keyproxy.users AS u WHERE u.id = principal FOR NO KEY UPDATE;
-        IF owner.user_id > principal THEN
-            PERFORM FROM keyproxy.users AS u WHERE u.id = owner.user_id FOR KEY SHARE;
-        END IF;
+        FOREACH one_user IN ARRAY ARRAY[least(owner.user_id, principal), greatest(owner.user_id, principal)] LOOP
+            IF one_user = principal THEN
+                PERFORM FROM keyproxy.users AS u WHERE u.id = one_user FOR NO KEY UPDATE;
+            ELSE
+                PERFORM FROM keyproxy.users AS u WHERE u.id = one_user FOR KEY SHARE;
+            END IF;
+            IF NOT FOUND THEN
+                RETURN;
+            END IF;
+        END LOOP;
         PERFORM FROM keyproxy.api_keys AS k WHERE k.id = key_id FOR NO KEY UPDATE;
+        IF NOT FOUND THEN
+            RETURN;
+        END IF;
         PERFORM FROM keyproxy.agents AS a WHERE a.user_id = principal AND a.id = ANY (chain_agents) ORDER BY a.id FOR SHARE;
         PERFORM FROM keyproxy.agent_tokens AS t WHERE t.id = ANY (chain_tokens) ORDER BY t.depth FOR SHARE;
     EXCEPTION WHEN lock_not_available THEN
@@ -526,13 +538,13 @@ BEGIN
     right_now := clock_timestamp();
     SELECT count(*), min(t.expires_at) INTO live, first_end FROM keyproxy.agent_tokens AS t
     WHERE t.root_key_id = key_id AND t.expires_at > right_now AND t.revoked_at IS NULL;
-    IF live >= tokens_max THEN
+    IF (live < tokens_max) IS NOT TRUE THEN
         outcome := 'full';
         reset_seconds := extract(epoch FROM first_end - right_now);
         RETURN;
     END IF;
 
-    IF NOT is_operator THEN
+    IF is_operator IS NOT TRUE THEN
         PERFORM set_config('keyproxy.actor', coalesce('agent_token:' || token_id, 'key:' || key_id), true);
     ELSIF coalesce(current_setting('keyproxy.actor', true), '') = '' THEN
         PERFORM set_config('keyproxy.actor', operator, true);
@@ -544,7 +556,7 @@ BEGIN
           AND (is_operator OR 'agents:mint' = ANY (p.held))
           AND new_scopes <> '{}' AND new_scopes <@ p.grantable
           AND (role IS NULL OR new_scopes <@ keyproxy.scopes_of_roles(ARRAY[role]))
-          AND cardinality(p.agents) <= least(depth_max, 3)
+          AND cardinality(p.agents) <= depth_max AND cardinality(p.agents) <= 3
           AND to_timestamp(expires_wall_seconds) > right_now
           AND to_timestamp(expires_wall_seconds) <= least(p.expires_at, right_now + interval '15 minutes 5 seconds')
           AND coalesce(new_token_budget, 0) BETWEEN 0 AND least(p.token_budget, budget_max)
