@@ -520,13 +520,13 @@ BEGIN
     right_now := clock_timestamp();
     SELECT count(*), min(t.expires_at) INTO live, first_end FROM keyproxy.agent_tokens AS t
     WHERE t.root_key_id = key_id AND t.expires_at > right_now AND t.revoked_at IS NULL;
-    IF live >= tokens_max THEN
+    IF (live < tokens_max) IS NOT TRUE THEN
         outcome := 'full';
         reset_seconds := extract(epoch FROM first_end - right_now);
         RETURN;
     END IF;
 
-    IF NOT is_operator THEN
+    IF is_operator IS NOT TRUE THEN
         PERFORM set_config('keyproxy.actor', coalesce('agent_token:' || token_id, 'key:' || key_id), true);
     ELSIF coalesce(current_setting('keyproxy.actor', true), '') = '' THEN
         PERFORM set_config('keyproxy.actor', operator, true);
@@ -538,7 +538,7 @@ BEGIN
           AND (is_operator OR 'agents:mint' = ANY (p.held))
           AND new_scopes <> '{}' AND new_scopes <@ p.grantable
           AND (role IS NULL OR new_scopes <@ keyproxy.scopes_of_roles(ARRAY[role]))
-          AND cardinality(p.agents) <= least(depth_max, 3)
+          AND cardinality(p.agents) <= depth_max AND cardinality(p.agents) <= 3
           AND to_timestamp(expires_wall_seconds) > right_now
           AND to_timestamp(expires_wall_seconds) <= least(p.expires_at, right_now + interval '15 minutes 5 seconds')
           AND coalesce(new_token_budget, 0) BETWEEN 0 AND least(p.token_budget, budget_max)
