@@ -128,6 +128,7 @@ class _OneKey:
             "key_id": "k",
             "scopes": ["jobs:write"],
             "is_test": False,
+            "can_act": False,
             "expires_wall_seconds": None,
             "is_revoked": False,
             "is_disabled": False,

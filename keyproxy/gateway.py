@@ -20,7 +20,7 @@ from keyproxy.ai.responses.select_meter import meter_for
 from keyproxy.ai.route_rules import RouteRules
 from keyproxy.auth import authorization, credentials
 from keyproxy.auth.api_key import KeyFormat
-from keyproxy.decision import access_decision, token_accounting
+from keyproxy.decision import access_decision, identification, token_accounting
 from keyproxy.decision.access_decision import StoreRecords
 from keyproxy.http import headers, idempotency_key
 from keyproxy.http.idempotency_key import Fingerprint
@@ -90,16 +90,9 @@ class Gateway(Gate):
             if route is not None:
                 return self._decide_public(exchange, head, route)
         now = self._now()
-        digest = exchange.digest = credentials.digest(head)
-        try:
-            identity = self._identities.known(digest, now, is_first_lookup=is_first_lookup)
-        except Refusal:
-            # A malformed key is refused as such, without a lookup, whatever the state of cache and store.
-            credentials.checked(head, self._key_format)
-            raise
-        except Missing as missing:
-            raise self._identities.fetching(credentials.checked(head, self._key_format), missing) from None
-        exchange.identity = identity
+        identity = identification.identify(
+            exchange, head, self._identities, self._key_format, now=now, is_first_lookup=is_first_lookup
+        )
         exchange.route = self._routes.match(head.line.method, head.line.path)
         grant = authorization.admit(identity, exchange.route, now)
         if exchange.permit is not None:
@@ -308,11 +301,11 @@ class Gateway(Gate):
         task.add_done_callback(self._undecided.discard)
 
     def _review(self, exchange: Exchange) -> None:
-        if exchange.digest is None or exchange.is_over:
-            return
         now = self._now()
         try:
-            identity = self._identities.known(exchange.digest, now, is_first_lookup=False)
+            identity = identification.reviewed(exchange, self._identities, now)
+            if identity is None:
+                return
             authorization.admit(identity, exchange.route, now)
             if exchange.judged is not None:
                 access_decision.review(exchange.judged, identity, self._records(identity, now, False))

@@ -70,13 +70,13 @@ class AgentToken:
 
 class CachedAssertion:
     """The signed assertion of one identity, as a header line. It is used while `signed_by` is the number of the signer in
-    use, and before `renew_wall_seconds`."""
+    use, and before `renew_mono_seconds`."""
 
-    __slots__ = ("line", "renew_wall_seconds", "signed_by")
+    __slots__ = ("line", "renew_mono_seconds", "signed_by")
 
     def __init__(self) -> None:
         self.line = b""
-        self.renew_wall_seconds = 0.0
+        self.renew_mono_seconds = 0.0
         self.signed_by = 0
 
 

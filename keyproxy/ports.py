@@ -45,7 +45,15 @@ class Identities:
     def acting(self, digest: KeyDigest, user_id: str, now: Moment, *, is_first_lookup: bool = True) -> Identity:
         """The identity of a key that acts for a user of its tenant, from memory. Never waits.
 
-        Raises what `known` raises, and a Refusal (DELEGATION_REFUSED) if the key may not act for this user.
+        Raises what `known` raises. If the credential may not act for this user, or `user_id` is no id, the identity is
+        that of the credential itself, with a `standing`: DELEGATION_REFUSED, unless it is refused on its own account.
+        """
+        raise NotImplementedError
+
+    def reviewed(self, digest: KeyDigest, before: Identity, now: Moment) -> Identity:
+        """The identity behind a credential as it is now. Never waits. `before`: what it was resolved to earlier.
+
+        Raises what `known` raises.
         """
         raise NotImplementedError
 
@@ -308,6 +316,17 @@ class Exchange:
 
     def end_stream(self, refusal: Refusal) -> None:
         """End an event stream in flight with an error event, so that the client learns the reason."""
+        raise NotImplementedError
+
+
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Assertions:
+    """Signs the identities of forwarded requests. `number` is that of no other one in this process, and not 0."""
+
+    number: int
+
+    def sign(self, identity: Identity, now_mono: float) -> None:
+        """Replace the identity's assertion by a new one. Raises a Refusal if there is no key to sign with."""
         raise NotImplementedError
 
 

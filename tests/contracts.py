@@ -46,6 +46,10 @@ class IdentitiesStage(Protocol):
         """Add a key of a user of `acme` to the store, but not to the cache."""
         ...
 
+    async def let_act(self, secret: SecretKey, user: str) -> None:
+        """Let a key that was added act for this user, who is added to `acme`."""
+        ...
+
     async def goes_down(self) -> None:
         """Make the store unavailable."""
         ...
@@ -137,17 +141,85 @@ class IdentitiesContract:
         assert isinstance(who, Identity)
         assert self._look(stage, KNOWN) is who
 
-    def _look(self, stage: IdentitiesStage, secret: SecretKey, *, is_first_lookup: bool = True) -> Identity:
-        return stage.identities.known(secret.digest(), stage.now(), is_first_lookup=is_first_lookup)
+    @pytest.mark.parametrize("is_test", [False, True])
+    async def test_acting_identity_is_that_of_the_user_in_the_mode_and_with_the_id_of_the_key(
+        self, stage: IdentitiesStage, is_test: bool
+    ) -> None:
+        await stage.add(KNOWN, "u_worker", is_test=is_test)
+        await stage.let_act(KNOWN, "u_42")
+        who = await self._told(stage, KNOWN, "u_42")
+        assert isinstance(who, Identity)
+        assert (who.user_id, who.tenant_id, who.actor_user_id) == ("u_42", "acme", "u_worker")
+        assert (who.is_test, who.standing, who.can_act) == (is_test, None, True)
+        values = (
+            ("User", "u_42"),
+            ("Tenant", "acme"),
+            ("Scope", "jobs:write"),
+            ("Test", "true" if is_test else "false"),
+            ("Key-Id", who.key_id),
+            ("Actor", "u_worker"),
+        )
+        assert who.header_block == identity_headers.identity_block("X-Keyproxy-", values)
+        own = await self._told(stage, KNOWN)
+        assert isinstance(own, Identity)
+        assert (own.user_id, own.actor_user_id, own.key_id) == ("u_worker", None, who.key_id)
 
-    async def _told(self, stage: IdentitiesStage, secret: SecretKey) -> Identity | Reason:
+    @pytest.mark.parametrize("user", ["u_43", "u_unknown", "", "two words", "ü", "x" * 129])
+    async def test_key_that_may_not_act_for_a_user_is_refused_for_that(self, stage: IdentitiesStage, user: str) -> None:
+        await stage.add(KNOWN, "u_worker")
+        await stage.let_act(KNOWN, "u_42")
+        who = await self._told(stage, KNOWN, user)
+        assert isinstance(who, Identity)
+        assert (who.standing, who.user_id, who.actor_user_id) == (Reason.DELEGATION_REFUSED, "u_worker", None)
+
+    @pytest.mark.parametrize("standing", [Reason.KEY_REVOKED, Reason.ACCOUNT_DISABLED])
+    async def test_key_that_does_not_work_itself_is_refused_for_that_whatever_it_may_act_for(
+        self, stage: IdentitiesStage, standing: Reason
+    ) -> None:
+        await stage.add(KNOWN, "u_worker", standing=standing)
+        who = await self._told(stage, KNOWN, "u_42")
+        assert isinstance(who, Identity)
+        assert who.standing is standing
+
+    async def test_unknown_key_is_invalid_whatever_it_acts_for(self, stage: IdentitiesStage) -> None:
+        assert await self._told(stage, STRANGER, "u_42") is Reason.KEY_INVALID
+        assert await self._told(stage, STRANGER, "") is Reason.KEY_INVALID
+
+    async def test_outage_serves_verified_pairs_and_refuses_others_as_unavailable(self, stage: IdentitiesStage) -> None:
+        await stage.add(KNOWN, "u_worker")
+        await stage.let_act(KNOWN, "u_42")
+        who = await self._told(stage, KNOWN, "u_42")
+        await stage.goes_down()
+        assert await self._told(stage, KNOWN, "u_43") is Reason.STORE_UNAVAILABLE
+        assert await self._told(stage, KNOWN, "u_42") is who
+
+    async def test_review_resolves_what_the_request_was_resolved_to(self, stage: IdentitiesStage) -> None:
+        await stage.add(KNOWN, "u_worker")
+        await stage.let_act(KNOWN, "u_42")
+        own, acting = await self._told(stage, KNOWN), await self._told(stage, KNOWN, "u_42")
+        assert isinstance(own, Identity)
+        assert isinstance(acting, Identity)
+        for who in (own, acting):
+            assert stage.identities.reviewed(KNOWN.digest(), who, stage.now()) is who
+
+    def _look(
+        self, stage: IdentitiesStage, secret: SecretKey, acting_for: str | None = None, *, is_first_lookup: bool = True
+    ) -> Identity:
+        identities, digest, now = stage.identities, secret.digest(), stage.now()
+        if acting_for is None:
+            return identities.known(digest, now, is_first_lookup=is_first_lookup)
+        return identities.acting(digest, acting_for, now, is_first_lookup=is_first_lookup)
+
+    async def _told(
+        self, stage: IdentitiesStage, secret: SecretKey, acting_for: str | None = None
+    ) -> Identity | Reason:
         """The outcome of a request with this key, after waiting once for what is missing."""
         try:
             try:
-                return self._look(stage, secret)
+                return self._look(stage, secret, acting_for)
             except Missing as missing:
                 await missing.fetch_missing()
-                return self._look(stage, secret, is_first_lookup=False)
+                return self._look(stage, secret, acting_for, is_first_lookup=False)
         except Refusal as refusal:
             return refusal.reason
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.ai.route_rules import RouteRules
 from keyproxy.auth import credentials
 from keyproxy.auth.api_key import KeyFormat, SecretKey
+from keyproxy.auth.names import is_id
 from keyproxy.http import identity_headers
 from keyproxy.http.headers import FieldNames
 from keyproxy.limits.allowance import Allowance, Hold, Need
@@ -29,6 +31,7 @@ from keyproxy.limits.plan import Plan
 from keyproxy.model import NEVER, Ending, Identity, KeyDigest, Missing, Moment
 from keyproxy.ports import Exchange, Identities, Ledger, OwnedIds, PromptTemplates, Recorder
 from keyproxy.reasons import Reason, Refusal
+from keyproxy.store.identities.delegated_rows import refused_delegation
 from keyproxy.wire.parsing.head_cache import RequestReader
 from tests.reference_ledger import ReferenceLedger
 
@@ -70,6 +73,20 @@ def identity(
     return Identity(f"key_of_{user}", user, tenant, scopes, is_test, expires_wall_seconds, standing, block, allowance)
 
 
+def acting_identity(own: Identity, user: str) -> Identity:
+    """The identity of a key that acts for a user of its tenant."""
+    values = (
+        ("User", user),
+        ("Tenant", own.tenant_id),
+        ("Scope", " ".join(sorted(own.scopes))),
+        ("Test", "true" if own.is_test else "false"),
+        ("Key-Id", own.key_id),
+        ("Actor", own.user_id),
+    )
+    block = identity_headers.identity_block("X-Keyproxy-", values)
+    return dataclasses.replace(own, user_id=user, actor_user_id=own.user_id, header_block=block, can_act=True)
+
+
 _CHAT = b"POST /v1/chat/completions HTTP/1.1\r\nHost: p\r\n\r\n"
 
 
@@ -86,10 +103,14 @@ def metered_request(*, output: int = 4_096, cap: int = 0) -> MeteredRequest:
 
 
 class FakeIdentities(Identities):
-    """Identities in memory. A `slow` digest is missing until it was fetched; `is_down` refuses unknown keys."""
+    """Identities in memory. A `slow` digest is missing until it was fetched; `is_down` refuses unknown keys.
+
+    A key acts for the users that were added for it. One that was added for none may not act.
+    """
 
     def __init__(self) -> None:
         self.table: dict[KeyDigest, Identity] = {}
+        self.acting_for: dict[tuple[KeyDigest, str], Identity] = {}
         self.slow: set[KeyDigest] = set()
         self.is_down = False
         self.brought = 0
@@ -100,6 +121,13 @@ class FakeIdentities(Identities):
         """Resolve this key to this identity."""
         self.table[secret.digest()] = who
 
+    def let_act(self, secret: SecretKey, user: str) -> Identity:
+        """Let this key, which was added before, act for a user of its tenant."""
+        digest = secret.digest()
+        self.table[digest] = dataclasses.replace(self.table[digest], can_act=True)
+        made = self.acting_for[digest, user] = acting_identity(self.table[digest], user)
+        return made
+
     def known(self, digest: KeyDigest, now: Moment, *, is_first_lookup: bool = True) -> Identity:
         """See the port."""
         if digest in self.slow:
@@ -109,6 +137,20 @@ class FakeIdentities(Identities):
         if self.is_down:
             raise Refusal(Reason.STORE_UNAVAILABLE)
         raise Refusal(Reason.KEY_INVALID, "unknown")
+
+    def acting(self, digest: KeyDigest, user_id: str, now: Moment, *, is_first_lookup: bool = True) -> Identity:
+        """See the port."""
+        own = self.known(digest, now, is_first_lookup=is_first_lookup)
+        found = self.acting_for.get((digest, user_id))
+        if found is None and self.is_down and own.can_act and is_id(user_id):
+            raise Refusal(Reason.STORE_UNAVAILABLE)
+        return refused_delegation(own) if found is None else found
+
+    def reviewed(self, digest: KeyDigest, before: Identity, now: Moment) -> Identity:
+        """See the port."""
+        if before.actor_user_id is None or before.agent_token is not None:
+            return self.known(digest, now, is_first_lookup=False)
+        return self.acting(digest, before.user_id, now, is_first_lookup=False)
 
     def fetching(self, key: SecretKey, missing: Missing) -> Missing:
         """See the port."""

@@ -279,4 +279,5 @@ def test_reveal_is_called_only_where_a_key_is_issued_or_checked() -> None:
         "keyproxy/demo/story.py",
         "keyproxy/store/directory/entities.py",
         "keyproxy/store/identities/drf_api_keys.py",
+        "keyproxy/store/identities/unknown_credentials.py",
     }

@@ -31,6 +31,7 @@ from keyproxy.store.directory.directory import Actor
 from keyproxy.store.outbox.limit_alerts import LimitAlertQueue
 from keyproxy.store.outbox.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database, StoreUnavailable
+from keyproxy.store.signing_keys import SigningKeyCache
 from keyproxy.wire.tls import TlsError, server_context, show
 
 _log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Admin:
         self._reminding = WebhookSender(self._reminders)
         self._alerts = LimitAlertQueue(self._database, lambda: self._settings.alerts.percentages)
         self._alerting = WebhookSender(self._alerts, "alerts of limits")
+        self._signing_keys = SigningKeyCache(self._database, clock.now)
         self._service = self._made(settings)
 
     def _made(self, settings: Settings) -> Service:
@@ -88,6 +90,7 @@ class Admin:
             listener = AdminListener(
                 self._service,
                 metrics=self._metrics_page(counted).page,
+                signing_keys=self._signing_keys,
                 traffic=counted,
                 log_line=log.write_line if self._settings.log.access else None,
                 bounds=Bounds(self._settings.admin.connections_max),

@@ -24,7 +24,10 @@ from keyproxy.admin.request_parsing import BODY_BYTES_MAX
 from keyproxy.admin.scopes import Scope
 from keyproxy.admin.service import ENDPOINTS, TOKEN_ID, Service
 from keyproxy.metrics.exposition import CONTENT_TYPE
+from keyproxy.process.ops_listener import key_set
+from keyproxy.reasons import Refusal
 from keyproxy.store.postgres.database import StoreUnavailable
+from keyproxy.store.signing_keys import SigningKeyCache
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +39,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 #: Paths served in addition to the endpoints.
-_PAGES: Final = ("/livez", "/readyz", "/openapi.json", "/docs", "/metrics")
+_PAGES: Final = ("/livez", "/readyz", "/openapi.json", "/docs", "/metrics", "/jwks.json")
 
 _FAILED_LOGINS: Final = (
     Problem.TOKEN_MISSING,
@@ -62,6 +65,7 @@ class AdminListener:
         service: Service,
         *,
         metrics: Callable[[], Awaitable[bytes]],
+        signing_keys: SigningKeyCache,
         log_line: Callable[[bytes, int], None] | None,
         traffic: Traffic,
         bounds: Bounds = BOUNDS,
@@ -69,6 +73,7 @@ class AdminListener:
         self.service = service
         self._traffic = traffic
         self._metrics = metrics
+        self._signing_keys = signing_keys
         self._log_line = log_line
         self._bounds = bounds
         self._runner: web.AppRunner | None = None
@@ -126,6 +131,7 @@ class AdminListener:
             "/openapi.json": self._show_openapi,
             "/docs": self._show_reference,
             "/metrics": self._scrape,
+            "/jwks.json": self._key_set,
             "/": self._to_reference,
         }
 
@@ -133,6 +139,12 @@ class AdminListener:
         # The metrics cover all tenants.
         await self.service.authorize(request, Scope.METRICS_READ, is_global=True)
         return web.Response(body=await self._metrics(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _key_set(self, _request: web.Request) -> web.Response:
+        try:
+            return key_set(await self._signing_keys.current_jwks())
+        except Refusal:
+            return key_set(None)
 
     async def _to_reference(self, _request: web.Request) -> web.Response:
         return web.Response(status=302, headers={"Location": "/docs"})
@@ -232,7 +244,7 @@ def _refusal(error: Exception, request_id: str) -> Refused:
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers.pop("Server", None)
     response.headers["X-Request-Id"] = request.get(_REQUEST_ID, "")
-    response.headers["Cache-Control"] = "no-store"
+    response.headers.setdefault("Cache-Control", "no-store")
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
 

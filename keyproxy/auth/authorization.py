@@ -12,11 +12,15 @@ from keyproxy.reasons import Reason, Refusal
 
 def admit(identity: Identity, route: Route | None, now: Moment) -> Grant:
     """Grant this identity the use of this route. Raises a Refusal."""
-    if identity.standing is not None:
-        raise Refusal(identity.standing)
+    standing = identity.standing
+    if standing is not None and standing is not Reason.DELEGATION_REFUSED:
+        raise Refusal(standing)
     # `expires_at` is the first instant at which the key no longer works.
     if now.wall_seconds >= identity.expires_wall_seconds:
         raise Refusal(Reason.KEY_EXPIRED)
+    if standing is not None:
+        # A key that does not work on its own account is refused for that.
+        raise Refusal(standing)
     if route is None:
         raise Refusal(Reason.ROUTE_NOT_ALLOWED)
     if not route.scopes <= identity.scopes:

@@ -13,7 +13,15 @@ from typing import Any, Final
 from keyproxy.ai import prompts
 from keyproxy.ai.categories import Category
 from keyproxy.ai.models import Model
-from keyproxy.config import addresses, bind_settings, categories, route_access, token_settings, value_checks
+from keyproxy.config import (
+    addresses,
+    bind_settings,
+    categories,
+    delegation_settings,
+    route_access,
+    token_settings,
+    value_checks,
+)
 from keyproxy.config.categories import CategoryKeys
 from keyproxy.config.delegation_settings import AccessSettings
 from keyproxy.config.token_settings import Money, Tokens
@@ -286,6 +294,7 @@ def cross_checks(settings: Settings) -> list[str]:
     wrong = []
     if settings.cache.stale_seconds < settings.cache.fresh_seconds:
         wrong.append("cache.stale_seconds: must not be less than cache.fresh_seconds")
+    wrong += delegation_settings.conflicts(settings.access)
     wrong += addresses.conflicts(settings.listeners(), settings.upstream_urls())
     if settings.listen.address.startswith("unix:") and settings.listen.workers != 1:
         wrong.append("listen.workers: must be 1 with a unix socket: only a port can be shared by several processes")

@@ -28,6 +28,7 @@ from keyproxy.demo.compute import CHAT, COMPLETIONS, JOBS, Compute
 from keyproxy.demo.story import Stage, Story
 from keyproxy.platform import sockets
 from keyproxy.process import app
+from keyproxy.process.signing.key_rotation import KeyRotation
 from keyproxy.store.directory.directory import Actor, Directory
 from keyproxy.store.embedded import embedded_postgres
 from keyproxy.store.postgres import migrations, scratch_databases
@@ -96,10 +97,10 @@ async def _everything(dsn: str, home: Path) -> AsyncIterator[Story]:
         config_path = home / "demo.toml"
         config_path.write_text(f'[store]\ndsn = "{dsn}"\n', encoding="utf-8")
         log = stack.enter_context((home / "access.log").open("wb"))
-        proxy = app.Proxy(settings, dsn, access_log_fd=log.fileno())
+        proxy = app.Proxy(settings, dsn, access_log_fd=log.fileno(), keys=KeyRotation().keys)
         await stack.enter_async_context(proxy.running(proxy_socket, ops_socket))
         second_socket = sockets.bind("127.0.0.1:0")
-        second = app.Proxy(settings, dsn, access_log_fd=log.fileno())
+        second = app.Proxy(settings, dsn, access_log_fd=log.fileno(), keys=KeyRotation().keys)
         await stack.enter_async_context(second.running(second_socket, sockets.bind("127.0.0.1:0")))
         stage = Stage(settings, compute, (settings.listen.address, sockets.address_of(second_socket)), config_path)
         database = Database(dsn, pool_size_max=1, statement_timeout_seconds=10.0)

@@ -213,9 +213,19 @@ def without_upgrade(head: RequestHead) -> RequestHead:
 
 
 def build_upstream_head(
-    head: RequestHead, block: bytes, permit: Permit, *, request_id: bytes, forwarding: Forwarding, host: bytes
+    head: RequestHead,
+    block: bytes,
+    permit: Permit,
+    *,
+    request_id: bytes,
+    forwarding: Forwarding,
+    host: bytes,
+    assertion: bytes = b"",
 ) -> bytes:
-    """The head that goes upstream, with the header lines `block`. `host` is used if an HTTP/1.0 client sent none."""
+    """The head that goes upstream, with the header lines `block`. `host` is used if an HTTP/1.0 client sent none.
+
+    `assertion`: the header line with the signed identity, empty without one.
+    """
     fields, grant = head.fields, permit.grant
     return b"".join(
         (
@@ -223,6 +233,7 @@ def build_upstream_head(
             b"" if fields.host is not None else b"Host: %b\r\n" % host,
             block,
             b"" if isinstance(grant, PublicGrant) else grant.identity.header_block,
+            assertion,
             forwarding.block(head),
             b"X-Request-Id: ",
             request_id,

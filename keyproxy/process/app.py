@@ -28,9 +28,13 @@ from keyproxy.process.ops_listener import Check, OpsListener, Verdict, gathered
 from keyproxy.process.patterns.re2_matcher import PatternError, compile_patterns
 from keyproxy.process.proxy_metrics import PROXY_METRICS, ROUND_TRIP_BOUNDS, Scrape
 from keyproxy.process.reload import PreparedConfig, ReloadError, new_socket, new_store, new_tls
+from keyproxy.process.signing.proxy_signing import ProxySigning
 from keyproxy.process.store_health import carry_over, check_housekeeping, check_ledger, check_reaping
 from keyproxy.process.terms import build_gateway, build_terms, build_upstreams
-from keyproxy.store.postgres.database import StoreUnavailable
+from keyproxy.reasons import Refusal
+from keyproxy.signing.signing_key import SigningKey
+from keyproxy.signing.token_check import AcceptedTokens
+from keyproxy.store.postgres.database import StoreConflict, StoreUnavailable
 from keyproxy.store.store import Store
 from keyproxy.store.usage.model_names import ModelNames
 from keyproxy.wire.client.request_ids import RequestIds
@@ -49,13 +53,14 @@ _UNDECIDED_SECONDS: Final = 10.0
 class Proxy:
     """A running data plane: the proxied port and the ops listener over one store."""
 
-    def __init__(self, settings: Settings, dsn: str, *, access_log_fd: int) -> None:
-        """Raises TlsError, PatternError."""
+    def __init__(self, settings: Settings, dsn: str, *, access_log_fd: int, keys: Sequence[SigningKey]) -> None:
+        """`keys`: to sign with, the oldest first. Raises TlsError, PatternError."""
         self._settings = settings
         self._dsn = dsn
         self._loop = asyncio.get_running_loop()
         self._deadlines = Deadlines(self._loop, clock.monotonic)
         self.store = new_store(settings, dsn)
+        self.signing = ProxySigning(keys, self.store.signing_keys)
         self._patterns = compile_patterns(settings.categories)
         self._access_log = AccessLog(access_log_fd, wall_offset=clock.wall_offset)
         self._recorder = Recorder(None, self._note_usage)
@@ -91,13 +96,18 @@ class Proxy:
             self._recorder.start(self._loop)
             stack.push_async_callback(self._close_store)
             await self.store.open()
+            stack.push_async_callback(self.signing.end)
+            self.signing.start()
             self._deadlines.start()
             stack.callback(self._deadlines.stop)
             stack.push_async_callback(self._close_pools)
             stack.push_async_callback(self._close_ops)
+            self._ops.is_started = False
             await self._ops.start(ops)
+            await self.signing.until_started(self._settings)
             stack.push_async_callback(self._drain)
             self.server.start(proxy)
+            self._ops.is_started = True
             yield
 
     async def prepare(self, settings: Settings, dsn: str) -> PreparedConfig:
@@ -113,7 +123,7 @@ class Proxy:
                 upstreams = self.upstreams if settings.upstream == was.upstream else self._upstreams(settings)
                 patterns = compile_patterns(settings.categories)
                 store = await self._store_for(settings, dsn)
-            except (sockets.BindError, TlsError, PatternError, StoreUnavailable) as error:
+            except (sockets.BindError, TlsError, PatternError, StoreUnavailable, StoreConflict) as error:
                 raise ReloadError(str(error)) from error
             undo.pop_all()
         return PreparedConfig(settings, dsn, proxy, ops, tls, upstreams, store, patterns)
@@ -140,6 +150,7 @@ class Proxy:
             self.upstreams = upstreams
         if store is not self.store:
             carry_over(self.store, store)
+            self.signing.ring.change_store(store.signing_keys)
             self._retire_store(self.store, before)
             self.store = store
         else:
@@ -167,13 +178,16 @@ class Proxy:
             ledger=store.ledger, claims=store.claims, patterns=self._patterns,
         )  # fmt: skip
         self._gateways.append(gateway)
-        return build_terms(settings, routes, gateway, upstreams, tls=tls)
+        store.signing_keys.rules = AcceptedTokens(settings.access.issuer, settings.access.audiences[0])
+        return build_terms(settings, routes, gateway, upstreams, tls=tls, assertions=self.signing.signer(settings))
 
     def _upstreams(self, settings: Settings) -> Upstreams:
         return build_upstreams(settings, self._deadlines, self._loop, upstream_context(settings.upstream))
 
     def _ops_listener(self) -> OpsListener:
-        return OpsListener(checks=self._checks, metrics=self._metrics, metrics_content_type=CONTENT_TYPE)
+        return OpsListener(
+            checks=self._checks, metrics=self._metrics, metrics_content_type=CONTENT_TYPE, jwks=self._jwks
+        )
 
     def _scrape(self) -> Scrape:
         return Scrape(
@@ -187,6 +201,7 @@ class Proxy:
             models=[model.name for model in self._settings.models],
             categories=[category.name for category in self._settings.categories],
             ledger_round_trips=self._ledger_round_trips,
+            signing=self.signing,
         )
 
     # -- reloading and closing
@@ -200,6 +215,7 @@ class Proxy:
             undo.push_async_callback(store.close)
             await store.open()
             await store.check_connection()
+            await self.signing.ring.publish_in(store.signing_keys)
             undo.pop_all()
         return store
 
@@ -256,6 +272,12 @@ class Proxy:
 
     async def _metrics(self) -> bytes:
         return self._catalogue.render()
+
+    async def _jwks(self) -> bytes | None:
+        try:
+            return await self.store.signing_keys.current_jwks()
+        except Refusal:
+            return None
 
     async def _checks(self) -> Mapping[str, Check]:
         return await gathered(

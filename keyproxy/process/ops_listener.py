@@ -1,7 +1,8 @@
-"""The ops listener: /livez, /readyz and /metrics, on an address of their own and never on the proxied port.
+"""The ops listener: /livez, /readyz, /metrics and /jwks.json, on an address of their own, never on the proxied port.
 
-    /livez   the process runs its event loop. Restart it if this fails.
-    /readyz  200 while requests can be served, also with `"status": "degraded"`; 503 while none can.
+    /livez      the process runs its event loop. Restart it if this fails. 503 until the proxied port accepts connections.
+    /readyz     200 while requests can be served, also with `"status": "degraded"`; 503 while none can.
+    /jwks.json  the keys that verify agent tokens and assertions, of all proxies.
 
 Each check defines whether its failure makes the proxy unready. A store that is down does not, as long as verified
 identities can be served: every proxy has the same store, and taking all of them out of rotation would turn a database
@@ -68,7 +69,7 @@ _http_log.addFilter(Unreadable())
 
 
 class OpsListener:
-    """The HTTP server for /livez, /readyz and /metrics."""
+    """The HTTP server for /livez, /readyz, /metrics and /jwks.json."""
 
     def __init__(
         self,
@@ -76,11 +77,15 @@ class OpsListener:
         checks: Callable[[], Awaitable[Mapping[str, Check]]],
         metrics: Callable[[], Awaitable[bytes]],
         metrics_content_type: str,
+        jwks: Callable[[], Awaitable[bytes | None]],
         bounds: Bounds = _BOUNDS,
     ) -> None:
         self._checks = checks
         self._metrics = metrics
         self._metrics_content_type = metrics_content_type
+        self._jwks = jwks
+        #: Whether the proxied port accepts connections; before that, verifiers may read the keys here.
+        self.is_started = True
         self._bounds = bounds
         self._runner: web.AppRunner | None = None
         self._connections: Connections | None = None
@@ -91,6 +96,7 @@ class OpsListener:
         app.router.add_get("/livez", self._live)
         app.router.add_get("/readyz", self._ready)
         app.router.add_get("/metrics", self._scrape)
+        app.router.add_get("/jwks.json", self._key_set)
         return app
 
     async def start(self, sock: socket.socket) -> None:
@@ -119,7 +125,7 @@ class OpsListener:
             self._runner = None
 
     async def _live(self, _request: web.Request) -> web.Response:
-        return _json(200, {"status": "ok"})
+        return _json(200, {"status": "ok"}) if self.is_started else _json(503, {"status": "starting"})
 
     async def _ready(self, _request: web.Request) -> web.Response:
         checks = await self._checks()
@@ -135,6 +141,17 @@ class OpsListener:
 
     async def _scrape(self, _request: web.Request) -> web.Response:
         return web.Response(body=await self._metrics(), headers={"Content-Type": self._metrics_content_type})
+
+    async def _key_set(self, _request: web.Request) -> web.Response:
+        return key_set(await self._jwks())
+
+
+def key_set(jwks: bytes | None) -> web.Response:
+    """The response with a JSON Web Key Set; None: it cannot be read now."""
+    if jwks is None:
+        return web.Response(status=503, headers={"Cache-Control": "no-store", "Retry-After": "1"})
+    headers = {"Content-Type": "application/jwk-set+json", "Cache-Control": "max-age=60"}
+    return web.Response(body=jwks, headers=headers)
 
 
 @web.middleware

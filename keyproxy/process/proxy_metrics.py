@@ -18,6 +18,7 @@ from keyproxy.metrics.metric import Combine, Metric, MetricKind
 from keyproxy.metrics.model_counts import ModelCount
 from keyproxy.metrics.recorder import Cell, Histogram, Recorder
 from keyproxy.model import NO_TOKENS
+from keyproxy.process.signing.proxy_signing import ProxySigning
 from keyproxy.reasons import Reason
 from keyproxy.store.store import Store
 from keyproxy.wire.server import ProxyServer
@@ -53,6 +54,7 @@ class Scrape(NamedTuple):
     categories: Sequence[str]
     #: The time from a message to the ledger to its response.
     ledger_round_trips: Histogram
+    signing: ProxySigning
 
 
 class Workers(NamedTuple):
@@ -164,6 +166,10 @@ def _upstream_seconds(scrape: Scrape) -> dict[tuple[str, ...], Histogram]:
     return _summed(((cell.route,), cell.upstream_seconds) for cell in scrape.cells)
 
 
+def _task_defects(scrape: Scrape) -> dict[str, float]:
+    return {task.what: task.defects for task in (*scrape.store.lasting, scrape.signing.ring.lasting)}
+
+
 def _upstream_connections(scrape: Scrape) -> dict[str, float]:
     counts: dict[str, float] = {}
     for pool in scrape.upstreams.distinct().values():
@@ -223,6 +229,16 @@ PROXY_METRICS: Final[tuple[Metric[Scrape], ...]] = (
            (), lambda scrape: scrape.store.database.is_up, MIN),
     Metric("keyproxy_change_feed_lag_seconds", GAUGE, "Time since the change feed was last known to be current.",
            (), lambda scrape: scrape.store.feed.lag_seconds(), MAX),
+    # Signing.
+    Metric("keyproxy_agent_tokens_rejected_offline_total", COUNTER,
+           "Agent tokens that failed the check that needs no query.",
+           (), lambda scrape: scrape.store.signing_keys.rejected, SUM),
+    Metric("keyproxy_assertions_signed_total", COUNTER, "Identity assertions that were signed.",
+           (), lambda scrape: scrape.signing.assertions.total, SUM),
+    Metric("keyproxy_signing_keys", GAUGE, "Signing keys in the store that have not ended, of all proxies.",
+           (), lambda scrape: len(scrape.store.signing_keys.live()), MAX),
+    Metric("keyproxy_signing_key_age_seconds", GAUGE, "Age of the key that signs; 0 if none is published.",
+           (), lambda scrape: scrape.signing.ring.age_seconds(), MAX),
     # Tokens.
     Metric("keyproxy_tokens_held_total", COUNTER, "Tokens reserved for requests that have ended.",
            ("route", "mode"), _tokens_held, SUM),
@@ -286,7 +302,7 @@ PROXY_METRICS: Final[tuple[Metric[Scrape], ...]] = (
     Metric("keyproxy_access_log_dropped_total", COUNTER, "Access log lines that were dropped.",
            (), lambda scrape: scrape.access_log.dropped, SUM),
     Metric("keyproxy_task_defects_total", COUNTER, "Failures of background tasks, which were restarted.",
-           ("task",), lambda scrape: {task.what: task.defects for task in scrape.store.lasting}, SUM),
+           ("task",), _task_defects, SUM),
     Metric("keyproxy_housekeeping_failures_total", COUNTER,
            "Failed statements that remove dead lease holders or old rows.",
            ("work",), lambda scrape: {chore.name: chore.failures for chore in scrape.store.chores}, SUM),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import functools
 import gc
 import logging
 import os
@@ -12,17 +13,21 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine
-from typing import Any, Final, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
 
 from keyproxy.config.schema import Settings
 from keyproxy.platform import sockets, systemd
 from keyproxy.platform.tasks import cancel_all
 from keyproxy.process import control_channel, startup_conflicts
 from keyproxy.process.app import Proxy
+from keyproxy.process.control_channel import Order, WorkerEnd
 from keyproxy.process.control_socket import Control
 from keyproxy.process.reload import PreparedConfig, ReloadError, bound, check_resources
 from keyproxy.process.shutdown import Shutdown
+from keyproxy.process.signing.key_cut import cut_keys
+from keyproxy.process.signing.key_rotation import KeyRotation
+from keyproxy.signing.signing_key import SigningKey
 
 _log = logging.getLogger(__name__)
 
@@ -34,11 +39,25 @@ _PR_SET_PDEATHSIG: Final = 1
 #: The time in which a worker has to prepare a new configuration, or refuses it.
 _PREPARE_SECONDS: Final = 20.0
 
-#: Applies new configurations to the proxy until it is cancelled. SIGHUP sets the event.
-Changing: TypeAlias = Callable[[Proxy, asyncio.Event], Coroutine[Any, Any, None]]
-
 #: The garbage collector runs on the youngest generation after this many net allocations.
 _YOUNG_OBJECTS: Final = 20_000
+
+
+class Changes(Protocol):
+    """Where new configurations and signing keys of a process come from."""
+
+    @property
+    def keys(self) -> Sequence[SigningKey]:
+        """The keys to sign with at the start, the oldest first."""
+        ...
+
+    async def apply(self, proxy: Proxy, reload_requested: asyncio.Event) -> None:
+        """Apply changes to the proxy until cancelled. SIGHUP sets the event."""
+        ...
+
+    async def end(self, proxy: Proxy) -> None:
+        """The proxy has drained and signs nothing more; its store is still open."""
+        ...
 
 
 def end_with(owner: int) -> None:
@@ -77,13 +96,14 @@ async def serve(
     *,
     access_log_fd: int,
     started: Callable[[str, str], None],
-    changing: Changing,
+    changes: Changes,
     private_ops: socket.socket | None = None,
 ) -> None:
     """Run the data plane until shutdown: SIGTERM, SIGINT or `keyproxy drain`.
 
-    `started` is called with both addresses. `changing` applies reloaded configurations. `private_ops`: a worker's socket
-    for requests of its supervisor, which has the control socket. Raises BindError, ReloadError.
+    `started` is called with both addresses. `changes`: where new configurations and signing keys come from.
+    `private_ops`: a worker's socket for requests of its supervisor, which has the control socket. Raises BindError,
+    ReloadError.
     """
     shutdown, reload_requested = Shutdown(), asyncio.Event()
     shutdown.on_signals()
@@ -94,8 +114,9 @@ async def serve(
         control = None if private_ops is not None else Control(shutdown.begin)
         if control is not None:
             await stack.enter_async_context(control.open(startup_conflicts.of_proxy(settings, dsn)))
-        proxy = Proxy(settings, dsn, access_log_fd=access_log_fd)
+        proxy = Proxy(settings, dsn, access_log_fd=access_log_fd, keys=changes.keys)
         proxy.control = control
+        proxy.signing.drained = functools.partial(changes.end, proxy)
         proxy_socket = stack.enter_context(contextlib.closing(bound(settings.listen)))
         ops_socket = stack.enter_context(contextlib.closing(private_ops or bound(settings.ops)))
         # Before the first connection: it blocks the event loop for the time of several hundred requests.
@@ -104,7 +125,7 @@ async def serve(
             started(sockets.address_of(proxy_socket), sockets.address_of(ops_socket))
             systemd.notify("READY=1")
             async with asyncio.TaskGroup() as group:
-                change = group.create_task(changing(proxy, reload_requested))
+                change = group.create_task(changes.apply(proxy, reload_requested))
                 await shutdown.begun.wait()
                 await cancel_all([change])
             systemd.notify("STOPPING=1")
@@ -116,40 +137,64 @@ async def serve(
     _log.info("stopped")
 
 
-def on_hangup(read_again: Callable[[], tuple[Settings, str]]) -> Changing:
-    """Reload at SIGHUP. `read_again` returns the new settings and DSN, or raises ReloadError."""
+class OwnChanges:
+    """The changes of a single process: it reads its configuration again at SIGHUP, and makes its signing keys."""
 
-    async def changing(proxy: Proxy, reload_requested: asyncio.Event) -> None:
+    def __init__(self, read_again: Callable[[], tuple[Settings, str]]) -> None:
+        """`read_again` returns the new settings and DSN, or raises ReloadError."""
+        self._read_again = read_again
+        self._rotation = KeyRotation()
+
+    @property
+    def keys(self) -> Sequence[SigningKey]:
+        return self._rotation.keys
+
+    async def apply(self, proxy: Proxy, reload_requested: asyncio.Event) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._rotation.run(lambda: proxy.signing.ring.adopt(self.keys)))
+            group.create_task(self._reload(proxy, reload_requested))
+
+    async def end(self, proxy: Proxy) -> None:
+        await cut_keys(proxy.store.signing_keys, self._rotation.ends())
+
+    async def _reload(self, proxy: Proxy, reload_requested: asyncio.Event) -> None:
         while True:
             await reload_requested.wait()
             reload_requested.clear()
             systemd.notify(systemd.reloading())
             try:
-                await _apply(proxy, await proxy.prepare(*read_again()))
+                await _apply(proxy, await proxy.prepare(*self._read_again()))
             except ReloadError as error:
                 _log.error("reload rejected: %s", error)
             except Exception:  # noqa: BLE001 - the outermost boundary of this task: a failed reload drops no request
                 _log.exception("reload failed with an internal error")
             systemd.notify("READY=1")
 
-    return changing
 
-
-def on_orders(sock: socket.socket, read: Callable[[str], tuple[Settings, str]]) -> Changing:
-    """Reload on orders of the supervisor. `read` parses a configuration into settings and DSN, or raises ReloadError.
+class OrderedChanges:
+    """The changes of a worker: its supervisor orders new configurations and hands it the signing keys.
 
     A worker ignores SIGHUP, which a terminal or a service manager may send to all processes: the supervisor handles it.
     """
 
-    async def changing(proxy: Proxy, _again: asyncio.Event) -> None:
+    def __init__(self, sock: socket.socket, begun: Order, read: Callable[[str], tuple[Settings, str]]) -> None:
+        """`begun`: the first order. `read` parses a configuration into settings and DSN, or raises ReloadError."""
+        self._sock = sock
+        self._read = read
+        self._worker_end: WorkerEnd | None = None
+        self.keys: Sequence[SigningKey] = [SigningKey.from_private(text) for text in begun.keys]
+
+    async def apply(self, proxy: Proxy, _reload_requested: asyncio.Event) -> None:
         prepared: PreparedConfig | None = None
-        worker_end = await control_channel.worker_end(sock)
+        worker_end = self._worker_end = await control_channel.worker_end(self._sock)
         try:
             async for order in worker_end.orders():
                 refused = ""
-                if order.kind == control_channel.OFFER:
+                if order.kind == control_channel.KEYS:
+                    proxy.signing.ring.adopt([SigningKey.from_private(text) for text in order.keys])
+                elif order.kind == control_channel.OFFER:
                     try:
-                        prepared = await _prepare(proxy, read, order.text)
+                        prepared = await _prepare(proxy, self._read, order.text)
                     except ReloadError as error:
                         refused = str(error)
                 elif prepared is not None:
@@ -159,9 +204,21 @@ def on_orders(sock: socket.socket, read: Callable[[str], tuple[Settings, str]]) 
         finally:
             if prepared is not None:
                 await proxy.abandon(prepared)
-            await worker_end.close()
+            worker_end.stop()
 
-    return changing
+    async def end(self, proxy: Proxy) -> None:
+        if self._worker_end is not None:
+            await self._worker_end.close(proxy.signing.ring.signed_until())
+
+
+def changes(
+    sock: socket.socket | None,
+    begun: Order | None,
+    read_again: Callable[[], tuple[Settings, str]],
+    read: Callable[[str], tuple[Settings, str]],
+) -> Changes:
+    """The changes of a worker with this control channel and first order, or of a single process."""
+    return OwnChanges(read_again) if sock is None or begun is None else OrderedChanges(sock, begun, read)
 
 
 async def _prepare(proxy: Proxy, read: Callable[[str], tuple[Settings, str]], text: str) -> PreparedConfig:

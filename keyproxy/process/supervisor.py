@@ -27,11 +27,14 @@ from keyproxy.metrics.exposition import CONTENT_TYPE
 from keyproxy.platform import clock, sockets, systemd
 from keyproxy.platform.process_registry import Presence
 from keyproxy.platform.tasks import cancel_all
-from keyproxy.process import startup_conflicts
+from keyproxy.process import control_channel, startup_conflicts
+from keyproxy.process.control_channel import Order
 from keyproxy.process.control_socket import Control
 from keyproxy.process.ops_listener import Check, OpsListener, Verdict
 from keyproxy.process.reload import ReloadError, bound, check_resources, new_socket
 from keyproxy.process.shutdown import Shutdown
+from keyproxy.process.signing.key_cut import cut_keys_of
+from keyproxy.process.signing.key_rotation import KeyRotation
 from keyproxy.process.worker_pool import Worker, WorkerPool
 
 _log = logging.getLogger(__name__)
@@ -68,6 +71,8 @@ class Supervisor:
         self._is_running = False
         self._reloading = asyncio.Lock()
         self._reserved: socket.socket | None = None
+        #: The keys that all workers sign with.
+        self._rotation = KeyRotation()
         self._ops = self._ops_listener()
 
     async def run(
@@ -88,12 +93,15 @@ class Supervisor:
                 self._reserved = bound(self._settings.listen)
                 ops = bound(self._settings.ops)
                 addresses = (sockets.address_of(self._reserved), sockets.address_of(ops))
-                await self._start_workers()
-                self._is_running = True
+                # Before the first request is forwarded: the upstream may read the keys here.
+                self._ops.is_started = False
                 await self._ops.start(ops)
+                await self._start_workers()
+                self._ops.is_started = self._is_running = True
                 started(*addresses)
                 systemd.notify("READY=1")
                 self._spawn(self._poll_workers())
+                self._spawn(self._rotation.run(lambda: self._spawn(self._hand_out_keys())))
                 self._spawn(self._reload_on_signal(reload_requested, control, reread, read))
                 await shutdown.begun.wait()
                 systemd.notify("STOPPING=1")
@@ -101,9 +109,10 @@ class Supervisor:
                 await self._end(shutdown)
 
     def _presence(self, settings: Settings) -> Presence:
-        return startup_conflicts.of_proxy(
-            settings, self._dsn if settings.store.dsn == "embedded" else settings.store.dsn
-        )
+        return startup_conflicts.of_proxy(settings, self._dsn_of(settings))
+
+    def _dsn_of(self, settings: Settings) -> str:
+        return self._dsn if settings.store.dsn == "embedded" else settings.store.dsn
 
     # -- starting and stopping
 
@@ -132,7 +141,8 @@ class Supervisor:
             "KEYPROXY_OPS__ADDRESS": self._settings.ops.address,
         }
         environment.pop("NOTIFY_SOCKET", None)
-        worker = await Worker.start(self._command, environment, self._text)
+        begin = Order(control_channel.BEGIN, self._text, self._rotation.private_texts())
+        worker = await Worker.start(self._command, environment, begin)
         self._pool.members.add(worker)
         self._spawn(self._restart_after_exit(worker))
         return worker
@@ -141,6 +151,7 @@ class Supervisor:
         """Wait for a worker to exit, and replace it unless it was stopped on purpose."""
         status = await worker.process.wait()
         self._pool.ended(worker)
+        await self._note_signed(worker)
         await worker.closed()
         if self._is_stopping or worker.is_leaving or not self._is_running:
             return
@@ -175,20 +186,34 @@ class Supervisor:
         for worker in self._pool.members:
             worker.send_signal(shutdown.signal)
         self._spawn(self._skip_linger(shutdown))
-        waiting = [worker.process.wait() for worker in self._pool.members]
+        waiting = [self._note_signed(worker) for worker in self._pool.members]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(listen.linger_seconds + listen.drain_seconds + _STOP_SECONDS):
                 await asyncio.gather(*waiting)
         for worker in list(self._pool.members):
             _log.error("worker %d did not exit in time; killing it", worker.process.pid)
             worker.send_signal(signal.SIGKILL)
+        await asyncio.gather(*(self._note_signed(worker) for worker in self._pool.members))
         await cancel_all(self._tasks)
+        await cut_keys_of(self._dsn_of(self._settings), self._rotation.ends())
         for worker in list(self._pool.members):
             await worker.closed()
         await self._ops.close()
         if self._reserved is not None:
             self._reserved.close()
         _log.info("stopped")
+
+    async def _note_signed(self, worker: Worker) -> None:
+        await worker.process.wait()
+        self._rotation.was_signed(await worker.signed_until())
+
+    async def _hand_out_keys(self) -> None:
+        # Never during a reload: a worker follows one order at a time.
+        async with self._reloading:
+            try:
+                await self._pool.hand_out(self._rotation.private_texts())
+            except ReloadError as error:
+                _log.error("a worker has not received the new signing key: %s", error)
 
     async def _skip_linger(self, shutdown: Shutdown) -> None:
         await shutdown.is_urgent.wait()
@@ -266,7 +291,12 @@ class Supervisor:
             await self._pool.poll()
 
     def _ops_listener(self) -> OpsListener:
-        return OpsListener(checks=self._checks, metrics=self._pool.metrics, metrics_content_type=CONTENT_TYPE)
+        return OpsListener(
+            checks=self._checks,
+            metrics=self._pool.metrics,
+            metrics_content_type=CONTENT_TYPE,
+            jwks=self._pool.jwks,
+        )
 
     async def _checks(self) -> Mapping[str, Check]:
         checks = await self._pool.checks(count(self._settings.listen.workers))

@@ -24,7 +24,7 @@ from keyproxy.http.path_patterns import placeholder_pattern
 from keyproxy.http.routes import RouteTable
 from keyproxy.model import NO_TOKENS, Moment, Route
 from keyproxy.platform import clock
-from keyproxy.ports import Claims, Identities, Ledger, OwnedIds, PromptTemplates
+from keyproxy.ports import Assertions, Claims, Identities, Ledger, OwnedIds, PromptTemplates
 from keyproxy.wire.context import ServerTerms
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.parsing.head_cache import ResponseReader
@@ -104,9 +104,18 @@ def build_upstreams(
 
 
 def build_terms(
-    settings: Settings, routes: RouteTable, gateway: Gateway, upstreams: Upstreams, *, tls: ssl.SSLContext | None
+    settings: Settings,
+    routes: RouteTable,
+    gateway: Gateway,
+    upstreams: Upstreams,
+    *,
+    tls: ssl.SSLContext | None,
+    assertions: Assertions | None = None,
 ) -> ServerTerms:
-    """The terms for requests that this gateway decides on. `tls`: for clients; None: without TLS."""
+    """The terms for requests that this gateway decides on.
+
+    `tls`: for clients; None: without TLS. `assertions`: signs the identities of forwarded requests; None: unsigned.
+    """
     prefix = settings.identity.header_prefix
     return ServerTerms(
         listen=settings.listen,
@@ -121,6 +130,7 @@ def build_terms(
         ),
         trust=TrustRule(settings.listen.trusted_proxies, prefix),
         tls=tls,
+        assertions=assertions,
     )
 
 

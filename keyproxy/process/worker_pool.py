@@ -48,8 +48,8 @@ class Worker:
         self._is_lost = False
 
     @classmethod
-    async def start(cls, command: Sequence[str], environment: Mapping[str, str], text: str) -> Self:
-        """Start a worker with its own ops listener and this configuration. Raises OSError."""
+    async def start(cls, command: Sequence[str], environment: Mapping[str, str], begin: Order) -> Self:
+        """Start a worker with its own ops listener, and the configuration and keys of this order. Raises OSError."""
         ours, theirs = socket.socketpair()
         ops = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with contextlib.ExitStack() as undo, theirs, ops:
@@ -66,7 +66,7 @@ class Worker:
             name: bytes = ops.getsockname()
             undo.pop_all()
         supervisor_end = await control_channel.supervisor_end(ours)
-        supervisor_end.begin(text)
+        supervisor_end.begin(begin)
         return cls(process, name, supervisor_end)
 
     async def fetch(self, path: str) -> bytes | None:
@@ -111,6 +111,10 @@ class Worker:
         """Send a signal."""
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(number)
+
+    async def signed_until(self) -> Mapping[str, float] | None:
+        """After it has exited: until when what it has signed is valid, by `kid`. None: it has crashed."""
+        return await self._channel.signed_until()
 
     async def closed(self) -> None:
         """Close its socket for orders."""
@@ -157,6 +161,19 @@ class WorkerPool:
     async def withdraw(self, workers: Iterable[Worker]) -> None:
         """Have these workers abandon the prepared configuration."""
         await asyncio.gather(*(worker.follows(Order(control_channel.WITHDRAW)) for worker in workers))
+
+    async def hand_out(self, keys: Sequence[str]) -> None:
+        """Hand these signing keys to all workers, once they serve. Raises ReloadError if one does not start."""
+        serving = await self.until_ready(worker for worker in self.members if not worker.is_leaving)
+        await asyncio.gather(*(worker.follows(Order(control_channel.KEYS, keys=keys)) for worker in serving))
+
+    async def jwks(self) -> bytes | None:
+        """The key set as the first worker that has read it serves it; None if none has."""
+        for worker in sorted(self.members, key=lambda worker: worker.is_leaving):
+            page = await worker.fetch("/jwks.json")
+            if page is not None and page.startswith(b'{"keys":'):
+                return page
+        return None
 
     async def poll(self) -> None:
         """Update readiness and metrics of all workers."""

@@ -30,7 +30,7 @@ _HEADER: Final = re.compile(
 _BASE64URL: Final = re.compile(rb"[A-Za-z0-9_-]+")
 
 
-class TokenRules(NamedTuple):
+class AcceptedTokens(NamedTuple):
     """The issuer and the audience of the agent tokens that a proxy accepts."""
 
     issuer: str
@@ -61,7 +61,7 @@ class SignedToken(NamedTuple):
             raise _invalid("its signature has another length")
         return cls(header[1].decode("ascii"), parts[0] + b"." + parts[1], signature, _decoded(parts[1]))
 
-    def check(self, key: VerifyingKey, rules: TokenRules, now_wall: float) -> None:
+    def check(self, key: VerifyingKey, rules: AcceptedTokens, now_wall: float) -> None:
         """Raises a Refusal if the signature or a claim is invalid, or a genuine token has expired."""
         if not key.verifies(self.message, self.signature):
             raise _invalid("its signature is invalid")

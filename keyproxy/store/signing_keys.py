@@ -19,7 +19,7 @@ import cachetools
 from keyproxy.model import Missing, Moment
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.signing.signing_key import SigningKey, VerifyingKey
-from keyproxy.signing.token_check import SignedToken, TokenRules
+from keyproxy.signing.token_check import AcceptedTokens, SignedToken
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.postgres.database import Row, StatementRunner, StoreConflict, StoreUnavailable
 
@@ -43,12 +43,11 @@ _SERVED_SECONDS: Final = 0.5
 class SigningKeyCache:
     """All signing keys in memory: see the module. `rejected`: how many tokens failed the check without a query."""
 
-    def __init__(self, database: StatementRunner, rules: TokenRules, now: Callable[[], Moment]) -> None:
+    def __init__(self, database: StatementRunner, now: Callable[[], Moment]) -> None:
         self.lasting = BackgroundTask("signing_keys")
-        self.rules = rules
+        #: What tokens are accepted; the configuration sets it.
+        self.rules = AcceptedTokens("", "")
         self.rejected = 0
-        #: Called after every reading.
-        self.was_read: Callable[[], None] = lambda: None
         self._database = database
         self._now = now
         self._keys: dict[str, VerifyingKey] = {}
@@ -109,10 +108,9 @@ class SigningKeyCache:
 
     # -- keys
 
-    def is_live(self, kid: str) -> bool:
-        """Whether the table has the key, and it has not ended."""
-        key = self._keys.get(kid)
-        return key is not None and self._now().wall_seconds < key.ends_wall_seconds
+    def has(self, kid: str) -> bool:
+        """Whether the table has the key, as it was read last."""
+        return kid in self._keys
 
     @property
     def is_read(self) -> bool:
@@ -180,7 +178,6 @@ class SigningKeyCache:
         self._keys = {key.kid: key for key in keys}
         self._read_mono = began
         self._absent.clear()
-        self.was_read()
 
     def _read_at(self, mono: float) -> None:
         if self._due_mono is None or mono < self._due_mono:

@@ -9,6 +9,8 @@ from typing import Final
 from keyproxy.config import schema
 from keyproxy.model import Moment
 from keyproxy.store.agent_tokens.cleanup import AgentTokenCleanup
+from keyproxy.store.background import BackgroundTask
+from keyproxy.store.housekeeping import Chore
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.change_feed import CHANNEL, ChangeFeed
 from keyproxy.store.identities.last_used import LastUsed
@@ -21,6 +23,7 @@ from keyproxy.store.ledger.redis_backend import RedisLedger
 from keyproxy.store.ledger.select_backend import ledger_backend
 from keyproxy.store.postgres.database import Database, NotificationListener
 from keyproxy.store.prompt_templates import TemplateCache
+from keyproxy.store.signing_keys import SigningKeyCache
 from keyproxy.store.usage.journal import UsageJournal
 
 _DEFAULT_LIMITS: Final = schema.LimitSettings()
@@ -65,6 +68,7 @@ class Store:
         )
         self._share_outage(has_ledger=ledger.backend == "postgres")
         self.last_used = LastUsed(self.database)
+        self.signing_keys = SigningKeyCache(self.database, now)
         self.identities = IdentityCache(
             self.database,
             cache,
@@ -74,6 +78,7 @@ class Store:
             # One connection is left for the change feed, which delivers revocations, and one for lookups of owned ids.
             look_ups_max=max(1, store.pool_size_max - 2),
             now=now,
+            verifier=self.signing_keys,
         )
         self.owned_ids = OwnedIdCache(self.database, cache, feed=state, look_ups_max=1, now=now)
         self.templates = TemplateCache(self.database, cache, now)
@@ -81,21 +86,28 @@ class Store:
         reads_recalls = self.ledger.conversation if ledger.backend == "postgres" else None
         self.feed = ChangeFeed(
             self.database, listener, self.identities, state, now,
-            owned=self.owned_ids, templates=self.templates, lease_holder=reads_recalls,
+            owned=self.owned_ids, templates=self.templates, signing_keys=self.signing_keys, lease_holder=reads_recalls,
         )  # fmt: skip
         self._follow_windows(backend)
-        #: All background tasks that run while the store is open.
-        self.lasting = (
+
+    @property
+    def lasting(self) -> Sequence[BackgroundTask]:
+        """All background tasks that run while the store is open."""
+        return (
             self.ledger.conversation.lasting,
             self.claims.lasting,
             self.usage.lasting,
             self.last_used.lasting,
             self.feed.lasting,
             self.templates.lasting,
+            self.signing_keys.lasting,
             self.agent_tokens.lasting,
         )
-        #: All cleanup of expired rows.
-        self.chores = (
+
+    @property
+    def chores(self) -> Sequence[Chore]:
+        """All cleanup of expired rows."""
+        return (
             self.ledger.conversation.reaping,
             self.ledger.conversation.forgetting,
             self.claims.forgetting,
@@ -123,6 +135,7 @@ class Store:
         await self._usage_database.open()
         await self.minting_database.open()
         self.templates.start()
+        self.signing_keys.start()
         self.feed.start()
         self.ledger.start()
         self.claims.start()
@@ -143,6 +156,7 @@ class Store:
         await self.last_used.close()
         await self.feed.close()
         await self.templates.close()
+        await self.signing_keys.close()
         await self.identities.close()
         await self.owned_ids.close()
         await self.database.close()

@@ -14,7 +14,7 @@ from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.http.forwarding import TrustRule
 from keyproxy.http.headers import FieldNames
 from keyproxy.http.routes import RouteTable
-from keyproxy.ports import Gate, Recorder
+from keyproxy.ports import Assertions, Gate, Recorder
 from keyproxy.wire.body_buffer import BodyMemory
 from keyproxy.wire.client.exchange_owner import ExchangeOwner
 from keyproxy.wire.client.request_ids import RequestIds
@@ -26,7 +26,10 @@ from keyproxy.wire.usage_reads import UsageReads
 
 @dataclass(frozen=True, slots=True)
 class ServerTerms:
-    """The settings and objects with which requests are served. `tls` None: without TLS."""
+    """The settings and objects with which requests are served.
+
+    `tls` None: without TLS. `assertions` None: no assertions are forwarded.
+    """
 
     listen: Listen
     tokens: Tokens
@@ -38,6 +41,7 @@ class ServerTerms:
     problems: ErrorRenderer
     trust: TrustRule
     tls: ssl.SSLContext | None = None
+    assertions: Assertions | None = None
 
 
 class ServerContext:
@@ -46,6 +50,7 @@ class ServerContext:
     clock: Callable[[], float]
     wall: Callable[[], float]
     gate: Gate
+    assertions: Assertions | None
     is_draining: bool
     key_format: KeyFormat
     listen: Listen

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from keyproxy.http import headers
 from keyproxy.http_messages import RequestHead, ResponseHead
 from keyproxy.model import COMPLETED, PUBLIC_OWNER, Ending, Permit, PublicGrant
 from keyproxy.reasons import Reason, Refusal
@@ -28,6 +27,7 @@ from keyproxy.wire.responses import refusal_response, response_heads, stream_cut
 from keyproxy.wire.responses.response_writer import ResponseWriter
 from keyproxy.wire.upstream.connection import UpstreamConnection
 from keyproxy.wire.upstream.pool import PoolUser, UpstreamPool
+from keyproxy.wire.upstream.request_head import missing_assertion, request_head
 from keyproxy.wire.upstream.retry import may_retry
 from keyproxy.wire.usage_reads import NOT_REPORTED, REPORTED
 
@@ -97,7 +97,7 @@ class Exchange(PoolUser):
         if self._reads_usage:
             self._server.usage_reads.end(self, NOT_REPORTED)
             return
-        self._note(refusal)
+        refusal_response.note(refusal, self)
         if self.response.is_replaceable:
             closes = refusal_response.send(refusal, self, self.response, self._server)
             self._end(Ending.REFUSED, self._server.clock(), closes=closes)
@@ -149,17 +149,10 @@ class Exchange(PoolUser):
         if not (self.is_over or self._reads_usage) and stream_cut.send_error_event(
             refusal, self, self.response, self._server
         ):
-            self._note(refusal)
+            refusal_response.note(refusal, self)
             self._end(Ending.CUT, self._server.clock(), closes=self.response.closes, resets=False)
         else:
             self.refuse(refusal)
-
-    def _note(self, refusal: Refusal) -> None:
-        self.reason = refusal.reason
-        self.refusal_detail = refusal.detail
-        self.limit_reason = refusal.limit_reason.value
-        if refusal.limit is not None:
-            self.policy = refusal.limit.policy.name
 
     # -- called by the client connection
 
@@ -247,14 +240,18 @@ class Exchange(PoolUser):
         head, permit = self.head, self.permit
         assert head is not None  # noqa: S101 - for the type checker: forward() has seen both
         assert permit is not None  # noqa: S101
+        now = self._server.clock()
+        try:
+            forwarding = self._client.forwarding
+            data = request_head(self, head, permit, self._server, forwarding=forwarding, host=upstream.host, now=now)
+        except Refusal as refusal:
+            upstream.abort()
+            self.refuse(refusal)
+            return
         self._phase = phases.EXCHANGE.step(self._phase, phases.REQUESTED)
         self._upstream = upstream
-        block = head.block if self.block is None else self.block
-        data = headers.build_upstream_head(
-            head, block, permit, request_id=self.request_id, forwarding=self._client.forwarding, host=upstream.host
-        )
         body, self.body = self.body, b""
-        now = self.sent_mono = self._server.clock()
+        self.sent_mono = now
         if self._connection_since_mono:
             self.connection_wait_seconds += now - self._connection_since_mono
             self._connection_since_mono = 0.0
@@ -354,6 +351,10 @@ class Exchange(PoolUser):
         if self._body_since_mono:
             self.body_wait_seconds += self._server.clock() - self._body_since_mono
             self._body_since_mono = 0.0
+        refusal = missing_assertion(self._server, permit)
+        if refusal is not None:
+            self.refuse(refusal)
+            return
         grant = permit.grant
         owner = PUBLIC_OWNER if isinstance(grant, PublicGrant) else grant.identity.owner
         pool = self._pool = self._server.upstreams.for_owner(owner)

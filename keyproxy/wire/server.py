@@ -95,6 +95,7 @@ class ProxyServer(ServerContext):
         self.listen = terms.listen
         self.room.configure(terms.tokens)
         self.gate = terms.gate
+        self.assertions = terms.assertions
         self.routes = terms.routes
         self.key_format = terms.key_format
         self.upstreams = terms.upstreams

@@ -24,6 +24,7 @@ from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.change_feed import CHANNEL, ChangeFeed
 from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.identities.owned_ids import OwnedIdCache
+from keyproxy.store.identities.unknown_credentials import TokenVerifier
 from keyproxy.store.postgres import migrations
 from keyproxy.store.postgres.database import NotificationListener
 from keyproxy.store.prompt_templates import TemplateCache
@@ -83,6 +84,7 @@ async def make_rig(dsn: str, sql: Sql, relay: Relay) -> AsyncIterator[MakeRig]:
             listener: NotificationListener | str | None = None,
             now: Callable[[], Moment] | None = None,
             door: StatementRunner | None = None,
+            verifier: TokenVerifier | None = None,
         ) -> Rig:
             clock, state = Clock(), FeedState()
             door = door or StatementRunner(
@@ -97,6 +99,7 @@ async def make_rig(dsn: str, sql: Sql, relay: Relay) -> AsyncIterator[MakeRig]:
                 header_prefix="X-Keyproxy-",
                 look_ups_max=look_ups_max,
                 now=now or clock,
+                verifier=verifier,
             )
             listening = NotificationListener(dsn, CHANNEL) if listener == "real" else listener
             assert not isinstance(listening, str)
@@ -109,7 +112,7 @@ async def make_rig(dsn: str, sql: Sql, relay: Relay) -> AsyncIterator[MakeRig]:
             stack.push_async_callback(owned.close)
             stack.push_async_callback(templates.close)
             stack.push_async_callback(feed.close)
-            return Rig(dsn, sql, relay, door, clock, state, last_used, identities, owned, templates, feed)
+            return Rig(dsn, sql, relay, door, clock, state, last_used, identities, owned, templates, feed, now or clock)
 
         yield making
 

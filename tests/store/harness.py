@@ -153,8 +153,13 @@ class StatementRunner(Database):
 
     @property
     def look_ups(self) -> int:
-        """How many queries for identities have been sent."""
+        """How many queries for identities of keys have been sent."""
         return self.queries["identities_by_digest"]
+
+    @property
+    def acting_look_ups(self) -> int:
+        """How many queries for keys that act have been sent."""
+        return self.queries["acting_identities"]
 
 
 class Bell(NotificationListener):
@@ -340,39 +345,51 @@ class Rig:
     owned: OwnedIdCache
     templates: TemplateCache
     feed: ChangeFeed
+    now: Callable[[], Moment]
 
-    def hot(self, secret: SecretKey, *, is_first_lookup: bool = True) -> Identity | Reason | None:
-        """The immediate result of the cache: an identity, a refusal, or None if a lookup is needed."""
+    def hot(
+        self, secret: SecretKey, acting_for: str | None = None, *, is_first_lookup: bool = True
+    ) -> Identity | Reason | None:
+        """The immediate result of the cache: an identity, a refusal, or None if a lookup is needed.
+
+        `acting_for`: the user that the key acts for.
+        """
         try:
-            return self.cache.known(secret.digest(), self.clock(), is_first_lookup=is_first_lookup)
+            return self.look(secret, acting_for, is_first_lookup=is_first_lookup)
         except Refusal as refusal:
             return refusal.reason
         except Missing:
             return None
 
+    def look(self, secret: SecretKey, acting_for: str | None, *, is_first_lookup: bool) -> Identity:
+        """Like `hot`. Raises Missing and Refusal."""
+        if acting_for is None:
+            return self.cache.known(secret.digest(), self.now(), is_first_lookup=is_first_lookup)
+        return self.cache.acting(secret.digest(), acting_for, self.now(), is_first_lookup=is_first_lookup)
+
     def is_served(self, secret: SecretKey) -> bool:
         """Whether the cache serves this key. Is not counted as a request."""
         return isinstance(self.hot(secret, is_first_lookup=False), Identity)
 
-    async def resolve(self, secret: SecretKey) -> Identity | Reason:
+    async def resolve(self, secret: SecretKey, acting_for: str | None = None) -> Identity | Reason:
         """The result of a request with this key, with the fetches that the gateway would do."""
-        found = self.hot(secret)
+        found = self.hot(secret, acting_for)
         for _ in range(_ROUNDS_MAX):
             if found is not None:
                 return found
-            failure = await self.fetch_missing(secret)
-            found = self.hot(secret, is_first_lookup=False)
+            failure = await self.fetch_missing(secret, acting_for)
+            found = self.hot(secret, acting_for, is_first_lookup=False)
             if found is None and failure is not None:
                 return failure
         return Reason.INTERNAL_ERROR if found is None else found
 
-    async def fetch_missing(self, secret: SecretKey) -> Reason | None:
-        """Look up a key that is not cached; return the refusal if this fails."""
+    async def fetch_missing(self, secret: SecretKey, acting_for: str | None = None) -> Reason | None:
+        """Look up what is not cached; return the refusal if this fails."""
         try:
-            self.cache.known(secret.digest(), self.clock(), is_first_lookup=False)
+            self.look(secret, acting_for, is_first_lookup=False)
         except Missing as missing:
             try:
-                await missing.fetch_missing()
+                await self.cache.fetching(secret, missing).fetch_missing()
             except Refusal as refusal:
                 return refusal.reason
             return None

@@ -29,6 +29,9 @@ class _FakeStage:
     async def add(self, secret: SecretKey, user: str, *, is_test: bool = False, standing: Reason | None = None) -> None:
         self.identities.add(secret, fakes.identity(user, is_test=is_test, standing=standing))
 
+    async def let_act(self, secret: SecretKey, user: str) -> None:
+        self.identities.let_act(secret, user)
+
     async def goes_down(self) -> None:
         self.identities.is_down = True
 
@@ -57,6 +60,13 @@ class _CacheStage:
             is_test,
         )
         await self._rig.sql.execute(_STANDINGS[standing])
+        await self._rig.feed.poll()
+
+    async def let_act(self, secret: SecretKey, user: str) -> None:
+        await add_user(self._rig.sql, user)
+        await self._rig.sql.execute(
+            "UPDATE keyproxy.api_keys SET acts_for = 'tenant' WHERE digest = $1", secret.digest()
+        )
         await self._rig.feed.poll()
 
     async def goes_down(self) -> None:

@@ -41,7 +41,8 @@ def serve_command(config_path: Path | None, owner: int | None, ops_fd: int | Non
     if owner is not None:
         run.end_with(owner)
         supervisor_end = socket.socket(fileno=sys.stdin.fileno())
-    text = loader.text(config_path) if supervisor_end is None else control_channel.begun_with(supervisor_end)
+    begun = None if supervisor_end is None else control_channel.begun_with(supervisor_end)
+    text = loader.text(config_path) if begun is None else begun.text
     loaded = load(config_path, is_serving=True, read=text)
     settings = loaded.settings
     check_addresses(settings)
@@ -77,16 +78,13 @@ def serve_command(config_path: Path | None, owner: int | None, ops_fd: int | Non
         try:
             uvloop.run(check_schema(dsn))
             if supervisor.count(settings.listen.workers) == 1:
-                changing = run.on_hangup(lambda: read(text_again()))
-                if supervisor_end is not None:
-                    changing = run.on_orders(supervisor_end, read)
                 uvloop.run(
                     run.serve(
                         settings,
                         dsn,
                         access_log_fd=sys.stdout.fileno(),
                         started=_started,
-                        changing=changing,
+                        changes=run.changes(supervisor_end, begun, lambda: read(text_again()), read),
                         private_ops=None if ops_fd is None else socket.socket(fileno=ops_fd),
                     )
                 )

@@ -1,7 +1,7 @@
-"""The identity cache in front of the store: the identities that keys resolve to.
+"""The identity cache in front of the store: the identities that keys and agent tokens resolve to.
 
-`known` returns a cached identity or raises Missing, which fetches it from the store; it never waits. The states of an
-entry:
+`known` and `acting` return a cached identity or raise Missing, which fetches it from the store; they never wait. The
+states of an entry:
 
     fresh   younger than fresh_seconds: served.
     stale   older: served while the change feed is current, and refreshed in the background; also served while the store
@@ -10,49 +10,40 @@ entry:
     changed the feed delivered a change of the key, its user or its tenant: never served again. If only limits changed,
             the key is looked up again before it is served, and still served under the old limits while the store is down.
 
-Unknown keys, which do not exist in the store, are cached in a separate table, so that a flood of them evicts no known
-key. For the lookups see `lookup_batcher`.
+Unknown digests are cached in a separate table, so that a flood of them evicts no known key: see `unknown_credentials`. So
+are the pairs of a key and a user that it acts for: see `acting_pairs`. For the lookups see `lookup_batcher`.
 """
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Mapping
-from typing import Final
-from weakref import WeakValueDictionary
+from typing import Any, TypeAlias
 
-import cachetools
-
+from keyproxy.auth import names
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.config.schema import Cache
-from keyproxy.model import Identity, KeyDigest, Missing, Moment, TimeBudget
+from keyproxy.model import Identity, KeyDigest, Missing, Moment
 from keyproxy.ports import Identities
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.store.identities import drf_api_keys
-from keyproxy.store.identities.drf_api_keys import DrfApiKeys
-from keyproxy.store.identities.groups import Group
+from keyproxy.store.identities.acting_pairs import ActingPairs
+from keyproxy.store.identities.delegated_rows import (
+    BY_PAIR,
+    BY_TOKEN,
+    ActingPair,
+    TokenDigest,
+    refused_delegation,
+    token_identity,
+)
+from keyproxy.store.identities.entries import Entry, EntryTable
+from keyproxy.store.identities.groups import KEY, TENANT, USER, Group, Groups
 from keyproxy.store.identities.identity_rows import BY_DIGEST, identity_of
 from keyproxy.store.identities.last_used import LastUsed
-from keyproxy.store.identities.lookup_batcher import LookupBatcher
+from keyproxy.store.identities.lookup_batcher import LookupBatcher, LookupQuery
+from keyproxy.store.identities.unknown_credentials import TokenVerifier, UnknownCredentials
 from keyproxy.store.postgres.database import Database, Row
 
-#: How many recently used entries an eviction skips before it removes the oldest one anyway.
-_SECOND_CHANCES_MAX: Final = 16
-
-
-class _Entry:
-    """One verified identity. Times are monotonic seconds."""
-
-    __slots__ = ("fresh_until", "identity", "is_distrusted", "mark_due", "stale_until", "tenant", "user")
-
-    def __init__(self, identity: Identity, user: Group, tenant: Group) -> None:
-        self.identity = identity
-        self.user = user
-        self.tenant = tenant
-        self.fresh_until = 0.0
-        self.stale_until = 0.0
-        self.mark_due = 0.0
-        self.is_distrusted = False
+#: What the store is queried for.
+_Subject: TypeAlias = KeyDigest | TokenDigest | ActingPair
 
 
 class LookupCounts:
@@ -104,8 +95,10 @@ class IdentityCache(Identities):
         header_prefix: str,
         look_ups_max: int,
         now: Callable[[], Moment],
+        verifier: TokenVerifier | None = None,
     ) -> None:
-        """`look_ups_max`: how many queries may run at once. `now`: the clock."""
+        """`look_ups_max`: how many queries may run at once. `now`: the clock. Without a `verifier`, no agent token is
+        accepted."""
         self.counts = LookupCounts()
         self._database = database
         self._cache = cache
@@ -113,23 +106,29 @@ class IdentityCache(Identities):
         self._last_used = last_used
         self._header_prefix = header_prefix
         self._now = now
-        self._entries: collections.OrderedDict[KeyDigest, _Entry] = collections.OrderedDict()
-        self._unknown: cachetools.TTLCache[KeyDigest, bool] = cachetools.TTLCache(
-            cache.unknown_entries_max, cache.unknown_seconds, timer=lambda: now().mono_seconds
+        self._groups = Groups()
+        self._keys: EntryTable[KeyDigest, Entry] = EntryTable(cache.entries_max)
+        self._entries = self._keys.rows
+        self._pairs = ActingPairs(cache, self._groups, header_prefix, now)
+        self._acting = self._pairs.entries.rows
+        self._unknown = UnknownCredentials(database, cache, verifier, now)
+        keys: LookupQuery[Any] = BY_DIGEST
+        self._look_ups: LookupBatcher[_Subject] = LookupBatcher(
+            database,
+            keys,
+            self._settle,
+            look_ups_max=look_ups_max,
+            others={TokenDigest: BY_TOKEN, ActingPair: BY_PAIR},
         )
-        self._foreign = DrfApiKeys(database)
-        self._users: WeakValueDictionary[str, Group] = WeakValueDictionary()
-        self._tenants: WeakValueDictionary[str, Group] = WeakValueDictionary()
-        self._look_ups = LookupBatcher(database, BY_DIGEST, self._settle, look_ups_max=look_ups_max)
 
     # -- the hot path
 
     def known(self, digest: KeyDigest, now: Moment, *, is_first_lookup: bool = True) -> Identity:
-        """The cached identity of a key. Raises Missing with the lookup, or a Refusal."""
+        """The cached identity of a key or agent token. Raises Missing with the lookup, or a Refusal."""
         entry = self._entries.get(digest)
         if entry is not None and entry.user.is_current and entry.tenant.is_current:
             mono = now.mono_seconds
-            if mono < entry.fresh_until or self._may_serve_stale(entry, digest, mono):
+            if mono < entry.fresh_until or self._may_serve_stale(entry, digest, None, mono):
                 if is_first_lookup:
                     if mono < entry.fresh_until:
                         self.counts.hit += 1
@@ -138,158 +137,233 @@ class IdentityCache(Identities):
                 if mono >= entry.mark_due:
                     self._last_used.mark(entry, now)
                 return entry.identity
-        elif entry is None and digest in self._unknown:
-            if is_first_lookup:
-                self.counts.unknown += 1
-            raise Refusal(Reason.KEY_INVALID, "the store has no such key")
+        elif entry is None:
+            self._refuse_unknown(digest, is_first_lookup)
         if self._database.is_down:
-            if entry is not None and _is_usable(entry, now.mono_seconds):
+            return self._while_down(entry, now, is_first_lookup)
+        subject = _subject_of(entry, digest)
+        raise Missing("identity", lambda _patience: self._fetch(subject))
+
+    def acting(self, digest: KeyDigest, user_id: str, now: Moment, *, is_first_lookup: bool = True) -> Identity:
+        """The cached identity of a key that acts for this user. Raises Missing with the lookup, or a Refusal."""
+        entry = self._acting.get((digest, user_id))
+        if entry is not None and entry.key.is_current and entry.user.is_current and entry.tenant.is_current:
+            mono = now.mono_seconds
+            if mono < entry.fresh_until or self._may_serve_stale(entry, digest, user_id, mono):
                 if is_first_lookup:
-                    self.counts.stale += 1
+                    if mono < entry.fresh_until:
+                        self.counts.hit += 1
+                    else:
+                        self.counts.stale += 1
+                if mono >= entry.mark_due:
+                    self._last_used.mark(entry, now)
                 return entry.identity
-            if is_first_lookup:
-                self.counts.refused += 1
-            raise Refusal(Reason.STORE_UNAVAILABLE, self._database.down_because)
-        raise Missing("identity", lambda _patience: self._fetch(digest))
+        elif entry is None:
+            refused = self._refused(digest, user_id, now, is_first_lookup)
+            if refused is not None:
+                return refused
+        if self._database.is_down:
+            return self._while_down(entry, now, is_first_lookup)
+        raise Missing("identity", lambda _patience: self._fetch(ActingPair(digest, user_id)))
+
+    def reviewed(self, digest: KeyDigest, before: Identity, now: Moment) -> Identity:
+        """The identity behind a credential that was resolved to `before`, as it is now."""
+        if before.actor_user_id is not None and before.agent_token is None:
+            return self.acting(digest, before.user_id, now, is_first_lookup=False)
+        try:
+            return self.known(digest, now, is_first_lookup=False)
+        except Missing:
+            # Its entry may have been evicted; the digest alone does not show what to look up.
+            subject = digest if before.agent_token is None else TokenDigest(digest)
+            raise Missing("identity", lambda _patience: self._fetch(subject)) from None
 
     def fetching(self, key: SecretKey, missing: Missing) -> Missing:
-        """The fetch for a key that is not cached: a key of a foreign form is first imported by its own hash.
-
-        Off the hot path.
-        """
-        if drf_api_keys.prefix_of(key) is None or key.digest() in self._entries:
+        """What to fetch for a credential, after `known` or `acting` raised `missing`. Off the hot path."""
+        digest = key.digest()
+        if digest in self._entries or self._groups.has_key(digest):
             return missing
+        token = Missing("identity", lambda _patience: self._fetch(TokenDigest(digest)))
+        return self._unknown.fetching(key, missing, token)
 
-        async def fetch_missing(patience: TimeBudget) -> None:
-            await self._foreign.adopt(key)
-            await missing.fetch_missing(patience)
+    def _refused(self, digest: KeyDigest, user_id: str, now: Moment, is_first_lookup: bool) -> Identity | None:
+        """The identity of a credential that may not act for this user, as far as that is known without a lookup.
 
-        return Missing("identity", fetch_missing)
+        While the store is down it is not known: the user may have been created meanwhile.
+        """
+        own = self._entries.get(digest)
+        if own is None:
+            self._refuse_unknown(digest, is_first_lookup)
+        if not names.is_id(user_id) or (own is not None and own.identity.agent_token is not None):
+            return refused_delegation(self.known(digest, now, is_first_lookup=is_first_lookup))
+        if self._database.is_down:
+            return None
+        if own is not None and not own.identity.can_act and self._is_served(own, digest, now.mono_seconds):
+            return refused_delegation(self.known(digest, now, is_first_lookup=is_first_lookup))
+        refused = self._pairs.refused(digest, user_id)
+        if refused is not None and is_first_lookup:
+            self.counts.unknown += 1
+        return refused
 
-    def _may_serve_stale(self, entry: _Entry, digest: KeyDigest, mono: float) -> bool:
+    def _refuse_unknown(self, digest: KeyDigest, is_first_lookup: bool) -> None:
+        refusal = self._unknown.refusal(digest)
+        if refusal is not None:
+            if is_first_lookup:
+                self.counts.unknown += 1
+            raise refusal
+
+    def _while_down(self, entry: Entry | None, now: Moment, is_first_lookup: bool) -> Identity:
+        if entry is not None and entry.is_usable(now.mono_seconds):
+            if is_first_lookup:
+                self.counts.stale += 1
+            return entry.identity
+        if is_first_lookup:
+            self.counts.refused += 1
+        raise Refusal(Reason.STORE_UNAVAILABLE, self._database.down_because)
+
+    def _is_served(self, entry: Entry, digest: KeyDigest, mono: float) -> bool:
+        """Whether `known` serves this entry of a key."""
+        if not (entry.user.is_current and entry.tenant.is_current):
+            return False
+        return mono < entry.fresh_until or self._may_serve_stale(entry, digest, None, mono)
+
+    def _may_serve_stale(self, entry: Entry, digest: KeyDigest, user_id: str | None, mono: float) -> bool:
+        """`user_id`: the user that the key acts for, None if it does not act."""
         if mono >= entry.stale_until:
             return False
         if self._database.is_down:
             return True
         if entry.is_distrusted or mono >= self._feed.current_until:
             return False
-        self._look_ups.enqueue(digest, is_known=True)
+        subject = _subject_of(entry, digest) if user_id is None else ActingPair(digest, user_id)
+        self._look_ups.enqueue(subject, is_known=True)
         return True
 
     # -- called by the change feed
 
     def forget_key(self, digest: KeyDigest) -> None:
-        """This key was changed, created or deleted."""
+        """This key or agent token was changed, created or deleted."""
         entry = self._entries.get(digest)
         if entry is not None:
-            entry.fresh_until = entry.stale_until = 0.0
-        self._unknown.pop(digest, None)
+            entry.forget()
+        self._unknown.discard(digest)
         self._look_ups.subject_changed(digest)
+        self._forget_group(KEY, digest)
 
     def forget_user(self, user_id: str) -> None:
-        """This user was changed or deleted: look up all of its keys again."""
-        self._forget_group("user", user_id, self._users)
+        """This user was changed, created or deleted: look up all of its keys again, and those that act for it."""
+        self._forget_group(USER, user_id)
 
     def forget_tenant(self, tenant_id: str) -> None:
         """This tenant was changed or deleted: look up all keys of its users again."""
-        self._forget_group("tenant", tenant_id, self._tenants)
+        self._forget_group(TENANT, tenant_id)
 
     def distrust_key(self, digest: KeyDigest) -> None:
         """Limits of this key changed: look it up before it is served again, unless the store is down."""
         entry = self._entries.get(digest)
         if entry is not None:
-            entry.fresh_until = 0.0
-            entry.is_distrusted = True
+            entry.distrust()
         self._look_ups.subject_changed(digest)
+        self._distrust_group(KEY, digest)
 
     def distrust_user(self, user_id: str) -> None:
         """Limits of this user changed: look its keys up before they are served again, unless the store is down."""
-        self._distrust_group("user", user_id, self._users)
+        self._distrust_group(USER, user_id)
 
     def distrust_tenant(self, tenant_id: str) -> None:
         """Limits of this tenant changed: as `distrust_user`, for all keys of its users."""
-        self._distrust_group("tenant", tenant_id, self._tenants)
+        self._distrust_group(TENANT, tenant_id)
 
     def distrust_all(self) -> None:
         """Changes may have been missed: look up every key before it is served again, unless the store is down."""
-        for entry in self._entries.values():
-            entry.fresh_until = 0.0
-            entry.is_distrusted = True
+        self._keys.distrust_all()
+        self._pairs.distrust_all()
         self._unknown.clear()
         self._look_ups.all_changed()
 
     def forget_all(self) -> None:
         """Any key may have been changed or deleted: serve none before it is looked up, even while the store is down."""
-        for entry in self._entries.values():
-            entry.fresh_until = entry.stale_until = 0.0
+        self._keys.forget_all()
+        self._pairs.forget_all()
         self._unknown.clear()
         self._look_ups.all_changed()
 
-    def _forget_group(self, kind: str, name: str, groups: WeakValueDictionary[str, Group]) -> None:
-        group = groups.pop(name, None)
-        if group is not None:
-            group.end()
+    def _forget_group(self, kind: str, name: str | KeyDigest) -> None:
+        self._groups.forget(kind, name)
         self._look_ups.group_changed(kind, name)
 
-    def _distrust_group(self, kind: str, name: str, groups: WeakValueDictionary[str, Group]) -> None:
-        group = groups.get(name)
-        if group is not None:
-            groups[name] = group.supersede()
+    def _distrust_group(self, kind: str, name: str | KeyDigest) -> None:
+        self._groups.distrust(kind, name)
         self._look_ups.group_changed(kind, name)
 
     # -- the cold path
 
-    async def _fetch(self, digest: KeyDigest) -> None:
+    async def _fetch(self, subject: _Subject) -> None:
         self.counts.miss += 1
         await self._look_ups.fetch_missing(
-            digest, is_known=digest in self._entries, is_kept=lambda: self._is_kept(digest)
+            subject, is_known=self._is_cached(subject), is_kept=lambda: self._is_kept(subject)
         )
 
-    def _is_kept(self, digest: KeyDigest) -> bool:
-        return digest in self._entries or digest in self._unknown
+    def _is_cached(self, subject: _Subject) -> bool:
+        return subject in self._acting if isinstance(subject, ActingPair) else _digest_of(subject) in self._entries
 
-    def _settle(self, digest: KeyDigest, row: Row | None) -> None:
+    def _is_kept(self, subject: _Subject) -> bool:
+        if _digest_of(subject) in self._unknown:
+            return True
+        return self._pairs.holds(subject) if isinstance(subject, ActingPair) else self._is_cached(subject)
+
+    def _settle(self, subject: _Subject, row: Row | None) -> None:
+        digest = _digest_of(subject)
         if row is None:
             self._entries.pop(digest, None)
-            self._unknown[digest] = True
+            if isinstance(subject, ActingPair):
+                self._pairs.drop(subject)
+            self._unknown.add(digest)
+            return
+        if isinstance(subject, ActingPair):
+            self._pairs.keep(subject, row)
+        elif isinstance(subject, TokenDigest):
+            self._keep(digest, token_identity(row, self._header_prefix), self._group_of_token(row))
         else:
-            self._keep(digest, row)
+            self._keep(digest, identity_of(row, self._header_prefix), self._groups.get(USER, row["user_id"]))
+        self._unknown.discard(digest)
 
-    def _keep(self, digest: KeyDigest, row: Row) -> None:
+    def _group_of_token(self, row: Row) -> Group:
+        """The group of the user of an agent token; if it was minted while acting, also of the owner of its root key."""
+        user = self._groups.get(USER, row["user_id"])
+        if row["owner_id"] == row["user_id"]:
+            return user
+        both = Group()
+        both.depend_on(user)
+        both.depend_on(self._groups.get(USER, row["owner_id"]))
+        return both
+
+    def _keep(self, digest: KeyDigest, identity: Identity, user: Group) -> None:
         now = self._now().mono_seconds
-        user = self._users.setdefault(row["user_id"], Group())
-        tenant = self._tenants.setdefault(row["tenant_id"], Group())
-        entry = _Entry(identity_of(row, self._header_prefix), user, tenant)
+        entry = Entry(identity, user, self._groups.get(TENANT, identity.tenant_id))
         entry.fresh_until = now + self._cache.fresh_seconds
         entry.stale_until = now + self._cache.stale_seconds
-        before = self._entries.pop(digest, None)
-        if before is not None:
-            entry.mark_due = before.mark_due
-        elif len(self._entries) >= self._cache.entries_max:
-            self._make_room(now)
-        self._entries[digest] = entry
-        self._unknown.pop(digest, None)
-
-    def _make_room(self, now: float) -> None:
-        # Full: evict the oldest known key, but skip one that was used in the last minute.
-        for _ in range(_SECOND_CHANCES_MAX):
-            digest, entry = self._entries.popitem(last=False)
-            if entry.mark_due <= now:
-                return
-            self._entries[digest] = entry
-        self._entries.popitem(last=False)
+        self._keys.put(digest, entry, now)
 
     # -- statistics and shutdown
 
     def sizes(self) -> Mapping[str, int]:
         """How many entries the tables hold."""
-        return {"known": len(self._entries), "unknown": len(self._unknown), "looking_up": len(self._look_ups)}
+        return {
+            "known": len(self._entries),
+            "unknown": len(self._unknown),
+            **self._pairs.sizes(),
+            "looking_up": len(self._look_ups),
+        }
 
     async def close(self) -> None:
         """Cancel all lookups."""
         await self._look_ups.close()
 
 
-def _is_usable(entry: _Entry, mono: float) -> bool:
-    """Whether an entry may be served while the store is down."""
-    return mono < entry.stale_until and entry.user.is_usable and entry.tenant.is_usable
+def _subject_of(entry: Entry | None, digest: KeyDigest) -> KeyDigest | TokenDigest:
+    """What to look a digest up as. One that is not cached is a key, unless `fetching` finds out otherwise."""
+    return digest if entry is None or entry.identity.agent_token is None else TokenDigest(digest)
+
+
+def _digest_of(subject: _Subject) -> KeyDigest:
+    return subject.digest if isinstance(subject, (ActingPair, TokenDigest)) else subject

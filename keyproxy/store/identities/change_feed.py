@@ -32,6 +32,7 @@ from keyproxy.store.identities.owned_ids import OwnedId, OwnedIdCache
 from keyproxy.store.postgres.database import Database, NotificationListener, Row, StoreConflict, StoreUnavailable
 from keyproxy.store.postgres.failures import took_too_long
 from keyproxy.store.prompt_templates import TemplateCache
+from keyproxy.store.signing_keys import SigningKeyCache
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class LeaseHolder(Protocol):
 
 
 class ChangeFeed:
-    """Polls for changes and applies them to the caches of identities, ownership and templates: see the module."""
+    """Polls for changes and applies them to the caches of identities, ownership, templates and signing keys."""
 
     def __init__(
         self,
@@ -88,11 +89,13 @@ class ChangeFeed:
         *,
         owned: OwnedIdCache | None = None,
         templates: TemplateCache | None = None,
+        signing_keys: SigningKeyCache | None = None,
         lease_holder: LeaseHolder | None = None,
     ) -> None:
         """Without a `listener` the feed only polls. Without a `lease_holder` it delivers no recalls."""
         self._owned = owned
         self._templates = templates
+        self._signing_keys = signing_keys
         self._lease_holder = lease_holder
         self._database = database
         self._listener = listener
@@ -212,6 +215,9 @@ class ChangeFeed:
                 case "template" if (template := _digest(row["subject"])) is not None:
                     if self._templates is not None:
                         self._templates.changed(template)
+                case "signing":
+                    if self._signing_keys is not None:
+                        self._signing_keys.changed()
                 case "key_limits" if (digest := _digest(row["subject"])) is not None:
                     self._cache.distrust_key(digest)
                 case "user_limits":
@@ -246,6 +252,8 @@ class ChangeFeed:
             self._owned.distrust_all()
         if self._templates is not None:
             self._templates.distrust_all()
+        if self._signing_keys is not None:
+            self._signing_keys.changed()
 
     def _forget_all(self) -> None:
         self._cache.forget_all()
@@ -253,6 +261,8 @@ class ChangeFeed:
             self._owned.forget_all()
         if self._templates is not None:
             self._templates.forget_all()
+        if self._signing_keys is not None:
+            self._signing_keys.changed()
 
     async def _follow(self) -> None:
         failures = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from keyproxy.http.identity_headers import identity_block
@@ -35,53 +36,78 @@ _log = logging.getLogger(__name__)
 
 def identity_of(row: Row, header_prefix: str) -> Identity:
     """The identity of one row of `identities_by_digest`. Raises ValueError and the like for an invalid row."""
-    standing = None
-    if row["is_revoked"]:
-        standing = Reason.KEY_REVOKED
-    elif row["is_disabled"]:
-        standing = Reason.ACCOUNT_DISABLED
-    expires = row["expires_wall_seconds"]
-    # There is no countdown to an infinite expiry.
-    is_retiring = row["is_retiring"] and math.isfinite(expires)
-    scopes = row["scopes"]
-    if len(scopes) > EFFECTIVE_SCOPES_MAX:
-        _log.error(
-            "key %s has %d effective scopes and the maximum is %d: requests with it have none",
-            row["key_id"], len(scopes), EFFECTIVE_SCOPES_MAX,
-        )  # fmt: skip
-        scopes = []
-    block = identity_block(
-        header_prefix,
-        (
-            ("User", row["user_id"]),
-            ("Tenant", row["tenant_id"]),
-            ("Scope", " ".join(scopes)),
-            ("Test", "true" if row["is_test"] else "false"),
-            ("Key-Id", row["key_id"]),
-        ),
-    )
+    user, expires = row["user_id"], row["expires_wall_seconds"]
+    scopes = bounded_scopes(row["scopes"], f"key {row['key_id']}")
     return Identity(
         key_id=row["key_id"],
-        user_id=row["user_id"],
+        user_id=user,
         tenant_id=row["tenant_id"],
         scopes=frozenset(scopes),
         is_test=row["is_test"],
         expires_wall_seconds=NEVER if expires is None else expires,
-        standing=standing,
-        header_block=block,
-        allowance=_allowance(row),
-        retiring_field=f"{header_prefix}Key-Expires-In: ".encode("ascii") if is_retiring else None,
+        standing=standing_of(row),
+        header_block=header_block(header_prefix, row, user, scopes),
+        allowance=allowance_of(pools_of(row, user)),
+        retiring_field=retiring_field_of(row, header_prefix),
+        can_act=row["can_act"],
     )
 
 
-def _allowance(row: Row) -> Allowance | None:
-    """The limits of requests with this key, None if there are none. Limits belong to pools, not to keys."""
-    pools = []
-    for kind, owner in (("tenant", row["tenant_id"]), ("user", row["user_id"]), ("key", row["key_pool"])):
+def standing_of(row: Row) -> Reason | None:
+    """The reason for refusing every request with the credential of this row, None if there is none."""
+    if row["is_revoked"]:
+        return Reason.KEY_REVOKED
+    return Reason.ACCOUNT_DISABLED if row["is_disabled"] else None
+
+
+def bounded_scopes(scopes: Sequence[str], name: str) -> Sequence[str]:
+    """The effective scopes, none if there are too many. `name`: what has them, for the log."""
+    if len(scopes) <= EFFECTIVE_SCOPES_MAX:
+        return scopes
+    _log.error(
+        "%s has %d effective scopes and the maximum is %d: requests with it have none",
+        name, len(scopes), EFFECTIVE_SCOPES_MAX,
+    )  # fmt: skip
+    return ()
+
+
+def header_block(
+    header_prefix: str, row: Row, user_id: str, scopes: Iterable[str], *, more: Iterable[tuple[str, str]] = ()
+) -> bytes:
+    """The identity headers of requests that concern this user. `more`: further ones, after those of every identity."""
+    return identity_block(
+        header_prefix,
+        (
+            ("User", user_id),
+            ("Tenant", row["tenant_id"]),
+            ("Scope", " ".join(scopes)),
+            ("Test", "true" if row["is_test"] else "false"),
+            ("Key-Id", row["key_id"]),
+            *more,
+        ),
+    )
+
+
+def retiring_field_of(row: Row, header_prefix: str) -> bytes | None:
+    """The start of the header line with the remaining lifetime of a key that has been replaced; None for any other."""
+    # There is no countdown to an infinite expiry.
+    if not row["is_retiring"] or not math.isfinite(row["expires_wall_seconds"]):
+        return None
+    return f"{header_prefix}Key-Expires-In: ".encode("ascii")
+
+
+def pools_of(row: Row, user_id: str) -> list[tuple[Pool, Plan]]:
+    """The pools of the tenant, of the user that requests concern, and of the key. Limits belong to pools, not to keys."""
+    found = []
+    for kind, owner in (("tenant", row["tenant_id"]), ("user", user_id), ("key", row["key_pool"])):
         limits = row[f"{kind}_limits"]
         if limits is not None:
             # Raises for an invalid plan, which a table constraint rejects: unreadable limits must not mean no limits.
-            plan = Plan.from_json(json.loads(limits))
-            if plan.has_limits:
-                pools.append((Pool(kind, owner, row["is_test"]), plan))
-    return Allowance(tuple(pools)) if pools else None
+            found.append((Pool(kind, owner, row["is_test"]), Plan.from_json(json.loads(limits))))
+    return found
+
+
+def allowance_of(pools: Iterable[tuple[Pool, Plan]]) -> Allowance | None:
+    """The limits of requests that draw on these pools, None if there are none."""
+    limited = tuple([(pool, plan) for pool, plan in pools if plan.has_limits])
+    return Allowance(limited) if limited else None

@@ -1,8 +1,8 @@
 """Looks values up in the store: at most one lookup at a time for each subject, and one query for a batch of them.
 
-A subject is a key by its digest, or an id that a tenant may own. All requests with the same subject share one lookup, and
-a few concurrent queries serve all waiting subjects in batches. So neither a flood of unknown keys nor the recovery of the
-store becomes a stampede.
+A subject is a key or an agent token by its digest, a key with the user that it acts for, or an id that a tenant may own.
+All requests with the same subject share one lookup, and a few concurrent queries serve all waiting subjects in batches.
+So neither a flood of unknown keys nor the recovery of the store becomes a stampede.
 
 If a change arrives from the feed while a lookup is under way, its result is discarded and the lookup repeated. A query
 that starts after the feed has delivered a change returns a result that includes the change.
@@ -13,9 +13,9 @@ from __future__ import annotations
 import asyncio
 import collections
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from keyproxy.platform.tasks import cancel_all
 from keyproxy.reasons import Reason, Refusal
@@ -25,10 +25,16 @@ _log = logging.getLogger(__name__)
 
 _Subject = TypeVar("_Subject", bound=Hashable)
 
+#: A kind of group and its name.
+Group: TypeAlias = tuple[str, Hashable]
+
 _BATCH_MAX: Final = 500
 
 #: How many subjects may wait for a lookup. Beyond this, requests with ones that are not cached are refused, not queued.
 _WAITING_MAX: Final = 10_000
+
+#: How many subjects of one share, such as the users that one key acts for, may wait for a lookup.
+_SHARE_MAX: Final = 1_000
 
 #: How often to repeat the lookup of a subject that changes during each one, before its requests are refused.
 _ATTEMPTS_MAX: Final = 5
@@ -43,7 +49,8 @@ class LookupQuery(Generic[_Subject]):
     """The query for a batch of subjects, and how to read its rows.
 
     `plural` and `name`: what messages call the subjects, and the subject of a row. `groups`: the users, tenants or sets
-    that the result depends on beside the subject itself.
+    that the result depends on beside the subject itself; `groups_of_subject`: those that it depends on without a row too.
+    `share`: what the subject belongs to that may have only some subjects waiting; None: there is no such bound.
     """
 
     statement: str
@@ -51,19 +58,23 @@ class LookupQuery(Generic[_Subject]):
     parameters: Callable[[list[_Subject]], Sequence[object]]
     subject: Callable[[Row], _Subject]
     name: Callable[[Row], str]
-    groups: Callable[[Row], Sequence[tuple[str, str]]]
+    groups: Callable[[Row], Sequence[Group]]
+    groups_of_subject: Callable[[_Subject], Sequence[Group]] = lambda _subject: ()
+    share: Callable[[_Subject], Hashable] | None = None
 
 
 class _Flight:
     """The lookup of one subject. `result` resolves to None on success, or to a Refusal with the reason of the failure.
 
-    `row` is the result, settled when the feed had delivered `settled_at_change` changes.
+    `row` is the result, settled when the feed had delivered `settled_at_change` changes. `share`: the bound under which
+    it waits.
     """
 
-    __slots__ = ("attempts", "has_changed", "queried_at_change", "result", "row", "settled_at_change")
+    __slots__ = ("attempts", "has_changed", "queried_at_change", "result", "row", "settled_at_change", "share")
 
-    def __init__(self, result: asyncio.Future[Refusal | None]) -> None:
+    def __init__(self, result: asyncio.Future[Refusal | None], share: Hashable | None) -> None:
         self.result = result
+        self.share = share
         self.queried_at_change = 0
         self.attempts = 0
         self.has_changed = False
@@ -81,11 +92,14 @@ class LookupBatcher(Generic[_Subject]):
         settle: Callable[[_Subject, Row | None], None],
         *,
         look_ups_max: int,
+        others: Mapping[type, LookupQuery[Any]] | None = None,
     ) -> None:
         """`settle` receives each result, None for a subject without a row. `look_ups_max`: how many queries may run at
-        once."""
+        once. `others`: the queries for subjects of other types than those that `query` is for."""
         self._database = database
         self._query = query
+        self._others = dict(others or {})
+        self._shares: collections.Counter[Hashable] = collections.Counter()
         self._settle = settle
         self._look_ups_max = look_ups_max
         self._flights: dict[_Subject, _Flight] = {}
@@ -93,7 +107,7 @@ class LookupBatcher(Generic[_Subject]):
         self._tasks: set[asyncio.Task[None]] = set()
         self._working = 0
         self._changes = 0
-        self._changed_groups: dict[tuple[str, str], int] = {}
+        self._changed_groups: dict[Group, int] = {}
 
     def __len__(self) -> int:
         """How many subjects are being looked up."""
@@ -107,7 +121,7 @@ class LookupBatcher(Generic[_Subject]):
         """
         flight = self.enqueue(subject, is_known=is_known)
         if flight is None:
-            raise Refusal(Reason.OVERLOADED, f"too many {self._query.plural} are waiting for a lookup")
+            raise Refusal(Reason.OVERLOADED, f"too many {self._query_for(subject).plural} are waiting for a lookup")
         # A cancelled request must not cancel the lookup for the others.
         refusal = await asyncio.shield(flight.result)
         if refusal is not None:
@@ -120,10 +134,16 @@ class LookupBatcher(Generic[_Subject]):
         flight = self._flights.get(subject)
         if flight is not None:
             return flight
-        if len(self._waiting) >= _WAITING_MAX and not is_known:
-            return None
+        share = None
+        if not is_known:
+            share_of = self._query_for(subject).share
+            share = None if share_of is None else share_of(subject)
+            if len(self._waiting) >= _WAITING_MAX or (share is not None and self._shares[share] >= _SHARE_MAX):
+                return None
         loop = asyncio.get_running_loop()
-        flight = self._flights[subject] = _Flight(loop.create_future())
+        flight = self._flights[subject] = _Flight(loop.create_future(), share)
+        if share is not None:
+            self._shares[share] += 1
         # Cached subjects first: their callers were verified before.
         if is_known:
             self._waiting.appendleft(subject)
@@ -143,7 +163,7 @@ class LookupBatcher(Generic[_Subject]):
         if flight is not None:
             flight.has_changed = True
 
-    def group_changed(self, kind: str, name: str) -> None:
+    def group_changed(self, kind: str, name: Hashable) -> None:
         """Discard the results of lookups under way that depend on this group."""
         self._changes += 1
         if self._flights:
@@ -167,46 +187,70 @@ class LookupBatcher(Generic[_Subject]):
             # Here, not in a done callback, which runs later: a key that arrives in between would wait forever.
             self._working -= 1
 
+    def _query_for(self, subject: _Subject) -> LookupQuery[Any]:
+        return self._others.get(type(subject), self._query)
+
+    def _by_query(self, subjects: Sequence[_Subject]) -> list[tuple[LookupQuery[Any], list[_Subject]]]:
+        """The queries with the subjects that each is for, without those that are no longer looked up."""
+        batches: dict[int, tuple[LookupQuery[Any], list[_Subject]]] = {}
+        for subject in subjects:
+            if subject in self._flights:
+                query = self._query_for(subject)
+                batches.setdefault(id(query), (query, []))[1].append(subject)
+        return list(batches.values())
+
     async def _look_up_waiting(self) -> None:
         while self._waiting:
             taken = [self._waiting.popleft() for _ in range(min(_BATCH_MAX, len(self._waiting)))]
-            batch = [subject for subject in taken if subject in self._flights]
-            for subject in batch:
-                flight = self._flights[subject]
-                flight.queried_at_change, flight.has_changed = self._changes, False
+            batches = self._by_query(taken)
             try:
-                rows = await self._database.fetch(self._query.statement, *self._query.parameters(batch))
-                self._install(batch, {self._query.subject(row): row for row in rows})
+                while batches:
+                    await self._look_up(*batches[0])
+                    del batches[0]
             except (StoreUnavailable, StoreConflict) as error:
                 # The waiting subjects would fail in the same way.
-                self._finish([*batch, *self._waiting], Refusal(Reason.STORE_UNAVAILABLE, str(error)))
+                self._finish([*_subjects(batches), *self._waiting], Refusal(Reason.STORE_UNAVAILABLE, str(error)))
             except asyncio.CancelledError:
-                self._finish(batch, Refusal(Reason.STORE_UNAVAILABLE, "shutting down"))
+                self._finish(_subjects(batches), Refusal(Reason.STORE_UNAVAILABLE, "shutting down"))
                 raise
             except Exception:  # noqa: BLE001 - the outermost boundary of this task; no request may wait forever
-                _log.exception("lookup of %s failed", self._query.plural)
-                failure = Refusal(Reason.INTERNAL_ERROR, f"lookup of {self._query.plural} failed")
-                self._finish([*batch, *self._waiting], failure)
+                plural = batches[0][0].plural
+                _log.exception("lookup of %s failed", plural)
+                failure = Refusal(Reason.INTERNAL_ERROR, f"lookup of {plural} failed")
+                self._finish([*_subjects(batches), *self._waiting], failure)
+
+    async def _look_up(self, query: LookupQuery[Any], batch: list[_Subject]) -> None:
+        for subject in batch:
+            flight = self._flights[subject]
+            flight.queried_at_change, flight.has_changed = self._changes, False
+        rows = await self._database.fetch(query.statement, *query.parameters(batch))
+        self._install(query, batch, {query.subject(row): row for row in rows})
 
     def _finish(self, subjects: Sequence[_Subject], refusal: Refusal | None) -> None:
         for subject in subjects:
             flight = self._flights.pop(subject, None)
-            if flight is not None and not flight.result.done():
+            if flight is None:
+                continue
+            if flight.share is not None:
+                self._shares[flight.share] -= 1
+                if not self._shares[flight.share]:
+                    del self._shares[flight.share]
+            if not flight.result.done():
                 flight.result.set_result(refusal)
         if refusal is not None:
             self._waiting = collections.deque(subject for subject in self._waiting if subject in self._flights)
         if not self._flights:
             self._changed_groups.clear()
 
-    def _install(self, batch: Sequence[_Subject], found: dict[_Subject, Row]) -> None:
+    def _install(self, query: LookupQuery[Any], batch: Sequence[_Subject], found: dict[_Subject, Row]) -> None:
         settled, given_up, unusable = [], [], []
         for subject in batch:
             flight, row = self._flights[subject], found.get(subject)
-            if not self._is_outdated(flight, row):
+            if not self._is_outdated(query, subject, row):
                 try:
                     self._settle(subject, row)
                 except UNUSABLE as error:
-                    name = None if row is None else self._query.name(row)
+                    name = None if row is None else query.name(row)
                     _log.error("the row of %s is invalid, refusing requests that need it: %s", name, error)
                     unusable.append(subject)
                     continue
@@ -221,13 +265,19 @@ class LookupBatcher(Generic[_Subject]):
         if unusable:
             self._finish(unusable, Refusal(Reason.INTERNAL_ERROR, "a row of the store is invalid"))
         if given_up:
-            detail = f"one of the {self._query.plural} changes faster than it can be read"
+            detail = f"one of the {query.plural} changes faster than it can be read"
             self._finish(given_up, Refusal(Reason.STORE_UNAVAILABLE, detail))
 
-    def _is_outdated(self, flight: _Flight, row: Row | None) -> bool:
+    def _is_outdated(self, query: LookupQuery[Any], subject: _Subject, row: Row | None) -> bool:
         """Whether something that this result depends on has changed since the query started."""
+        flight = self._flights[subject]
         if flight.has_changed:
             return True
-        if row is None or not self._changed_groups:
+        if not self._changed_groups:
             return False
-        return any(self._changed_groups.get(group, 0) > flight.queried_at_change for group in self._query.groups(row))
+        groups = [*query.groups_of_subject(subject), *(() if row is None else query.groups(row))]
+        return any(self._changed_groups.get(group, 0) > flight.queried_at_change for group in groups)
+
+
+def _subjects(batches: Sequence[tuple[LookupQuery[Any], list[_Subject]]]) -> list[_Subject]:
+    return [subject for _, batch in batches for subject in batch]

@@ -10,6 +10,7 @@ SELECT
     CASE WHEN k.roles = '{}' AND u.roles IS NULL AND t.roles IS NULL THEN k.scopes
          ELSE keyproxy.effective_scopes(k.scopes, k.roles, u.roles, t.roles) END AS scopes,
     k.is_test,
+    k.acts_for = 'tenant' AS can_act,
     extract(epoch FROM k.expires_at)::float8 AS expires_wall_seconds,
     k.revoked_at IS NOT NULL AS is_revoked,
     u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL AS is_disabled,
@@ -27,6 +28,112 @@ LEFT JOIN keyproxy.plans AS kp ON kp.id = k.plan_id
 LEFT JOIN keyproxy.plans AS up ON up.id = CASE WHEN k.is_test THEN coalesce(u.test_plan_id, u.plan_id) ELSE u.plan_id END
 LEFT JOIN keyproxy.plans AS tp ON tp.id = CASE WHEN k.is_test THEN coalesce(t.test_plan_id, t.plan_id) ELSE t.plan_id END
 WHERE k.digest = ANY($1::bytea[]);
+
+-- name: acting_identities
+-- The identities of the keys with the digests $1 that act for the users $2, one row per pair with a known key. `may_act`:
+-- the key may act for this user now. An unknown user and one of another tenant take the same lookups. The row of a key is
+-- the same with all of its users but for what depends on the user.
+-- Each lookup is a subquery of one row, which PostgreSQL cannot turn into a join that reads a whole table. The number of
+-- pairs is hidden from the planner, so that it never considers the plan worth compiling.
+-- Needs: api_keys (digest), api_keys (replaces), users (id), tenants (id), plans (id), roles (id).
+SELECT
+    w.digest,
+    w.user_id AS acting_for,
+    k.id AS key_id,
+    CASE WHEN k.roles = '{}' AND o.roles IS NULL AND t.roles IS NULL AND u.roles IS NULL THEN k.scopes
+         ELSE keyproxy.effective_scopes(
+             keyproxy.effective_scopes(k.scopes, k.roles, o.roles, t.roles), '{}', u.roles, NULL
+         ) END AS scopes,
+    k.is_test,
+    k.acts_for = 'tenant' AS can_act,
+    coalesce(k.acts_for = 'tenant' AND u.tenant_id = t.id AND u.disabled_at IS NULL, false) AS may_act,
+    extract(epoch FROM k.expires_at)::float8 AS expires_wall_seconds,
+    k.revoked_at IS NOT NULL AS is_revoked,
+    o.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL AS is_disabled,
+    o.id AS owner_id,
+    t.id AS tenant_id,
+    coalesce(k.lineage, k.id) AS key_pool,
+    k.expires_at IS NOT NULL AND EXISTS (SELECT FROM keyproxy.api_keys AS s WHERE s.replaces = k.id) AS is_retiring,
+    (SELECT p.limits FROM keyproxy.plans AS p WHERE p.id = k.plan_id) AS key_limits,
+    (SELECT p.limits FROM keyproxy.plans AS p
+     WHERE p.id = CASE WHEN k.is_test THEN coalesce(u.test_plan_id, u.plan_id) ELSE u.plan_id END) AS user_limits,
+    (SELECT p.limits FROM keyproxy.plans AS p
+     WHERE p.id = CASE WHEN k.is_test THEN coalesce(t.test_plan_id, t.plan_id) ELSE t.plan_id END) AS tenant_limits
+FROM unnest((SELECT $1::bytea[]), (SELECT $2::text[])) AS w (digest, user_id)
+CROSS JOIN LATERAL (SELECT x.* FROM keyproxy.api_keys AS x WHERE x.digest = w.digest LIMIT 1) AS k
+CROSS JOIN LATERAL (SELECT x.* FROM keyproxy.users AS x WHERE x.id = k.user_id LIMIT 1) AS o
+CROSS JOIN LATERAL (SELECT x.* FROM keyproxy.tenants AS x WHERE x.id = o.tenant_id LIMIT 1) AS t
+LEFT JOIN LATERAL (SELECT x.* FROM keyproxy.users AS x WHERE x.id = w.user_id LIMIT 1) AS u ON true;
+
+-- name: agent_token_identities
+-- The identities of the agent tokens with the digests $1, one row per known token. A token dies with its root key, its
+-- ancestors, its user, and the owner of the key if it was minted while acting: o is the owner, u the user. `chain`: the
+-- token and its ancestors, itself first. `is_intact`: all rows that it was cut from still belong together, and its root key
+-- may still act. As in acting_identities, each lookup is a subquery of one row; the number of digests is hidden from the
+-- planner, so that it never considers the plan worth compiling.
+-- Needs: agent_tokens (digest), agent_tokens (id), agents (user_id, id), api_keys (id), users (id), tenants (id), plans (id),
+-- roles (id).
+SELECT
+    w.digest,
+    a.id AS token_id,
+    k.id AS key_id,
+    CASE WHEN k.roles = '{}' AND o.roles IS NULL AND t.roles IS NULL AND u.roles IS NULL THEN k.scopes
+         ELSE keyproxy.effective_scopes(
+             keyproxy.effective_scopes(k.scopes, k.roles, o.roles, t.roles), '{}', u.roles, NULL
+         ) END AS key_scopes,
+    k.is_test,
+    extract(epoch FROM least(k.expires_at, c.expires_at))::float8 AS expires_wall_seconds,
+    k.revoked_at IS NOT NULL OR c.is_revoked AS is_revoked,
+    u.disabled_at IS NOT NULL OR o.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL OR c.is_disabled AS is_disabled,
+    c.is_intact AND CASE
+        WHEN a.actor_user_id IS NULL THEN o.id = u.id
+        ELSE o.id = a.actor_user_id AND o.tenant_id = u.tenant_id AND k.acts_for = 'tenant'
+    END AS is_intact,
+    u.id AS user_id,
+    a.actor_user_id,
+    o.id AS owner_id,
+    t.id AS tenant_id,
+    a.depth,
+    c.steps AS chain,
+    coalesce(k.lineage, k.id) AS key_pool,
+    (SELECT p.limits FROM keyproxy.plans AS p WHERE p.id = k.plan_id) AS key_limits,
+    (SELECT p.limits FROM keyproxy.plans AS p
+     WHERE p.id = CASE WHEN k.is_test THEN coalesce(u.test_plan_id, u.plan_id) ELSE u.plan_id END) AS user_limits,
+    (SELECT p.limits FROM keyproxy.plans AS p
+     WHERE p.id = CASE WHEN k.is_test THEN coalesce(t.test_plan_id, t.plan_id) ELSE t.plan_id END) AS tenant_limits
+FROM unnest((SELECT $1::bytea[])) AS w (digest)
+CROSS JOIN LATERAL (SELECT x.* FROM keyproxy.agent_tokens AS x WHERE x.digest = w.digest LIMIT 1) AS a
+CROSS JOIN LATERAL (SELECT x.* FROM keyproxy.api_keys AS x WHERE x.id = a.root_key_id LIMIT 1) AS k
+CROSS JOIN LATERAL (SELECT x.* FROM keyproxy.users AS x WHERE x.id = k.user_id LIMIT 1) AS o
+CROSS JOIN LATERAL (SELECT x.* FROM keyproxy.users AS x WHERE x.id = a.user_id LIMIT 1) AS u
+CROSS JOIN LATERAL (SELECT x.* FROM keyproxy.tenants AS x WHERE x.id = u.tenant_id LIMIT 1) AS t
+CROSS JOIN LATERAL (
+    WITH RECURSIVE cut AS (
+        SELECT 0 AS place, a.id, a.parent_token_id, a.agent_id, a.scopes, a.token_budget, a.request_budget, a.expires_at,
+               a.revoked_at, true AS is_ours
+        UNION ALL
+        SELECT cut.place + 1, p.id, p.parent_token_id, p.agent_id, p.scopes, p.token_budget, p.request_budget, p.expires_at,
+               p.revoked_at, (p.root_key_id, p.user_id) = (a.root_key_id, a.user_id)
+                   AND p.actor_user_id IS NOT DISTINCT FROM a.actor_user_id
+        FROM cut
+        CROSS JOIN LATERAL (SELECT x.* FROM keyproxy.agent_tokens AS x WHERE x.id = cut.parent_token_id LIMIT 1) AS p
+        WHERE cut.place <= 3
+    )
+    SELECT min(cut.expires_at) AS expires_at,
+           bool_or(cut.revoked_at IS NOT NULL) AS is_revoked,
+           bool_or(g.disabled_at IS NOT NULL) AS is_disabled,
+           bool_and(cut.is_ours) AND max(cut.place) = a.depth AS is_intact,
+           jsonb_agg(jsonb_build_object(
+               'token', cut.id, 'agent', cut.agent_id, 'scopes', cut.scopes,
+               'token_budget', cut.token_budget, 'request_budget', cut.request_budget,
+               'ceiling', keyproxy.scopes_of_roles(g.roles),
+               'limits', (SELECT p.limits FROM keyproxy.plans AS p WHERE p.id = g.plan_id)
+           ) ORDER BY cut.place) AS steps
+    FROM cut
+    CROSS JOIN LATERAL (
+        SELECT x.* FROM keyproxy.agents AS x WHERE x.user_id = a.user_id AND x.id = cut.agent_id LIMIT 1
+    ) AS g
+) AS c;
 
 -- name: owners_by_id
 -- Whether the tenants $3 own the ids $2 of the kinds $1, and whether they own any id of that kind; one row for each. The

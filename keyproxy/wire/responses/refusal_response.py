@@ -1,4 +1,4 @@
-"""Send the response to a refused request."""
+"""Record a refusal, and send the response to the refused request."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ def send(refusal: Refusal, exchange: Exchange, response: ResponseWriter, server:
     exchange.bytes_out = 0 if is_head else len(rendered.body)
     response.send_own(rendered, server.date_line(), closes=closes, without_body=is_head)
     return closes
+
+
+def note(refusal: Refusal, exchange: Exchange) -> None:
+    """Record the refusal as the outcome of the exchange."""
+    exchange.reason = refusal.reason
+    exchange.refusal_detail = refusal.detail
+    exchange.limit_reason = refusal.limit_reason.value
+    if refusal.limit is not None:
+        exchange.policy = refusal.limit.policy.name
 
 
 def _error_shape(exchange: Exchange, server: ServerContext) -> str:

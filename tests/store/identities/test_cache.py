@@ -317,7 +317,7 @@ async def test_deleted_key_is_invalid_and_restored_key_is_known(rig: Rig, known:
     await add_key(rig.sql)
     await rig.feed.poll()
     assert isinstance(await rig.resolve(known), Identity)
-    assert rig.cache.sizes() == {"known": 1, "unknown": 0, "looking_up": 0}
+    assert rig.cache.sizes() == {"known": 1, "unknown": 0, "acting": 0, "acting_refused": 0, "looking_up": 0}
 
 
 # -- unknown keys
@@ -394,7 +394,7 @@ async def test_flood_of_unknown_keys_is_bounded_and_evicts_no_known_key(make_rig
         await rig.resolve(secret)
     for number in range(100, 400):
         assert await rig.resolve(fakes.key(number)) is Reason.KEY_INVALID
-    assert rig.cache.sizes() == {"known": 5, "unknown": 10, "looking_up": 0}
+    assert rig.cache.sizes() == {"known": 5, "unknown": 10, "acting": 0, "acting_refused": 0, "looking_up": 0}
     assert all(rig.is_served(secret) for secret in keys)
     # The newest ones are cached.
     assert rig.hot(fakes.key(399)) is Reason.KEY_INVALID
@@ -601,7 +601,7 @@ async def test_lost_connection_during_a_lookup_refuses_all_waiting_requests(make
         await rig.relay.cut()
         outcomes = await asyncio.gather(*waiting)
     assert set(outcomes) == {Reason.STORE_UNAVAILABLE}
-    assert rig.cache.sizes() == {"known": 0, "unknown": 0, "looking_up": 0}
+    assert rig.cache.sizes() == {"known": 0, "unknown": 0, "acting": 0, "acting_refused": 0, "looking_up": 0}
 
 
 class ResponseWriter:

@@ -199,6 +199,24 @@ BEGIN
 END
 $$;
 
+-- As 0013_limit_changes.sql has made it, but a user may also get the id of one that a key tried to act for.
+CREATE OR REPLACE FUNCTION keyproxy.note_change() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    harmless constant text[] := ARRAY['name', 'plan_id', 'test_plan_id', 'created_at'];
+BEGIN
+    IF TG_OP = 'UPDATE' AND TG_ARGV[0] <> 'plan' AND to_jsonb(OLD) - harmless = to_jsonb(NEW) - harmless THEN
+        PERFORM keyproxy.note_change(TG_ARGV[0] || '_limits', OLD.id);
+    ELSE
+        PERFORM keyproxy.note_change(TG_ARGV[0], OLD.id);
+        IF TG_OP = 'UPDATE' AND NEW.id <> OLD.id THEN
+            PERFORM keyproxy.note_change(TG_ARGV[0], NEW.id);
+        END IF;
+    END IF;
+    RETURN NULL;
+END
+$$;
+
 CREATE FUNCTION keyproxy.note_agent_change() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE

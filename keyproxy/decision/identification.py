@@ -1,0 +1,44 @@
+"""Identify a request: find the identity behind its credential, and the user that it acts for. Never waits."""
+
+from __future__ import annotations
+
+from keyproxy.auth import credentials
+from keyproxy.auth.api_key import KeyFormat
+from keyproxy.http_messages import RequestHead
+from keyproxy.model import Identity, Missing, Moment
+from keyproxy.ports import Exchange, Identities
+from keyproxy.reasons import Refusal
+
+
+def identify(
+    exchange: Exchange,
+    head: RequestHead,
+    identities: Identities,
+    key_format: KeyFormat,
+    *,
+    now: Moment,
+    is_first_lookup: bool,
+) -> Identity:
+    """The identity of a request, also one that is then refused. Raises Missing with what to fetch, or a Refusal."""
+    digest = exchange.digest = credentials.digest(head)
+    try:
+        if head.act_for is None:
+            identity = identities.known(digest, now, is_first_lookup=is_first_lookup)
+        else:
+            user_id = head.act_for.decode("latin-1")
+            identity = identities.acting(digest, user_id, now, is_first_lookup=is_first_lookup)
+    except Refusal:
+        # A malformed key is refused as such, without a lookup, whatever the state of cache and store.
+        credentials.checked(head, key_format)
+        raise
+    except Missing as missing:
+        raise identities.fetching(credentials.checked(head, key_format), missing) from None
+    exchange.identity = identity
+    return identity
+
+
+def reviewed(exchange: Exchange, identities: Identities, now: Moment) -> Identity | None:
+    """The identity of an exchange in flight as it is now; None if it has none. Raises Missing or a Refusal."""
+    if exchange.digest is None or exchange.identity is None or exchange.is_over:
+        return None
+    return identities.reviewed(exchange.digest, exchange.identity, now)

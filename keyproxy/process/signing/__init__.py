@@ -1,0 +1,1 @@
+"""The life of the keys that a process signs with: made, published, replaced, cut."""

@@ -1,0 +1,102 @@
+"""The entries of the identity cache, and the tables that hold them. Times are monotonic seconds."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Hashable
+from typing import Final, Generic, TypeVar
+
+from keyproxy.model import Identity
+from keyproxy.store.identities.groups import Group
+
+_Key = TypeVar("_Key", bound=Hashable)
+
+#: How many recently used entries an eviction skips before it removes the oldest one anyway.
+_SECOND_CHANCES_MAX: Final = 16
+
+
+class Entry:
+    """One verified identity, and the groups that it depends on."""
+
+    __slots__ = ("fresh_until", "identity", "is_distrusted", "mark_due", "stale_until", "tenant", "user")
+
+    def __init__(self, identity: Identity, user: Group, tenant: Group) -> None:
+        self.identity = identity
+        self.user = user
+        self.tenant = tenant
+        self.fresh_until = 0.0
+        self.stale_until = 0.0
+        self.mark_due = 0.0
+        self.is_distrusted = False
+
+    def is_usable(self, mono: float) -> bool:
+        """Whether the entry may be served while the store is down."""
+        return mono < self.stale_until and self.user.is_usable and self.tenant.is_usable
+
+    def forget(self) -> None:
+        """Never serve the entry again."""
+        self.fresh_until = self.stale_until = 0.0
+
+    def distrust(self) -> None:
+        """Look the entry up before it is served again, unless the store is down."""
+        self.fresh_until = 0.0
+        self.is_distrusted = True
+
+
+class ActingEntry(Entry):
+    """The identity of a key that acts for a user. `key`: the group of the key and its owner; `user`: that of the user."""
+
+    __slots__ = ("key",)
+
+    def __init__(self, identity: Identity, user: Group, tenant: Group, key: Group) -> None:
+        super().__init__(identity, user, tenant)
+        self.key = key
+
+    @property
+    def is_current(self) -> bool:
+        """Whether nothing that the entry depends on has changed."""
+        return self.key.is_current and self.user.is_current and self.tenant.is_current
+
+    def is_usable(self, mono: float) -> bool:
+        """Whether the entry may be served while the store is down."""
+        return super().is_usable(mono) and self.key.is_usable
+
+
+_AnyEntry = TypeVar("_AnyEntry", bound=Entry)
+
+
+class EntryTable(Generic[_Key, _AnyEntry]):
+    """Entries by key, the oldest first, up to a bound. `rows` is read on the hot path."""
+
+    __slots__ = ("_entries_max", "rows")
+
+    def __init__(self, entries_max: int) -> None:
+        self._entries_max = entries_max
+        self.rows: collections.OrderedDict[_Key, _AnyEntry] = collections.OrderedDict()
+
+    def put(self, key: _Key, entry: _AnyEntry, now: float) -> None:
+        """Add an entry, or replace it. Full: evict the oldest one, but skip one that was used in the last minute."""
+        before = self.rows.pop(key, None)
+        if before is not None:
+            entry.mark_due = before.mark_due
+        elif len(self.rows) >= self._entries_max:
+            self._make_room(now)
+        self.rows[key] = entry
+
+    def _make_room(self, now: float) -> None:
+        for _ in range(_SECOND_CHANCES_MAX):
+            key, entry = self.rows.popitem(last=False)
+            if entry.mark_due <= now:
+                return
+            self.rows[key] = entry
+        self.rows.popitem(last=False)
+
+    def forget_all(self) -> None:
+        """Serve no entry before it is looked up, even while the store is down."""
+        for entry in self.rows.values():
+            entry.forget()
+
+    def distrust_all(self) -> None:
+        """Look every entry up before it is served again, unless the store is down."""
+        for entry in self.rows.values():
+            entry.distrust()
