@@ -336,6 +336,7 @@ class Recorded:
     output_cap: int
     limit_reason: str
     categories: tuple[tuple[str, str], ...] | None
+    act_for: bytes | None = None
 
     @property
     def overhead_seconds(self) -> float:
@@ -378,5 +379,6 @@ class FakeRecorder(Recorder):
                 0 if exchange.metered is None else exchange.metered.cap,
                 exchange.limit_reason,
                 exchange.categories,
+                None if head is None else head.act_for,
             )
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-IDENTITY_NAMES = [b"User", b"Tenant", b"Scope", b"Test", b"Key-Id"]
+IDENTITY_NAMES = [b"User", b"Tenant", b"Scope", b"Test", b"Key-Id", b"Act-For"]
 
 STARTS = [
     b"GET / HTTP/1.1", b"GET / HTTP/1.0", b"POST /v1/jobs?x=%2e HTTP/1.1", b"POST /v1/jobs HTTP/1.0",
@@ -142,3 +142,19 @@ def hostile_heads(draw: st.DrawFn) -> bytes:
     lines = draw(st.lists(line, max_size=10))
     place = draw(st.integers(0, len(lines)))
     return b"\r\n".join([b"POST /v1/jobs HTTP/1.1", *lines[:place], b"Host: a.example", *lines[place:], b"", b""])
+
+
+@st.composite
+def act_for_heads(draw: st.DrawFn) -> bytes:
+    """A well-formed head that names at most a few users to act for, and often only one."""
+    spelt = st.builds(_respelt, st.just(b"X-Keyproxy-Act-For"), st.integers(0, 2**18))
+    names = draw(st.lists(spelt, min_size=draw(st.integers(0, 1)), max_size=draw(st.sampled_from([1, 1, 1, 2]))))
+    values = st.sampled_from([b" u_1", b" u_2", b"u_3", b"", b" u 4 ", b" \xe9", b"\tu_5\t"])
+    lines = [name + b":" + draw(values) for name in names]
+    lines += draw(
+        st.lists(st.sampled_from([b"X-Custom: v", b"Cookie: a=b", b"Connection: close, x-custom"]), max_size=3)
+    )
+    if draw(st.integers(0, 9)) == 9:
+        lines.append(b"Connection: " + draw(spelt))
+    start = draw(st.sampled_from([b"POST /v1/jobs HTTP/1.1", b"GET / HTTP/1.0"]))
+    return b"\r\n".join([start, b"Host: a.example", *draw(st.permutations(lines)), b"", b""])

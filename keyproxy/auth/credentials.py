@@ -37,12 +37,12 @@ _KEY_PARAMETERS: Final = frozenset({b"api-key", b"apikey", b"x-api-key", b"acces
 _DECODINGS_MAX: Final = 8
 
 _ESCAPE = re.compile(rb"%[0-9a-f]{2}", re.IGNORECASE)
-_AUTHORIZATION = re.compile(rb"(?:api-key|bearer)[ ]+([^ \t]+)", re.IGNORECASE)
 _WORD = re.compile(rb"[0-9A-Za-z]+")
 _BASIC = re.compile(rb"basic +([0-9A-Za-z+/]+)", re.IGNORECASE)
 
 #: A word of a key of this length is found anywhere; a shorter key only as a separate word.
 _WORD_BYTES_MIN: Final = 16
+_LONG_WORD = re.compile(rb"[0-9A-Za-z]{%d,}" % _WORD_BYTES_MIN)
 
 #: Fields that determine what the request is. It is refused if the key is in one.
 _NEEDED_FIELDS: Final = frozenset({b"host", b"content-type"})
@@ -50,6 +50,7 @@ _NEEDED_FIELDS: Final = frozenset({b"host", b"content-type"})
 #: Contains only digits.
 _LENGTH: Final = b"content-length"
 
+_SCHEMES: Final = (b"api-key", b"bearer")
 _OUR_SCHEME = re.compile(rb"(?:api-key|bearer)(?:[ \t]|$)", re.IGNORECASE)
 
 
@@ -104,9 +105,11 @@ def _plaintext(name: bytes, value: bytes) -> bytes:
         if not value:
             raise Refusal(Reason.KEY_INVALID, "X-Api-Key is empty")
         return value
-    match = _AUTHORIZATION.fullmatch(value)
-    if match is not None:
-        return match[1]
+    scheme, _, after = value.partition(b" ")
+    if scheme.lower() in _SCHEMES:
+        key = after.lstrip(b" ")
+        if key and key.find(b" ") < 0 and key.find(b"\t") < 0:
+            return key
     if _OUR_SCHEME.match(value):
         raise Refusal(Reason.KEY_INVALID, "the Authorization header contains no key, or more than a key")
     raise Refusal(Reason.KEY_MISSING, "the Authorization header has another scheme")
@@ -128,7 +131,9 @@ def _part(key: SecretKey) -> bytes:
     plaintext = key.reveal()
     signature = agent_token_format.signature_of(plaintext)
     if len(signature) >= _WORD_BYTES_MIN:
-        plaintext = signature
+        # Random throughout, so that any word of it is as good as the longest.
+        random = _LONG_WORD.search(signature)
+        return signature if random is None else random[0]
     word = max(_WORD.findall(plaintext), key=len, default=b"")
     return word if len(word) >= _WORD_BYTES_MIN else plaintext
 

@@ -1,7 +1,8 @@
 """Find keys in pasted text: headers, logs, shell scripts, JSON, URLs, mails with broken lines.
 
 A keyproxy key is recognised by its checksum, wherever it is and however the text was encoded or wrapped. A key of
-another program has no checksum: every word that may be one is a candidate, which the store confirms or rejects.
+another program has no checksum: every word that may be one is a candidate, which the store confirms or rejects. An agent
+token is recognised by its form; its signature is not verified.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 from urllib.parse import unquote_to_bytes
 
+from keyproxy.auth import agent_token_format
 from keyproxy.auth.api_key import CHECKSUM_DIGITS, KEY_BYTES_MAX, RANDOM_DIGITS, KeyFormat, SecretKey
 
 #: The maximum size of a text for one scan.
@@ -35,6 +37,7 @@ _ESCAPED = re.compile(rb"\\(?:u00|x)([0-9a-fA-F]{2})")
 _ESCAPED_SPACE = re.compile(rb"\\[nrt]")
 _ENTITY = re.compile(rb"&#?[0-9A-Za-z]{1,8};")
 _NOT_OF_A_KEY = re.compile(rb"[^0-9A-Za-z_]+")
+_NOT_OF_A_TOKEN = re.compile(rb"[^0-9A-Za-z_.-]+")
 
 #: Word separators in any text: spaces, quotes, brackets and characters that no key may contain.
 _BETWEEN_WORDS = re.compile(rb"[^A-Za-z0-9!#$%&'*+\-./:=?@^_`|~]+")
@@ -54,13 +57,15 @@ _SCHEMES: Final = (b"api-key", b"bearer", b"x-api-key", b"authorization")
 class Scan(NamedTuple):
     """The keys in a text.
 
-    `keys`: keys with a correct checksum, under any prefix. `admin_tokens`: the number of tokens of the admin API.
-    `incomplete`: the number of truncated keys. `foreign`: words that may be keys of other programs. `presented`: those
+    `keys`: keys with a correct checksum, under any prefix. `agent_tokens`: agent tokens, whether or not their signatures
+    are valid. `admin_tokens`: the number of tokens of the admin API. `incomplete`: the number of truncated keys and agent
+    tokens. `foreign`: words that may be keys of other programs. `presented`: those
     that are certainly meant as keys, by position or because the text contains nothing else. `digests`: values that may
     be the SHA-256 of a key.
     """
 
     keys: list[SecretKey]
+    agent_tokens: list[SecretKey]
     admin_tokens: int
     incomplete: int
     foreign: list[SecretKey]
@@ -74,7 +79,9 @@ def scan(text: bytes, key_format: KeyFormat) -> Scan:
         raise ValueError(TOO_LONG)
     readings = _readings(text)
     whole = dict(found for reading in readings for found in _whole_keys(reading))
-    incomplete = _incomplete(readings[0], key_format, whole)
+    tokens = dict.fromkeys(_whole_tokens(readings))
+    ours = (*whole, *tokens)
+    incomplete = _incomplete(readings[0], key_format, whole) + _incomplete_tokens(readings[0], tokens)
     accepts = [word for word in _words(readings[:2]) if word not in whole and key_format.may_exist(word)]
     digests = dict.fromkeys(match[0].lower() for match in _HEX_DIGEST.finditer(readings[0]))
     meant = {match[1].rstrip(_ROUND_WORDS) for match in _PRESENTED.finditer(readings[0]) if _A_DIGIT.search(match[1])}
@@ -84,6 +91,7 @@ def scan(text: bytes, key_format: KeyFormat) -> Scan:
         meant.add(only[0].strip(b"\"'"))
     return Scan(
         keys=[SecretKey(found) for found, is_admin in whole.items() if not is_admin],
+        agent_tokens=[SecretKey(found) for found in tokens],
         admin_tokens=sum(whole.values()),
         incomplete=incomplete,
         foreign=[SecretKey(word) for word in accepts],
@@ -93,7 +101,7 @@ def scan(text: bytes, key_format: KeyFormat) -> Scan:
             if word in meant
             and word.lower() not in digests
             and b"//" not in word
-            and not any(key in word for key in whole)
+            and not any(key in word for key in ours)
         ],
         digests=[bytes.fromhex(digest.decode("ascii")) for digest in digests],
     )
@@ -116,8 +124,13 @@ def _readings(text: bytes) -> list[bytes]:
         decoded = _ENTITY.sub(lambda match: html.unescape(match[0].decode("ascii")).encode("utf-8"), decoded)
         if decoded == before:
             break
-    unwrapped = [_NOT_OF_A_KEY.sub(b"", one) for one in (_ESCAPED_SPACE.sub(b" ", decoded), decoded)]
+    unwrapped = _unwrapped(decoded, _NOT_OF_A_KEY)
     return list(dict.fromkeys([decoded, text, *unwrapped]))
+
+
+def _unwrapped(decoded: bytes, inserted: re.Pattern[bytes]) -> list[bytes]:
+    """The text without any characters that may have been inserted into a key."""
+    return [inserted.sub(b"", one) for one in (_ESCAPED_SPACE.sub(b" ", decoded), decoded)]
 
 
 def _whole_keys(text: bytes) -> Iterator[tuple[bytes, bool]]:
@@ -134,6 +147,19 @@ def _whole_keys(text: bytes) -> Iterator[tuple[bytes, bool]]:
             if _PREFIX.fullmatch(prefix) and KeyFormat.has_right_checksum(candidate):
                 yield candidate, mark[1] == b"admin"
                 break
+
+
+def _whole_tokens(readings: list[bytes]) -> Iterator[bytes]:
+    """Every agent token, also one that was wrapped."""
+    for reading in (*readings[:2], *_unwrapped(readings[0], _NOT_OF_A_TOKEN)):
+        yield from agent_token_format.whole_tokens(reading)
+
+
+def _incomplete_tokens(text: bytes, whole: Iterable[bytes]) -> int:
+    """The number of distinct truncated agent tokens."""
+    tokens = sorted(whole)
+    words = set(agent_token_format.truncated_tokens(text))
+    return sum(not _begins_one_of(word, tokens) for word in words)
 
 
 def _incomplete(text: bytes, key_format: KeyFormat, whole: Iterable[bytes]) -> int:

@@ -1,7 +1,8 @@
 """`Idempotency-Key`: recognise a retried request, so that it is charged once.
 
-A fingerprint is a digest of tenant, user, mode, Idempotency-Key, method, target and the whole body. So the same key with
-a different body is a different request, and a client that sends the same key with every request is charged for each.
+A fingerprint is a digest of tenant, user, mode, Idempotency-Key, method, target, the agents and the whole body. So the
+same key with a different body is a different request, and a client that sends the same key with every request is charged
+for each. The user is the one that the request is made for; a renewed token of the same agent retries the same request.
 Header fields are excluded, since dates and trace ids differ between attempts. The key itself is not stored anywhere, nor
 kept in memory beyond the request's head.
 
@@ -36,7 +37,10 @@ class Fingerprint:
     def __init__(self, identity: Identity, head: RequestHead, key: bytes) -> None:
         self._request = hashlib.sha256()
         names = (identity.tenant_id, identity.user_id, identity.mode)
-        for part in (*(name.encode("utf-8") for name in names), key, head.line.method, head.line.target):
+        parts = [*(name.encode("utf-8") for name in names), key, head.line.method, head.line.target]
+        if identity.agent_token is not None:
+            parts += [agent.encode("utf-8") for agent in identity.agent_token.agents]
+        for part in parts:
             # With length prefixes, no two requests produce the same bytes.
             self._request.update(b"%d:%b" % (len(part), part))
         self._body = hashlib.sha256()

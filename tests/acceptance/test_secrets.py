@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
 import asyncpg
+import pytest
 
 from keyproxy.auth.api_key import KeyFormat
 from tests.acceptance.conftest import Configure, Site, until
+from tests.auth.test_agent_token_format import HEADER, jwt
 from tests.rawhttp import connect
 
 CANARY = KeyFormat().make(b"canary canary canary canary 1234", is_test=False).reveal().decode()
+
+#: An agent token, signed with no key of this site.
+TOKEN = jwt(HEADER, b'{"iss":"canary","jti":"agt_canary"}', hashlib.sha512(b"canary").digest()).decode()
 
 #: This many consecutive characters of a key's random part are a leak: more than its hint contains.
 REVEALING_DIGITS = 12
@@ -32,25 +38,25 @@ def _start_encoded(text: str, times: int) -> str:
     return _encoded(text[:3], times) + text[3:]
 
 
-FORMS = {
-    "whole": CANARY,
-    "truncated": CANARY[:40],
-    "wrong checksum": CANARY[:-1] + ("a" if CANARY[-1] != "a" else "b"),
-    "upper case": CANARY.upper(),
-    "test": CANARY.replace("_live_", "_test_"),
-    "too long": CANARY + "x" * 20,
-    "control byte within": CANARY[:30] + "\x01" + CANARY[30:],
-    "0x80 within": CANARY[:30] + "\x80" + CANARY[30:],
-    "NUL after": CANARY + "\0",
-    "space within": CANARY[:30] + " " + CANARY[30:],
-    "comma within": CANARY[:30] + "," + CANARY[30:],
-    "encoded": _encoded(CANARY, 1),
-    "encoded twice": _encoded(CANARY, 2),
-    "start encoded": _start_encoded(CANARY, 1),
-    "start encoded twice": _start_encoded(CANARY, 2),
-    "start encoded thrice": _start_encoded(CANARY, 3),
-    "start encoded six times": _start_encoded(CANARY, 6),
-}
+def _forms(canary: str, cut: int) -> list[str]:
+    """A key in its forms. The characters before `cut` are enough to recognise it."""
+    return [
+        canary,
+        canary[: cut + 10],
+        canary[:-1] + ("a" if canary[-1] != "a" else "b"),
+        canary.upper(),
+        canary.replace("_live_", "_test_"),
+        canary + "x" * 20,
+        canary[:cut] + "\x01" + canary[cut:],
+        canary[:cut] + "\x80" + canary[cut:],
+        canary + "\0",
+        canary[:cut] + " " + canary[cut:],
+        canary[:cut] + "," + canary[cut:],
+        _encoded(canary, 1),
+        _encoded(canary, 2),
+        *(_start_encoded(canary, times) for times in (1, 2, 3, 6)),
+    ]
+
 
 #: The positions of a key. `{key}` is the canary in one of its forms, `{good}` a valid credential; lines end in LF here.
 POSITIONS = [
@@ -73,6 +79,9 @@ POSITIONS = [
     "GET / HTTP/1.1\nHost: a\n{good}Proxy-Authorization: Api-Key {key}\nTE: {key}\nKeep-Alive: {key}\n\n",
     "GET / HTTP/1.1\nHost: a\n{good}X-Forwarded-For: {key}\nForwarded: for={key}\nX-Real-Ip: {key}\n\n",
     "GET / HTTP/1.1\nHost: a\n{good}X-Keyproxy-User: {key}\nX_Keyproxy_Key_Id: {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\n{good}X-Keyproxy-Act-For: {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\n{good}X-Keyproxy-Act-For: {key}\nx_keyproxy_act_for: {key}\n\n",
+    "GET / HTTP/1.1\nHost: a\nX-Api-Key: {key}\nX-Keyproxy-Act-For: {key}\n\n",
     "GET / HTTP/1.1\nHost: a\n{good}Connection: {key}\n\n",
     "GET / HTTP/1.1\nHost: a\n{good}Expect: {key}\n\n",
     "GET / HTTP/1.1\nHost: a\n{good}Content-Length: {key}\n\n",
@@ -121,30 +130,34 @@ ENDLESS = [
 ]
 
 
-def _rows(positions: list[str], good: str) -> Iterator[bytes]:
-    whole, *others = FORMS.values()
+def _rows(positions: list[str], good: str, forms: list[str]) -> Iterator[bytes]:
+    whole, *others = forms
     for number, position in enumerate(positions):
         # Every form at some positions and every position with some forms: all combinations would take too long.
         for form in (whole, *(others[(number + step) % len(others)] for step in (0, 3, 7, 10))):
             row = position.replace("\n", "\r\n")
             row = row.replace("{good}", f"Authorization: Api-Key {good}\r\n").replace("{filler}", "f" * 40_000)
             yield row.replace("{key}", form).encode("latin-1")
-    yield f"GET / HTTP/1.1\nHost: a\nAuthorization: Api-Key {CANARY}\n\n".encode()
+    yield f"GET / HTTP/1.1\nHost: a\nAuthorization: Api-Key {whole}\n\n".encode()
 
 
 def _leaks(content: bytes, secret: str) -> list[str]:
-    """The pieces of a key's random part that an output contains."""
-    digits = secret[8:]
+    """The pieces of a key's random part, or of a token after its header, that an output contains."""
+    digits = secret.partition(".")[2] or secret[8:]
     pieces = {digits[at : at + REVEALING_DIGITS] for at in range(len(digits) - REVEALING_DIGITS + 1)}
     text = content.decode("latin-1").lower()
     return sorted(piece for piece in pieces if piece.lower() in text)
 
 
-async def test_a_key_is_found_in_no_output_table_metric_or_command_line(configure: Configure, dsn: str) -> None:
+@pytest.mark.parametrize(("canary", "cut"), [(CANARY, 30), (TOKEN, 150)], ids=["key", "agent token"])
+async def test_a_key_is_found_in_no_output_table_metric_or_command_line(
+    configure: Configure, dsn: str, canary: str, cut: int
+) -> None:
     site = configure(dsn, listen={"header_timeout_seconds": 1, "body_idle_timeout_seconds": 1}, log={"level": "debug"})
     good = (await site.key())["secret"]
     answers: list[bytes] = []
-    rows = [*_rows(POSITIONS, good)]
+    forms = _forms(canary, cut)
+    rows = [*_rows(POSITIONS, good, forms)]
     async with site.serving() as process:
         places = asyncio.Semaphore(16)
 
@@ -157,7 +170,7 @@ async def test_a_key_is_found_in_no_output_table_metric_or_command_line(configur
 
         await asyncio.gather(*(send(raw, ends=True) for raw in rows))
         places = asyncio.Semaphore(64)
-        await asyncio.gather(*(send(raw, ends=False) for raw in _rows(ENDLESS, good)))
+        await asyncio.gather(*(send(raw, ends=False) for raw in _rows(ENDLESS, good, forms)))
 
         async def is_logged() -> bool:
             return len(site.log()) >= len(answers)
@@ -173,11 +186,11 @@ async def test_a_key_is_found_in_no_output_table_metric_or_command_line(configur
         own = [Path(f"/proc/{process.pid}/{file}").read_bytes() for file in ("cmdline", "environ", "comm")]
     assert not any(answer.startswith(b"HTTP/1.1 5") for answer in answers)
     content = b"".join([*site.printed, *answers, *pages, *own, *await _tables(dsn)])
-    assert _leaks(content, CANARY) == []
+    assert _leaks(content, canary) == []
     assert _leaks(content, good) == []
     for message in site.upstream.heads:
         assert good not in str(message)
-        assert CANARY not in str([message.start, message.one("X-Request-Id"), message.all("Authorization")])
+        assert canary not in str([message.start, message.one("X-Request-Id"), message.all("Authorization")])
 
 
 async def _tables(dsn: str) -> list[bytes]:
@@ -190,8 +203,9 @@ async def _tables(dsn: str) -> list[bytes]:
     return rows
 
 
-async def test_an_invalid_key_is_not_printed_by_a_command_either(site: Site) -> None:
-    for arguments in (("key", "show", CANARY), ("key", "revoke", CANARY), ("user", "show", CANARY), ("bogus", CANARY)):
+@pytest.mark.parametrize("canary", [CANARY, TOKEN], ids=["key", "agent token"])
+async def test_an_invalid_key_is_not_printed_by_a_command_either(site: Site, canary: str) -> None:
+    for arguments in (("key", "show", canary), ("key", "revoke", canary), ("user", "show", canary), ("bogus", canary)):
         output = await site.run(*arguments)
         assert output.status != 0
-        assert _leaks(output.out.encode() + output.err.encode(), CANARY) == [], arguments
+        assert _leaks(output.out.encode() + output.err.encode(), canary) == [], arguments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from urllib.parse import quote
 
@@ -12,12 +13,18 @@ from keyproxy.auth.api_key import KeyFormat
 from keyproxy.http_messages import CredentialField, RequestFields, RequestHead, RequestLine
 from keyproxy.reasons import Reason, Refusal
 from tests import fakes
+from tests.auth.test_agent_token_format import ASSERTION_HEADER, HEADER, jwt
 
 KEY = fakes.key(1).reveal()
 OTHER = fakes.key(2).reveal()
 FOREIGN = b"sk-proj-0123456789"
 AUTH, X_KEY = b"authorization", b"x-api-key"
 TEXT = KEY.decode()
+TOKEN = jwt(HEADER, b'{"sub":"u_42","jti":"agt_0"}', bytes(range(64)))
+OTHER_TOKEN = jwt(HEADER, b'{"sub":"u_43","jti":"agt_1"}', bytes(range(64, 128)))
+ASSERTION = jwt(ASSERTION_HEADER)
+#: Signed by another issuer.
+THEIRS = jwt(b'{"alg":"HS256","typ":"JWT"}', b"{}", b"s" * 32)
 
 
 def head(*shown: tuple[bytes, bytes], target: bytes = b"/v1/jobs") -> RequestHead:
@@ -44,6 +51,8 @@ def refused(request: RequestHead) -> Refusal:
         ([(X_KEY, FOREIGN)], FOREIGN),
         ([(AUTH, b"Api-Key " + KEY), (AUTH, b"Bearer " + KEY)], KEY),
         ([(X_KEY, KEY), (AUTH, b"Bearer " + KEY), (X_KEY, KEY)], KEY),
+        ([(AUTH, b"Bearer " + TOKEN)], TOKEN),
+        ([(AUTH, b"Api-Key " + TOKEN), (X_KEY, TOKEN)], TOKEN),
     ],
 )
 def test_repeated_identical_key_is_one_credential(shown: list[tuple[bytes, bytes]], key: bytes) -> None:
@@ -68,6 +77,9 @@ def test_repeated_identical_key_is_one_credential(shown: list[tuple[bytes, bytes
         ([(AUTH, b"Api-Key " + KEY), (X_KEY, OTHER)], Reason.CREDENTIALS_AMBIGUOUS),
         ([(AUTH, b"Api-Key " + KEY), (X_KEY, KEY.lower())], Reason.CREDENTIALS_AMBIGUOUS),
         ([(X_KEY, KEY), (X_KEY, KEY), (X_KEY, OTHER)], Reason.CREDENTIALS_AMBIGUOUS),
+        ([(AUTH, b"Bearer " + TOKEN), (X_KEY, OTHER_TOKEN)], Reason.CREDENTIALS_AMBIGUOUS),
+        ([(AUTH, b"Bearer " + TOKEN), (X_KEY, KEY)], Reason.CREDENTIALS_AMBIGUOUS),
+        ([(AUTH, b"Bearer " + TOKEN + b", " + OTHER_TOKEN)], Reason.KEY_INVALID),
         ([(AUTH, b"Basic dXNlcjpwYXNz"), (X_KEY, KEY)], Reason.CREDENTIALS_AMBIGUOUS),
         ([(AUTH, b"Api-Key " + KEY), (X_KEY, b"")], Reason.CREDENTIALS_AMBIGUOUS),
     ],
@@ -103,6 +115,15 @@ def test_anything_but_one_key_is_refused_without_repeating_it(shown: list[tuple[
         "/?%2561pi_key=secret",
         "/a%3Fapi_key=secret",
         "/?api_key=&api_key=secret",
+        f"/{TOKEN.decode()}",
+        f"/{TOKEN.decode()[:60]}",
+        f"/?x={TOKEN.decode()}&y=1",
+        f"/?x={TOKEN.decode().lower()}",
+        f"/?x={ASSERTION.decode()}",
+        "/?" + "".join(f"%{sign:02x}" for sign in TOKEN),
+        "/?" + quote("".join(f"%{sign:02X}" for sign in TOKEN)),
+        "/?" + quote(quote("".join(f"%{sign:02X}" for sign in TOKEN[:20]))) + TOKEN.decode()[20:],
+        f"/?access_token={THEIRS.decode()}",
     ],
 )
 @pytest.mark.parametrize("shown", [(), ((AUTH, b"Api-Key " + KEY),)], ids=["alone", "beside a header"])
@@ -123,6 +144,9 @@ def test_a_key_in_the_url_is_refused_even_beside_one_in_a_header(
         "/?q=api_key",
         "/?id=kp_live_0123456789abcde",
         "/?a=%",
+        f"/?a={THEIRS.decode()}",
+        f"/a/{THEIRS.decode()}/b",
+        f"/?a={TOKEN.decode()[:40]}",
         "*",
     ],
 )
@@ -139,6 +163,16 @@ def test_text_that_resembles_a_key_is_allowed_in_the_url(target: str) -> None:
         (FOREIGN, True, True),
         (FOREIGN, False, False),
         (b"a b c d e f", True, False),
+        (b"f" * 512, True, True),
+        (b"f" * 513, True, False),
+        (TOKEN, True, True),
+        (TOKEN, False, True),
+        (ASSERTION, False, True),
+        (THEIRS, False, True),
+        (jwt(b'{"alg":"none"}', signature=b""), False, True),
+        (jwt(b'{"typ":"at+jwt"}'), False, False),
+        (jwt(b'{"alg":1}', b"", b"")[:-1] + b"a" * (4096 - 14) + b".", False, True),
+        (jwt(b'{"alg":1}', b"", b"")[:-1] + b"a" * (4097 - 14) + b".", True, False),
     ],
 )
 def test_key_that_cannot_exist_is_refused_without_a_lookup(
@@ -151,6 +185,56 @@ def test_key_that_cannot_exist_is_refused_without_a_lookup(
     with pytest.raises(Refusal) as error:
         credentials.checked(request, key_format)
     assert error.value.reason is Reason.KEY_INVALID
+
+
+def test_a_json_web_token_is_never_a_key_of_another_program() -> None:
+    for token in (TOKEN, ASSERTION, THEIRS):
+        assert len(token) <= 512
+        assert not KeyFormat().may_exist(token)
+
+
+def holding(credential: bytes, *lines: bytes) -> RequestHead:
+    """A request with this credential, and with these lines."""
+    made = head((AUTH, b"Bearer " + credential))
+    made.block = b"".join(line + b"\r\n" for line in lines)
+    return made
+
+
+SHARED_HEADER = TOKEN.partition(b".")[0]
+SIGNATURE = TOKEN.rpartition(b".")[2]
+
+
+@pytest.mark.parametrize(
+    ("line", "is_dropped"),
+    [
+        (b"Cookie: a=b; session=" + TOKEN + b"; c=d", True),
+        (b"Referer: https://h.example/?token=" + TOKEN, True),
+        (b"Referer: https://h.example/?token=" + quote(quote(TOKEN)).replace("-", "%2D").encode(), True),
+        (b"X-Forwarded-Access-Token: " + TOKEN, True),
+        (b"Api-Key: " + TOKEN, True),
+        (b"Cookie: sig=" + SIGNATURE, True),
+        (b"X-Basic: Basic " + base64.b64encode(b"user:" + TOKEN), True),
+        (b"X-Header: " + SHARED_HEADER, False),
+        (b"X-Claims: " + TOKEN.rpartition(b".")[0], False),
+        (b"Cookie: other=" + OTHER_TOKEN, False),
+        (b"Cookie: assertion=" + ASSERTION, False),
+        (b"Cookie: session=" + THEIRS, False),
+    ],
+)
+def test_lines_with_the_presented_token_are_dropped_but_not_those_that_share_its_header(
+    line: bytes, is_dropped: bool
+) -> None:
+    request = holding(TOKEN, b"A: 1", line, b"B: 2")
+    credentials.digest(request)
+    assert request.block == b"A: 1\r\n" + (b"" if is_dropped else line + b"\r\n") + b"B: 2\r\n"
+
+
+@pytest.mark.parametrize("token", [TOKEN, THEIRS, jwt(b'{"alg":"HS256","typ":"JWT"}', b"{}", b"a-_" * 20)])
+def test_on_a_public_route_the_lines_with_a_token_are_dropped_but_not_those_that_share_its_header(token: bytes) -> None:
+    header = b"X-Header: " + token.partition(b".")[0]
+    request = holding(token, header, b"Cookie: t=" + token, b"A: 1")
+    credentials.discard(request)
+    assert request.block == header + b"\r\nA: 1\r\n"
 
 
 def test_key_in_the_url_is_refused_even_if_a_similar_head_is_cached() -> None:

@@ -12,12 +12,15 @@ import pytest
 from keyproxy.auth import key_scanner
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.auth.key_scanner import Scan, scan
+from tests.auth.test_agent_token_format import ASSERTION_HEADER, HEADER, jwt
 
 FORMAT = KeyFormat()
 LIVE = FORMAT.make(bytes(range(32)), is_test=False).reveal()
 TEST = FORMAT.make(bytes(range(1, 33)), is_test=True).reveal()
 OLD = KeyFormat("acme2").make(bytes(32), is_test=False).reveal()
 ADMIN = FORMAT.make_admin_token(bytes(32)).reveal()
+TOKEN = jwt(HEADER, b'{"iss":"keyproxy","sub":"u_42","jti":"agt_0"}', bytes(range(64)))
+OTHER_TOKEN = jwt(HEADER, b'{"jti":"agt_1"}', bytes(range(64, 128)))
 DJANGO = b"Ab3dE6gH." + b"0123456789abcdefABCDEF0123456789"
 
 
@@ -55,6 +58,78 @@ def keys(found: Scan) -> list[bytes]:
 )  # fmt: skip
 def test_a_key_is_found_however_it_is_written(text: bytes) -> None:
     assert LIVE in keys(scan(text, FORMAT))
+
+
+def tokens(found: Scan) -> list[bytes]:
+    """The plaintexts of the agent tokens that were found."""
+    return [token.reveal() for token in found.agent_tokens]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TOKEN,
+        b"Authorization: Bearer " + TOKEN + b"\r\n",
+        b"x-api-key:" + TOKEN,
+        b'{"token": "' + TOKEN + b'"}',
+        b"The token is " + TOKEN + b". Please revoke it!",
+        b"https://h.example/v1?access_token=" + TOKEN + b"&page=2#top",
+        "".join(f"%{sign:02X}" for sign in TOKEN).encode(),
+        "".join(f"%25{sign:02x}" for sign in TOKEN).encode(),
+        json.dumps({"log": json.dumps({"key": "line\n" + TOKEN.decode() + "\nrest"})}).encode(),
+        TOKEN.replace(b".", b"\\u002e"),
+        TOKEN.replace(b".", b"&#46;"),
+        TOKEN[:20] + b"\n" + TOKEN[20:],
+        b"> " + TOKEN[:76] + b"=\r\n> " + TOKEN[76:152] + b"=\r\n> " + TOKEN[152:] + b"\r\n",
+        b'"' + TOKEN[:130] + b'" +\n    "' + TOKEN[130:] + b'"',
+        TOKEN[:20] + "\u200b".encode() + TOKEN[20:],
+        TOKEN.decode().encode("utf-16"),
+    ],
+)  # fmt: skip
+def test_an_agent_token_is_found_however_it_is_written(text: bytes) -> None:
+    found = scan(text, FORMAT)
+    assert (tokens(found), found.incomplete) == ([TOKEN], 0)
+    assert (found.keys, found.presented) == ([], [])
+    assert TOKEN not in [one.reveal() for one in found.foreign]
+
+
+def test_agent_tokens_and_keys_of_a_text_are_found_each_once() -> None:
+    found = scan(b"\n".join([TOKEN, LIVE, OTHER_TOKEN, TOKEN, TOKEN[:150] + OTHER_TOKEN]), FORMAT)
+    assert (tokens(found), keys(found)) == ([TOKEN, OTHER_TOKEN], [LIVE])
+
+
+@pytest.mark.parametrize(
+    ("text", "incomplete"),
+    [
+        (TOKEN[:40], 0),
+        (TOKEN[:48], 1),
+        (TOKEN[:150], 1),
+        (TOKEN[:-1], 1),
+        (TOKEN[:150] + b" " + TOKEN[:150] + b" " + TOKEN[:48] + b" " + OTHER_TOKEN[:-1], 3),
+        (TOKEN + b" " + TOKEN[:150], 0),
+        (TOKEN[:150] + b"\n" + TOKEN[150:], 0),
+        (
+            TOKEN[:150]
+            + b" and so on. "
+            + b"This is the end of a sentence that has very many letters in it, and more. " * 3,
+            1,
+        ),
+        (jwt(ASSERTION_HEADER), 0),
+        (jwt(b'{"alg":"HS256"}'), 0),
+    ],
+)
+def test_starts_of_agent_tokens_without_the_rest_are_counted(text: bytes, incomplete: int) -> None:
+    found = scan(text, FORMAT)
+    assert found.incomplete == incomplete
+    assert set(tokens(found)) <= {TOKEN}
+
+
+def test_a_json_web_token_of_another_issuer_is_no_key_of_another_program() -> None:
+    token = jwt(b'{"alg":"HS256"}', b"{}", b"s" * 32)
+    for text in (token, b"Authorization: Bearer " + token, b'{"api_key": "' + token + b'"}'):
+        found = scan(text, FORMAT)
+        assert (tokens(found), found.presented) == ([], [])
+        assert token not in [one.reveal() for one in found.foreign]
 
 
 def test_all_keys_of_a_text_are_found_each_once() -> None:
@@ -135,6 +210,7 @@ def test_any_bytes_are_text_and_nothing_shows_a_key() -> None:
         b"bearer ", b" ", b"bearer" + b" " * 5000, b"kp_live_%d ", b"_live_", b"a_live_" + b"b" * 49 + b" ", b"%25",
         b"&#38;",
         b"\x1b[", b"\x1b[1;", b"a=", b"abcdefgh.", b"api_key:", b"0" * 64 + b" ", b"\\u005f", LIVE, LIVE + b" ", b"x.",
+        TOKEN, TOKEN + b" ", TOKEN[:60], TOKEN[:111], TOKEN[:150] + b"\n",
     ],
 )  # fmt: skip
 def test_no_text_takes_long(piece: bytes) -> None:

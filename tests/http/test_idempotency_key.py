@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from keyproxy.http.headers import FieldNames
 from keyproxy.http.idempotency_key import Fingerprint, fingerprint
 from keyproxy.http_messages import RequestHead
-from keyproxy.model import Identity
+from keyproxy.model import AgentToken, Identity
 from keyproxy.reasons import Reason
 from keyproxy.wire.parsing.head_cache import RequestReader
 from keyproxy.wire.parsing.head_templates import LEARNT_AFTER
@@ -53,6 +54,29 @@ def test_any_difference_makes_another_request() -> None:
     digests += [made(who=users[0], target=target).digest() for target in ("/v1", "/v1?a=1", "/v1?a=2")]
     digests += [made("Idempotency-Key: " + key, who=users[0]).digest() for key in ("a", "b", '"a"', "a" * 255)]
     assert len(set(digests)) == len(digests)
+
+
+def test_the_fingerprint_names_the_user_and_the_agents_but_neither_key_nor_token() -> None:
+    def agent_of(user: str, token_id: str, *agents: str) -> Identity:
+        return dataclasses.replace(fakes.identity(user), agent_token=AgentToken(token_id, agents, len(agents) - 1))
+
+    identities = [
+        fakes.identity("u_1"),
+        dataclasses.replace(fakes.identity("u_2"), actor_user_id="u_1"),
+        agent_of("u_1", "agt_1", "crawler"),
+        agent_of("u_1", "agt_1", "crawler", "planner"),
+        agent_of("u_1", "agt_1", "crawlerplanner"),
+        agent_of("u_2", "agt_1", "crawler"),
+    ]
+    digests = [made(who=who).digest() for who in identities]
+    assert len(set(digests)) == len(digests)
+    assert made(who=agent_of("u_1", "agt_2", "crawler")).digest() == digests[2]
+    assert made(who=fakes.identity("u_2")).digest() == digests[1]
+
+
+def test_the_fingerprint_of_a_request_with_a_key_never_changes() -> None:
+    """Proxies of two releases may see the attempts of one request."""
+    assert made(content=b"{}").digest().hex() == "71b7603199ea1d6d26d97d419a8f753ab01b0e773f2619e8bb77c6a4f8d5beeb"
 
 
 def test_parts_do_not_run_together() -> None:

@@ -11,6 +11,7 @@ from keyproxy.http.headers import FieldNames
 from keyproxy.model import Grant, Permit, Route
 from keyproxy.reasons import Refusal
 from keyproxy.wire.parsing.head_cache import RequestReader
+from keyproxy.wire.parsing.head_templates import LEARNT_AFTER
 from tests import fakes, header_strategies
 
 WHO = fakes.identity("u_42", "acme", scopes=frozenset({"jobs:read", "jobs:write"}))
@@ -107,6 +108,33 @@ def test_no_arbitrary_head_does_either(heads: list[bytes]) -> None:
         head = dressed(reader, raw)
         if head is not None and b" a.example\r\n" in raw:
             check(raw, head)
+
+
+def named_users(head: bytes) -> list[bytes]:
+    """The values of Act-For in any spelling; two if the header is ambiguous."""
+    name = b"x-keyproxy-act-for"
+    options = b",".join(line.partition(b":")[2] for line in lines_of(head) if canonical(line) == b"connection")
+    found = [line.partition(b":")[2].strip(b" \t") for line in lines_of(head) if canonical(line) == name]
+    return found + [b"named in Connection"] * 2 * (name in map(folded, options.split(b",")))
+
+
+@given(st.lists(header_strategies.hostile_heads() | header_strategies.act_for_heads(), min_size=1, max_size=4))
+@settings(max_examples=300)
+def test_act_for_is_read_as_the_one_user_that_is_named_or_the_request_is_refused(heads: list[bytes]) -> None:
+    reader, like = RequestReader(FieldNames(), fakes.holds_key), None
+    for raw in heads * (LEARNT_AFTER + 2):
+        expected, detail = named_users(raw), ""
+        try:
+            like = reader.read(raw, len(raw) - 4, like)
+        except Refusal as refusal:
+            detail = refusal.detail
+        if detail:
+            event("refused")
+            assert len(expected) > 1 or "Act-For" not in detail
+        else:
+            event(f"{len(expected)} users")
+            assert like is not None
+            assert ([] if like.act_for is None else [like.act_for]) == expected
 
 
 def test_the_head_that_goes_upstream_is_this() -> None:

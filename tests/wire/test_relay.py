@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import hashlib
 import json
 import time
 
@@ -15,6 +16,7 @@ from keyproxy.config.schema import RouteRow
 from keyproxy.model import Ending
 from keyproxy.reasons import Reason
 from tests import fakes
+from tests.auth.test_agent_token_format import HEADER, jwt
 from tests.rawhttp import Message, Upstream, answer_with
 from tests.wire.conftest import AUTHORIZATION, KEY, Start, Wire, request
 
@@ -310,6 +312,78 @@ async def test_no_field_carries_the_presented_key_upstream(start: Start, line: s
         assert BASIC.rstrip("=") not in result
         assert seen.one("X") == "y"
     assert wire.upstream.requests[0].one("Z") == "basic truth"
+
+
+TOKEN = jwt(HEADER, b'{"sub":"u_42","jti":"agt_0"}', hashlib.sha512(b"1").digest()).decode()
+OTHER_TOKEN = jwt(HEADER, b'{"sub":"u_43","jti":"agt_1"}', hashlib.sha512(b"2").digest()).decode()
+
+
+@pytest.mark.parametrize("presented", ["Authorization: Bearer", "Authorization: Api-Key", "X-Api-Key:"])
+async def test_no_field_carries_the_presented_agent_token_upstream_but_other_tokens_do_go_on(
+    start: Start, presented: str
+) -> None:
+    wire = await start(listen={"trusted_proxies": ["127.0.0.1"]})
+    wire.identities.add(SecretKey(TOKEN.encode()), fakes.identity())
+    basic = base64.b64encode(f"user:{TOKEN}".encode()).decode()
+    elsewhere = [
+        f"Cookie: a=b; t={TOKEN}; c=d", f"Referer: https://a.example/?t={TOKEN.replace('.', '%2E')}", f"X-T: {TOKEN}",
+        f"X-Original-Authorization: Basic {basic}", f"X-Forwarded-For: {TOKEN}", f"X-Request-Id: {TOKEN[:120]}",
+        f"X-Keyproxy-Act-For-Token: {TOKEN}", f"X-Signature: {TOKEN.rpartition('.')[2]}",
+    ]  # fmt: skip
+    kept = [f"X-Child: {OTHER_TOKEN}", f"X-Header: {TOKEN.partition('.')[0]}", "X: y"]
+    async with wire.client() as client:
+        for lines in ([*elsewhere, *kept], [*kept, *elsewhere], kept, *([*kept, line] for line in elsewhere)) * 3:
+            await client.send(request("POST", "/", *lines, f"{presented} {TOKEN}", key=None, body=b"x"))
+            answer = await client.answer()
+            assert (answer.status, TOKEN in str(answer.headers)) == (200, False)
+    for seen in wire.upstream.requests:
+        result = json.dumps(seen.headers)
+        assert TOKEN.rpartition(".")[2] not in result
+        assert basic not in result
+        assert [f"{name}: {seen.one(name)}" for name in ("X-Child", "X-Header", "X")] == kept
+
+
+async def test_an_agent_token_in_the_url_is_refused_and_not_logged(wire: Wire) -> None:
+    escaped = "".join(f"%{sign:02x}" for sign in TOKEN.encode())
+    for target in (f"/{TOKEN}", f"/?t={TOKEN}", f"/?t={escaped}", f"/{escaped}", f"/?t={escaped.replace('%', '%25')}"):
+        async with wire.client() as client:
+            await client.send(request("POST", target, body=b"x"))
+            answer = await client.answer()
+            assert (answer.status, json.loads(answer.body)["code"]) == (400, "key_in_url")
+            assert TOKEN[110:] not in f"{answer.headers} {answer.body!r}"
+    assert wire.upstream.heads == []
+    for one in wire.recorder.seen:
+        assert TOKEN[110:] not in one.detail
+    theirs = jwt(b'{"alg":"HS256","typ":"JWT"}', b"{}", b"s" * 32).decode()
+    async with wire.client() as client:
+        for target in (f"/{theirs}", f"/?t={theirs}"):
+            await client.send(request("POST", target, body=b"x"))
+            assert (await client.answer()).status == 200
+
+
+@pytest.mark.parametrize(
+    ("credential", "is_looked_up"),
+    [
+        (jwt(b'{"alg":1}', b"", b"")[:-1] + b"a" * (4096 - 14) + b".", True),
+        (jwt(b'{"alg":1}', b"", b"")[:-1] + b"a" * (4097 - 14) + b".", False),
+        (b"f" * 512, True),
+        (b"f" * 513, False),
+        (b"f" * 512 + b".a.b", False),
+    ],
+    ids=["token of 4096", "token of 4097", "key of 512", "key of 513", "no token of 516"],
+)
+async def test_a_credential_has_up_to_512_bytes_and_a_token_4096(
+    wire: Wire, credential: bytes, is_looked_up: bool
+) -> None:
+    key = SecretKey(credential)
+    wire.identities.slow.add(key.digest())
+    wire.identities.add(key, fakes.identity())
+    async with wire.client() as client:
+        for _ in range(2):
+            await client.send(request("POST", "/", key=credential, body=b"x"))
+            answer = await client.answer()
+            assert answer.status == (200 if is_looked_up else 401)
+    assert wire.identities.brought == int(is_looked_up)
 
 
 async def test_a_key_in_host_or_content_type_refuses_the_request(wire: Wire) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from keyproxy.auth.agent_token_format import signature_of
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.http import headers
 from keyproxy.http_messages import RequestHead
@@ -18,9 +19,9 @@ class RequestIds:
         """The id of the request with this head; None: of bytes that are no request."""
         sent = head.request_id if head is not None else None
         if head is not None and sent is not None and headers.sane_request_id(sent):
-            # A key in this field would be logged and echoed.
+            # A key in this field would be logged and echoed. Of a token the signature is secret: ids make up the rest.
             keys = (token for field in head.credentials for token in field.value.split()[-1:])
-            if not key_format.is_within(sent) and not any(key in sent for key in keys):
+            if not key_format.is_within(sent) and not any((signature_of(key) or key) in sent for key in keys):
                 return sent
         self._serial += 1
         return b"%b%010x" % (self._instance, self._serial)

@@ -128,7 +128,7 @@ class _Reader(Generic[_Fields]):
 
     def _remember(self, minor_version: int, fields: _Fields, lines: list[bytes], parsed: ParsedFields) -> None:
         """Cache a head that was just parsed, if all its lines can be recognised again."""
-        if any(len(line) > _LINE_BYTES_MAX or line.find(b":") > _NAME_BYTES_MAX for line in lines):
+        if not all(self._may_remember(line) for line in lines):
             return
         meanings = [self._meaning(line) for line in lines]
         if len(self._shapes) >= _SHAPES_MAX or len(self._lines) >= _LINES_MAX or len(self._meanings) >= _LINES_MAX:
@@ -140,13 +140,23 @@ class _Reader(Generic[_Fields]):
             shape = Shape(minor_version, fields, lines, parsed, meanings)
             self._shapes[(minor_version, *meanings)] = self._by_fields[fields] = shape
 
+    def _may_remember(self, line: bytes) -> bool:
+        """Whether a line is short enough. Of one that varies only the name is cached: an agent token has 700 bytes."""
+        name = line.partition(b":")[0]
+        if len(name) > _NAME_BYTES_MAX:
+            return False
+        return len(line) <= _LINE_BYTES_MAX or not self._is_stable(name, self._names.kind(name))
+
+    def _is_stable(self, name: bytes, kind: Kind) -> bool:
+        """Whether lines with this name are cached whole."""
+        if kind in _STABLE_KINDS or name.lower() in _STABLE_NAMES:
+            return True
+        return kind not in self._varies and kind is not Kind.HOP and kind is not Kind.RESERVED
+
     def _meaning(self, line: bytes) -> Meaning:
         name = line.partition(b":")[0]
         kind = self._names.kind(name)
-        whole = kind in _STABLE_KINDS or (
-            kind not in self._varies and kind is not Kind.HOP and kind is not Kind.RESERVED
-        )
-        if whole or name.lower() in _STABLE_NAMES:
+        if self._is_stable(name, kind):
             return self._lines.setdefault(line, Meaning(kind, is_whole_line=True))
         return self._meanings.setdefault(name, Meaning(kind, is_whole_line=False))
 

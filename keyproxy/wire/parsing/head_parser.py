@@ -78,7 +78,13 @@ def parse_request(
     if opens_tunnel:
         _check_handshake(method, parts.fields, parsed)
     if line is None:
-        going = request_target.judge(method, parts.start, parsed.host, accepts_encoded_slash=accepts_encoded_slash)
+        try:
+            going = request_target.judge(method, parts.start, parsed.host, accepts_encoded_slash=accepts_encoded_slash)
+        except Refusal:
+            # An agent token in a path may be encoded in a way that makes the path ambiguous: `%2E` for its dots.
+            if holds_key(parts.start):
+                raise Refusal(Reason.KEY_IN_URL) from None
+            raise
         line = request_line(method, going, minor, holds_key=holds_key(going.decoded))
     _check_is_served(method, parsed, methods)
     media_type, codings = _content(parts.fields, parsed)

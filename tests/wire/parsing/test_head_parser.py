@@ -11,12 +11,13 @@ from keyproxy.http.headers import FieldNames
 from keyproxy.http.routes import KNOWN_METHODS
 from keyproxy.http_messages import RequestFields, RequestLine, ResponseFields, StatusLine
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.wire.parsing.head_beginnings import check_beginning
+from keyproxy.wire.parsing.head_beginnings import check_beginning, refused_line
 from keyproxy.wire.parsing.head_cache import RequestReader, ResponseReader
 from keyproxy.wire.parsing.head_parser import has_no_body, parse_request, parse_response
 from keyproxy.wire.parsing.head_templates import LEARNT_AFTER
 from keyproxy.wire.parsing.header_fields import ParsedFields
 from tests import fakes, header_strategies
+from tests.auth.test_agent_token_format import HEADER, jwt
 
 NAMES = FieldNames()
 HOST = b"Host: a.example\r\n"
@@ -230,6 +231,32 @@ def test_credentials_and_claims_are_set_aside_with_lower_case_names_and_trimmed_
     assert parsed.forwarded == [(b"x-forwarded-for", b"x , y"), (b"forwarded", b"z")]
     assert parsed.request_id == b"r"
     assert not fields.expects_continue
+
+
+TOKEN = jwt(HEADER)
+
+
+@pytest.mark.parametrize(
+    ("target", "is_ambiguous"),
+    [
+        (b"/" + TOKEN, False),
+        (b"/a?b=" + b"".join(b"%%25%02X" % sign for sign in TOKEN), False),
+        (b"/" + TOKEN.replace(b".", b"%2E"), True),
+        (b"/" + b"".join(b"%%%02x" % sign for sign in TOKEN), True),
+        (b"/../" + TOKEN, True),
+        (b"//" + TOKEN, True),
+        (b"http://other.example/" + TOKEN, True),
+    ],
+)
+def test_a_token_in_the_url_is_found_also_in_a_target_that_is_ambiguous(target: bytes, is_ambiguous: bool) -> None:
+    raw = request(start=b"GET %b HTTP/1.1" % target)
+    if is_ambiguous:
+        assert refused(raw) is Reason.KEY_IN_URL
+    else:
+        assert accepted(raw)[0].holds_key
+    line = refused_line(raw, fakes.holds_key)
+    assert line is not None
+    assert line.holds_key or not line.target
 
 
 ACT_FOR = b"X-Keyproxy-Act-For"
