@@ -20,15 +20,17 @@ from keyproxy.ai.responses.select_meter import meter_for
 from keyproxy.ai.route_rules import RouteRules
 from keyproxy.auth import authorization, credentials
 from keyproxy.auth.api_key import KeyFormat
+from keyproxy.auth.minting import MintRules
 from keyproxy.decision import access_decision, identification, token_accounting
 from keyproxy.decision.access_decision import StoreRecords
+from keyproxy.decision.payments import Payments
+from keyproxy.decision.serving import Serving
 from keyproxy.http import headers, idempotency_key
-from keyproxy.http.idempotency_key import Fingerprint
 from keyproxy.http.routes import RouteTable
 from keyproxy.http_messages import RequestHead, ResponseHead
 from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.model import Grant, Identity, Missing, Moment, Permit, PublicGrant, Route, TimeBudget
-from keyproxy.ports import Claims, Exchange, Gate, Identities, Ledger, OwnedIds, PromptTemplates
+from keyproxy.ports import AgentTokenMint, Claims, Exchange, Gate, Identities, Ledger, OwnedIds, PromptTemplates
 from keyproxy.reasons import Blame, Reason, Refusal
 
 _log = logging.getLogger(__name__)
@@ -49,6 +51,8 @@ class Gateway(Gate):
         routes: RouteTable,
         metering: Mapping[Route, RouteRules],
         access: Mapping[Route, AccessRules],
+        mint: AgentTokenMint,
+        mint_rules: MintRules,
         now: Callable[[], Moment],
         usage_wait_seconds: float = 0.0,
     ) -> None:
@@ -59,7 +63,8 @@ class Gateway(Gate):
         self._owned_ids = owned_ids
         self._templates = templates
         self._ledger = ledger
-        self._claims = claims
+        self._payments = Payments(ledger, claims)
+        self._serving = Serving(mint, mint_rules)
         self._routes = routes
         self._metering = dict(metering)
         self._access = dict(access)
@@ -75,7 +80,16 @@ class Gateway(Gate):
         except Refusal as refusal:
             exchange.refuse(refusal)
         else:
+            self._admitted(exchange, permit)
+
+    def _admitted(self, exchange: Exchange, permit: Permit) -> None:
+        """Forward a request, or serve it."""
+        identity, request = exchange.identity, exchange.mint_request
+        if request is None or identity is None:
             exchange.forward(permit)
+            return
+        exchange.serve(permit)
+        self._start(self._serving.respond(exchange, identity, request, self._now().mono_seconds))
 
     def decide(self, exchange: Exchange, *, is_first_lookup: bool = True) -> Permit:
         """Decide whether this request may go upstream, and with which identity. Never waits.
@@ -98,6 +112,8 @@ class Gateway(Gate):
         if exchange.permit is not None:
             # Admitted before; since then its changed body was compressed.
             return self._written(exchange, head, exchange.permit)
+        if grant.route.serves:
+            return self._serving.decide(exchange, head, grant, self._payments, now=now)
         allowance = identity.allowance
         deduplicates = grant.route.deduplicates and head.fields.has_idempotency_key and allowance is not None
         if deduplicates and exchange.fingerprint is None:
@@ -114,7 +130,7 @@ class Gateway(Gate):
         if allowance is None:
             return Permit(grant)
         need = Need(0, 0, route=grant.route.name) if allowance.has_selectors else None
-        return Permit(grant, self._take(exchange, allowance, need, now))
+        return Permit(grant, self._payments.take(exchange, allowance, need, now))
 
     def _decide_public(self, exchange: Exchange, head: RequestHead, route: Route) -> Permit:
         """Decide on a request that needs no key: reads neither credentials nor the store."""
@@ -131,7 +147,7 @@ class Gateway(Gate):
         self, exchange: Exchange, head: RequestHead, judged: JudgedRequest, allowance: Allowance | None, *, now: Moment
     ) -> None:
         """Read the values that a request is judged by, on a route without tokens."""
-        self._release_slots(exchange)
+        self._payments.release_slots(exchange)
         if judged.values is not None:
             return
         if allowance is None:
@@ -139,11 +155,11 @@ class Gateway(Gate):
             return
         need = Need(0, 0, route=judged.rules.name)
         asks = judged.collects(head) and not judged.has_begun and not access_decision.is_read_at_once(exchange, head)
-        self._check(exchange, allowance, need, now=now, asks=asks)
+        self._payments.check(exchange, allowance, need, now=now, asks=asks)
         try:
             access_decision.read(exchange, head, judged)
         except Missing:
-            exchange.slots = self._ledger.take_slots(allowance, now, need)
+            self._payments.take_slots(exchange, allowance, need, now)
             raise
 
     def _decide_metered(
@@ -160,7 +176,7 @@ class Gateway(Gate):
         metered, allowance, judged = exchange.metered, grant.identity.allowance, exchange.judged
         if metered is None:
             metered = exchange.metered = MeteredRequest(rules, head)
-        self._release_slots(exchange)
+        self._payments.release_slots(exchange)
         if not metered.is_read or (judged is not None and judged.values is None):
             if allowance is not None:
                 self._check_limits(exchange, head, metered, allowance, now=now)
@@ -172,7 +188,7 @@ class Gateway(Gate):
             except Missing:
                 if allowance is not None:
                     # The request counts as concurrent while its body arrives and is read.
-                    exchange.slots = self._ledger.take_slots(allowance, now, rules.unread_need)
+                    self._payments.take_slots(exchange, allowance, rules.unread_need, now)
                 raise
             exchange.model = metered.model
         if judged is not None:
@@ -196,11 +212,6 @@ class Gateway(Gate):
             )
         return self._written(exchange, head, permit)
 
-    def _release_slots(self, exchange: Exchange) -> None:
-        if exchange.slots is not None:
-            self._ledger.release(exchange.slots)
-            exchange.slots = None
-
     def _written(self, exchange: Exchange, head: RequestHead, permit: Permit) -> Permit:
         if exchange.metered is not None:
             token_accounting.finish_body(exchange, head, exchange.metered)
@@ -212,53 +223,14 @@ class Gateway(Gate):
         if metered.depends_on_plan:
             selecting = Need(0, 0, route=metered.rules.name, models=metered.models)
             per_request = self._ledger.per_request(allowance, now, selecting)[0]
-        return self._take(exchange, allowance, metered.reserve(per_request), now)
+        return self._payments.take(exchange, allowance, metered.reserve(per_request), now)
 
     def _check_limits(
         self, exchange: Exchange, head: RequestHead, metered: MeteredRequest, allowance: Allowance, *, now: Moment
     ) -> None:
         """Refuse a request that exceeds a limit whatever its body, before waiting for the body or reading it."""
         asks = not metered.has_begun and not token_accounting.is_read_at_once(exchange, head, metered)
-        self._check(exchange, allowance, metered.rules.unread_need, now=now, asks=asks)
-
-    def _check(self, exchange: Exchange, allowance: Allowance, need: Need, *, now: Moment, asks: bool) -> None:
-        fingerprint = exchange.fingerprint
-        if fingerprint is None:
-            self._ledger.check(allowance, now, need, asks=asks)
-            return
-        try:
-            self._ledger.check(
-                allowance, now, need, fingerprint.paid, asks=asks, may_be_paid=not fingerprint.is_looked_up
-            )
-        except Refusal as refusal:
-            raise self._unless_paid(exchange, fingerprint, refusal) from None
-
-    def _take(self, exchange: Exchange, allowance: Allowance, need: Need | None, now: Moment) -> Hold:
-        """Like the ledger's `take`, but a retry of a charged request is not refused for what it was charged already."""
-        fingerprint = exchange.fingerprint
-        if fingerprint is None:
-            return self._ledger.take(allowance, now, need)
-        if fingerprint.paid is not None:
-            return self._ledger.take_again(allowance, now, need, fingerprint.paid)
-        try:
-            return self._ledger.take(allowance, now, need, may_be_paid=not fingerprint.is_looked_up)
-        except Refusal as refusal:
-            raise self._unless_paid(exchange, fingerprint, refusal) from None
-
-    def _unless_paid(self, exchange: Exchange, fingerprint: Fingerprint, refusal: Refusal) -> Exception:
-        """The refusal, or a Missing for the earlier charge if the request may have been charged before."""
-        if not fingerprint.may_be_paid(refusal.reason):
-            return refusal
-        return Missing("payment", lambda patience: self._look_up_payment(exchange, fingerprint, refusal, patience))
-
-    async def _look_up_payment(
-        self, exchange: Exchange, fingerprint: Fingerprint, spent: Refusal, patience: TimeBudget
-    ) -> None:
-        """Look up an earlier charge once the whole request has arrived. A body too large to buffer is refused."""
-        await exchange.whole_body(spent)
-        if not exchange.is_over:
-            fingerprint.paid = await self._claims.paid(fingerprint.digest(), patience)
-            fingerprint.is_looked_up = True
+        self._payments.check(exchange, allowance, metered.rules.unread_need, now=now, asks=asks)
 
     @property
     def is_deciding(self) -> bool:
@@ -277,7 +249,7 @@ class Gateway(Gate):
                 lambda: self.decide(exchange, is_first_lookup=False), lambda: exchange.is_over
             )
             if permit is not None:
-                exchange.forward(permit)
+                self._admitted(exchange, permit)
         except Refusal as refusal:
             exchange.refuse(refusal)
         except Exception:  # noqa: BLE001 - the outermost boundary of this task
@@ -301,6 +273,9 @@ class Gateway(Gate):
         task.add_done_callback(self._undecided.discard)
 
     def _review(self, exchange: Exchange) -> None:
+        # Minting is not reviewed: the store checks every bound when it inserts the token.
+        if exchange.is_minting:
+            return
         now = self._now()
         try:
             identity = identification.reviewed(exchange, self._identities, now)
@@ -321,19 +296,14 @@ class Gateway(Gate):
 
     def settle(self, exchange: Exchange) -> None:
         """Charge the exchange's hold if the upstream received any of the request, else release it."""
-        self._release_slots(exchange)
+        self._payments.release_slots(exchange)
         permit = exchange.permit
         if permit is None:
             return
         metered = exchange.metered
         tokens, spend = (0, 0) if metered is None else token_accounting.charge(exchange, metered)
-        if permit.hold is None:
-            return
-        fingerprint, was_sent = exchange.fingerprint, exchange.sent_mono > 0.0
-        if fingerprint is not None and was_sent and exchange.is_complete:
-            self._claims.add(permit.hold, fingerprint.digest(), tokens, fingerprint.paid, spend=spend)
-        else:
-            self._ledger.settle(permit.hold, was_sent=was_sent, tokens=tokens, spend=spend)
+        if permit.hold is not None:
+            self._payments.settle(exchange, permit.hold, tokens=tokens, spend=spend)
 
     def meter(self, exchange: Exchange, response: ResponseHead) -> Meter | None:
         """The meter that reads the response to a request on a metered route; None for one that uses no tokens."""

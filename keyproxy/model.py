@@ -175,6 +175,12 @@ class Permit:
         self.grant: Final = grant
         self.hold: Final = hold
 
+    @property
+    def owner(self) -> Owner:
+        """The owner of the request."""
+        grant = self.grant
+        return PUBLIC_OWNER if isinstance(grant, PublicGrant) else grant.identity.owner
+
     def limit_headers(self, now_mono: float) -> bytes:
         """The RateLimit header lines for the limits that apply to the request; empty if there are none."""
         return b"" if self.hold is None else self.hold.bundle.statement.lines(now_mono)
@@ -183,8 +189,8 @@ class Permit:
 class Ending(enum.Enum):
     """How an exchange ended."""
 
-    COMPLETED = "completed"  # the upstream's response was relayed completely
-    REFUSED = "refused"  # the proxy sent its own response
+    COMPLETED = "completed"  # the upstream's response was relayed completely, or the proxy served the request itself
+    REFUSED = "refused"  # the proxy refused the request
     CUT = "cut"  # the response broke off; its framing is left incomplete, so that the client notices
     CLIENT_GONE = "client_gone"  # the client disconnected before the response was complete
 

@@ -21,6 +21,7 @@ from keyproxy.auth.api_key import SecretKey
 from keyproxy.auth.minting import MintedToken, MintParent, MintRequest
 from keyproxy.http.forwarding import Forwarding
 from keyproxy.http.idempotency_key import Fingerprint
+from keyproxy.http.own_response import OwnResponse
 from keyproxy.http_messages import RequestHead, RequestLine, ResponseHead
 from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.model import COMPLETED, Ending, Identity, KeyDigest, Missing, Moment, Permit, Route, TimeBudget
@@ -196,8 +197,8 @@ class AgentTokenMint(Protocol):
 
         Raises a Refusal: DELEGATION_REFUSED if a bound does not hold, REQUEST_MALFORMED if the signed token would be
         too long, QUOTA_EXHAUSTED if the root key has as many live tokens as it may have, STORE_UNAVAILABLE if the store
-        cannot be reached, or no key can sign. Then the caller has no token, and there is no row unless the store was
-        lost during the statement.
+        cannot be reached or no key can sign, OVERLOADED if too many tokens are being minted. Then the caller has no
+        token, and there is no row unless the store was lost during the statement.
         """
         ...
 
@@ -237,6 +238,8 @@ class Exchange:
     ending: Ending = COMPLETED
     status: int = 0
     started_mono: float = 0.0
+
+    #: When the request was sent upstream; when minting began, if the agent token exists. Such a request is charged.
     sent_mono: float = 0.0
 
     #: Waiting time before the request was sent: for the client's body, and for a connection to the upstream.
@@ -282,8 +285,15 @@ class Exchange:
     #: Header lines that go upstream in place of the client's; None: the client's.
     block: bytes | None = None
 
-    async def whole_body(self, otherwise: Refusal | None = None) -> None:
-        """Wait until the body is complete, or the exchange is over. `otherwise`: the refusal if it is too large."""
+    #: Whether it is admitted to mint an agent token, and what it asks for, once its body was read.
+    is_minting: bool = False
+    mint_request: MintRequest | None = None
+
+    async def whole_body(self, otherwise: Refusal | None = None, *, bytes_max: int | None = None) -> None:
+        """Wait until the body is complete, or the exchange is over.
+
+        `otherwise`: the refusal if it is too large; `bytes_max`: the largest body, None: the configured bound.
+        """
         raise NotImplementedError
 
     async def in_turns(self, advance: Callable[[], bool]) -> None:
@@ -300,6 +310,14 @@ class Exchange:
 
     def forward(self, permit: Permit) -> None:
         """Send the request upstream and relay the response."""
+        raise NotImplementedError
+
+    def serve(self, permit: Permit) -> None:
+        """Wait for `respond` or `refuse` instead of an upstream. The exchange lasts until then, even without a client."""
+        raise NotImplementedError
+
+    def respond(self, response: OwnResponse) -> None:
+        """Send the response of a request that the proxy serves itself."""
         raise NotImplementedError
 
     def extend(self, permit: Permit) -> None:
@@ -335,7 +353,7 @@ class Gate:
     """Decides on requests, and reserves and settles what they use."""
 
     def begin(self, exchange: Exchange) -> None:
-        """Decide on a request. Calls the exchange's `forward` or `refuse`, now or later. Never raises a Refusal."""
+        """Decide on a request. Calls the exchange's `forward`, `serve` or `refuse`, now or later. Raises no Refusal."""
         raise NotImplementedError
 
     def review(self, exchange: Exchange) -> None:

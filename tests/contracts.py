@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import random
 import time
@@ -12,12 +13,13 @@ from typing import Protocol
 import pytest
 
 from keyproxy.auth.api_key import SecretKey
+from keyproxy.auth.minting import MintedToken, MintParent, MintRequest, MintRules, parse_mint_request
 from keyproxy.http import identity_headers
 from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.ledger_protocol import BUDGETS, FEW_HOLDERS, LeaseGrant, LeaseReport, Pool, Window
 from keyproxy.limits.plan import PERIODS
 from keyproxy.model import Identity, Missing, Moment, TimeBudget
-from keyproxy.ports import Identities, OwnedIds, PromptTemplates
+from keyproxy.ports import AgentTokenMint, Identities, OwnedIds, PromptTemplates
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.ledger.backend import LedgerBackend
 from keyproxy.store.ledger.postgres_backend import WindowState
@@ -406,6 +408,127 @@ class OwnedIdsContract:
             if failure is not None:
                 return failure.reason
             return self._look(stage, object_id, kind=kind, tenant=tenant, is_first_lookup=False)
+        except Refusal as refusal:
+            return refusal.reason
+
+
+#: What the mints of the contract are bounded by.
+MINT_RULES = MintRules(("keyproxy", "reports"), ttl_seconds_max=900, depth_max=1, tokens_max=3, issuer="keyproxy")
+
+
+class MintStage(Protocol):
+    """An implementation of the port under MINT_RULES, over a store that can be filled and made unavailable.
+
+    The store has the role `reader` with the scope data:read.
+    """
+
+    @property
+    def mint(self) -> AgentTokenMint:
+        """The implementation under test."""
+        ...
+
+    def wall_seconds(self) -> float:
+        """The current time of the store."""
+        ...
+
+    async def key(self, *scopes: str, is_test: bool = False) -> MintParent:
+        """Add a key of the user u_42 of acme with these scopes."""
+        ...
+
+    async def goes_down(self) -> None:
+        """Make the store unavailable."""
+        ...
+
+    async def comes_back(self) -> None:
+        """Make the store available again."""
+        ...
+
+
+def mint_request(agent: str = "crawler", **members: object) -> MintRequest:
+    """A request for a token with the role `reader`, unless `scopes` are given."""
+    content = {"agent": agent, **({} if "scopes" in members else {"role": "reader"}), **members}
+    return parse_mint_request(json.dumps(content).encode(), MINT_RULES)
+
+
+class AgentTokenMintContract:
+    """The port AgentTokenMint."""
+
+    async def test_minted_token_is_what_was_asked_for_of_its_parent(self, stage: MintStage) -> None:
+        parent = await stage.key("agents:mint", "data:read", "jobs:write", is_test=True)
+        asked = mint_request(scopes=["jobs:write"], token_budget=10, ttl_seconds=60, audience="reports")
+        token = await self._mint(stage, parent, asked)
+        assert isinstance(token, MintedToken)
+        assert (token.agent, token.user_id, token.tenant_id, token.is_test) == ("crawler", "u_42", "acme", True)
+        assert (token.scopes, token.audience, token.depth) == (("jobs:write",), "reports", 0)
+        assert (token.token_budget, token.request_budget) == (10, None)
+        assert 0.0 <= stage.wall_seconds() + 60 - token.expires_wall_seconds <= 5.0
+        assert token.id.startswith("agt_")
+        other = await self._mint(stage, parent, asked)
+        assert isinstance(other, MintedToken)
+        assert other.id != token.id
+        assert other.token.reveal() != token.token.reveal()
+
+    async def test_role_grants_its_scopes_as_far_as_the_parent_has_them(self, stage: MintStage) -> None:
+        token = await self._mint(stage, await stage.key("agents:mint", "data:read", "jobs:write"), mint_request())
+        assert isinstance(token, MintedToken)
+        assert token.scopes == ("data:read",)
+        assert await self._mint(stage, await stage.key("agents:mint"), mint_request()) is Reason.DELEGATION_REFUSED
+
+    async def test_what_exceeds_the_parent_is_refused(self, stage: MintStage) -> None:
+        parent = await stage.key("agents:mint", "data:read")
+        beyond = mint_request(scopes=["data:read", "data:write"])
+        assert await self._mint(stage, parent, beyond) is Reason.DELEGATION_REFUSED
+        assert await self._mint(stage, parent, mint_request(role="no-such-role")) is Reason.DELEGATION_REFUSED
+        assert await self._mint(stage, await stage.key("data:read"), mint_request()) is Reason.DELEGATION_REFUSED
+        unknown = MintParent("key_unknown", None, None, is_operator=False)
+        assert await self._mint(stage, unknown, mint_request()) is Reason.DELEGATION_REFUSED
+
+    async def test_token_of_a_token_is_bounded_by_it(self, stage: MintStage) -> None:
+        root = await stage.key("agents:mint", "data:read", "jobs:write")
+        asked = mint_request(scopes=["agents:mint", "data:read"], token_budget=10, ttl_seconds=60)
+        first = await self._mint(stage, root, asked)
+        assert isinstance(first, MintedToken)
+        parent = MintParent(root.key_id, first.id, None, is_operator=False)
+        for beyond in (
+            mint_request(scopes=["jobs:write"]),
+            mint_request(token_budget=11),
+            mint_request(ttl_seconds=61),
+        ):
+            assert await self._mint(stage, parent, beyond) is Reason.DELEGATION_REFUSED
+        child = await self._mint(stage, parent, mint_request("child", scopes=["agents:mint"], token_budget=10))
+        assert isinstance(child, MintedToken)
+        assert (child.depth, child.user_id) == (1, "u_42")
+        assert child.expires_wall_seconds <= first.expires_wall_seconds
+        below = MintParent(root.key_id, child.id, None, is_operator=False)
+        assert await self._mint(stage, below, mint_request(scopes=["agents:mint"])) is Reason.DELEGATION_REFUSED
+
+    async def test_root_key_has_a_bounded_number_of_live_tokens(self, stage: MintStage) -> None:
+        parent = await stage.key("agents:mint", "data:read")
+        for _ in range(MINT_RULES.tokens_max):
+            assert isinstance(await self._mint(stage, parent, mint_request()), MintedToken)
+        with pytest.raises(Refusal) as error:
+            await stage.mint.mint(parent, mint_request(), actor=f"key:{parent.key_id}")
+        limit = error.value.limit
+        assert error.value.reason is Reason.QUOTA_EXHAUSTED
+        assert limit is not None
+        assert (limit.policy.name, limit.policy.quota, limit.remaining) == ("key.agent_tokens", 3, 0)
+        assert 0.0 < (limit.reset_seconds or 0.0) <= 900.0
+        assert isinstance(
+            await self._mint(stage, await stage.key("agents:mint", "data:read"), mint_request()), MintedToken
+        )
+
+    async def test_outage_refuses_as_unavailable_never_as_forbidden(self, stage: MintStage) -> None:
+        parent = await stage.key("agents:mint", "data:read")
+        await stage.goes_down()
+        assert await self._mint(stage, parent, mint_request()) is Reason.STORE_UNAVAILABLE
+        assert await self._mint(stage, parent, mint_request(role="no-such-role")) is Reason.STORE_UNAVAILABLE
+        await stage.comes_back()
+        assert isinstance(await self._mint(stage, parent, mint_request()), MintedToken)
+
+    async def _mint(self, stage: MintStage, parent: MintParent, request: MintRequest) -> MintedToken | Reason:
+        actor = f"key:{parent.key_id}" if parent.token_id is None else f"agent_token:{parent.token_id}"
+        try:
+            return await stage.mint.mint(parent, request, actor=actor)
         except Refusal as refusal:
             return refusal.reason
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import time
@@ -18,8 +19,9 @@ from keyproxy.ai.requests.request_reading import BodyBounds
 from keyproxy.ai.reservation import TokenRules
 from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.ai.route_rules import RouteRules
-from keyproxy.auth import credentials
+from keyproxy.auth import credentials, minting
 from keyproxy.auth.api_key import KeyFormat, SecretKey
+from keyproxy.auth.minting import MintedToken, MintParent, MintRequest, MintRules
 from keyproxy.auth.names import is_id
 from keyproxy.http import identity_headers
 from keyproxy.http.headers import FieldNames
@@ -28,8 +30,9 @@ from keyproxy.limits.lease_sync import LeaseSync, Short
 from keyproxy.limits.lease_table import LeaseTable
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
-from keyproxy.model import NEVER, Ending, Identity, KeyDigest, Missing, Moment
-from keyproxy.ports import Exchange, Identities, Ledger, OwnedIds, PromptTemplates, Recorder
+from keyproxy.model import NEVER, AgentToken, Ending, Identity, KeyDigest, Missing, Moment
+from keyproxy.platform import clock
+from keyproxy.ports import AgentTokenMint, Exchange, Identities, Ledger, OwnedIds, PromptTemplates, Recorder
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.identities.delegated_rows import refused_delegation
 from keyproxy.wire.parsing.head_cache import RequestReader
@@ -163,6 +166,66 @@ class FakeIdentities(Identities):
         if self.is_down:
             raise Refusal(Reason.STORE_UNAVAILABLE)
         self.slow.discard(digest)
+
+
+class FakeMint(AgentTokenMint):
+    """Mints in memory, from the parents in `parents`, by their key or token. Mints wait for `may_mint`.
+
+    `is_down`: the store cannot be reached. `defect`: raised instead of a result.
+    """
+
+    def __init__(self, rules: MintRules) -> None:
+        self.rules = rules
+        self.parents: dict[str, Identity] = {}
+        self.minted: list[MintedToken] = []
+        self.live: collections.Counter[str] = collections.Counter()
+        self.calls: list[tuple[MintParent, MintRequest, str]] = []
+        self.is_down = False
+        self.defect: Exception | None = None
+        self.may_mint = asyncio.Event()
+        self.may_mint.set()
+
+    async def mint(self, parent: MintParent, request: MintRequest, *, actor: str) -> MintedToken:
+        """See the port."""
+        self.calls.append((parent, request, actor))
+        await self.may_mint.wait()
+        if self.defect is not None:
+            raise self.defect
+        if self.is_down:
+            raise Refusal(Reason.STORE_UNAVAILABLE)
+        who = self.parents.get(parent.token_id or parent.key_id)
+        of_role = {"reader": ("data:read",)}.get(request.role or "", ())
+        if who is None or "agents:mint" not in who.scopes:
+            raise minting.refused("The credential may not mint.", "no parent")
+        minting.check_authority(who, request, self.rules, clock.now())
+        scopes = tuple(sorted(who.scopes.intersection(of_role))) if request.scopes is None else request.scopes
+        if not scopes:
+            raise minting.refused("The token would have no scopes.", "no scopes")
+        if self.live[parent.key_id] >= self.rules.tokens_max:
+            raise minting.too_many_tokens(self.rules.tokens_max, 61.0)
+        return self._minted(parent, who, request, scopes)
+
+    def _minted(self, parent: MintParent, who: Identity, request: MintRequest, scopes: tuple[str, ...]) -> MintedToken:
+        number, above = len(self.minted), who.agent_token
+        ttl_seconds = self.rules.ttl_seconds_max if request.ttl_seconds is None else request.ttl_seconds
+        expires = min(float(int(clock.now().wall_seconds) + ttl_seconds), who.expires_wall_seconds)
+        depth = 0 if above is None else above.depth + 1
+        token = MintedToken(
+            f"agt_{number:022d}", SecretKey(b"eyJ.e30.%d" % number), request.agent, parent.user_id or who.user_id,
+            who.tenant_id, scopes, request.token_budget, request.request_budget, request.audience, who.is_test, depth,
+            expires,
+        )  # fmt: skip
+        agents = (request.agent, *(() if above is None else above.agents))
+        self.minted.append(token)
+        self.live[parent.key_id] += 1
+        self.parents[token.id] = dataclasses.replace(
+            who,
+            user_id=token.user_id,
+            scopes=frozenset(scopes),
+            expires_wall_seconds=expires,
+            agent_token=AgentToken(token.id, agents, depth, request.token_budget, request.request_budget),
+        )
+        return token
 
 
 class FakeOwnedIds(OwnedIds):

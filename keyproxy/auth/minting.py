@@ -6,6 +6,7 @@ Pure. The store decides on the rest (`ports.AgentTokenMint`): roles, agents, bou
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
@@ -13,6 +14,7 @@ from typing import Any, Final, NoReturn
 from keyproxy import limit_state
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.auth.names import is_agent, is_role, is_scope
+from keyproxy.http_messages import RequestHead
 from keyproxy.limit_state import LimitState
 from keyproxy.limits.calendar_windows import civil_date
 from keyproxy.model import Identity, Moment
@@ -28,6 +30,9 @@ BUDGET_MAX: Final = 10**15
 TOKENS_POLICY: Final = "key.agent_tokens"
 TOKENS_UNIT: Final = "agent-tokens"
 
+#: The wait for a live token to end, if its end is unknown.
+_RETRY_SECONDS: Final = 60
+
 _AGENT: Final = "agent"
 _ROLE: Final = "role"
 _SCOPES: Final = "scopes"
@@ -39,7 +44,7 @@ _MEMBERS: Final = (_AGENT, _ROLE, _SCOPES, _TOKEN_BUDGET, _REQUEST_BUDGET, _TTL_
 
 
 #: The name of an unknown member that a response may repeat. No key looks like this.
-_PLAIN_NAME: Final = re.compile(r"[a-z]{1,16}(?:_[a-z]{1,16}){0,3}")
+_PLAIN_NAME: Final = re.compile(r"[A-Za-z]{1,16}(?:[_-][A-Za-z]{1,16}){0,3}")
 
 #: A longer integer is beyond every bound.
 _INTEGER_CHARACTERS_MAX: Final = 20
@@ -186,6 +191,19 @@ def check_authority(identity: Identity, request: MintRequest, rules: MintRules, 
             raise refused(f"'{name}' exceeds that of the credential.", f"{name} beyond the parent", field=name)
 
 
+def check_head(head: RequestHead) -> None:
+    """Refuse a request whose body cannot be a request for a token, before the body has arrived. Raises a Refusal.
+
+    The declared type does not matter: nothing but the proxy reads this body, and what is not JSON is refused anyway.
+    """
+    if head.content_length > BODY_BYTES_MAX:
+        raise too_large()
+    if any(coding != b"identity" for coding in head.fields.codings):
+        raise _malformed("The body must not be compressed.", "Content-Encoding")
+    if not head.fields.has_clear_type:
+        raise _malformed("The body must be JSON in UTF-8; Content-Type names another charset.", "Content-Type")
+
+
 def refused(text: str, detail: str, *, field: str | None = None) -> Refusal:
     """The refusal of a token that exceeds the authority of its parent. `text`: for the caller; `detail`: for the log."""
     return Refusal(Reason.DELEGATION_REFUSED, detail, caller_text=text, replaces_sentence=True, field=field)
@@ -198,9 +216,16 @@ def too_many_tokens(tokens_max: int, reset_seconds: float | None = None) -> Refu
         Reason.QUOTA_EXHAUSTED,
         caller_text="The key has as many live agent tokens as it may have. Wait until one expires, or revoke one.",
         replaces_sentence=True,
+        # Tokens end by themselves, unlike what is spent of a budget.
+        retry_after_seconds=_RETRY_SECONDS if reset_seconds is None else max(1, math.ceil(reset_seconds)),
         limit=limit,
         limit_reason=LimitReason.SPENT,
     )
+
+
+def too_large() -> Refusal:
+    """The refusal of a body that is longer than any valid request."""
+    return Refusal(Reason.BODY_TOO_LARGE, caller_text=f"On this route the maximum is {BODY_BYTES_MAX} bytes.")
 
 
 def malformed(field: str, text: str) -> Refusal:
@@ -211,7 +236,7 @@ def malformed(field: str, text: str) -> Refusal:
 def _read(body: bytes) -> dict[str, Any]:
     """The members of the one JSON object. Raises a Refusal."""
     if len(body) > BODY_BYTES_MAX:
-        raise Refusal(Reason.BODY_TOO_LARGE, caller_text=f"The maximum is {BODY_BYTES_MAX} bytes.")
+        raise too_large()
     try:
         content = json.loads(
             body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_parse_integer

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from keyproxy.auth.minting import MintRules
+
 _AUDIENCES_MAX: Final = 8
 _NAME_CHARACTERS_MAX: Final = 255
 
@@ -58,3 +60,13 @@ class AccessSettings:
     assertion: bool = _setting(False)
     assertion_audience: str = _setting("upstream", _name)
     assertion_ttl_seconds: int = _setting(60, _within(10, 300))
+
+    def mint_rules(self) -> MintRules:
+        """The bounds of agent tokens."""
+        return MintRules(
+            audiences=tuple(self.audiences),
+            ttl_seconds_max=self.agent_ttl_seconds,
+            depth_max=self.agent_depth_max,
+            tokens_max=self.agent_tokens_max,
+            issuer=self.issuer,
+        )

@@ -26,7 +26,7 @@ def contradictions(rows: Sequence[Any]) -> Iterator[str]:
         if row.access != PUBLIC:
             continue
         for key in dataclasses.fields(row):
-            if key.name in _NOT_PUBLIC and getattr(row, key.name) != _default(key):
+            if key.name in _NOT_PUBLIC and getattr(row, key.name) != default_of(key):
                 yield f"routes[{number}].{key.name}: must not be set with access = 'public', which checks no key"
         for later_number, later in enumerate(rows[number:], start=number + 1):
             if later.access == KEY and pattern.covers(patterns[later_number - 1]):
@@ -36,5 +36,6 @@ def contradictions(rows: Sequence[Any]) -> Iterator[str]:
                 )
 
 
-def _default(key: dataclasses.Field[Any]) -> Any:
+def default_of(key: dataclasses.Field[Any]) -> Any:
+    """The default value of a key."""
     return key.default_factory() if callable(key.default_factory) else key.default

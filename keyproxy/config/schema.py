@@ -19,6 +19,7 @@ from keyproxy.config import (
     categories,
     delegation_settings,
     route_access,
+    route_serves,
     token_settings,
     value_checks,
 )
@@ -270,7 +271,7 @@ class Settings:
                     row.match,
                     Route(
                         row.name or row.match, frozenset(row.scopes), row.error_shape, row.tokens,
-                        deduplicates=row.idempotency == token_settings.ONCE,
+                        deduplicates=row.idempotency == token_settings.ONCE and not row.serves,
                         is_public=row.access == route_access.PUBLIC,
                         forwards_encoded_slash=row.encoded_slash == route_access.FORWARD,
                         serves=row.serves,
@@ -328,6 +329,7 @@ def cross_checks(settings: Settings) -> list[str]:
         [CategoryKeys(row.prompt, row.category, row.unregistered) for row in settings.routes],
     )
     wrong += route_access.contradictions(settings.routes)
+    wrong += route_serves.contradictions(settings.routes)
     matches = [row.match for row in settings.routes]
     wrong += [
         f"routes: {match!r} is configured twice; the first one always wins"

@@ -9,11 +9,12 @@ from __future__ import annotations
 import http
 import json
 from collections.abc import Mapping
-from typing import Final, NamedTuple
+from typing import Final
 
 from keyproxy import limit_state
 from keyproxy.http import error_shapes, problem_json
 from keyproxy.http.error_shapes import ErrorFacts
+from keyproxy.http.own_response import OwnResponse
 from keyproxy.reasons import SPENT, Reason, Refusal
 
 #: Reasons with a status that `errors.invalid_key_status` sets: the request has a key, and it is not accepted.
@@ -27,15 +28,6 @@ _PROBLEM: Final = "problem"
 ERROR_SHAPES: Final = (_PROBLEM, *error_shapes.SHAPES)
 
 _CHALLENGE: Final = 'Api-Key realm="keyproxy"'
-
-
-class ErrorResponse(NamedTuple):
-    """A complete response of the proxy. `fields` are header lines, without framing and X-Request-Id."""
-
-    status: int
-    reason_phrase: bytes
-    fields: bytes
-    body: bytes
 
 
 class ErrorRenderer:
@@ -55,7 +47,7 @@ class ErrorRenderer:
         """The HTTP status of one refusal. A window that is only reserved by requests in flight is always 429."""
         return refusal.reason.value.status if refusal.is_held else self.status(refusal.reason)
 
-    def render(self, refusal: Refusal, request_id: str, error_shape: str = "problem") -> ErrorResponse:
+    def render(self, refusal: Refusal, request_id: str, error_shape: str = "problem") -> OwnResponse:
         """The response for one refusal in the route's error format."""
         status = self.status_of(refusal)
         media_type = problem_json.MEDIA_TYPE if error_shape == "problem" else "application/json"
@@ -80,7 +72,7 @@ class ErrorRenderer:
             # Anthropic's sleeps for all of Retry-After, even if that is a day.
             fields.append("x-should-retry: false")
         block = "".join(f"{line}\r\n" for line in fields).encode("ascii")
-        return ErrorResponse(
+        return OwnResponse(
             status,
             http.HTTPStatus(status).phrase.encode("ascii"),
             block + limit_state.lines(refusal.applied),

@@ -34,6 +34,7 @@ from keyproxy.process.terms import build_gateway, build_terms, build_upstreams
 from keyproxy.reasons import Refusal
 from keyproxy.signing.signing_key import SigningKey
 from keyproxy.signing.token_check import AcceptedTokens
+from keyproxy.store.agent_tokens.minter import TokenMinter
 from keyproxy.store.postgres.database import StoreConflict, StoreUnavailable
 from keyproxy.store.store import Store
 from keyproxy.store.usage.model_names import ModelNames
@@ -48,6 +49,9 @@ _log = logging.getLogger(__name__)
 
 #: After a reload, decisions that began before it may take as long as draining may, but at least this long.
 _UNDECIDED_SECONDS: Final = 10.0
+
+#: How long a stop waits for tokens that are being minted for clients that have left.
+_MINTING_SECONDS: Final = 3.0
 
 
 class Proxy:
@@ -176,6 +180,10 @@ class Proxy:
         gateway = build_gateway(
             settings, routes, identities=store.identities, owned_ids=store.owned_ids, templates=store.templates,
             ledger=store.ledger, claims=store.claims, patterns=self._patterns,
+            mint=TokenMinter(
+                store.minting_database, rules=settings.access.mint_rules, signing_key=self.signing.ring.usable,
+                now=clock.now,
+            ),
         )  # fmt: skip
         self._gateways.append(gateway)
         store.signing_keys.rules = AcceptedTokens(settings.access.issuer, settings.access.audiences[0])
@@ -258,6 +266,10 @@ class Proxy:
 
     async def _drain(self) -> None:
         await self.server.drain(self._settings.listen.drain_seconds)
+        # A token that is being minted is charged if it comes to exist, even if its client has left.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_MINTING_SECONDS):
+                await asyncio.gather(*(gateway.all_decided() for gateway in self._gateways))
 
     def _log_as(self, settings: Settings) -> None:
         """Apply the log setting. Requests that have already ended are logged under the previous one."""

@@ -128,7 +128,9 @@ class OpsListener:
         return _json(200, {"status": "ok"}) if self.is_started else _json(503, {"status": "starting"})
 
     async def _ready(self, _request: web.Request) -> web.Response:
-        checks = await self._checks()
+        checks = dict(await self._checks())
+        if not self.is_started:
+            checks["proxy"] = Check(Verdict.FAILED, "starting")
         status = worst(check.verdict for check in checks.values())
         content = {
             "status": status.value,

@@ -24,7 +24,7 @@ from keyproxy.http.path_patterns import placeholder_pattern
 from keyproxy.http.routes import RouteTable
 from keyproxy.model import NO_TOKENS, Moment, Route
 from keyproxy.platform import clock
-from keyproxy.ports import Assertions, Claims, Identities, Ledger, OwnedIds, PromptTemplates
+from keyproxy.ports import AgentTokenMint, Assertions, Claims, Identities, Ledger, OwnedIds, PromptTemplates
 from keyproxy.wire.context import ServerTerms
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.parsing.head_cache import ResponseReader
@@ -40,6 +40,7 @@ def build_gateway(
     templates: PromptTemplates,
     ledger: Ledger,
     claims: Claims,
+    mint: AgentTokenMint,
     patterns: PatternMatcher | None = None,
     now: Callable[[], Moment] = clock.now,
 ) -> Gateway:
@@ -55,6 +56,8 @@ def build_gateway(
         routes=routes,
         metering=build_metering(settings, routes, access),
         access=access,
+        mint=mint,
+        mint_rules=settings.access.mint_rules(),
         now=now,
         usage_wait_seconds=settings.tokens.usage_wait_seconds,
     )

@@ -37,6 +37,10 @@ class AcceptedTokens(NamedTuple):
     audience: str
 
 
+#: No tokens: for a process that publishes keys, or serves them, and accepts no tokens.
+ACCEPTS_NONE: Final = AcceptedTokens("", "")
+
+
 class SignedToken(NamedTuple):
     """An agent token of the right form; nothing about it is verified."""
 

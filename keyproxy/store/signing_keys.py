@@ -43,10 +43,9 @@ _SERVED_SECONDS: Final = 0.5
 class SigningKeyCache:
     """All signing keys in memory: see the module. `rejected`: how many tokens failed the check without a query."""
 
-    def __init__(self, database: StatementRunner, now: Callable[[], Moment]) -> None:
+    def __init__(self, database: StatementRunner, rules: AcceptedTokens, now: Callable[[], Moment]) -> None:
         self.lasting = BackgroundTask("signing_keys")
-        #: What tokens are accepted; the configuration sets it.
-        self.rules = AcceptedTokens("", "")
+        self.rules = rules
         self.rejected = 0
         self._database = database
         self._now = now

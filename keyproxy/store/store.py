@@ -8,6 +8,7 @@ from typing import Final
 
 from keyproxy.config import schema
 from keyproxy.model import Moment
+from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.agent_tokens.cleanup import AgentTokenCleanup
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
@@ -68,7 +69,7 @@ class Store:
         )
         self._share_outage(has_ledger=ledger.backend == "postgres")
         self.last_used = LastUsed(self.database)
-        self.signing_keys = SigningKeyCache(self.database, now)
+        self.signing_keys = SigningKeyCache(self.database, ACCEPTS_NONE, now)
         self.identities = IdentityCache(
             self.database,
             cache,

@@ -15,6 +15,7 @@ from typing import Final
 
 from keyproxy.ai.requests.inflation import ContentMemory
 from keyproxy.config.token_settings import USER_SHARE, Tokens
+from keyproxy.ports import Exchange
 from keyproxy.reasons import LimitReason, Reason, Refusal
 
 #: A body has to arrive at the configured pace over the last `PACE_SECONDS`; at this one while more than half of the
@@ -24,6 +25,13 @@ SHORT_PACE_BYTES_PER_SECOND: Final = 65_536
 
 #: The owner of the body.
 BodyOwner = tuple[str, str]
+
+
+def owner_of(exchange: Exchange) -> BodyOwner:
+    """The owner of the body of an exchange, whose key is known."""
+    identity = exchange.identity
+    assert identity is not None  # noqa: S101 - for the type checker: no body is read before its key is known
+    return identity.tenant_id, identity.user_id
 
 
 class BodyMemory:
@@ -94,10 +102,16 @@ class BodyBuffer:
         self._arrived: deque[tuple[float, int]] = deque([(started_mono, 0)])
         self._is_over = asyncio.get_running_loop().create_future()
 
-    def expect(self, announced_bytes: int) -> None:
-        """Raise a Refusal if the announced length is too large."""
+    def begin(self, announced_bytes: int, content: bytes, bytes_max: int | None = None) -> None:
+        """Begin with what has arrived. Raises a Refusal if the announced length is too large.
+
+        `bytes_max`: the largest body; None: the configured bound.
+        """
+        if bytes_max is not None:
+            self._bytes_max = bytes_max
         if announced_bytes > self._bytes_max:
             raise self._too_much
+        self.take(content)
 
     def take(self, content: bytes) -> None:
         """Add the next piece. Raises a Refusal if the body becomes too large."""

@@ -1,6 +1,6 @@
 """One request and its response, between one client connection and at most one upstream connection.
 
-    deciding -> (awaiting body, connecting) -> requested -> responding (or tunnel) -> over
+    deciding -> serving, or (awaiting body, connecting) -> requested -> responding (or tunnel) -> over
 
 `phases` has the table of all transitions. The exchange owns no socket. The client connection passes it the request as
 it arrives, the upstream connection the response; it reframes both and sends them on, the response with its
@@ -16,18 +16,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from keyproxy.http.own_response import OwnResponse
 from keyproxy.http_messages import RequestHead, ResponseHead
-from keyproxy.model import COMPLETED, PUBLIC_OWNER, Ending, Permit, PublicGrant
+from keyproxy.model import COMPLETED, Ending, Permit
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.wire import phases
-from keyproxy.wire.body_buffer import BodyBuffer, BodyOwner, InflatedContent
+from keyproxy.wire import phases, usage_reads
+from keyproxy.wire.body_buffer import BodyBuffer, InflatedContent, owner_of
 from keyproxy.wire.client.exchange_owner import ExchangeOwner
 from keyproxy.wire.context import ServerContext
-from keyproxy.wire.responses import refusal_response, response_heads, stream_cut
+from keyproxy.wire.responses import own_responses, response_heads, stream_cut
 from keyproxy.wire.responses.response_writer import ResponseWriter
 from keyproxy.wire.upstream.connection import UpstreamConnection
 from keyproxy.wire.upstream.pool import PoolUser, UpstreamPool
-from keyproxy.wire.upstream.request_head import missing_assertion, request_head
+from keyproxy.wire.upstream.request_head import request_head, unsigned_because
 from keyproxy.wire.upstream.retry import may_retry
 from keyproxy.wire.usage_reads import NOT_REPORTED, REPORTED
 
@@ -51,8 +52,8 @@ class Exchange(PoolUser):
     #: Since when it waits for the first byte of its body, and for an upstream connection; 0.0: it does not.
     _body_since_mono: float = 0.0
     _connection_since_mono: float = 0.0
-    #: Whether the client has left, and the response is read on for its usage.
-    _reads_usage: bool = False
+    #: Whether the client has left, and the exchange lasts: the response is read on for its usage, or not made yet.
+    _has_left: bool = False
 
     def __init__(
         self,
@@ -87,50 +88,53 @@ class Exchange(PoolUser):
         if head is None or self.is_over:
             self._gate.settle(self)
             return
-        if not self.is_complete:
-            self._invite_body(head)
+        self._invite_body(head)
         self._go(permit)
 
+    def serve(self, permit: Permit) -> None:
+        self.permit = permit
+        self._phase = phases.EXCHANGE.step(self._phase, phases.SERVING)
+
+    def respond(self, response: OwnResponse) -> None:
+        if self._has_left or self.is_over:
+            self._leave()
+            return
+        closes = own_responses.send_served(response, self, self.response, self._server)
+        self._end(COMPLETED, self._server.clock(), closes=closes)
+
     def refuse(self, refusal: Refusal) -> None:
-        if self.is_over:
-            return
-        if self._reads_usage:
+        if self._has_left or self.is_over:
             self._server.usage_reads.end(self, NOT_REPORTED)
+            self._leave()
             return
-        refusal_response.note(refusal, self)
+        own_responses.note(refusal, self)
         if self.response.is_replaceable:
-            closes = refusal_response.send(refusal, self, self.response, self._server)
+            closes = own_responses.send(refusal, self, self.response, self._server)
             self._end(Ending.REFUSED, self._server.clock(), closes=closes)
         else:
             self._end(Ending.CUT, self._server.clock(), closes=True)
 
-    async def whole_body(self, otherwise: Refusal | None = None) -> None:
+    async def whole_body(self, otherwise: Refusal | None = None, *, bytes_max: int | None = None) -> None:
         head = self.head
         if self.is_complete or self.is_over or head is None:
             return
-        collector = self._collector = BodyBuffer(self._server.room, self._body_owner(), self._server.clock(), otherwise)
-        collector.expect(head.content_length)
-        collector.take(self.body)
+        since = self._server.clock()
+        collector = self._collector = BodyBuffer(self._server.room, owner_of(self), since, otherwise)
+        collector.begin(head.content_length, self.body, bytes_max)
         self.body = b""
         self._invite_body(head)
         self._client.resume()
-        since = self._server.clock()
         await collector.wait()
         self.body_wait_seconds += self._server.clock() - since
 
     async def in_turns(self, advance: Callable[[], bool]) -> None:
-        await self._server.turns.work(self._body_owner(), lambda: self.is_over or advance())
+        await self._server.turns.work(owner_of(self), lambda: self.is_over or advance())
 
     def content_memory(self) -> InflatedContent:
-        return InflatedContent(self._server.room, self._body_owner(), self._collector)
-
-    def _body_owner(self) -> BodyOwner:
-        identity = self.identity
-        assert identity is not None  # noqa: S101 - for the type checker: no body is read before its key is known
-        return identity.tenant_id, identity.user_id
+        return InflatedContent(self._server.room, owner_of(self), self._collector)
 
     def _invite_body(self, head: RequestHead) -> None:
-        if head.fields.expects_continue and not self.bytes_in:
+        if head.fields.expects_continue and not (self.bytes_in or self.is_complete):
             self._client.transport.send(response_heads.CONTINUE)
 
     def extend(self, permit: Permit) -> None:
@@ -146,10 +150,9 @@ class Exchange(PoolUser):
         self.pause_response()
 
     def end_stream(self, refusal: Refusal) -> None:
-        if not (self.is_over or self._reads_usage) and stream_cut.send_error_event(
-            refusal, self, self.response, self._server
-        ):
-            refusal_response.note(refusal, self)
+        is_open = not (self.is_over or self._has_left)
+        if is_open and stream_cut.send_error_event(refusal, self, self.response, self._server):
+            own_responses.note(refusal, self)
             self._end(Ending.CUT, self._server.clock(), closes=self.response.closes, resets=False)
         else:
             self.refuse(refusal)
@@ -191,12 +194,12 @@ class Exchange(PoolUser):
         """The client connection is lost: end the upstream exchange, unless only the usage of its response is missing."""
         if self.is_over:
             return
-        if not self.status:
-            self.status = _CLIENT_GONE_STATUS
-        meter, upstream, seconds = self.meter, self._upstream, self._gate.usage_wait_seconds
-        is_missed = meter is not None and meter.is_finished and not meter.is_reported
-        if is_missed and upstream is not None and seconds > 0.0:
-            self._reads_usage = True
+        upstream, seconds = self._upstream, self._gate.usage_wait_seconds
+        if self._phase == phases.SERVING:
+            # What is being made is charged if it comes to exist, so the exchange lasts until that is known.
+            self._has_left = True
+        elif usage_reads.is_missed(self.meter) and upstream is not None and seconds > 0.0:
+            self._has_left = True
             if self._phase == phases.PAUSED:
                 self._phase = phases.EXCHANGE.step(self._phase, phases.RESPONDING)
             self._server.usage_reads.begin(self, self._leave, seconds)
@@ -205,6 +208,7 @@ class Exchange(PoolUser):
             self._leave()
 
     def _leave(self) -> None:
+        self.status = self.status or _CLIENT_GONE_STATUS
         self._end(Ending.CLIENT_GONE, self._server.clock(), closes=True)
 
     def close_tunnel(self) -> None:
@@ -275,9 +279,6 @@ class Exchange(PoolUser):
         self.responded_mono = now
         self.status = response.line.status
         lines = response_heads.client_lines(response, self, self._server, now)
-        if not response.fields.has_date:
-            # RFC 9110 section 6.6.1: a recipient with a clock adds what the origin server left out.
-            lines += self._server.date_line()
         if self.metered is not None:
             self.meter = self._gate.meter(self, response)
         may_continue = head.fields.keeps_alive and self.is_complete and not self._server.is_draining
@@ -298,7 +299,7 @@ class Exchange(PoolUser):
             content = meter.feed(content)
             if is_last:
                 content += meter.finish()
-            if self._reads_usage:
+            if self._has_left:
                 if meter.is_reported or is_last:
                     self._server.usage_reads.end(self, REPORTED if meter.is_reported else NOT_REPORTED)
                 return
@@ -351,12 +352,11 @@ class Exchange(PoolUser):
         if self._body_since_mono:
             self.body_wait_seconds += self._server.clock() - self._body_since_mono
             self._body_since_mono = 0.0
-        refusal = missing_assertion(self._server, permit)
-        if refusal is not None:
+        assertions = self._server.assertions
+        if assertions is not None and (refusal := unsigned_because(assertions, permit, self._server)) is not None:
             self.refuse(refusal)
             return
-        grant = permit.grant
-        owner = PUBLIC_OWNER if isinstance(grant, PublicGrant) else grant.identity.owner
+        owner = permit.owner
         pool = self._pool = self._server.upstreams.for_owner(owner)
         upstream = None if self._is_retry or self.is_tunnel_request else pool.take(owner, self.started_mono)
         if upstream is not None:

@@ -41,23 +41,26 @@ class PhaseTable:
 DECIDING: Final = 0
 #: Permitted, but no byte of the announced body has arrived.
 AWAITING_BODY: Final = 1
+#: The proxy itself produces the response.
+SERVING: Final = 2
 #: In the queue for an upstream connection.
-CONNECTING: Final = 2
+CONNECTING: Final = 3
 #: The request is being sent, or was sent. No response yet.
-REQUESTED: Final = 3
+REQUESTED: Final = 4
 #: Only interim responses (1xx) have arrived. The request must not be sent again.
-INFORMED: Final = 4
+INFORMED: Final = 5
 #: The response is being relayed.
-RESPONDING: Final = 5
+RESPONDING: Final = 6
 #: The response is not read until more tokens are held for it.
-PAUSED: Final = 6
+PAUSED: Final = 7
 #: Bytes are relayed unchanged, both ways.
-TUNNEL: Final = 7
-OVER: Final = 8
+TUNNEL: Final = 8
+OVER: Final = 9
 
 EXCHANGE_TRANSITIONS: Final[dict[int, tuple[int, ...]]] = {
-    DECIDING: (AWAITING_BODY, CONNECTING, REQUESTED, OVER),
+    DECIDING: (AWAITING_BODY, SERVING, CONNECTING, REQUESTED, OVER),
     AWAITING_BODY: (CONNECTING, REQUESTED, OVER),
+    SERVING: (OVER,),
     CONNECTING: (REQUESTED, OVER),
     REQUESTED: (CONNECTING, INFORMED, RESPONDING, TUNNEL, OVER),  # CONNECTING: the one retry
     INFORMED: (RESPONDING, TUNNEL, OVER),
@@ -67,9 +70,12 @@ EXCHANGE_TRANSITIONS: Final[dict[int, tuple[int, ...]]] = {
     OVER: (),
 }
 EXCHANGE: Final = PhaseTable(
-    ("deciding", "awaiting body", "connecting", "requested", "informed", "responding", "paused", "tunnel", "over"),
+    (
+        "deciding", "awaiting body", "serving", "connecting", "requested", "informed", "responding", "paused", "tunnel",
+        "over",
+    ),
     EXCHANGE_TRANSITIONS,
-)
+)  # fmt: skip
 
 # -- its response, as written to the client
 

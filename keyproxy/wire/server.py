@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Final, cast
 
 from keyproxy.auth import credentials
-from keyproxy.http.error_responses import ErrorResponse
+from keyproxy.http.own_response import OwnResponse
 from keyproxy.platform import clock as clock_room
 from keyproxy.ports import Recorder
 from keyproxy.wire.body_buffer import BodyMemory
@@ -242,9 +242,9 @@ class ProxyServer(ServerContext):
     def _without_tls(self) -> bytes:
         """Return the response to plain HTTP on a TLS port."""
         fields = b"Content-Type: text/plain; charset=utf-8\r\nCache-Control: no-store\r\n"
-        response = ErrorResponse(400, b"Bad Request", fields, b"This port speaks TLS. Use https:// in the URL.\n")
+        response = OwnResponse(400, b"Bad Request", fields, b"This port speaks TLS. Use https:// in the URL.\n")
         request_id = self.request_ids.choose(None, self.key_format)
-        return response_heads.own(response, request_id, self.date_line(), closes=True, without_body=False)
+        return response_heads.own(response, request_id, self.date_line(), closes=True)
 
     def _opening(self) -> int:
         return self._listener.opening() if self._listener is not None else 0

@@ -9,9 +9,16 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
+from keyproxy.ai.responses.meter import Meter
+
 REPORTED: Final = "reported"
 NOT_REPORTED: Final = "not_reported"
 TIMED_OUT: Final = "timed_out"
+
+
+def is_missed(meter: Meter | None) -> bool:
+    """Whether nothing but the usage of a response is missing."""
+    return meter is not None and meter.is_finished and not meter.is_reported
 
 
 class UsageReads:

@@ -34,6 +34,10 @@ class Fleet:
             print(number, b"".join(self.sites[number].printed)[-3000:].decode())
             raise
 
+    async def stop(self, number: int) -> None:
+        """SIGTERM, and wait until it has drained."""
+        await self._stacks[number].aclose()
+
     async def kill(self, number: int) -> None:
         """SIGKILL, as the kernel sends it when memory runs out."""
         process = self.processes[number]

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from keyproxy.http.error_responses import ERROR_SHAPES, ErrorRenderer, ErrorResponse
+from keyproxy.http.error_responses import ERROR_SHAPES, ErrorRenderer
+from keyproxy.http.own_response import OwnResponse
 from keyproxy.limit_state import LimitPolicy, LimitState
 from keyproxy.reasons import NEVER_FITS, SPENT, LimitReason, Reason, Refusal
 
@@ -18,7 +19,7 @@ each_reason = pytest.mark.parametrize("reason", Reason, ids=lambda reason: reaso
 each_shape = pytest.mark.parametrize("shape", ERROR_SHAPES)
 
 
-def fields(answer: ErrorResponse) -> dict[str, str]:
+def fields(answer: OwnResponse) -> dict[str, str]:
     assert answer.fields.endswith(b"\r\n")
     lines = answer.fields.decode("ascii").split("\r\n")[:-1]
     found = dict(line.split(": ", 1) for line in lines)
@@ -26,7 +27,7 @@ def fields(answer: ErrorResponse) -> dict[str, str]:
     return found
 
 
-def error_object(answer: ErrorResponse, shape: str) -> dict[str, Any]:
+def error_object(answer: OwnResponse, shape: str) -> dict[str, Any]:
     """The members of an error, wherever its format has them."""
     content = json.loads(answer.body)
     if shape == "ollama":

@@ -10,7 +10,8 @@ import httpx2
 import openai
 import pytest
 
-from keyproxy.http.error_responses import ErrorRenderer, ErrorResponse
+from keyproxy.http.error_responses import ErrorRenderer
+from keyproxy.http.own_response import OwnResponse
 from keyproxy.limit_state import LimitPolicy, LimitState
 from keyproxy.reasons import LimitReason, Reason, Refusal
 
@@ -29,7 +30,7 @@ MESSAGE_START = (
 Server = Callable[[httpx2.Request], httpx2.Response]
 
 
-def answering(answer: ErrorResponse) -> Server:
+def answering(answer: OwnResponse) -> Server:
     lines = [line.split(": ", 1) for line in answer.fields.decode("ascii").split("\r\n")[:-1]]
     return lambda _: httpx2.Response(
         answer.status, headers=[(name, value) for name, value in lines], content=answer.body
@@ -50,7 +51,7 @@ def ask_anthropic(server: Server) -> anthropic.Anthropic:
     return anthropic.Anthropic(api_key="k", base_url="http://proxy", max_retries=0, http_client=client)
 
 
-def refused(reason: Reason, shape: str) -> ErrorResponse:
+def refused(reason: Reason, shape: str) -> OwnResponse:
     return ErrorRenderer().render(Refusal(reason, limit=LIMIT), "r-1", shape)
 
 

@@ -24,7 +24,9 @@ async def _metrics() -> bytes:
 
 @contextlib.asynccontextmanager
 async def _serving(bounds: Bounds) -> AsyncIterator[tuple[str, int]]:
-    listener = OpsListener(checks=_checks, metrics=_metrics, metrics_content_type="text/plain", bounds=bounds)
+    listener = OpsListener(
+        checks=_checks, metrics=_metrics, metrics_content_type="text/plain", jwks=_metrics, bounds=bounds
+    )
     sock = sockets.bind("127.0.0.1:0")
     await listener.start(sock)
     try:

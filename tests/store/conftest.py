@@ -18,6 +18,7 @@ import pytest
 
 from keyproxy.config.schema import Cache
 from keyproxy.model import Moment
+from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.embedded import embedded_postgres
 from keyproxy.store.embedded.embedded_postgres import EmbeddedServer
 from keyproxy.store.identities.cache import FeedState, IdentityCache
@@ -28,6 +29,7 @@ from keyproxy.store.identities.unknown_credentials import TokenVerifier
 from keyproxy.store.postgres import migrations
 from keyproxy.store.postgres.database import NotificationListener
 from keyproxy.store.prompt_templates import TemplateCache
+from keyproxy.store.signing_keys import SigningKeyCache
 from tests.server import password_of
 from tests.store.harness import Clock, Relay, Rig, Sql, StatementRunner
 from tests.store.redis_harness import MakeServer, servers
@@ -105,14 +107,22 @@ async def make_rig(dsn: str, sql: Sql, relay: Relay) -> AsyncIterator[MakeRig]:
             assert not isinstance(listening, str)
             owned = OwnedIdCache(door, cache or Cache(), feed=state, look_ups_max=look_ups_max, now=now or clock)
             templates = TemplateCache(door, cache or Cache(), now or clock)
-            feed = ChangeFeed(door, listening, identities, state, now or clock, owned=owned, templates=templates)
+            signing_keys = SigningKeyCache(door, ACCEPTS_NONE, now or clock)
+            feed = ChangeFeed(
+                door, listening, identities, state, now or clock,
+                owned=owned, templates=templates, signing_keys=signing_keys,
+            )  # fmt: skip
             await door.open()
             stack.push_async_callback(door.close)
             stack.push_async_callback(identities.close)
             stack.push_async_callback(owned.close)
             stack.push_async_callback(templates.close)
+            stack.push_async_callback(signing_keys.close)
             stack.push_async_callback(feed.close)
-            return Rig(dsn, sql, relay, door, clock, state, last_used, identities, owned, templates, feed, now or clock)
+            return Rig(
+                dsn, sql, relay, door, clock, state, last_used, identities, owned, templates, signing_keys, feed,
+                now or clock,
+            )  # fmt: skip
 
         yield making
 

@@ -23,6 +23,7 @@ from keyproxy.store.identities.owned_ids import OwnedIdCache
 from keyproxy.store.postgres import migrations, queries
 from keyproxy.store.postgres.database import Database, NotificationListener, Row, StoreUnavailable
 from keyproxy.store.prompt_templates import TemplateCache
+from keyproxy.store.signing_keys import SigningKeyCache
 from tests import fakes
 from tests.server import address_of, password_of
 from tests.waiting import until
@@ -344,6 +345,7 @@ class Rig:
     cache: IdentityCache
     owned: OwnedIdCache
     templates: TemplateCache
+    signing_keys: SigningKeyCache
     feed: ChangeFeed
     now: Callable[[], Moment]
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
+
 import pytest
 
 from keyproxy.auth.api_key import SecretKey
+from keyproxy.auth.minting import MintParent
 from keyproxy.config.schema import Cache
 from keyproxy.model import Moment
+from keyproxy.platform import clock
 from keyproxy.ports import Identities, OwnedIds, PromptTemplates
 from keyproxy.reasons import Reason
+from keyproxy.signing.signing_key import SigningKey
+from keyproxy.store.agent_tokens.minter import TokenMinter
 from tests import contracts, fakes
 from tests.store.conftest import MakeRig
 from tests.store.harness import Clock, Rig, add_owned, add_template, add_tenant, add_user
@@ -229,3 +236,74 @@ class TestTemplateCache(contracts.PromptTemplatesContract):
     async def template_stage(self, make_rig: MakeRig) -> contracts.TemplatesStage:
         """Make it over a relay that can be cut."""
         return _TemplateCacheStage(await make_rig())
+
+
+class _FakeMintStage:
+    def __init__(self) -> None:
+        self.mint = fakes.FakeMint(contracts.MINT_RULES)
+        self._count = 0
+
+    def wall_seconds(self) -> float:
+        return time.time()
+
+    async def key(self, *scopes: str, is_test: bool = False) -> MintParent:
+        self._count += 1
+        key_id = f"key_{self._count}"
+        who = fakes.identity(scopes=frozenset(scopes), is_test=is_test)
+        self.mint.parents[key_id] = dataclasses.replace(who, key_id=key_id)
+        return MintParent(key_id, None, None, is_operator=False)
+
+    async def goes_down(self) -> None:
+        self.mint.is_down = True
+
+    async def comes_back(self) -> None:
+        self.mint.is_down = False
+
+
+class _StoreMintStage:
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
+        signing_key = SigningKey.make(time.time())
+        self.mint = TokenMinter(
+            rig.door, rules=lambda: contracts.MINT_RULES, signing_key=lambda _now: signing_key, now=clock.now
+        )
+        self._count = 0
+
+    def wall_seconds(self) -> float:
+        return time.time()
+
+    async def key(self, *scopes: str, is_test: bool = False) -> MintParent:
+        self._count += 1
+        sql, key_id = self._rig.sql, f"key_{self._count}"
+        if self._count == 1:
+            await add_user(sql)
+            await sql.execute("INSERT INTO keyproxy.roles (id, scopes) VALUES ('reader', '{data:read}')")
+        await sql.execute(
+            "INSERT INTO keyproxy.api_keys (id, user_id, digest, scopes, is_test) VALUES ($1, 'u_42', $2, $3, $4)",
+            key_id, fakes.key(self._count).digest(), list(scopes), is_test,
+        )  # fmt: skip
+        return MintParent(key_id, None, None, is_operator=False)
+
+    async def goes_down(self) -> None:
+        await self._rig.goes_down()
+
+    async def comes_back(self) -> None:
+        await self._rig.comes_back()
+
+
+class TestFakeMint(contracts.AgentTokenMintContract):
+    """The fake that the tests of the wire use."""
+
+    @pytest.fixture
+    def stage(self) -> contracts.MintStage:
+        """Make the fake in memory."""
+        return _FakeMintStage()
+
+
+class TestTokenMinter(contracts.AgentTokenMintContract):
+    """The minting of the store."""
+
+    @pytest.fixture
+    def stage(self, rig: Rig) -> contracts.MintStage:
+        """Make it over a relay that can be cut."""
+        return _StoreMintStage(rig)

@@ -50,6 +50,7 @@ class Wire:
     claims: Claims
     owned_ids: fakes.FakeOwnedIds
     templates: fakes.FakePromptTemplates
+    mint: fakes.FakeMint
 
     def client(self) -> contextlib.AbstractAsyncContextManager[Client]:
         """A connection to the proxy."""
@@ -97,9 +98,10 @@ async def start() -> AsyncIterator[Start]:
             )
             table = settings.route_table() if rows else routes or RouteTable([])
             owned_ids, templates = fakes.FakeOwnedIds(), fakes.FakePromptTemplates()
+            mint = fakes.FakeMint(settings.access.mint_rules())
             gateway = build_gateway(
                 settings, table, identities=identities, owned_ids=owned_ids, templates=templates,
-                ledger=ledger, claims=claims, patterns=compile_patterns(categories),
+                ledger=ledger, claims=claims, mint=mint, patterns=compile_patterns(categories),
             )  # fmt: skip
             deadlines = Deadlines(loop, clock.monotonic, period_seconds=sweep_seconds)
             deadlines.start()
@@ -121,7 +123,8 @@ async def start() -> AsyncIterator[Start]:
             server.start(sock)
             address = sock.getsockname()
             return Wire(
-                address, far, identities, recorder, server, pool, gateway, ledger, charges, claims, owned_ids, templates
+                address, far, identities, recorder, server, pool, gateway, ledger, charges, claims, owned_ids, templates,
+                mint,
             )  # fmt: skip
 
         yield starting

@@ -16,6 +16,7 @@ from keyproxy.ai.responses.meter import Meter
 from keyproxy.ai.responses.usage_reader import ResponseUsageReader
 from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.http.headers import FieldNames
+from keyproxy.http.own_response import created
 from keyproxy.http_messages import RequestHead, ResponseHead
 from keyproxy.model import Grant, Permit, Route
 from keyproxy.ports import Exchange, Gate
@@ -173,6 +174,8 @@ EVENTS: Final[dict[str, Event]] = {
     "offer": lambda stage: stage.pool.release(stage.upstream, stage.pool.clock()),
     "offer again": lambda stage: stage.offer_again(),
     "forward": lambda stage: stage.exchange.forward(PERMIT),
+    "serve": lambda stage: stage.exchange.serve(PERMIT),
+    "respond": lambda stage: stage.exchange.respond(created({})),
     "refuse": lambda stage: stage.exchange.refuse(Refusal(Reason.KEY_INVALID)),
     "pause": lambda stage: stage.exchange.pause_stream(),
     "extend": lambda stage: stage.exchange.extend(PERMIT),
@@ -190,6 +193,10 @@ EXCHANGES: Final = [
     ("get, forward", "deciding", "connecting"),
     ("offer, get, forward", "deciding", "requested"),
     ("get, refuse", "deciding", "over"),
+    ("get, serve", "deciding", "serving"),
+    ("get, serve, respond", "serving", "over"),
+    ("get, serve, client lost, respond", "serving", "over"),
+    ("get, serve, client lost, refuse", "serving", "over"),
     ("post, forward, body", "awaiting body", "connecting"),
     ("offer, post, forward, body", "awaiting body", "requested"),
     ("post, forward, client lost", "awaiting body", "over"),
@@ -253,7 +260,7 @@ def _response(steps: str) -> Iterator[str]:
     calls: dict[str, Callable[[], object]] = {
         "begin": lambda: response.begin(head, answer, b"", may_continue=True),
         "tunnel": lambda: response.begin_tunnel(switch, b""),
-        "own": lambda: response.send_own(own, b"", closes=False, without_body=False),
+        "own": lambda: response.send_own(head, own, b"", closes=False),
         "write": lambda: response.write(b"d", is_last=False),
         "write last": lambda: response.write(b"d", is_last=True),
     }

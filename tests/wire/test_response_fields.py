@@ -176,7 +176,7 @@ async def test_the_ops_listener_s_responses_carry_a_date(raw: bytes) -> None:
     async def metrics() -> bytes:
         return b""
 
-    ops = OpsListener(checks=checks, metrics=metrics, metrics_content_type="text/plain")
+    ops = OpsListener(checks=checks, metrics=metrics, metrics_content_type="text/plain", jwks=metrics)
     sock = socket.create_server(("127.0.0.1", 0))
     await ops.start(sock)
     try:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from keyproxy.platform import clock
+from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.postgres.database import Database, StoreConflict, StoreUnavailable
 from keyproxy.store.signing_keys import SigningKeyCache
 
@@ -32,6 +33,6 @@ async def cut_keys_of(dsn: str, ends: Mapping[str, float]) -> None:
     database = Database(dsn, pool_size_max=1, statement_timeout_seconds=_CUT_SECONDS)
     await database.open()
     try:
-        await cut_keys(SigningKeyCache(database, clock.now), ends)
+        await cut_keys(SigningKeyCache(database, ACCEPTS_NONE, clock.now), ends)
     finally:
         await database.close()

@@ -6,7 +6,7 @@ import time
 from typing import Final
 
 from keyproxy.http import headers
-from keyproxy.http.error_responses import ErrorResponse
+from keyproxy.http.own_response import OwnResponse
 from keyproxy.http_messages import ResponseHead
 from keyproxy.ports import Exchange
 from keyproxy.wire.context import ServerContext
@@ -54,8 +54,17 @@ class DateField:
         return self._line
 
 
-def own(response: ErrorResponse, request_id: bytes, date: bytes, *, closes: bool, without_body: bool) -> bytes:
+def own(
+    response: OwnResponse,
+    request_id: bytes,
+    date: bytes,
+    *,
+    closes: bool,
+    without_body: bool = False,
+    is_http_11: bool = True,
+) -> bytes:
     """A complete response of ours. `date`: the Date line. `without_body`: the response to a HEAD."""
+    kept = b"" if is_http_11 else _KEEP_ALIVE
     return b"HTTP/1.1 %d %b\r\n%b%bContent-Length: %d\r\nX-Request-Id: %b\r\n%b\r\n%b" % (
         response.status,
         response.reason_phrase,
@@ -63,9 +72,19 @@ def own(response: ErrorResponse, request_id: bytes, date: bytes, *, closes: bool
         response.fields,
         len(response.body),
         request_id,
-        _CLOSE if closes else b"",
+        _CLOSE if closes else kept,
         b"" if without_body else response.body,
     )
+
+
+def own_lines(exchange: Exchange, server: ServerContext) -> bytes:
+    """The header lines about limits and the key, for a response of ours to a request that was served."""
+    permit, identity, lines = exchange.permit, exchange.identity, b""
+    if permit is not None:
+        lines = permit.limit_headers(server.clock())
+    if identity is not None and identity.retiring_field is not None:
+        lines += identity.retiring_header(server.wall())
+    return lines
 
 
 def client_lines(response: ResponseHead, exchange: Exchange, server: ServerContext, now: float) -> bytes:
@@ -78,6 +97,9 @@ def client_lines(response: ResponseHead, exchange: Exchange, server: ServerConte
         block = block + limits
     if identity is not None and identity.retiring_field is not None:
         block = block + identity.retiring_header(server.wall())
+    if not response.fields.has_date:
+        # RFC 9110 section 6.6.1: a recipient with a clock adds what the origin server left out.
+        block = block + server.date_line()
     metered = exchange.metered
     if metered is not None and metered.uses_tokens:
         block = b"%bX-Keyproxy-Tokens-Reserved: %d\r\n" % (block, metered.tokens_reserved)

@@ -8,7 +8,7 @@ sent in one write; until then one of ours can still replace it.
 
 from __future__ import annotations
 
-from keyproxy.http.error_responses import ErrorResponse
+from keyproxy.http.own_response import OwnResponse
 from keyproxy.http_messages import RequestHead, ResponseHead
 from keyproxy.wire.client.transport import ClientTransport
 from keyproxy.wire.parsing.framing import CHUNK_BEGINNING, chunks
@@ -43,12 +43,19 @@ class ResponseWriter:
         """Whether a response of ours can still be sent instead."""
         return self._phase <= HELD_BACK
 
-    def send_own(self, response: ErrorResponse, date_line: bytes, *, closes: bool, without_body: bool) -> None:
-        """Send a response of ours, complete."""
+    def send_own(self, head: RequestHead | None, response: OwnResponse, date_line: bytes, *, closes: bool) -> None:
+        """Send a response of ours to `head`, complete; None: the head could not be read."""
         self._phase = RESPONSE.step(self._phase, ENDED)
         self._held_back = b""
         self.closes = closes
-        own = response_heads.own(response, self._request_id, date_line, closes=closes, without_body=without_body)
+        own = response_heads.own(
+            response,
+            self._request_id,
+            date_line,
+            closes=closes,
+            without_body=head is not None and head.line.method == b"HEAD",
+            is_http_11=head is None or head.line.minor_version == 1,
+        )
         self._transport.send(own.removeprefix(self._sent_ahead))
 
     def probe_client(self) -> None:

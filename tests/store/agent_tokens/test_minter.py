@@ -15,7 +15,7 @@ from keyproxy.auth.agent_token_format import TOKEN_BYTES_MAX
 from keyproxy.auth.minting import MintParent, MintRequest
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.signing.signing_key import VerifyingKey
-from keyproxy.signing.token_check import SignedToken, TokenRules
+from keyproxy.signing.token_check import AcceptedTokens, SignedToken
 from keyproxy.store.postgres.database import Database, JoinedTransaction
 from tests.store.harness import Sql, StatementRunner, add_key, add_user
 from tests.store.token_minting import (
@@ -79,7 +79,7 @@ async def test_token_is_signed_and_has_the_claims_and_the_row_of_its_grant(mint:
     text = token.token.reveal()
     signed = SignedToken.parse(text)
     verifying = VerifyingKey(SIGNING_KEY.public_jwk(), kid=signed.kid, ends_wall=math.inf)
-    signed.check(verifying, TokenRules("keyproxy", "elsewhere"), time.time())
+    signed.check(verifying, AcceptedTokens("keyproxy", "elsewhere"), time.time())
     claims = claims_of(token)
     assert before <= claims["iat"] <= time.time()
     assert re.fullmatch(r"agt_[0-9A-Za-z]{22}", token.id)

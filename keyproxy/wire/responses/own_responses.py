@@ -1,32 +1,42 @@
-"""Record a refusal, and send the response to the refused request."""
+"""Record refusals, and send the responses of the proxy itself: to refused requests, and to those that it serves."""
 
 from __future__ import annotations
 
+from keyproxy.http.own_response import OwnResponse
 from keyproxy.http.routes import ANY_ROUTE
 from keyproxy.ports import Exchange
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.context import ServerContext
+from keyproxy.wire.responses import response_heads
 from keyproxy.wire.responses.response_writer import ResponseWriter
 
 
 def send(refusal: Refusal, exchange: Exchange, response: ResponseWriter, server: ServerContext) -> bool:
     """Respond with a refusal in the format of the route. Return whether the connection closes after it."""
-    head = exchange.head
     shape = _error_shape(exchange, server)
     rendered = server.problems.render(refusal, exchange.request_id.decode("ascii"), shape)
     if exchange.permit is not None and not refusal.applied:
         rendered = rendered._replace(fields=rendered.fields + exchange.permit.limit_headers(server.clock()))
-    closes = (
-        head is None
-        or not exchange.is_complete
-        or not head.fields.keeps_alive
-        or refusal.reason is Reason.REQUEST_MALFORMED
-        or server.is_draining
-    )
+    closes = refusal.reason is Reason.REQUEST_MALFORMED
+    return _send(rendered, exchange, response, server, closes=closes)
+
+
+def send_served(served: OwnResponse, exchange: Exchange, response: ResponseWriter, server: ServerContext) -> bool:
+    """Respond to a request that the proxy serves itself. Return whether the connection closes after it."""
+    served = served._replace(fields=served.fields + response_heads.own_lines(exchange, server))
+    return _send(served, exchange, response, server, closes=False)
+
+
+def _send(
+    own: OwnResponse, exchange: Exchange, response: ResponseWriter, server: ServerContext, *, closes: bool
+) -> bool:
+    head = exchange.head
+    if head is None or not exchange.is_complete or not head.fields.keeps_alive or server.is_draining:
+        closes = True
     is_head = head is not None and head.line.method == b"HEAD"
-    exchange.status = rendered.status
-    exchange.bytes_out = 0 if is_head else len(rendered.body)
-    response.send_own(rendered, server.date_line(), closes=closes, without_body=is_head)
+    exchange.status = own.status
+    exchange.bytes_out = 0 if is_head else len(own.body)
+    response.send_own(head, own, server.date_line(), closes=closes)
     return closes
 
 
