@@ -189,8 +189,8 @@ class Permit:
 class Ending(enum.Enum):
     """How an exchange ended."""
 
-    COMPLETED = "completed"  # the upstream's response was relayed completely
-    REFUSED = "refused"  # the proxy sent its own response
+    COMPLETED = "completed"  # the upstream's response was relayed completely, or the proxy served the request itself
+    REFUSED = "refused"  # the proxy refused the request
     CUT = "cut"  # the response broke off; its framing is left incomplete, so that the client notices
     CLIENT_GONE = "client_gone"  # the client disconnected before the response was complete
 

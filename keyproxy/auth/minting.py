@@ -44,7 +44,7 @@ _MEMBERS: Final = (_AGENT, _ROLE, _SCOPES, _TOKEN_BUDGET, _REQUEST_BUDGET, _TTL_
 
 
 #: The name of an unknown member that a response may repeat. No key looks like this.
-_PLAIN_NAME: Final = re.compile(r"[a-z]{1,16}(?:_[a-z]{1,16}){0,3}")
+_PLAIN_NAME: Final = re.compile(r"[A-Za-z]{1,16}(?:[_-][A-Za-z]{1,16}){0,3}")
 
 #: A longer integer is beyond every bound.
 _INTEGER_CHARACTERS_MAX: Final = 20

@@ -28,7 +28,7 @@ from keyproxy.wire.responses import own_responses, response_heads, stream_cut
 from keyproxy.wire.responses.response_writer import ResponseWriter
 from keyproxy.wire.upstream.connection import UpstreamConnection
 from keyproxy.wire.upstream.pool import PoolUser, UpstreamPool
-from keyproxy.wire.upstream.request_head import missing_assertion, request_head
+from keyproxy.wire.upstream.request_head import request_head, unsigned_because
 from keyproxy.wire.upstream.retry import may_retry
 from keyproxy.wire.usage_reads import NOT_REPORTED, REPORTED
 
@@ -99,9 +99,8 @@ class Exchange(PoolUser):
         if self._has_left or self.is_over:
             self._leave()
             return
-        self.responded_mono = self._server.clock()
         closes = own_responses.send_served(response, self, self.response, self._server)
-        self._end(COMPLETED, self.responded_mono, closes=closes)
+        self._end(COMPLETED, self._server.clock(), closes=closes)
 
     def refuse(self, refusal: Refusal) -> None:
         if self._has_left or self.is_over:
@@ -353,8 +352,8 @@ class Exchange(PoolUser):
         if self._body_since_mono:
             self.body_wait_seconds += self._server.clock() - self._body_since_mono
             self._body_since_mono = 0.0
-        refusal = missing_assertion(self._server, permit)
-        if refusal is not None:
+        assertions = self._server.assertions
+        if assertions is not None and (refusal := unsigned_because(assertions, permit, self._server)) is not None:
             self.refuse(refusal)
             return
         owner = permit.owner

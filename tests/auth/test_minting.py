@@ -120,7 +120,9 @@ def test_duplicate_member_is_refused_and_named(raw: bytes, named: str) -> None:
     [
         (b'{"agent":"a","role":"r","budget":1}', "'budget'"),
         (b'{"agent":"a","role":"r","tools":[]}', "'tools'"),
-        (b'{"agent":"a","role":"r","Agent":"a"}', ""),
+        (b'{"agent":"a","role":"r","Agent":"a"}', "'Agent'"),
+        (b'{"agent":"a","role":"r","toolNames":[]}', "'toolNames'"),
+        (b'{"agent":"a","role":"r","a1b2c3d4":[]}', ""),
         (b'{"agent":"a","role":"r","agent ":"a"}', ""),
         (b'{"agent":"a","role":"r","":"a"}', ""),
     ],

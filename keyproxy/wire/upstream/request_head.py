@@ -28,7 +28,12 @@ def request_head(
 
     `now`: monotonic seconds.
     """
-    assertions = server.assertions
+    assertions, grant, line = server.assertions, permit.grant, b""
+    if assertions is not None and isinstance(grant, Grant):
+        cached = grant.identity.assertion
+        if cached.signed_by != assertions.number or now >= cached.renew_mono_seconds:
+            assertions.sign(grant.identity, now)
+        line = cached.line
     return headers.build_upstream_head(
         head,
         head.block if exchange.block is None else exchange.block,
@@ -36,27 +41,17 @@ def request_head(
         request_id=exchange.request_id,
         forwarding=forwarding,
         host=host,
-        assertion=b"" if assertions is None else _assertion_line(assertions, permit, now),
+        assertion=line,
     )
 
 
-def missing_assertion(server: ServerContext, permit: Permit) -> Refusal | None:
-    """Why no assertion can be signed, before a connection is taken for the request; None if it can be, or was before."""
-    assertions, grant = server.assertions, permit.grant
-    if assertions is None or not isinstance(grant, Grant) or grant.identity.assertion.signed_by == assertions.number:
+def unsigned_because(assertions: Assertions, permit: Permit, server: ServerContext) -> Refusal | None:
+    """Sign an identity that never was, before a connection is taken. Returns why that is impossible, else None."""
+    grant = permit.grant
+    if not isinstance(grant, Grant) or grant.identity.assertion.signed_by == assertions.number:
         return None
     try:
         assertions.sign(grant.identity, server.clock())
     except Refusal as refusal:
         return refusal
     return None
-
-
-def _assertion_line(assertions: Assertions, permit: Permit, now: float) -> bytes:
-    grant = permit.grant
-    if not isinstance(grant, Grant):
-        return b""
-    cached = grant.identity.assertion
-    if cached.signed_by != assertions.number or now >= cached.renew_mono_seconds:
-        assertions.sign(grant.identity, now)
-    return cached.line
