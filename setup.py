@@ -14,7 +14,7 @@ from setuptools import Extension, setup
 FOLDERS = ("ai", "auth", "decision", "http", "limits", "wire")
 MODULES = (
     "reasons", "model", "http_messages", "ports", "gateway", "limit_state", "platform/clock",
-    "metrics/access_log", "metrics/model_counts", "metrics/recorder",
+    "metrics/access_log", "metrics/delegation_counts", "metrics/model_counts", "metrics/recorder",
     "store/identities/acting_pairs", "store/identities/cache", "store/identities/entries",
     "store/identities/owned_ids", "store/ledger/ledger", "store/usage/journal",
     "store/usage/model_names", "store/usage/usage_batch",

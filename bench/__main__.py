@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import shutil
 import statistics
 import sys
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--envoy", default=".venv-bench", help="the environment that Envoy is installed in")
     parser.add_argument("--compiled", default=".venv-compiled", help="the environment of the compiled build")
     parser.add_argument("--limits", action="store_true", help="also with requests under limits")
+    parser.add_argument("--delegation", action="store_true", help="also acting for a user, agent tokens, assertions")
     parser.add_argument("--keys", type=int, default=20_000, help="for the table of misses")
     options = parser.parse_args(arguments)
     if not shutil.which("wrk") or not shutil.which("nginx"):
@@ -125,15 +127,40 @@ def _builds(ours: Site, options: argparse.Namespace) -> list[Peer]:
         Peer(_OURS, "", ours.serving),
         Peer(_COMPILED, missing, lambda port: ours.serving(port, python=str(python.absolute()))),
     ]
+    return [*builds, *_with_limits(ours, builds, options), *_delegated(ours, python, missing, options)]
+
+
+def _with_limits(ours: Site, builds: Sequence[Peer], options: argparse.Namespace) -> list[Peer]:
     if not options.limits:
-        return builds
+        return []
     header = f"Authorization: Api-Key {ours.limited_key()}"
     windows = [replace(build, name=f"{build.name}, windows", header=header) for build in builds]
     return [
-        *builds,
         *windows,
         *(replace(one, name=f"{one.name}, tokens", path=METERED_PATH, body=METERED_BODY) for one in windows),
     ]
+
+
+def _delegated(ours: Site, python: Path, missing: str, options: argparse.Namespace) -> list[Peer]:
+    """Both builds with a key that acts for a user, with an agent token, and each and a plain key with assertions."""
+    if not options.delegation:
+        return []
+    secret, token = ours.delegation()
+    headers = {
+        "": "Authorization: Api-Key {key}",
+        ", acting": f"Authorization: Api-Key {secret}\nX-Keyproxy-Act-For: u_alice",
+        ", agent token": f"Authorization: Bearer {token}",
+    }
+    found = []
+    for build, program, absent in ((_OURS, sys.executable, ""), (_COMPILED, str(python.absolute()), missing)):
+        for access, signed in (("", ""), ("assertion = true", ", assertion")):
+            start = functools.partial(ours.serving, python=program, access=access)
+            found += [
+                Peer(f"{build}{kind}{signed}", absent, start, header)
+                for kind, header in headers.items()
+                if kind or signed
+            ]
+    return found
 
 
 def _ratio(mine: Sequence[Result], others: Sequence[Result]) -> str:

@@ -75,9 +75,10 @@ def _status(pid: int, name: str) -> int:
 
 
 def script(path: Path, *, header: str, method: str = "POST", body: str = "x" * 90, keys: Path | None = None) -> Path:
-    """A wrk script: one header for all requests, or a different key for each."""
-    name, _, value = header.partition(": ")
-    text = _SCRIPT.format(method=method, body=body, header="" if keys else f'wrk.headers["{name}"] = "{value}"')
+    """A wrk script: the same header lines for all requests, or a different key for each."""
+    fields = [] if keys else [line.partition(": ") for line in header.splitlines()]
+    lines = "\n".join(f'wrk.headers["{name}"] = "{value}"' for name, _, value in fields)
+    text = _SCRIPT.format(method=method, body=body, header=lines)
     path.write_text(text + (_MANY_KEYS.format(keys=keys) if keys else ""), encoding="utf-8")
     return path
 

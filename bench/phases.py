@@ -35,7 +35,7 @@ from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.recorder import Recorder
 from keyproxy.model import Missing, Moment, Permit, TimeBudget
 from keyproxy.platform import clock
-from keyproxy.ports import AgentTokenMint, Exchange, OwnedIds, PromptTemplates
+from keyproxy.ports import AgentTokenMint, Assertions, Exchange, OwnedIds, PromptTemplates
 from keyproxy.process.run import freeze_garbage
 from keyproxy.process.terms import build_gateway, build_terms
 from keyproxy.store.identities.cache import FeedState, IdentityCache
@@ -236,10 +236,12 @@ class Bench:
         *,
         dialect: str = "header",
         judges: tuple[str, ...] = (),
+        identities: IdentityCache | None = None,
+        assertions: Assertions | None = None,
     ) -> None:
-        """`judges`: of `model` and `category`, what the chat's route judges."""
+        """`judges`: of `model` and `category`, what the chat's route judges. `identities`: that know the key."""
         self.names = FieldNames()
-        identities = known_key(loop, plan)
+        identities = identities or known_key(loop, plan)
         self.identity = identities.known(SECRET.digest(), clock.now())
         self.limits = self.identity.allowance
         tokens = "none" if plan is None or plan.limit("tokens/day") is None else dialect
@@ -279,7 +281,7 @@ class Bench:
         self.upstream.connection_made(cast("asyncio.Transport", _Transport()))
         pool.release(self.upstream, clock.monotonic())
         self.server = ProxyServer(
-            build_terms(schema.Settings(), self.routes, self.gateway, Upstreams(pool), tls=None),
+            build_terms(schema.Settings(), self.routes, self.gateway, Upstreams(pool), tls=None, assertions=assertions),
             recorder=self.recorder,
             deadlines=deadlines,
             clock=clock.monotonic,
@@ -351,10 +353,10 @@ def present(head: RequestHead) -> None:
     credentials.digest(head)
 
 
-def timed(calls: Mapping[str, Callable[[], object]], *benches: Bench) -> dict[str, float]:
+def timed(calls: Mapping[str, Callable[[], object]], *benches: Bench, rounds: int = _ROUNDS) -> dict[str, float]:
     """Microseconds of CPU for one call of each: the best of rounds in which all take turns."""
     best = dict.fromkeys(calls, math.inf)
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         for name, call in calls.items():
             started = time.process_time()
             for _ in range(_CALLS):

@@ -16,6 +16,9 @@ import uvloop
 
 from bench.peers import METERED_PATH, PATH, free_port, running
 from keyproxy.auth.api_key import KeyFormat
+from keyproxy.config.delegation_settings import AccessSettings
+from keyproxy.platform import clock
+from keyproxy.store.directory.agents.operator_mint import minting
 from keyproxy.store.directory.directory import Actor, Directory, KeyWish
 from keyproxy.store.embedded import embedded_postgres
 from keyproxy.store.postgres import migrations
@@ -33,6 +36,8 @@ url = "http://127.0.0.1:{upstream}"
 dsn = "{dsn}"
 [cache]
 {cache}
+[access]
+{access}
 [[routes]]
 match = "POST {path}"
 scopes = ["jobs:write"]
@@ -79,6 +84,10 @@ class Site:
         """The secret of a key that, like its user and its tenant, has request and token windows."""
         return uvloop.run(self._limited_key())
 
+    def delegation(self) -> tuple[str, str]:
+        """The secret of a key that acts for `u_alice`, and an agent token of 15 minutes cut from it."""
+        return uvloop.run(self._delegation())
+
     @contextlib.contextmanager
     def serving(
         self,
@@ -86,13 +95,15 @@ class Site:
         *,
         cache: str = "",
         listen: str = "",
+        access: str = "",
         python: str = sys.executable,
         environment: dict[str, str] | None = None,
         upstream: int = 0,
     ) -> Iterator[list[int]]:
         """`keyproxy serve` on a port, as installed for this Python; yields its processes.
 
-        `cache`, `listen`: additional lines of these configuration tables. `upstream`: another compute server's port.
+        `cache`, `listen`, `access`: additional lines of these configuration tables. `upstream`: the port of another
+        compute server.
         """
         self.ops_port = free_port()
         text = _CONFIG.format(
@@ -102,6 +113,7 @@ class Site:
             dsn=self.dsn,
             cache=cache,
             listen=listen,
+            access=access,
             path=PATH,
             metered=METERED_PATH,
         )
@@ -124,6 +136,19 @@ class Site:
         await database.close()
         secret: str = user["key"]["secret"]
         return secret
+
+    async def _delegation(self) -> tuple[str, str]:
+        database = Database(self.dsn, pool_size_max=1, statement_timeout_seconds=60.0)
+        await database.open()
+        async with minting(database, AccessSettings(), clock.now) as mint:
+            directory = Directory(database, KeyFormat(), Actor("bench", "local"), mint=mint)
+            await directory.tenants.create("delegation", "")
+            for user in ("u_worker", "u_alice"):
+                await directory.users.create(user, "delegation", None)
+            key = await directory.keys.issue("u_worker", KeyWish(scopes=("jobs:write",), acts_for="tenant"))
+            token = await directory.agent_tokens.mint(key["id"], {"agent": "crawler", "scopes": ["jobs:write"]})
+        await database.close()
+        return key["secret"], token["token"]
 
     async def _keys(self, number: int) -> list[str]:
         database = Database(self.dsn, pool_size_max=4, statement_timeout_seconds=60.0)

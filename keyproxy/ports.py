@@ -197,8 +197,8 @@ class AgentTokenMint(Protocol):
 
         Raises a Refusal: DELEGATION_REFUSED if a bound does not hold, REQUEST_MALFORMED if the signed token would be
         too long, QUOTA_EXHAUSTED if the root key has as many live tokens as it may have, STORE_UNAVAILABLE if the store
-        cannot be reached, or no key can sign. Then the caller has no token, and there is no row unless the store was
-        lost during the statement.
+        cannot be reached or no key can sign, OVERLOADED if too many tokens are being minted. Then the caller has no
+        token, and there is no row unless the store was lost during the statement.
         """
         ...
 

@@ -28,6 +28,7 @@ from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
 from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.directory.admin_tokens import AdminTokens
+from keyproxy.store.directory.agents.operator_mint import OperatorKey, SigningMint
 from keyproxy.store.directory.directory import Actor
 from keyproxy.store.outbox.limit_alerts import LimitAlertQueue
 from keyproxy.store.outbox.reminders import ReminderQueue
@@ -60,6 +61,7 @@ class Admin:
         self._alerts = LimitAlertQueue(self._database, lambda: self._settings.alerts.percentages)
         self._alerting = WebhookSender(self._alerts, "alerts of limits")
         self._signing_keys = SigningKeyCache(self._database, ACCEPTS_NONE, clock.now)
+        self._operator_key = OperatorKey(self._signing_keys, clock.now)
         self._service = self._made(settings)
 
     def _made(self, settings: Settings) -> Service:
@@ -68,7 +70,8 @@ class Admin:
         tokens = AdminTokens(self._database, key_format, Actor("admin", "local"))
         access = Access(tokens, key_format, self._throttle, file_digest=file_digest(settings.admin.token_file))
         config = ApiConfig(settings.keys.age_days_max, settings)
-        return Service(self._database, key_format, access, config, clock.monotonic)
+        mint = SigningMint(settings.access, self._operator_key, clock.now)
+        return Service(self._database, key_format, access, config, mint, clock.monotonic)
 
     async def run(
         self, *, access_log_fd: int, started: Callable[[str], None], read_again: Callable[[], Settings]
@@ -82,6 +85,7 @@ class Admin:
         async with contextlib.AsyncExitStack() as stack:
             await self._database.open()
             stack.push_async_callback(self._database.close)
+            stack.push_async_callback(self._operator_key.close)
             await self._check_tokens()
             log = AccessLog(access_log_fd, wall_offset=clock.wall_offset)
             log.success_share = self._settings.log.success_share
@@ -114,7 +118,10 @@ class Admin:
 
     def _metrics_page(self, counted: Traffic) -> MetricsPage:
         now_mono = clock.monotonic
-        return MetricsPage(self._reminders, self._reminding, self._alerts, now_mono=now_mono, traffic=counted)
+        return MetricsPage(
+            self._reminders, self._reminding, self._alerts,
+            now_mono=now_mono, traffic=counted, minted=lambda: self._operator_key.minted,
+        )  # fmt: skip
 
     def _warn_of_unencrypted_tokens(self) -> None:
         # Only a warning: a TLS proxy in front, a pod or a container requires this setup.

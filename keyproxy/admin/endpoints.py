@@ -110,6 +110,7 @@ class Endpoint:
     """One endpoint. `name`: its name in ADDRESSES. `responses`: the response model of each status.
 
     `refuses`: problems beyond those common to all endpoints. `is_global`: tokens restricted to a tenant are refused.
+    `signs`: the handler needs the signing key of this process.
     """
 
     name: str
@@ -123,6 +124,7 @@ class Endpoint:
     is_global: bool = False
     is_conditional: bool = False
     may_be_new_only: bool = False
+    signs: bool = False
     refuses: frozenset[Problem] = field(default_factory=frozenset)
 
     @property

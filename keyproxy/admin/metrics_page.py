@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from keyproxy.admin.webhook_sender import WebhookSender
+from keyproxy.metrics.delegation_counts import ADMIN
 from keyproxy.metrics.exposition import BUILD_INFO, Catalogue
 from keyproxy.metrics.metric import Combine, Metric, MetricKind
 from keyproxy.store.outbox.limit_alerts import LimitAlertQueue
@@ -77,6 +78,8 @@ class AdminScrape(NamedTuple):
     #: Delivered alerts of limits by percentage.
     alerts: Mapping[str, int]
     traffic: Traffic
+    #: How many agent tokens were minted.
+    minted: int
 
 
 def _keys_expiring(scrape: AdminScrape) -> dict[tuple[str, ...], float] | None:
@@ -106,6 +109,8 @@ ADMIN_METRICS: Final[tuple[Metric[AdminScrape], ...]] = (
            ("method", "route", "class"), lambda scrape: scrape.traffic.requests, SUM),
     Metric("keyproxy_admin_failed_logins_total", COUNTER, "Requests to the admin API without a valid token.",
            ("code",), lambda scrape: scrape.traffic.failed_logins, SUM),
+    Metric("keyproxy_agent_tokens_minted_total", COUNTER, "Agent tokens minted, by where.",
+           ("via",), lambda scrape: {ADMIN: scrape.minted}, SUM),
     Metric("keyproxy_admin_tokens_expiring", GAUGE,
            "Working tokens of the admin API that expire within this time.",
            ("within",), _tokens_expiring, MAX),
@@ -138,12 +143,15 @@ class MetricsPage:
         *,
         now_mono: Callable[[], float],
         traffic: Traffic,
+        minted: Callable[[], int],
     ) -> None:
+        """`minted`: how many agent tokens this process has minted."""
         self._reminders = reminders
         self._reminding = reminding
         self._alerts = alerts
         self._now_mono = now_mono
         self._traffic = traffic
+        self._minted = minted
         self._catalogue = Catalogue(ADMIN_METRICS, self._scrape)
         self._querying = asyncio.Lock()
         self._figures: StoreFigures | None = None
@@ -159,7 +167,7 @@ class MetricsPage:
 
     def _scrape(self) -> AdminScrape:
         reminders = dataclasses.asdict(self._reminding.total)
-        return AdminScrape(self._figures, reminders, self._alerts.delivered, self._traffic)
+        return AdminScrape(self._figures, reminders, self._alerts.delivered, self._traffic, self._minted())
 
     async def _queried(self) -> StoreFigures | None:
         reminders = self._reminders

@@ -13,7 +13,7 @@ from pydantic.json_schema import models_json_schema
 from keyproxy import __version__
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.problems import Problem
-from keyproxy.admin.schemas.field_types import ID, OBJECT_ID, PLAN_ID, ROLE
+from keyproxy.admin.schemas.field_types import AGENT, AGENT_TOKEN, ID, OBJECT_ID, PLAN_ID, ROLE
 from keyproxy.admin.schemas.request_models import NoQuery, RequestModel
 from keyproxy.admin.schemas.response_models import ProblemDetails
 from keyproxy.http.problem_json import MEDIA_TYPE
@@ -22,7 +22,7 @@ _REFERENCE: Final = "#/components/schemas/{model}"
 _PARAMETER = re.compile(r"\{(\w+)\}")
 
 #: The patterns of ids, by the start of the path, where they differ from ID.
-_ID_PATTERNS: Final = {"/v1/plans": PLAN_ID, "/v1/roles": ROLE, "/v1/owned": OBJECT_ID}
+_ID_PATTERNS: Final = {"/v1/plans": PLAN_ID, "/v1/roles": ROLE, "/v1/owned": OBJECT_ID, "/v1/agent-tokens": AGENT_TOKEN}
 
 _ETAG: Final = {"description": "The version, for use in If-Match.", "schema": {"type": "string"}}
 _IF_MATCH: Final = {
@@ -41,7 +41,7 @@ _IDEMPOTENCY_KEY: Final = {
     "name": "Idempotency-Key",
     "in": "header",
     "description": "A request repeated with the same key within 24 hours is not executed again. It gets the same "
-    "response, with each `secret` null.",
+    "response, with each `secret` null and without the `token` of an agent.",
     "schema": {"type": "string", "pattern": "^[!#-~]{1,255}$"},
 }
 
@@ -57,7 +57,7 @@ def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
         "info": {
             "title": "keyproxy admin API",
             "version": __version__,
-            "description": "Manage tenants, users, keys, plans, roles and owned ids, and read the audit log and usage.",
+            "description": "Manage tenants, users, keys, agents, plans, roles and owned ids; read audit log and usage.",
         },
         "security": [{"token": []}],
         "paths": paths,
@@ -110,7 +110,7 @@ def _operation(endpoint: Endpoint, references: dict[type[BaseModel], Any]) -> di
 
 def _path_parameters(endpoint: Endpoint) -> list[dict[str, Any]]:
     pattern = next((one for start, one in _ID_PATTERNS.items() if endpoint.path.startswith(start)), ID)
-    patterns = {"id": pattern, "kind": ROLE}
+    patterns = {"id": pattern, "kind": ROLE, "agent": AGENT}
     return [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "pattern": patterns[name]}}
         for name in _PARAMETER.findall(endpoint.path)

@@ -36,6 +36,9 @@ class Problem(enum.Enum):
     ACCOUNT_DISABLED = _spec("account_disabled", 401, "The tenant that the token is bound to is disabled.")
     INSUFFICIENT_SCOPE = _spec("insufficient_scope", 403, "The token lacks the required scope.")
     TENANT_BOUND = _spec("tenant_bound", 403, "This operation covers all tenants, but the token is restricted to one.")
+    DELEGATION_REFUSED = _spec(
+        "delegation_refused", 403, "The agent token would exceed the authority of the key or user that it is for."
+    )
     NOT_FOUND = _spec("not_found", 404, "The object does not exist.")
     METHOD_NOT_ALLOWED = _spec("method_not_allowed", 405, "The method is not supported for this path.")
     REQUEST_TIMEOUT = _spec("request_timeout", 408, "The request body did not arrive in time.")
@@ -48,6 +51,7 @@ class Problem(enum.Enum):
     MEDIA_TYPE = _spec("media_type_not_supported", 415, "Send application/json.")
     INVALID = _spec("invalid", 422, "The request is invalid.")
     KEY_REUSED = _spec("idempotency_key_reused", 422, "This Idempotency-Key was used with a different request.")
+    QUOTA_EXHAUSTED = _spec("quota_exhausted", 429, "The key has as many live agent tokens as it may have.")
     TOO_MANY_FAILURES = _spec("too_many_failures", 429, "Too many requests without a valid token.")
     INTERNAL_ERROR = _spec("internal_error", 500, "Internal error; see the log for this request's id.")
     OVERLOADED = _spec("overloaded", 503, "Too many connections; retry shortly.", 2)

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.problems import FieldError, Problem, Refused
 from keyproxy.admin.schemas.field_types import (
+    AGENT,
     AS_LIST,
     BY_NAME,
     ID,
@@ -35,6 +36,7 @@ _INTEGER_CHARACTERS_MAX: Final = 300
 _ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e]*)"')
 _IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 _PATH_ID = re.compile(ID)
+_PATH_AGENT = re.compile(AGENT)
 _PATH_OBJECT_ID = re.compile(OBJECT_ID)
 
 _Model = TypeVar("_Model", bound=RequestModel)
@@ -44,6 +46,7 @@ _MEANINGS = {
     ID: "an id has up to 128 letters, digits and . _ : @ | + -, and starts with a letter or digit",
     PLAN_ID: "a plan's name has up to 128 letters, digits and . _ : @ -, and starts with a letter or digit",
     PRINTABLE: "control characters are not allowed",
+    AGENT: "an agent has up to 64 letters, digits and . _ -, and starts with a letter or digit",
     ROLE: "a role or a category has up to 64 lower-case letters, digits, _ and -, and starts with a letter",
     NAMESPACE: "a namespace is SOURCE=VALUE, such as query:collection=acme/docs",
     SCOPE: "a scope is one word such as jobs:write, without wildcards, of up to 64 characters",
@@ -53,9 +56,10 @@ _MEANINGS = {
 def path_of(request: web.Request) -> dict[str, str]:
     """Parse the path parameters. A value that cannot be an id is a 404. Raises Refused."""
     for name, value in request.match_info.items():
-        # Of two values the second is an owned id, which may contain slashes.
-        is_owned = name == "id" and len(request.match_info) > 1
-        if not (_PATH_OBJECT_ID if is_owned else _PATH_ID).fullmatch(value):
+        # Beside its kind the id is an owned one, which may contain slashes.
+        is_owned = name == "id" and "kind" in request.match_info
+        pattern = _PATH_OBJECT_ID if is_owned else _PATH_AGENT if name == "agent" else _PATH_ID
+        if not pattern.fullmatch(value):
             raise Refused(Problem.NOT_FOUND)
     return dict(request.match_info)
 

@@ -31,8 +31,8 @@ class Scope(enum.StrEnum):
 DESCRIPTIONS: Final = {
     Scope.ADMIN_READ: "reads everything",
     Scope.ADMIN_WRITE: "grants all scopes",
-    Scope.KEYS_READ: "reads tenants, users, keys, plans, roles, owned ids and prompt templates",
-    Scope.KEYS_WRITE: "issues, imports, changes, rotates, revokes and deletes keys",
+    Scope.KEYS_READ: "reads tenants, users, keys, agents, plans, roles, owned ids and prompt templates",
+    Scope.KEYS_WRITE: "issues, imports, changes, rotates, revokes and deletes keys, agents and agent tokens",
     Scope.USERS_WRITE: "creates users with their first key, changes and deletes them",
     Scope.PLANS_WRITE: "creates, changes and deletes plans, and credits windows",
     Scope.ACCESS_WRITE: "changes roles, owned ids and prompt templates",

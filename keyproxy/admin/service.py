@@ -18,18 +18,21 @@ from keyproxy.admin import request_parsing
 from keyproxy.admin.authentication import Access
 from keyproxy.admin.endpoints import ApiConfig, ApiRequest, ApiResponse, ApiStream, Endpoint, needs
 from keyproxy.admin.problems import Problem, Refused
-from keyproxy.admin.resources import access, credit, importing, keys, plans, prompts, tenants, usage
+from keyproxy.admin.resources import access, agents, credit, explain, importing, keys, plans, prompts, tenants, usage
 from keyproxy.admin.scopes import Scope, allows
 from keyproxy.auth.api_key import KeyFormat
+from keyproxy.store.directory.agents.operator_mint import SigningMint
 from keyproxy.store.directory.directory import (
     Actor,
     Conflict,
+    DelegationRefused,
     Directory,
     DirectoryError,
     Entity,
     Invalid,
     NotFound,
     Outdated,
+    TooManyTokens,
     etag,
 )
 from keyproxy.store.directory.idempotent_requests import (
@@ -52,11 +55,13 @@ _log = logging.getLogger(__name__)
 ENDPOINTS: Final = (
     *tenants.ENDPOINTS,
     *keys.ENDPOINTS,
+    *agents.ENDPOINTS,
     *importing.ENDPOINTS,
     *plans.ENDPOINTS,
     *access.ENDPOINTS,
     *prompts.ENDPOINTS,
     *usage.ENDPOINTS,
+    *explain.ENDPOINTS,
     *credit.ENDPOINTS,
 )
 
@@ -65,8 +70,13 @@ _DIRECTORY_PROBLEMS: Final = {
     Invalid: Problem.INVALID,
     Conflict: Problem.CONFLICT,
     Outdated: Problem.OUTDATED,
+    DelegationRefused: Problem.DELEGATION_REFUSED,
+    TooManyTokens: Problem.QUOTA_EXHAUSTED,
 }
 _SECRETS: Final = ("secret",)
+
+#: Members that the response to a repeated request omits: the plaintexts of agent tokens.
+_OMITTED: Final = ("token",)
 
 #: The id of the request's token, once it is authenticated.
 TOKEN_ID: Final = web.RequestKey("token_id", str)
@@ -80,6 +90,7 @@ class Service:
     key_format: KeyFormat
     access: Access
     config: ApiConfig
+    mint: SigningMint
     now_mono: Callable[[], float]
 
     async def respond(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
@@ -99,6 +110,8 @@ class Service:
             actor=Actor(f"token:{token['id']}", peer),
         )
         try:
+            if endpoint.signs:
+                await self.mint.key.prepare()
             if endpoint.method == "GET":
                 return await self._read(endpoint, request, valid)
             return await self._changed(endpoint, request, valid, raw)
@@ -170,7 +183,7 @@ class _ValidRequest:
     actor: Actor
 
     def in_transaction(self, service: Service, joined: StatementRunner) -> ApiRequest:
-        directory = Directory(joined, service.key_format, self.actor, tenant_id=self.token["tenant"])
+        directory = Directory(joined, service.key_format, self.actor, tenant_id=self.token["tenant"], mint=service.mint)
         return ApiRequest(
             directory,
             service.database,
@@ -201,13 +214,14 @@ def _response(stored: StoredResponse) -> web.Response:
 
 
 def _without_secrets(stored: StoredResponse) -> StoredResponse:
-    """The same response, with each secret replaced by null."""
+    """The same response, with each secret replaced by null, and without tokens of agents."""
     return {**stored, "content": _blanked(stored["content"])}
 
 
 def _blanked(content: Any) -> Any:
     if isinstance(content, dict):
-        return {name: None if name in _SECRETS else _blanked(value) for name, value in content.items()}
+        kept = {name: value for name, value in content.items() if name not in _OMITTED}
+        return {name: None if name in _SECRETS else _blanked(value) for name, value in kept.items()}
     if isinstance(content, list):
         return [_blanked(one) for one in content]
     return content

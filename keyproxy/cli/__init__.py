@@ -12,6 +12,8 @@ from keyproxy.auth.api_key import masked
 from keyproxy.cli.commands.access.owned import owned_group
 from keyproxy.cli.commands.access.role import role_group
 from keyproxy.cli.commands.admin import admin_group
+from keyproxy.cli.commands.agents.agent import agent_group
+from keyproxy.cli.commands.agents.token import TOKEN_COMMANDS
 from keyproxy.cli.commands.audit import audit_group
 from keyproxy.cli.commands.completion import completion_command
 from keyproxy.cli.commands.config import config_group
@@ -56,6 +58,8 @@ for _key_command in (*BULK_COMMANDS, *LEAK_COMMANDS):
     key_group.add_command(_key_command)
 key_group.add_command(key_explain)
 key_group.add_command(key_remind)
+for _agent_command in TOKEN_COMMANDS:
+    agent_group.add_command(_agent_command)
 
 for _command in (
     demo_command,
@@ -68,6 +72,7 @@ for _command in (
     tenant_group,
     user_group,
     key_group,
+    agent_group,
     plan_group,
     role_group,
     owned_group,

@@ -29,6 +29,7 @@ from keyproxy.config.route_review import scope_warnings
 from keyproxy.config.schema import Settings
 from keyproxy.platform import clock
 from keyproxy.store.directory.directory import Directory, Entity, KeyWish
+from keyproxy.store.directory.entities import ACTS_FOR_NONE
 from keyproxy.store.directory.interface import AS_CONFIGURED_THERE, DirectoryOperations
 from keyproxy.store.postgres.database import Database
 from keyproxy.store.usage.usage_service import UsageOperations, UsageService
@@ -52,6 +53,7 @@ KEY_COLUMNS: Final = (
     "name",
     "scopes",
     "roles",
+    "acts_for",
     "is_test",
     "expires_at",
     "last_used_at",
@@ -89,6 +91,23 @@ class Call:
         keys = self.settings().keys
         key_format = KeyFormat(keys.prefix, accepts_foreign=keys.accept_foreign)
         return self.run_in_store(lambda database: work(Directory(database, key_format, actor())))
+
+    def run_to_mint(self, work: Callable[[DirectoryOperations], Awaitable[_T]]) -> _T:
+        """As `run_for_secret`, for the minting of agent tokens."""
+        if self.admin_url is not None:
+            return self.run_for_secret(work)
+        require_stdout()
+        # The libraries for signatures take longer to load than a command runs.
+        from keyproxy.store.directory.agents.operator_mint import minting
+
+        settings = self.settings()
+        key_format = KeyFormat(settings.keys.prefix, accepts_foreign=settings.keys.accept_foreign)
+
+        async def minted(database: Database) -> _T:
+            async with minting(database, settings.access, clock.now) as mint:
+                return await work(Directory(database, key_format, actor(), mint=mint))
+
+        return self.run_in_store(minted)
 
     def run_usage(self, work: Callable[[UsageOperations], Awaitable[_T]]) -> _T:
         """As `run`, for queries of usage and limits."""
@@ -143,11 +162,12 @@ class Call:
         is_test: bool = False,
         plan: str | None = None,
         roles: Sequence[str] = (),
+        acts_for: str = ACTS_FOR_NONE,
     ) -> KeyWish:
         """The properties of a new key. `expires_in` None: the configured lifetime; `never`: no expiry."""
         if scopes or not roles:
             self.warn_of_scopes(scopes)
-        return KeyWish(name, scopes, is_test, self.life(expires_in), plan, roles)
+        return KeyWish(name, scopes, is_test, self.life(expires_in), plan, roles, acts_for)
 
     def life(self, expires_in: timedelta | str | None) -> timedelta | None:
         """The key's lifetime; None: no expiry."""

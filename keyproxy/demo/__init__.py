@@ -23,9 +23,10 @@ import uvloop
 
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.schema import Listen, Ops, RouteRow, Settings, StoreSettings, Upstream
-from keyproxy.demo import authority
+from keyproxy.demo import authority, delegation
 from keyproxy.demo.compute import CHAT, COMPLETIONS, JOBS, Compute
 from keyproxy.demo.story import Stage, Story
+from keyproxy.model import AGENT_TOKENS
 from keyproxy.platform import sockets
 from keyproxy.process import app
 from keyproxy.process.signing.key_rotation import KeyRotation
@@ -90,6 +91,7 @@ async def _everything(dsn: str, home: Path) -> AsyncIterator[Story]:
                 RouteRow(f"GET {JOBS}/{{id}}", ["jobs:read"]),
                 RouteRow(f"POST {COMPLETIONS}", ["jobs:write"], tokens="openai"),
                 RouteRow(f"POST {CHAT}", ["jobs:write"], tokens="openai"),
+                RouteRow(f"POST {delegation.TOKENS_PATH}", ["agents:mint"], serves=AGENT_TOKENS),
                 RouteRow(f"POST {authority.COLLECTIONS}/{{collection...}}", ["jobs:write"], binds=authority.BINDS),
             ),
             models=authority.MODELS,

@@ -16,6 +16,9 @@ COMPLETIONS: Final = "/v1/ai/completions"
 CHAT: Final = "/v1/chat/completions"
 IDENTITY: Final = ("X-Keyproxy-User", "X-Keyproxy-Tenant", "X-Keyproxy-Scope", "X-Keyproxy-Test")
 
+#: Further identity headers, of requests that have an actor or an agent.
+DELEGATION: Final = ("X-Keyproxy-Actor", "X-Keyproxy-Agent")
+
 #: What each prompt of the demo has.
 PROMPT_TOKENS: Final = 9
 
@@ -51,6 +54,7 @@ class Compute:
     async def _job(self, request: web.Request) -> web.Response:
         content = await request.json()
         identity = {name: request.headers.getall(name, []) for name in IDENTITY}
+        identity |= {name: request.headers.getall(name) for name in DELEGATION if name in request.headers}
         spellings = [name for name in request.headers if name.lower().replace("_", "-").startswith("x-keyproxy-")]
         response = {
             "job_id": content.get("job_id"),

@@ -18,7 +18,7 @@ import click
 
 from keyproxy.auth.api_key import ENTROPY_BYTES, KeyFormat
 from keyproxy.config.schema import Settings
-from keyproxy.demo import authority, budget, runaway
+from keyproxy.demo import authority, budget, delegation, runaway
 from keyproxy.demo.compute import CHAT, COMPLETIONS, JOBS, UNBOUNDED_TOKENS, Compute
 from keyproxy.store.directory.directory import Directory, KeyWish
 
@@ -85,6 +85,7 @@ class Story:
         await self._budget(keys["carol"]["secret"])
         await self._runaway(keys["dave"]["secret"])
         await self._authority(keys["alice"])
+        await self._delegation(keys["worker"])
 
     def sum_up(self) -> None:
         """Print the result."""
@@ -107,7 +108,7 @@ class Story:
             click.echo("\nPress Ctrl-C to stop.")
 
     async def _provision(self) -> dict[str, dict[str, Any]]:
-        click.echo("\nTenant acme, its users alice, bob, carol and dave, and their keys")
+        click.echo("\nTenant acme, its users alice, bob, carol, dave and a worker, and their keys")
         directory, week = self._directory, timedelta(days=7)
         await directory.tenants.create("acme", "Acme Ltd")
         both = ("jobs:read", "jobs:write")
@@ -121,12 +122,15 @@ class Story:
         dave = await directory.users.create(
             "u_dave", "acme", KeyWish("agent", ("jobs:write",), expires_in=week), plan="agent"
         )
+        await directory.users.create("u_worker", "acme", None)
+        service = KeyWish("service", ("jobs:write", "agents:mint"), expires_in=week, acts_for="tenant")
         keys = {
             "alice": alice["key"],
             "test": await directory.keys.issue("u_alice", KeyWish("staging", both, is_test=True, expires_in=week)),
             "revoked": await directory.keys.issue("u_alice", KeyWish("old worker", both, expires_in=week)),
             "bob": bob["key"],
             "carol": carol["key"],
+            "worker": await directory.keys.issue("u_worker", service),
             "dave": dave["key"],
         }
         for key in keys.values():
@@ -254,6 +258,41 @@ class Story:
         response = await authority.collection(self._session, self._url, secret, "globex/docs")
         click.echo(f"   < {response}")
         self._judge(title, [] if response.code == "namespace_forbidden" else [str(response)])
+
+    async def _delegation(self, key: Mapping[str, Any]) -> None:
+        """A service key acts for two users and mints a token for an agent, which dies with the key."""
+        secret, session = key["secret"], self._session
+        title = self._begin(
+            "A worker acts for alice and for bob with one service key",
+            f"{JOBS}   {delegation.ACT_FOR}: u_alice, then u_bob",
+        )
+        wrong = []
+        for user in ("u_alice", "u_bob"):
+            status, body = await self._call(delegation.act_for(secret, user))
+            saw: Mapping[str, list[str]] = body.get("identity", {})
+            click.echo(f"   < {status} the compute server received " + ", ".join(f"{n} {v}" for n, v in _brief(saw)))
+            if (saw.get("X-Keyproxy-User"), saw.get("X-Keyproxy-Actor")) != ([user], ["u_worker"]):
+                wrong.append(f"for {user}: {body.get('code') or saw}")
+        self._judge(title, wrong)
+
+        title = self._begin(
+            f"The worker gives an agent of alice a token for {delegation.BUDGET} tokens",
+            f"{delegation.TOKENS_PATH}   {delegation.ACT_FOR}: u_alice   and then {COMPLETIONS}   again and again",
+        )
+        minted, wrong = await delegation.mint(session, self._url, secret, "u_alice")
+        token = minted.get("token", "")
+        click.echo(f"   < {minted.get('id')}, valid until {minted.get('expires_at')}")
+        calls, more = await delegation.spend(session, self._url, token, self._stage.compute)
+        click.echo(f"   < {calls}")
+        self._judge(title, wrong + more)
+
+        title = self._begin("The worker's key is revoked, and the agent's token dies with it", f"{COMPLETIONS}")
+        code, delay = await delegation.until_ended(
+            session, self._url, token, lambda: self._directory.keys.revoke(key["id"], "demo")
+        )
+        click.echo(f"   < {code}, at most {delay * 1000:.1f} ms after the commit")
+        is_ended = code == "401 api_key_revoked" and delay <= delegation.ENDED_SECONDS_MAX
+        self._judge(title, [] if is_ended else [f"{code} after {delay:.3f} s"])
 
     def _begin(self, title: str, request: str) -> str:
         """Print the title and the request of the next step. Returns the title."""

@@ -232,6 +232,7 @@ def _alike(line: RequestLine | None, exchange: Exchange, *, labels: tuple[str, s
     """The part of a log line that similar requests share, as JSON members."""
     route, mode, code = labels
     identity, categories = exchange.identity, exchange.categories
+    token = None if identity is None else identity.agent_token
     path = "" if line is None else line.path.decode("ascii", "replace")
     content = {
         "method": "" if line is None else line.method.decode("ascii"),
@@ -243,6 +244,9 @@ def _alike(line: RequestLine | None, exchange: Exchange, *, labels: tuple[str, s
         "tenant": None if identity is None else identity.tenant_id,
         "user": None if identity is None else identity.user_id,
         "key_id": None if identity is None else identity.key_id,
+        "actor": None if identity is None else identity.actor_user_id,
+        "agent": None if token is None else token.agents[0],
+        "token_id": None if token is None else token.token_id,
         "mode": mode,
         "model": exchange.model or None,
         "category": None if categories is None else sorted({name for name, _ in categories}),

@@ -15,9 +15,11 @@ from typing import Final
 from keyproxy import ports
 from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.metrics.access_log import AccessLog, LabelledExchange
+from keyproxy.metrics.delegation_counts import DelegationCounts
 from keyproxy.metrics.model_counts import ModelCounts
 from keyproxy.model import COMPLETED, Ending
 from keyproxy.ports import Exchange
+from keyproxy.reasons import Reason
 
 NO_ROUTE: Final = "none"
 NO_MODE: Final = "none"
@@ -29,6 +31,7 @@ OVERHEAD_BOUNDS: Final[tuple[float, ...]] = (
     0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.5,
 )  # fmt: skip
 
+_DELEGATION_REFUSED: Final = Reason.DELEGATION_REFUSED
 _OK: Final = "ok"
 _CODES: Final = {
     COMPLETED: _OK,
@@ -117,6 +120,8 @@ class Recorder(ports.Recorder):
         self.retiring_count = 0
         #: Metered and judged requests by model.
         self.models = ModelCounts()
+        #: Requests of keys that act for users, refused delegation, and agent tokens.
+        self.delegation = DelegationCounts()
         #: Forwarded requests by the category of their prompt and its source.
         self.categories: dict[tuple[str, ...], int] = {}
         self._cells: dict[tuple[str, str, int, str, str], Cell] = {}
@@ -172,6 +177,12 @@ class Recorder(ports.Recorder):
             )
             if identity is not None and identity.retiring_field is not None:
                 self.retiring_count += 1
+            if (
+                exchange.is_minting
+                or reason is _DELEGATION_REFUSED
+                or (identity is not None and identity.actor_user_id is not None)
+            ):
+                self.delegation.add(exchange)
             cell = cells.get(labels)
             if cell is None:
                 cell = cells[labels] = Cell(*labels)

@@ -38,6 +38,15 @@ STEPS = {
     "alice's key may not use the model big": ["< 403 model_not_allowed", "'model:premium'"],
     "An admin gives the key the role premium": ["< 200 the compute server received Model big"],
     "alice requests a collection of another tenant": ["/globex/docs", "< 403 namespace_forbidden"],
+    "A worker acts for alice and for bob with one service key": [
+        "User u_alice, Tenant acme, Scope jobs:write agents:mint, Test false, Actor u_worker",
+        "User u_bob",
+    ],
+    "The worker gives an agent of alice a token for 147 tokens": [
+        "< agt_",
+        "3 x 200, 429 token_budget_exhausted (spent, token.tokens_total), x-should-retry: false",
+    ],
+    "The worker's key is revoked, and the agent's token dies with it": ["< 401 api_key_revoked"],
 }
 
 
@@ -148,6 +157,11 @@ def test_the_delay_of_a_revocation_is_measured_and_within_a_second(played: Outpu
 
 def test_the_delay_of_a_new_role_is_measured_and_within_a_second(played: Output) -> None:
     (delay,) = re.findall(r"received Model big, at most (\d+\.\d) ms after the commit", played.out)
+    assert float(delay) <= 1000.0
+
+
+def test_the_delay_until_an_agent_token_dies_is_measured_and_within_a_second(played: Output) -> None:
+    (delay,) = re.findall(r"< 401 api_key_revoked, at most (\d+\.\d) ms after the commit", played.out)
     assert float(delay) <= 1000.0
 
 

@@ -27,6 +27,7 @@ from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.platform import clock
 from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.directory.admin_tokens import AdminTokens
+from keyproxy.store.directory.agents.operator_mint import OperatorKey, SigningMint
 from keyproxy.store.directory.directory import Actor, Directory, Entity, KeyWish
 from keyproxy.store.outbox.limit_alerts import LimitAlertQueue
 from keyproxy.store.outbox.reminders import ReminderQueue
@@ -133,14 +134,18 @@ async def serving(
     actor = Actor("cli:test", "host")
     tokens = AdminTokens(database, key_format, actor)
     access = Access(tokens, key_format, Throttle(), file_digest=hashlib.sha256(FILE_TOKEN.encode()).digest())
-    service = Service(database, key_format, access, ApiConfig(90, settings or Settings(routes=routes)), lambda: now[0])
+    settings = settings or Settings(routes=routes)
+    operator_key = OperatorKey(SigningKeyCache(database, ACCEPTS_NONE, clock.now), clock.now)
+    mint = SigningMint(settings.access, operator_key, clock.now)
+    service = Service(database, key_format, access, ApiConfig(90, settings), mint, lambda: now[0])
     log: list[Json] = []
     reminders, alerts = ReminderQueue(database), alerts or LimitAlertQueue(database)
     counted = traffic()
     listener = AdminListener(
         service, traffic=counted,
         metrics=MetricsPage(
-            reminders, WebhookSender(reminders), alerts, now_mono=lambda: now[0], traffic=counted
+            reminders, WebhookSender(reminders), alerts, now_mono=lambda: now[0], traffic=counted,
+            minted=lambda: operator_key.minted,
         ).page,
         signing_keys=SigningKeyCache(database, ACCEPTS_NONE, clock.now),
         log_line=lambda line, _status: log.append(json.loads(line)), bounds=bounds,
@@ -151,7 +156,9 @@ async def serving(
         try:
             async with aiohttp.ClientSession() as session:
                 url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-                yield Api(url, session, database, Directory(database, key_format, actor), tokens, now, listener, log)
+                directory = Directory(database, key_format, actor, mint=mint)
+                await operator_key.prepare()
+                yield Api(url, session, database, directory, tokens, now, listener, log)
         finally:
             await listener.close()
 

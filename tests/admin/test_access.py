@@ -21,7 +21,7 @@ UNKNOWN = KeyFormat().make_admin_token(bytes(32)).reveal().decode()
 
 
 def _path(endpoint: Endpoint, thing: str) -> str:
-    return endpoint.path.replace("{kind}", "collection").replace("{id}", thing)
+    return endpoint.path.replace("{kind}", "collection").replace("{agent}", "crawler").replace("{id}", thing)
 
 
 def _name(endpoint: Endpoint) -> str:
@@ -50,8 +50,11 @@ def _body(endpoint: Endpoint, tenant: str, user: str) -> object:
         "set_plan": {"limits": {"concurrency": 1}},
         "credit_window": {"user": user, "limit": "tokens/day", "amount": 1, "reason": "r"},
         "explain_request": {"path": "/", "body": "{}"},
+        "explain_agent_token_request": {"path": "/", "body": "{}"},
         "set_role": {"scopes": ["jobs:read"]},
         "add_owned": {"tenant": tenant},
+        "mint_agent_token": {"agent": "crawler", "scopes": ["a"]},
+        "change_agent": {"disabled": True},
     }
     return bodies.get(endpoint.name)
 
@@ -145,27 +148,30 @@ def test_a_scope_allows_itself_and_admin_allows_the_rest(held: str, needed: Scop
 
 
 class _Two(NamedTuple):
-    """Another tenant's user and key, and the values that must not appear anywhere."""
+    """Another tenant's user, key and agent token, and the values that must not appear anywhere."""
 
     key_id: str
     secret: str
+    token_id: str
 
     @property
     def marks(self) -> list[str]:
-        return ["other", "o_1", self.key_id]
+        return ["other", "o_1", self.key_id, self.token_id]
 
 
 async def _two_tenants(api: Api) -> _Two:
     await api.user("u_1", "acme")
-    other = await api.user("o_1", "other")
+    other = await api.user("o_1", "other", scopes=("a",))
+    minted = await api.directory.agent_tokens.mint(other["key"]["id"], {"agent": "crawler", "scopes": ["a"]})
     await api.done("PUT", "/v1/plans/basic", {"limits": {}})
     await api.done("PATCH", "/v1/tenants/other", {"plan": "basic"})
-    return _Two(other["key"]["id"], other["key"]["secret"])
+    return _Two(other["key"]["id"], other["key"]["secret"], minted["id"])
 
 
 async def _all_of(api: Api, tenant: str) -> str:
     """All data of a tenant."""
     things = [await api.done("GET", path) for path in (f"/v1/tenants/{tenant}", f"/v1/users?tenant={tenant}")]
+    things += [await api.done("GET", f"/v1/users/{user['id']}/agents") for user in things[1]["items"]]
     keys = (await api.done("GET", f"/v1/keys?tenant={tenant}"))["items"]
     return json.dumps([things, [{**key, "last_used_at": None} for key in keys]], sort_keys=True)
 
@@ -177,6 +183,7 @@ async def test_a_bound_token_sees_and_touches_its_tenant_alone_at_every_endpoint
     before = await _all_of(api, "other")
     kind = endpoint.path.split("/")[2]
     things = {"tenants": "other", "users": "o_1", "keys": other.key_id, "plans": "basic", "prompts": "0f" * 32}
+    things["agent-tokens"] = other.token_id
     thing = things.get(kind, "thing")
     body = _body(endpoint, "other", "o_1")
     paths = [_path(endpoint, thing)]

@@ -22,6 +22,7 @@ from keyproxy.platform import clock
 from keyproxy.store.usage.journal import UsageJournal
 from tests import fakes
 from tests.admin.conftest import FILE_TOKEN, Api, serving
+from tests.store.harness import Sql
 from tests.store.usage.test_journal import ended, rows
 
 
@@ -67,6 +68,8 @@ async def key(api: Api) -> str:
     await api.done("PUT", "/v1/roles/reader", {"scopes": ["a", "b"]})
     await api.done("PATCH", "/v1/users/u_1", {"roles": ["reader"]})
     await api.done("PUT", "/v1/owned/collection/a%2Fb", {"tenant": "acme"})
+    await api.done("PATCH", f"/v1/keys/{key}", {"acts_for": "tenant", "scopes": ["a"]})
+    await api.directory.agent_tokens.mint(key, {"agent": "crawler", "scopes": ["a"]})
     return key
 
 
@@ -82,11 +85,18 @@ async def key(api: Api) -> str:
         "key explain KEY --path /v1/ai/jobs", "key explain KEY --path /v1/ai/jobs --method GET --tokens 5",
         "usage show --by model", "usage credit --user u_1 --limit tokens/week --amount 5 --reason r",
         "tenant show nobody", "user show nobody", "key show key_x", "key explain key_x --path /",
+        "agent list --user u_1", "agent list --user nobody", "agent show crawler --user u_1", "agent show x --user u_1",
+        "key explain KEY --act-for u_1", "key explain KEY --act-for nobody --path /v1/ai/jobs", "agent explain TOKEN",
+        "agent explain TOKEN --path /v1/ai/jobs --tokens 5", f"agent explain agt_{'0' * 22}",
+        "audit list --entity agent", "audit list --entity agent_token",
         "usage windows --user nobody", "usage export --events --after 0123456789abcdef:1:1",
     ],
 )  # fmt: skip
-async def test_lookups_print_the_same_with_and_without_the_api(run: Run, key: str, command: str) -> None:
-    arguments = [key if word == "KEY" else word for word in command.split()]
+async def test_lookups_print_the_same_with_and_without_the_api(
+    run: Run, api: Api, key: str, sql: Sql, command: str
+) -> None:
+    token = await sql.fetchval("SELECT id FROM keyproxy.agent_tokens")
+    arguments = [{"KEY": key, "TOKEN": token}.get(word, word) for word in command.split()]
     for form in ([], ["--json"]):
         direct, remote = await run(*arguments, *form), await run(*arguments, *form, by="api")
         assert direct.status == remote.status

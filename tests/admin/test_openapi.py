@@ -37,11 +37,15 @@ HELD = [
 
 async def _things(api: Api) -> dict[str, str]:
     """One object of each kind, by the start of its path."""
-    key = (await api.user("u_1"))["key"]["id"]
+    key = (await api.user("u_1", scopes=("a",)))["key"]["id"]
+    token = await api.directory.agent_tokens.mint(key, {"agent": "crawler", "scopes": ["a"]})
     await api.user("u_2", "other")
     await api.done("PUT", "/v1/plans/basic", {"limits": {"rate": 1.5}})
     await api.done("PUT", f"/v1/prompts/{DIGEST}", {"category": "code"})
-    return {"/v1/tenants": "acme", "/v1/users": "u_1", "/v1/keys": key, "/v1/plans": "basic", "/v1/prompts": DIGEST}
+    return {
+        "/v1/tenants": "acme", "/v1/users": "u_1", "/v1/keys": key, "/v1/plans": "basic", "/v1/prompts": DIGEST,
+        "/v1/agent-tokens": token["id"],
+    }  # fmt: skip
 
 
 def _ask(api: Api, operation: Any, mode: GenerationMode, things: dict[str, str]) -> None:
@@ -61,6 +65,8 @@ def _ask(api: Api, operation: Any, mode: GenerationMode, things: dict[str, str])
         if mode is GenerationMode.POSITIVE and "id" in case.path_parameters:
             # Responses about existing objects.
             case.path_parameters["id"] = there
+        if mode is GenerationMode.POSITIVE and "agent" in case.path_parameters:
+            case.path_parameters["agent"] = "crawler"
         response = case.call(base_url=api.url, headers=headers)
         more = [checks.negative_data_rejection] if mode is GenerationMode.NEGATIVE else []
         case.validate_response(response, checks=[*HELD, *more], headers=headers)
@@ -80,7 +86,10 @@ async def test_every_response_matches_the_document(api: Api, mode: GenerationMod
     await asyncio.to_thread(ask_everything)
     answered = {line["route"] for line in api.log if line["status"] in (200, 201)}
     if mode is GenerationMode.POSITIVE:
-        assert answered >= {"/v1/tenants/{id}", "/v1/users/{id}", "/v1/keys/{id}", "/v1/plans/{id}"}
+        assert answered >= {
+            "/v1/tenants/{id}", "/v1/users/{id}", "/v1/keys/{id}", "/v1/plans/{id}", "/v1/agent-tokens/{id}",
+            "/v1/agent-tokens/{id}/explain", "/v1/users/{id}/agents", "/v1/users/{id}/agents/{agent}",
+        }  # fmt: skip
     else:
         assert {line["code"] for line in api.log} >= {"invalid", "not_found"}
 

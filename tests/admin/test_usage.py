@@ -63,6 +63,7 @@ async def test_events_are_exported_and_go_on_after_the_last(used: Api) -> None:
     lines = (await used.call("GET", "/v1/usage/events")).body.splitlines()
     events = [json.loads(line) for line in lines]
     assert [event["user"] for event in events] == ["ann", "bob"]
+    assert {event[name] for event in events for name in ("actor_user_id", "agent_id", "agent_token_id")} == {None}
     rest = await used.call("GET", f"/v1/usage/events?after={events[0]['id']}")
     assert rest.json["user"] == "bob"
     assert (await used.call("GET", "/v1/usage/events?after=0123456789abcdef:1:1")).code == "invalid"

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from keyproxy.auth import agent_token_format
 from keyproxy.auth.agent_token_format import TOKEN_BYTES_MAX, is_jwt, make_token_id
+from keyproxy.signing.claims import AGENT_TOKEN_TYPE, ASSERTION_TYPE
+from keyproxy.signing.signing_key import SigningKey
 
 
 def part(content: bytes) -> bytes:
@@ -149,6 +151,22 @@ def test_a_token_id_contains_all_of_its_entropy(entropy: bytes) -> None:
 def test_a_token_id_is_made_of_16_bytes_only(size: int) -> None:
     with pytest.raises(ValueError, match="16 random bytes"):
         make_token_id(bytes(size))
+
+
+def test_signed_tokens_and_assertions_are_recognised_whichever_key_signed_them() -> None:
+    for number in range(20):
+        key = SigningKey.make(1_800_000_000.0 + number)
+        claims = {"iss": "keyproxy", "sub": "ü" * number, "exp": 1_800_000_900}
+        token = key.sign(AGENT_TOKEN_TYPE, claims | {"jti": make_token_id(bytes([number] * 16))})
+        assertion = key.sign(ASSERTION_TYPE, claims)
+        assert is_jwt(token)
+        assert is_jwt(assertion)
+        text = b"a token: " + token + b", and an assertion: " + assertion
+        assert [*agent_token_format.whole_tokens(text)] == [token]
+        assert [*agent_token_format.truncated_tokens(text)] == []
+        masked = agent_token_format.masked(text.decode())
+        assert token.partition(b".")[2].decode() not in masked
+        assert assertion.partition(b".")[2].decode() not in masked
 
 
 @pytest.mark.parametrize("start", ["", "token ", 'x"', "é", "?access=", "kp_live_"])

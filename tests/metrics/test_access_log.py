@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from keyproxy.http.headers import FieldNames
 from keyproxy.http.routes import ANY_ROUTE
 from keyproxy.http_messages import RequestHead
 from keyproxy.metrics.access_log import AccessLog
-from keyproxy.model import COMPLETED, Ending, Grant, Permit
+from keyproxy.model import COMPLETED, AgentToken, Ending, Grant, Identity, Permit
 from keyproxy.ports import Exchange
 from keyproxy.reasons import Reason
 from keyproxy.wire.parsing.head_beginnings import refused_line
@@ -155,6 +156,42 @@ def test_a_detail_is_one_line_of_bounded_length_whatever_it_is_made_of(logged: L
     line = line_of(logged, ended(reason=Reason.STORE_UNAVAILABLE, detail="\udcff\n" + "no " * 1_000))
     assert len(line["detail"]) <= 257
     assert line["detail"].startswith("\\udcff\nno no")
+
+
+# -- the identity
+
+TOKEN = AgentToken("agt_0123456789abcdefghijAB", ("crawler", "planner"), 1)
+
+
+@pytest.mark.parametrize(
+    ("identity", "fields"),
+    [
+        (fakes.identity(), [None, None, None]),
+        (dataclasses.replace(fakes.identity(), actor_user_id="u_worker"), ["u_worker", None, None]),
+        (dataclasses.replace(fakes.identity(), agent_token=TOKEN), [None, "crawler", TOKEN.token_id]),
+        (
+            dataclasses.replace(fakes.identity(), actor_user_id="u_worker", agent_token=TOKEN),
+            ["u_worker", "crawler", TOKEN.token_id],
+        ),
+    ],
+)
+@pytest.mark.parametrize("reason", [None, Reason.SCOPE_INSUFFICIENT, Reason.KEY_REVOKED])
+def test_a_line_names_the_actor_the_agent_and_its_token_also_of_a_refused_request(
+    logged: Logged, identity: Identity, fields: list[str | None], reason: Reason | None
+) -> None:
+    one = ended(head_of(), reason=reason)
+    one.identity = identity
+    line = line_of(logged, one)
+    names = list(line)
+    assert [(name, line[name]) for name in names[names.index("tenant") : names.index("mode")]] == [
+        ("tenant", "acme"), ("user", "u_42"), ("key_id", "key_of_u_42"),
+        *zip(("actor", "agent", "token_id"), fields, strict=True),
+    ]  # fmt: skip
+
+
+def test_a_request_without_an_identity_has_neither_actor_nor_agent(logged: Logged) -> None:
+    line = line_of(logged, ended(head_of(), reason=Reason.KEY_INVALID))
+    assert [line[name] for name in ("key_id", "actor", "agent", "token_id")] == [None] * 4
 
 
 # -- the client of a request

@@ -29,7 +29,7 @@ from keyproxy.metrics.exposition import PROCESS_METRICS, Catalogue
 from keyproxy.metrics.fleet import Fleet
 from keyproxy.metrics.metric import Combine, Metric, MetricKind
 from keyproxy.metrics.recorder import Histogram, Recorder
-from keyproxy.model import COMPLETED, Ending, Grant, Permit, Route
+from keyproxy.model import COMPLETED, AgentToken, Ending, Grant, Identity, Permit, Route
 from keyproxy.platform import clock
 from keyproxy.ports import Exchange
 from keyproxy.process.proxy_metrics import (
@@ -78,7 +78,8 @@ def store(number: int) -> Store:
         usage=usage,
         claims=SimpleNamespace(counts=dict.fromkeys(("repeats", "unasked"), number), pending=number),
         identities=SimpleNamespace(
-            counts=SimpleNamespace(by_name=lambda: lookups), sizes=lambda: dict.fromkeys(("known", "unknown"), number)
+            counts=SimpleNamespace(by_name=lambda: lookups),
+            sizes=lambda: dict.fromkeys(("known", "unknown", "acting"), number),
         ),
         owned_ids=SimpleNamespace(
             counts=SimpleNamespace(by_name=lambda: lookups), sizes=lambda: dict.fromkeys(("owned", "nothing"), number)
@@ -275,6 +276,52 @@ def test_forwarded_requests_are_counted_by_the_categories_of_their_prompt_from_0
     assert counts() == {**nothing, ("chat", "route"): 2, ("code", "template"): 2, ("code", "pattern"): 2}
 
 
+TOKEN = AgentToken("agt_0123456789abcdefghijAB", ("crawler",), 0)
+ACTING = dataclasses.replace(fakes.identity(), actor_user_id="u_worker")
+OF_TOKEN = dataclasses.replace(fakes.identity(), actor_user_id="u_worker", agent_token=TOKEN)
+
+
+def delegated(identity: Identity, *, reason: Reason | None = None, is_minting: bool = False) -> Exchange:
+    one = exchange(reason=reason)
+    one.identity, one.is_minting = identity, is_minting
+    return one
+
+
+def test_delegation_is_counted_from_0_on() -> None:
+    names = (
+        "keyproxy_acting_requests_total",
+        "keyproxy_delegation_refusals_total",
+        "keyproxy_agent_tokens_minted_total",
+    )
+    before = page()
+    assert [series(before, name) for name in names] == [
+        {("live",): 0, ("test",): 0},
+        {("acting",): 0, ("mint",): 0},
+        {("route",): 0, ("admin",): 0},
+    ]
+    assert series(before, "keyproxy_acting_entries") == {(): 0}
+    refused = Reason.DELEGATION_REFUSED
+    after = page(
+        delegated(ACTING),
+        delegated(dataclasses.replace(ACTING, is_test=True)),
+        delegated(ACTING, reason=Reason.SCOPE_INSUFFICIENT),
+        delegated(ACTING, reason=refused, is_minting=True),
+        delegated(ACTING, is_minting=True),
+        delegated(OF_TOKEN),
+        delegated(OF_TOKEN, reason=refused),
+        delegated(fakes.identity(), reason=refused),
+        delegated(fakes.identity(), is_minting=True),
+        delegated(fakes.identity(), reason=Reason.QUOTA_EXHAUSTED, is_minting=True),
+        delegated(fakes.identity()),
+    )
+    assert [series(after, name) for name in names] == [
+        {("live",): 4, ("test",): 1},
+        {("acting",): 2, ("mint",): 1},
+        {("route",): 2, ("admin",): 0},
+    ]
+    assert series(workers_page(after, after), names[1]) == {("acting",): 4, ("mint",): 2}
+
+
 def test_responses_are_counted_by_the_class_of_their_status() -> None:
     text = page(
         *[exchange(status=status) for status in (101, 200, 204, 302, 404, 500, 599)],
@@ -335,7 +382,7 @@ def test_overhead_is_the_time_of_the_proxy_alone(waits: dict[str, float], overhe
 
 def test_requests_and_failed_logins_of_the_admin_api_are_counted_from_0_on() -> None:
     counted = traffic()
-    page_of_admin = Catalogue(ADMIN_METRICS, lambda: AdminScrape(None, {}, {}, counted))
+    page_of_admin = Catalogue(ADMIN_METRICS, lambda: AdminScrape(None, {}, {}, counted, 0))
     before = page_of_admin.render().decode()
     requests = series(before, "keyproxy_admin_requests_total")
     assert set(requests.values()) == {0.0}
@@ -373,13 +420,18 @@ def populated(number: int = 1) -> str:
         one.permit = Permit(Grant(fakes.identity(), Route(TOKENS)), Hold(Bundle(()), Bundle(()), 5))
         one.is_estimated, one.categories = True, (("code", "route"),)
         one.identity = dataclasses.replace(fakes.identity(), retiring_field=b"X-Keyproxy-Key-Expires-In: ")
-        ended += [one, exchange(reason=Reason.RATE_LIMITED)]
+        acting, minted = exchange(), exchange(status=201)
+        acting.identity, minted.is_minting = ACTING, True
+        refused = [exchange(reason=Reason.RATE_LIMITED), exchange(reason=Reason.DELEGATION_REFUSED)]
+        ended += [one, acting, minted, *refused]
     return page(*ended, number=number)
 
 
 def admin_page() -> str:
     figures = StoreFigures({(1, False): 1}, {1: 1}, {"tok_1": 1.0}, 1)
-    return Catalogue(ADMIN_METRICS, lambda: AdminScrape(figures, {"sent": 1}, {"80": 1}, traffic())).render().decode()
+    return (
+        Catalogue(ADMIN_METRICS, lambda: AdminScrape(figures, {"sent": 1}, {"80": 1}, traffic(), 1)).render().decode()
+    )
 
 
 def described(text: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Final
 from pydantic import Field, StringConstraints
 
 from keyproxy.admin.endpoints import ApiRequest, ApiResponse, Endpoint, needs
-from keyproxy.admin.schemas.field_types import PRINTABLE, Id, Instant, KeyScope, Name, Role, Text
+from keyproxy.admin.schemas.field_types import PRINTABLE, ActsFor, Id, Instant, KeyScope, Name, Role, Text
 from keyproxy.admin.schemas.request_models import RequestModel
 from keyproxy.admin.schemas.response_models import ResponseModel
 from keyproxy.admin.scopes import Scope, allows
@@ -41,6 +41,7 @@ class KeyImport(RequestModel):
     expires_at: Annotated[Instant | None, Field(description="null: never.")] = None
     revoked: bool = False
     roles: Annotated[list[Role], Field(max_length=16, default_factory=list)]
+    acts_for: ActsFor = "none"
 
 
 class KeysImport(RequestModel):

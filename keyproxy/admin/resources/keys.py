@@ -9,6 +9,7 @@ from typing import Final
 
 from keyproxy.admin.endpoints import ApiRequest, ApiResponse, Endpoint, cursor, page, position
 from keyproxy.admin.problems import Problem
+from keyproxy.admin.schemas.leak_models import Leak, LeaksFound
 from keyproxy.admin.schemas.request_models import (
     KeyChange,
     KeyIssue,
@@ -31,8 +32,6 @@ from keyproxy.admin.schemas.response_models import (
     KeysIssued,
     KeysOf,
     KeysRevoked,
-    Leak,
-    LeaksFound,
 )
 from keyproxy.admin.scopes import Scope
 from keyproxy.auth.api_key import SecretKey
@@ -73,7 +72,7 @@ async def _issue(request: ApiRequest) -> ApiResponse:
 
 def _wish(request: ApiRequest, key: KeyIssue) -> KeyWish:
     life = request.config.lifetime(key.given())
-    return KeyWish(key.name, _distinct(key.scopes), key.is_test, life, key.plan, _distinct(key.roles))
+    return KeyWish(key.name, _distinct(key.scopes), key.is_test, life, key.plan, _distinct(key.roles), key.acts_for)
 
 
 def _scope_warnings(request: ApiRequest, wish: KeyWish) -> list[str]:
@@ -179,23 +178,23 @@ ENDPOINTS: Final = (
              Scope.KEYS_WRITE, _revoke_many, {200: KeysRevoked}, body=KeysRevoke, refuses=_NOT_THERE),
     Endpoint("show_key", "One key.",
              Scope.KEYS_READ, _key, {200: Key}, refuses=_NOT_THERE),
-    Endpoint("change_key", "Change a key's name, plan, scopes or roles. Takes effect within a second.",
+    Endpoint("change_key", "Change a key's name, plan, scopes, roles or acts_for. Takes effect within a second.",
              Scope.KEYS_WRITE, _change, {200: KeyChanged}, body=KeyChange, is_conditional=True, refuses=_NOT_THERE),
     Endpoint("delete_key", "Delete a key. Unlike a revoked key, it disappears from lists.",
              Scope.KEYS_WRITE, _delete, {200: Deleted}, is_conditional=True, refuses=_NOT_THERE),
     Endpoint("rotate_key",
-             "Replace a key. The old key works until the grace period ends. The new key has its scopes, roles, mode, "
-             "plan and name, and both share their limits.",
+             "Replace a key. The old key works until the grace period ends. The new key has its scopes, roles, "
+             "acts_for, mode, plan and name, and both share their limits.",
              Scope.KEYS_WRITE, _rotate, {201: KeyRotated}, body=KeyRotate, may_be_empty=True, is_conditional=True,
              refuses=_NOT_THERE),
     Endpoint("revoke_key", "Revoke a key permanently. Takes effect within a second.",
              Scope.KEYS_WRITE, _revoke, {200: Key}, body=KeyRevoke, may_be_empty=True, is_conditional=True,
              refuses=_NOT_THERE),
-    Endpoint("report_leaked_key", "For secret scanners: revoke a leaked key and return its owner. `known` is "
-             "false if the key does not exist.",
+    Endpoint("report_leaked_key", "For secret scanners: revoke a leaked key or agent token and return its owner. "
+             "`known` is false if it does not exist.",
              Scope.LEAKS_WRITE, _leaked, {200: Leak}, body=LeakReport),
     Endpoint("report_leaked_text",
-             "Revoke every key in a text, in whatever notation, and list them. Distinguishes no key, "
+             "Revoke every key and agent token in a text, in whatever notation, and list them. Distinguishes no key, "
              "an incomplete key and an unknown key.",
              Scope.LEAKS_WRITE, _leaked_text, {200: LeaksFound}, body=LeakText),
     Endpoint("find_keys",

@@ -1,11 +1,11 @@
-"""Usage, the state of limits, and explanations of requests: the models and the endpoints."""
+"""Usage and the state of limits: the models and the endpoints."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 
 import orjson
 from pydantic import Field, StringConstraints
@@ -13,30 +13,22 @@ from pydantic import Field, StringConstraints
 from keyproxy.admin.endpoints import ApiRequest, ApiResponse, ApiStream, Endpoint
 from keyproxy.admin.problems import FieldError, Problem, Refused
 from keyproxy.admin.schemas.field_types import (
-    BoundValue,
-    CategoryName,
     Id,
     Instant,
     MoneyUnit,
     QueryBoolean,
     QuerySum,
-    QueryTokens,
-    Selector,
 )
 from keyproxy.admin.schemas.request_models import RequestModel
 from keyproxy.admin.schemas.response_models import ResponseModel
 from keyproxy.admin.scopes import Scope
-from keyproxy.limits.plan import LIMIT_MAX
 from keyproxy.platform import clock
-from keyproxy.store.ledger.explain import Question
 from keyproxy.store.usage.usage_queries import DIMENSIONS, NoSuchEventError, UsageFilter
 from keyproxy.store.usage.usage_service import UsageService
 
 _USUAL_DAYS: Final = 30
 _LINES: Final = 500
 _NOT_THERE: Final = frozenset({Problem.NOT_FOUND})
-_CATEGORY: Final = "Categories that the request declares, or that its template has."
-_NAMESPACE: Final = "Values of bound sources that are not in the path, as SOURCE=VALUE."
 _BY: Final = rf"^({'|'.join(DIMENSIONS)})(,({'|'.join(DIMENSIONS)})){{0,{len(DIMENSIONS) - 1}}}$"
 
 
@@ -75,31 +67,6 @@ class WindowsQuery(RequestModel):
     is_test: QueryBoolean = False
 
 
-class ExplainQuery(RequestModel):
-    """The request to explain."""
-
-    method: Annotated[str, StringConstraints(pattern=r"^[A-Z]{1,20}$")] = "POST"
-    path: Annotated[str, StringConstraints(pattern=r"^/[!-~]{0,999}$")]
-    tokens: Annotated[QueryTokens | None, Field(description="Maximum tokens of prompt and response.")] = None
-    model: Annotated[Selector, Field(description="The model.")] = ""
-    category: Annotated[list[CategoryName], Field(description=_CATEGORY, max_length=64, default_factory=list)]
-    namespace: Annotated[list[BoundValue], Field(description=_NAMESPACE, max_length=64, default_factory=list)]
-
-
-class ExplainBody(RequestModel):
-    """The request to explain, with its body."""
-
-    method: Annotated[str, StringConstraints(pattern=r"^[A-Z]{1,20}$")] = "POST"
-    path: Annotated[str, StringConstraints(pattern=r"^/[!-~]{0,999}$")]
-    tokens: Annotated[int | None, Field(ge=0, le=LIMIT_MAX, description="Where no body is read: maximum tokens.")] = (
-        None
-    )
-    model: Annotated[Selector, Field(description="Replaces the model that the body names.")] = ""
-    category: Annotated[list[CategoryName], Field(description=_CATEGORY, max_length=64, default_factory=list)]
-    namespace: Annotated[list[BoundValue], Field(description=_NAMESPACE, max_length=64, default_factory=list)]
-    body: Annotated[str, Field(max_length=1 << 20, description="The body, as text.")]
-
-
 class Sum(ResponseModel):
     """Usage, grouped by the requested dimensions."""
 
@@ -130,7 +97,7 @@ class Sums(ResponseModel):
 
 
 class Event(ResponseModel):
-    """One request."""
+    """One request. `user` is its principal; `actor_user_id` the owner of the key, if the key acts for that user."""
 
     id: str
     time: str
@@ -151,6 +118,9 @@ class Event(ResponseModel):
     tokens_cache_write: int | None
     tokens_reasoning: int | None
     cost_micros: int | None
+    actor_user_id: str | None
+    agent_id: str | None
+    agent_token_id: str | None
     estimated: bool
     request_bytes: int
     response_bytes: int
@@ -184,74 +154,23 @@ class Windows(ResponseModel):
     money_unit: MoneyUnit
 
 
-class JudgedCategory(ResponseModel):
-    """A category of the request's prompt, and the kind of source that names it."""
-
-    name: str
-    source: str
-
-
-class JudgedBind(ResponseModel):
-    """A bind of the route: the source of its value, its rule with its text, and whether it holds."""
-
-    value: str
-    rule: str
-    text: str
-    holds: bool
-
-
-class Explained(ResponseModel):
-    """Whether the request would be accepted. Nothing was charged or sent.
-
-    Of a body on a route that counts tokens: the `model`, the `input` and `output` that it reserves, the `cap` that is
-    inserted, and the `price` of the reservation in micro-units.
-    """
-
-    key: str
-    user: str
-    tenant: str
-    mode: Literal["live", "test"]
-    key_scopes: list[str]
-    roles: list[str]
-    user_ceiling: Annotated[list[str] | None, Field(description="The scopes that it allows; null: there is none.")]
-    tenant_ceiling: Annotated[list[str] | None, Field(description="The scopes that it allows; null: there is none.")]
-    effective_scopes: Annotated[list[str], Field(description="What the key may do.")]
-    route: str | None
-    allowed: bool
-    code: str | None
-    status: int | None
-    policy: str | None
-    detail: str | None
-    retry_after_seconds: int | None
-    model: str | None
-    input: int | None
-    output: int | None
-    cap: int | None
-    price: int | None
-    money_unit: MoneyUnit
-    missing_scope: Annotated[str | None, Field(description="The smallest scope that the refused request lacks.")]
-    categories: list[JudgedCategory]
-    binds: list[JudgedBind]
-    limits: list[Limit]
-
-
 async def _sums(request: ApiRequest) -> ApiResponse:
     query: SumsQuery = request.query
     wanted, by = _wanted(request), [name for name in DIMENSIONS if name in query.by.split(",")]
-    rows = [] if wanted is None else await _desk(request).sums(wanted, by, query.limit + 1)
+    rows = [] if wanted is None else await usage_service(request).sums(wanted, by, query.limit + 1)
     content = {"items": rows[: query.limit], "is_complete": len(rows) <= query.limit}
     return ApiResponse(content | request.config.labels)
 
 
 async def _all_sums(request: ApiRequest) -> ApiStream:
     wanted = _wanted(request)
-    return ApiStream(_lines(None if wanted is None else _desk(request).all_sums(wanted)))
+    return ApiStream(_lines(None if wanted is None else usage_service(request).all_sums(wanted)))
 
 
 async def _events(request: ApiRequest) -> ApiStream:
     query: EventsQuery = request.query
     wanted = _wanted(request)
-    return ApiStream(_lines(None if wanted is None else _desk(request).events(wanted, query.after or None)))
+    return ApiStream(_lines(None if wanted is None else usage_service(request).events(wanted, query.after or None)))
 
 
 async def _lines(found: AsyncIterator[dict[str, Any]] | None) -> AsyncIterator[bytes]:
@@ -270,7 +189,8 @@ async def _lines(found: AsyncIterator[dict[str, Any]] | None) -> AsyncIterator[b
     yield b"".join(part)
 
 
-def _desk(request: ApiRequest) -> UsageService:
+def usage_service(request: ApiRequest) -> UsageService:
+    """The queries of usage under this process's configuration."""
     return UsageService(request.database, request.config.settings, clock.now)
 
 
@@ -289,37 +209,8 @@ def _wanted(request: ApiRequest) -> UsageFilter | None:
 async def _windows(request: ApiRequest) -> ApiResponse:
     user = request.path["id"]
     await request.directory.users.get(user)  # 404 for tokens that may not see it
-    items = await _desk(request).windows(user, is_test=request.query.is_test)
+    items = await usage_service(request).windows(user, is_test=request.query.is_test)
     return ApiResponse({"items": items} | request.config.labels)
-
-
-def _bound_values(given: list[str]) -> tuple[tuple[str, str], ...]:
-    parts = [one.partition("=") for one in given]
-    return tuple([(source, value) for source, _, value in parts])
-
-
-async def _explain(request: ApiRequest) -> ApiResponse:
-    query: ExplainQuery = request.query
-    key = request.path["id"]
-    await request.directory.keys.get(key)  # 404 for tokens that may not see it
-    question = Question(
-        query.method, query.path, query.tokens, query.model,
-        categories=tuple(query.category), namespaces=_bound_values(query.namespace),
-    )  # fmt: skip
-    return ApiResponse(await _desk(request).explained(key, question) | request.config.labels)
-
-
-async def _explain_body(request: ApiRequest) -> ApiResponse:
-    body: ExplainBody = request.body
-    key = request.path["id"]
-    await request.directory.keys.get(key)  # 404 for tokens that may not see it
-    # JSON may contain half of a surrogate pair, which other encodings cannot represent.
-    content = body.body.encode("utf-8", "replace")
-    question = Question(
-        body.method, body.path, body.tokens, body.model,
-        body=content, categories=tuple(body.category), namespaces=_bound_values(body.namespace),
-    )  # fmt: skip
-    return ApiResponse(await _desk(request).explained(key, question) | request.config.labels)
 
 
 ENDPOINTS: Final = (
@@ -337,10 +228,4 @@ ENDPOINTS: Final = (
              Scope.USAGE_READ, _events, {200: Event}, query=EventsQuery),
     Endpoint("show_limits", "The state of a user's and its tenant's limits.",
              Scope.USAGE_READ, _windows, {200: Windows}, query=WindowsQuery, refuses=_NOT_THERE),
-    Endpoint("explain_key",
-             "Explain whether a request with this key would be accepted, and the state of each limit. Charges nothing.",
-             Scope.USAGE_READ, _explain, {200: Explained}, query=ExplainQuery, refuses=_NOT_THERE),
-    Endpoint("explain_request",
-             "As explain_key, of a request with a body: also what it reserves, and the output cap that is inserted.",
-             Scope.USAGE_READ, _explain_body, {200: Explained}, body=ExplainBody, refuses=_NOT_THERE),
 )  # fmt: skip

@@ -22,6 +22,8 @@ PLAN_ID = r"^[A-Za-z0-9][A-Za-z0-9._:@\-]{0,127}$"
 PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 SCOPE = r"^[A-Za-z0-9][A-Za-z0-9._:/\-]{0,63}$"
 ROLE = r"^[a-z][a-z0-9_\-]{0,63}$"
+AGENT = r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,63}$"
+AGENT_TOKEN = r"^agt_[0-9A-Za-z]{22}$"  # noqa: S105 - the form of an id
 OBJECT_ID = r"^[A-Za-z0-9._:@|+~/=,!$\-]{1,256}$"
 
 NAMESPACE = r"^(path|query|header|json):[^=\x00-\x1f\x7f]{1,256}=[^\x00-\x1f\x7f]{0,512}$"
@@ -33,6 +35,7 @@ Reason = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=500)]
 CategoryName = Annotated[str, StringConstraints(pattern=ROLE)]
 BoundValue = Annotated[str, StringConstraints(pattern=NAMESPACE)]
 KeyScope = Annotated[str, StringConstraints(pattern=SCOPE)]
+AgentId = Annotated[str, StringConstraints(pattern=AGENT)]
 Role = Annotated[str, StringConstraints(pattern=ROLE)]
 AuditedId = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=400)]
 Text = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=200)]
@@ -83,6 +86,10 @@ Instant = Annotated[AwareDatetime, BeforeValidator(_instant)]
 
 #: Text that may contain keys.
 Pasted = Annotated[str, Field(max_length=TEXT_BYTES_MAX, description="Headers, logs, scripts, JSON, URLs: unchanged.")]
+
+ActsFor = Annotated[
+    Literal["none", "tenant"], Field(description="The users that the key may act for besides its owner.")
+]
 
 #: The two forms of a plan's limits, in the locations of validation errors.
 BY_NAME, AS_LIST = "<by name>", "<list>"

@@ -21,6 +21,7 @@ from pydantic import (
 from keyproxy.admin.schemas.field_types import (
     AS_LIST,
     BY_NAME,
+    ActsFor,
     Amount,
     AuditedId,
     Burst,
@@ -103,7 +104,10 @@ class KeysQuery(Paged):
 class AuditQuery(RequestModel):
     """Selects audit log rows; all given filters must match."""
 
-    entity: Literal["tenant", "user", "key", "plan", "token", "window", "role", "owned", "template"] | None = None
+    entity: (
+        Literal["tenant", "user", "key", "plan", "token", "window", "role", "owned", "template", "agent", "agent_token"]
+        | None
+    ) = None
     entity_id: AuditedId | None = None
     tenant: Id | None = None
     actor: Text | None = None
@@ -194,6 +198,7 @@ class KeyIssue(FirstKey):
     user: Id
     is_test: bool = False
     roles: Annotated[list[Role], Field(max_length=16)] = []
+    acts_for: ActsFor = "none"
 
 
 class KeysIssue(RequestModel):
@@ -208,12 +213,13 @@ class KeysIssue(RequestModel):
 class KeyChange(RequestModel):
     """Fields to change; omitted fields stay unchanged. A null plan removes the plan."""
 
-    without_default: ClassVar[frozenset[str]] = frozenset({"name", "plan", "scopes", "roles"})
+    without_default: ClassVar[frozenset[str]] = frozenset({"name", "plan", "scopes", "roles", "acts_for"})
 
     name: Name = ""
     plan: PlanId | None = None
     scopes: Annotated[list[KeyScope], Field(max_length=64, description="All scopes; replace the previous ones.")] = []
     roles: Annotated[list[Role], Field(max_length=16, description="All roles; replace the previous ones.")] = []
+    acts_for: ActsFor = "none"
 
 
 class KeyRotate(RequestModel):
@@ -248,12 +254,12 @@ class KeysRevoke(RequestModel):
 
 
 class LeakReport(RequestModel):
-    """A leaked key: either the key itself or its SHA-256."""
+    """A leaked key or agent token: either itself or its SHA-256."""
 
     without_default: ClassVar[frozenset[str]] = frozenset({"key", "digest"})
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["key"]}, {"required": ["digest"]}]})
 
-    key: Annotated[str, StringConstraints(pattern=r"^[!-~]{8,512}$"), Field(description="The key.")] = ""
+    key: Annotated[str, StringConstraints(pattern=r"^[!-~]{8,4096}$"), Field(description="The key.")] = ""
     digest: Annotated[
         str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$"), Field(description="The key's SHA-256, hexadecimal.")
     ] = ""

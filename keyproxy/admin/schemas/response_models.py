@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from keyproxy.admin.schemas.field_types import MoneyUnit, Time
+from keyproxy.admin.schemas.field_types import ActsFor, MoneyUnit, Time
 
 
 class ResponseModel(BaseModel):
@@ -60,6 +60,7 @@ class Key(ResponseModel):
     name: str
     scopes: list[str]
     roles: list[str]
+    acts_for: ActsFor
     is_test: bool
     plan: str | None
     created_at: Time
@@ -107,6 +108,7 @@ class KeyIssued(ResponseModel):
     hint: str = ""
     scopes: list[str] = []
     roles: list[str] = []
+    acts_for: ActsFor = "none"
     is_test: bool = False
     plan: str | None = None
     expires_at: Time | None = None
@@ -179,6 +181,7 @@ class Plan(ResponseModel):
     tenants: _Count
     users: _Count
     keys: _Count
+    agents: _Count
 
 
 class PlanShown(Plan):
@@ -239,33 +242,6 @@ class KeysRevoked(ResponseModel):
 
     revoked: list[str]
     remaining: int
-
-
-class Leak(ResponseModel):
-    """Whether the key exists, whether it was working until now, and its owner."""
-
-    known: bool
-    revoked_now: bool
-    tenant: str | None
-    user: str | None
-    key: Key | None
-
-
-class LeakedKey(ResponseModel):
-    """A key that was found in a text. `revoked_now`: it was not revoked before."""
-
-    key: str
-    user: str
-    tenant: str
-    revoked_now: bool
-
-
-class LeaksFound(ResponseModel):
-    """The keys in a text, now revoked; the number of incomplete or mistyped keys; the number of unknown keys."""
-
-    found: list[LeakedKey]
-    incomplete: int
-    unknown: int
 
 
 class KeysOf(ResponseModel):

@@ -20,12 +20,14 @@ from keyproxy.admin.endpoint_table import ADDRESSES, PAGE_MAX
 from keyproxy.cli.output import AdminApiUnavailable
 from keyproxy.store.directory.directory import (
     Conflict,
+    DelegationRefused,
     DirectoryError,
     Entity,
     EntityPage,
     Invalid,
     NotFound,
     Outdated,
+    TooManyTokens,
 )
 
 _SECONDS: Final = 60.0
@@ -37,6 +39,8 @@ _ERRORS: Final[dict[str, type[DirectoryError]]] = {
     "conflict": Conflict,
     "invalid": Invalid,
     "outdated": Outdated,
+    "delegation_refused": DelegationRefused,
+    "quota_exhausted": TooManyTokens,
 }
 
 
@@ -110,18 +114,19 @@ class AdminClient:
                 async for line in response.content:
                     yield orjson.loads(line)
 
-    async def page(self, endpoint: str, cursor: str | None, limit: int, /, **filters: Any) -> EntityPage:
-        """Return one page of a list."""
-        content = await self.call(endpoint, limit=min(limit, PAGE_MAX), cursor=cursor, **filters)
+    async def page(self, endpoint: str, /, *path: str, cursor: str | None, limit: int, **filters: Any) -> EntityPage:
+        """Return one page of a list. `path`: as for `call`."""
+        content = await self.call(endpoint, *path, limit=min(limit, PAGE_MAX), cursor=cursor, **filters)
         return EntityPage(content["items"], content["next"])
 
 
 class ListById:
     """A list ordered by id. It keeps the API's cursors, because callers continue from the last id of a page."""
 
-    def __init__(self, client: AdminClient, endpoint: str) -> None:
+    def __init__(self, client: AdminClient, endpoint: str, *path: str) -> None:
         self._client = client
         self._endpoint = endpoint
+        self._path = path
         #: The cursor of the next page, by the filters and the last id of the previous page.
         self._cursors: dict[tuple[str, str], str | None] = {}
 
@@ -131,7 +136,7 @@ class ListById:
         cursor = self._cursors.pop((selection, after), None) if after else None
         if after and cursor is None:
             return []
-        page = await self._client.page(self._endpoint, cursor, limit, **filters)
+        page = await self._client.page(self._endpoint, *self._path, cursor=cursor, limit=limit, **filters)
         if page.items:
             self._cursors[selection, page.items[-1]["id"]] = page.next
         return page.items

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from keyproxy.cli.remote.admin_client import AdminClient, ListById
+from keyproxy.cli.remote.remote_agents import RemoteAgents, RemoteAgentTokens
 from keyproxy.cli.remote.remote_keys import (
     RemoteKeyBatches,
     RemoteKeyImporter,
@@ -127,7 +128,7 @@ class RemoteOwnedIds:
     async def list_page(
         self, cursor: str | None, limit: int, *, kind: str | None = None, tenant_id: str | None = None
     ) -> EntityPage:
-        return await self._client.page("list_owned", cursor, limit, kind=kind, tenant=tenant_id)
+        return await self._client.page("list_owned", cursor=cursor, limit=limit, kind=kind, tenant=tenant_id)
 
 
 class RemotePromptTemplates:
@@ -148,7 +149,7 @@ class RemotePromptTemplates:
         return await self._client.call("remove_prompt", digest)
 
     async def list_page(self, cursor: str | None, limit: int) -> EntityPage:
-        return await self._client.page("list_prompts", cursor, limit)
+        return await self._client.page("list_prompts", cursor=cursor, limit=limit)
 
 
 class RemoteCredits:
@@ -176,7 +177,7 @@ class RemoteAudit:
         self._export: AsyncIterator[Entity] | None = None
 
     async def list_newest(self, cursor: str | None, limit: int, wanted: AuditFilter | None = None) -> EntityPage:
-        return await self._client.page("list_audit", cursor, limit, **_filters(wanted))
+        return await self._client.page("list_audit", cursor=cursor, limit=limit, **_filters(wanted))
 
     async def horizon(self) -> int:
         """The server determines the horizon when an export starts; a later export starts a new one."""
@@ -206,6 +207,8 @@ class RemoteDirectory:
         self.key_batches = RemoteKeyBatches(client)
         self.key_importer = RemoteKeyImporter(client)
         self.leaked_keys = RemoteLeakedKeys(client)
+        self.agents = RemoteAgents(client)
+        self.agent_tokens = RemoteAgentTokens(client)
         self.plans = RemotePlans(client)
         self.roles = RemoteRoles(client)
         self.owned = RemoteOwnedIds(client)

@@ -21,6 +21,7 @@ from keyproxy.store.directory.directory import (
     KeyWish,
     Revocation,
 )
+from keyproxy.store.directory.entities import ACTS_FOR_NONE
 from keyproxy.store.directory.interface import AS_CONFIGURED_THERE
 from keyproxy.store.directory.key_batches import BATCH_MAX
 
@@ -47,7 +48,7 @@ class RemoteKeys:
     async def list_by_time(
         self, order: str, cursor: str | None, limit: int, wanted: KeyFilter | None = None
     ) -> EntityPage:
-        return await self._client.page("list_keys", cursor, limit, sort=order, **_filters(wanted))
+        return await self._client.page("list_keys", cursor=cursor, limit=limit, sort=order, **_filters(wanted))
 
     async def change(self, key_id: str, changes: Mapping[str, Any]) -> Entity:
         return await self._client.call("change_key", key_id, **changes)
@@ -136,8 +137,10 @@ def key_fields(wish: KeyWish) -> dict[str, Any]:
 
 def _wish_fields(user_id: str, wish: KeyWish) -> dict[str, Any]:
     # An older admin API refuses unknown fields.
-    roles = {"roles": list(wish.roles)} if wish.roles else {}
-    return {"user": user_id, "is_test": wish.is_test, **key_fields(wish), **roles}
+    newer: dict[str, Any] = {"roles": list(wish.roles)} if wish.roles else {}
+    if wish.acts_for != ACTS_FOR_NONE:
+        newer["acts_for"] = wish.acts_for
+    return {"user": user_id, "is_test": wish.is_test, **key_fields(wish), **newer}
 
 
 def _lifetime_fields(expires_in: timedelta | None) -> dict[str, int | None]:
@@ -184,9 +187,11 @@ def _imported(key: ImportedKey) -> Entity:
         "expires_at": key.expires_at,
         "revoked": key.is_revoked,
     }
+    # An older admin API refuses unknown fields.
     if key.roles:
-        # An older admin API refuses unknown fields.
         fields["roles"] = list(key.roles)
+    if key.acts_for != ACTS_FOR_NONE:
+        fields["acts_for"] = key.acts_for
     return {name: value for name, value in fields.items() if value is not None}
 
 

@@ -37,20 +37,31 @@ class RemoteUsage:
         return items
 
     async def explained(self, key_id: str, question: Question) -> dict[str, Any]:
-        fields: dict[str, Any] = {"method": question.method, "path": question.path, "tokens": question.tokens}
-        if question.model:
-            fields["model"] = question.model
-        if question.categories:
-            fields["category"] = list(question.categories)
-        if question.namespaces:
-            fields["namespace"] = [f"{source}={value}" for source, value in question.namespaces]
-        if question.body is None:
-            return await self._client.call("explain_key", key_id, **fields)
-        try:
-            text = question.body.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise Invalid("the body is not UTF-8 text, so --admin-url cannot send it") from error
-        return await self._client.call("explain_request", key_id, **fields, body=text)
+        # An older admin API refuses unknown fields.
+        acting = {} if question.act_for is None else {"act_for": question.act_for}
+        endpoint = "explain_key" if question.body is None else "explain_request"
+        return await self._client.call(endpoint, key_id, **_question_fields(question), **acting)
+
+    async def explained_token(self, token_id: str, question: Question) -> dict[str, Any]:
+        endpoint = "explain_agent_token" if question.body is None else "explain_agent_token_request"
+        return await self._client.call(endpoint, token_id, **_question_fields(question))
+
+
+def _question_fields(question: Question) -> dict[str, Any]:
+    fields: dict[str, Any] = {"method": question.method, "path": question.path, "tokens": question.tokens}
+    if question.model:
+        fields["model"] = question.model
+    if question.categories:
+        fields["category"] = list(question.categories)
+    if question.namespaces:
+        fields["namespace"] = [f"{source}={value}" for source, value in question.namespaces]
+    if question.body is None:
+        return fields
+    try:
+        text = question.body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Invalid("the body is not UTF-8 text, so --admin-url cannot send it") from error
+    return {**fields, "body": text}
 
 
 def _filters(wanted: UsageFilter) -> dict[str, Any]:

@@ -15,7 +15,19 @@ from keyproxy.store.postgres.json_values import read_json
 from keyproxy.store.postgres.times import time_text
 
 #: The kinds of changed entities, as triggers and functions write them.
-ENTITIES: Final = ("tenant", "user", "key", "plan", "token", "window", "role", "owned", "template")
+ENTITIES: Final = (
+    "tenant",
+    "user",
+    "key",
+    "plan",
+    "token",
+    "window",
+    "role",
+    "owned",
+    "template",
+    "agent",
+    "agent_token",
+)
 ACTIONS: Final = ("insert", "update", "delete", "truncate", "window.credit")
 
 _ID_MAX: Final = 2**63 - 1

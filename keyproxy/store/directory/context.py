@@ -27,10 +27,10 @@ _RULES: Final = (
     (re.compile(r"tenants_id_check|users_id_check|api_keys_id_check"), _ID_RULE),
     (re.compile(r"plans_id_check"), _ID_RULE.replace(" | +", "")),
     (re.compile(r"\w+_name_check"), "a name has at most 200 characters"),
-    (re.compile(r"api_keys_revoke_reason_check"), "a reason has at most 500 characters"),
+    (re.compile(r"(api_keys|agent_tokens)_revoke_reason_check"), "a reason has at most 500 characters"),
     (
-        re.compile(r"roles_id_check|api_keys_roles|users_roles|tenants_roles"),
-        "a role has at most 64 lower-case letters, digits, _ and -; a key, user or tenant has at most 16 roles",
+        re.compile(r"roles_id_check|api_keys_roles|users_roles|tenants_roles|agents_roles_check"),
+        "a role has at most 64 lower-case letters, digits, _ and -; a key, user, tenant or agent has at most 16 roles",
     ),
     (re.compile(r"owned_kind_check"), "a kind has the form of a role: lower-case letters, digits, _ and -, at most 64"),
     (
@@ -41,6 +41,7 @@ _RULES: Final = (
         re.compile(r"prompt_templates_category_check"),
         "a category starts with a lower-case letter, contains only those, digits, _ and -, and has at most 64 characters",
     ),
+    (re.compile(r"api_keys_acts_for"), "acts_for is none or tenant"),
     (re.compile(r"window_credits_reason_check"), "a reason has 1 to 500 characters"),
     (re.compile(r"window_credits_bound"), "a limit and its credits together must stay from 0 to 10^15"),
     (
@@ -124,10 +125,13 @@ class DirectoryContext:
     ) -> list[str]:
         """Check what keys may do after these changes. Returns warnings of a changed key."""
         if kind == "key":
-            if "scopes" not in changes and "roles" not in changes:
-                return []
-            await authority.check_scopes(transaction, keys=[entity_id])
-            return await authority.ceiling_warnings(transaction, [entity_id])
+            warnings: list[str] = []
+            if "scopes" in changes or "roles" in changes:
+                await authority.check_scopes(transaction, keys=[entity_id])
+                warnings += await authority.ceiling_warnings(transaction, [entity_id])
+            if "acts_for" in changes or "plan" in changes:
+                warnings += await authority.acting_warnings(transaction, [entity_id])
+            return warnings
         if "roles" in changes:
             user, tenant = (entity_id, None) if kind == "user" else (None, entity_id)
             await authority.check_scopes(transaction, user=user, tenant=tenant)

@@ -1,4 +1,4 @@
-"""The directory of tenants, users, keys, plans, roles and owned ids, and its audit log.
+"""The directory of tenants, users, keys, agents, plans, roles and owned ids, and its audit log.
 
 Every change is one transaction that includes its audit rows. Provisioning is idempotent: creating an existing user again
 returns it, without a second key. The plaintext of a key exists in the return value of the call that created it, and
@@ -14,11 +14,21 @@ from keyproxy.store.directory.access.owned_ids import OwnedIdStore
 from keyproxy.store.directory.access.prompts import PromptTemplateStore
 from keyproxy.store.directory.access.roles import RoleStore
 from keyproxy.store.directory.accounts import TenantStore, UserStore
+from keyproxy.store.directory.agents.agent_tokens import AgentTokenStore, OperatorMint
+from keyproxy.store.directory.agents.agents import AgentStore
 from keyproxy.store.directory.audit import AuditFilter, AuditLog
 from keyproxy.store.directory.context import DirectoryContext
 from keyproxy.store.directory.credits import Credit, CreditStore
 from keyproxy.store.directory.entities import Actor, Entity, EntityPage, KeyWish, etag
-from keyproxy.store.directory.errors import Conflict, DirectoryError, Invalid, NotFound, Outdated
+from keyproxy.store.directory.errors import (
+    Conflict,
+    DelegationRefused,
+    DirectoryError,
+    Invalid,
+    NotFound,
+    Outdated,
+    TooManyTokens,
+)
 from keyproxy.store.directory.import_keys import ImportedKey, ImportReport, KeyImporter
 from keyproxy.store.directory.key_batches import KeyBatches, Revocation
 from keyproxy.store.directory.keys import KeyFilter, KeyStore
@@ -31,6 +41,7 @@ __all__ = [
     "AuditFilter",
     "Conflict",
     "Credit",
+    "DelegationRefused",
     "Directory",
     "DirectoryError",
     "Entity",
@@ -43,6 +54,7 @@ __all__ = [
     "NotFound",
     "Outdated",
     "Revocation",
+    "TooManyTokens",
     "etag",
 ]
 
@@ -51,9 +63,15 @@ class Directory:
     """All operations, by kind of entity. Every method raises DirectoryError, StoreConflict or StoreUnavailable."""
 
     def __init__(
-        self, database: StatementRunner, key_format: KeyFormat, actor: Actor, *, tenant_id: str | None = None
+        self,
+        database: StatementRunner,
+        key_format: KeyFormat,
+        actor: Actor,
+        *,
+        tenant_id: str | None = None,
+        mint: OperatorMint | None = None,
     ) -> None:
-        """`tenant_id`: the tenant that this directory is bound to; None: it is not bound."""
+        """`tenant_id`: the tenant that this directory is bound to; None: it is not bound. `mint`: for `agent_tokens`."""
         context = DirectoryContext(database, key_format, actor, tenant_id)
         self.tenants = TenantStore(context)
         self.users = UserStore(context)
@@ -61,6 +79,8 @@ class Directory:
         self.key_batches = KeyBatches(context)
         self.key_importer = KeyImporter(context)
         self.leaked_keys = LeakedKeys(context)
+        self.agents = AgentStore(context)
+        self.agent_tokens = AgentTokenStore(context, mint)
         self.plans = PlanStore(context)
         self.roles = RoleStore(context)
         self.owned = OwnedIdStore(context)

@@ -19,6 +19,10 @@ from keyproxy.store.postgres.times import time_text
 
 Entity = dict[str, Any]
 
+#: The users that a key may act for, besides its owner: none, or those of its tenant.
+ACTS_FOR: Final = ("none", "tenant")
+ACTS_FOR_NONE: Final = "none"
+
 _ID_DIGITS: Final = 20
 _LIFE_MAX: Final = timedelta(days=36_525)
 
@@ -29,6 +33,8 @@ _NOT_VERSIONED: Final = frozenset(
         "users",
         "keys",
         "tenants",
+        "agents",
+        "tokens",
         "state",
         "created",
         "changed",
@@ -50,7 +56,10 @@ class Actor:
 
 @dataclass(frozen=True, slots=True)
 class KeyWish:
-    """The properties of a new key. `expires_in` None: it never expires. `plan` None: it has no limits of its own."""
+    """The properties of a new key. `expires_in` None: it never expires. `plan` None: it has no limits of its own.
+
+    `acts_for`: one of ACTS_FOR.
+    """
 
     name: str = ""
     scopes: Sequence[str] = ()
@@ -58,6 +67,7 @@ class KeyWish:
     expires_in: timedelta | None = None
     plan: str | None = None
     roles: Sequence[str] = ()
+    acts_for: str = ACTS_FOR_NONE
 
 
 class EntityPage(NamedTuple):
@@ -136,6 +146,7 @@ def _key(row: Row) -> Entity:
         "name": row["name"],
         "scopes": list(row["scopes"]),
         "roles": list(row["roles"]),
+        "acts_for": row["acts_for"],
         "is_test": row["is_test"],
         "plan": row["plan_id"],
         "created_at": time_text(row["created_at"]),
@@ -156,6 +167,7 @@ def _plan(row: Row) -> Entity:
         "tenants": row["tenants"],
         "users": row["users"],
         "keys": row["keys"],
+        "agents": row["agents"],
     }
 
 
@@ -167,6 +179,7 @@ def _role(row: Row) -> Entity:
         "tenants": row["tenants"],
         "users": row["users"],
         "keys": row["keys"],
+        "agents": row["agents"],
     }
 
 
@@ -189,6 +202,41 @@ def _template(row: Row) -> Entity:
     }
 
 
+def _agent(row: Row) -> Entity:
+    return {
+        "id": row["id"],
+        "user": row["user_id"],
+        "tenant": row["tenant_id"],
+        "roles": None if row["roles"] is None else list(row["roles"]),
+        "plan": row["plan_id"],
+        "disabled_at": time_text(row["disabled_at"]),
+        "created_at": time_text(row["created_at"]),
+        "tokens": row["tokens"],
+    }
+
+
+def _agent_token(row: Row) -> Entity:
+    return {
+        "id": row["id"],
+        "agent": row["agent_id"],
+        "user": row["user_id"],
+        "tenant": row["tenant_id"],
+        "key": row["root_key_id"],
+        "actor": row["actor_user_id"],
+        "parent": row["parent_token_id"],
+        "scopes": list(row["scopes"]),
+        "token_budget": row["token_budget"],
+        "request_budget": row["request_budget"],
+        "audience": row["audience"],
+        "is_test": row["is_test"],
+        "depth": row["depth"],
+        "created_at": time_text(row["created_at"]),
+        "expires_at": time_text(row["expires_at"]),
+        "revoked_at": time_text(row["revoked_at"]),
+        "revoke_reason": row["revoke_reason"],
+    }
+
+
 #: Convert a row of each kind to an entity.
 ENTITIES: Final = {
     "tenant": _tenant,
@@ -198,11 +246,14 @@ ENTITIES: Final = {
     "role": _role,
     "owned": _owned,
     "template": _template,
+    "agent": _agent,
+    "agent_token": _agent_token,
 }
 
 #: The fields of each kind that can be changed.
 CHANGEABLE: Final = {
     "tenant": frozenset({"name", "plan", "test_plan", "roles", "disabled"}),
     "user": frozenset({"plan", "test_plan", "roles", "disabled"}),
-    "key": frozenset({"name", "plan", "scopes", "roles"}),
+    "key": frozenset({"name", "plan", "scopes", "roles", "acts_for"}),
+    "agent": frozenset({"plan", "roles", "disabled"}),
 }

@@ -19,5 +19,13 @@ class Conflict(DirectoryError):
     """Its state does not allow the operation: already revoked, in use, owned by another user or tenant."""
 
 
+class DelegationRefused(DirectoryError):
+    """The agent token would exceed the authority of the key or user that it is for."""
+
+
+class TooManyTokens(DirectoryError):
+    """The key has as many live agent tokens as it may have."""
+
+
 class Outdated(DirectoryError):
     """It has changed since the caller read it: its ETag differs."""

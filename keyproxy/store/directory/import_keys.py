@@ -16,9 +16,9 @@ from typing import Any, Final
 
 from keyproxy.auth.api_key import masked
 from keyproxy.auth.names import is_role, is_scope
-from keyproxy.store.directory.access.authority import ceiling_warnings, check_scopes
+from keyproxy.store.directory.access.authority import check_scopes, key_warnings
 from keyproxy.store.directory.context import DirectoryContext
-from keyproxy.store.directory.entities import KeyWish, new_key_id
+from keyproxy.store.directory.entities import ACTS_FOR, ACTS_FOR_NONE, KeyWish, new_key_id
 from keyproxy.store.directory.errors import Invalid
 from keyproxy.store.directory.key_batches import BATCH_MAX
 from keyproxy.store.identities import drf_api_keys
@@ -56,6 +56,7 @@ class ImportedKey:
     expires_at: datetime | None = None
     is_revoked: bool = False
     roles: Sequence[str] = ()
+    acts_for: str = ACTS_FOR_NONE
 
 
 @dataclass(slots=True)
@@ -140,7 +141,7 @@ class KeyImporter:
         report.imported = len(await transaction.fetch("import_keys", json.dumps(chosen)))
         chosen_ids = [row["id"] for row in chosen]
         await check_scopes(transaction, keys=chosen_ids)
-        report.warnings = dict.fromkeys(await ceiling_warnings(transaction, chosen_ids))
+        report.warnings = dict.fromkeys(await key_warnings(transaction, chosen_ids))
         return report
 
     def _problem(self, key: ImportedKey, tenants: Mapping[str, str], plans: set[str], roles: set[str]) -> str | None:
@@ -174,6 +175,7 @@ def _row(key: ImportedKey) -> dict[str, Any]:
         "name": key.name,
         "scopes": list(key.scopes),
         "roles": list(key.roles),
+        "acts_for": key.acts_for,
         "is_test": key.is_test,
         "plan": key.plan,
         "created_at": None if key.created_at is None else key.created_at.isoformat(),
@@ -187,8 +189,8 @@ def _row(key: ImportedKey) -> dict[str, Any]:
 def read_key(place: str, row: Mapping[str, Any], defaults: Mapping[str, Any]) -> ImportedKey:
     """Read an ImportedKey from a row of CSV or JSON. `defaults` apply where the row has no value.
 
-    Columns: `digest` or `prefix` and `hashed_key`; `user`; `tenant`, `name`, `scopes`, `roles`, `is_test`, `plan`,
-    `created`, `expires_at` or `expiry_date`, `revoked`, and, with a digest, `id` and `hint`. Raises Invalid.
+    Columns: `digest` or `prefix` and `hashed_key`; `user`; `tenant`, `name`, `scopes`, `roles`, `acts_for`, `is_test`,
+    `plan`, `created`, `expires_at` or `expiry_date`, `revoked`, and, with a digest, `id` and `hint`. Raises Invalid.
     """
     given = _with_defaults(row, defaults)
     user, name = _user(given), _name(given, "name", 200)
@@ -222,13 +224,14 @@ def read_key(place: str, row: Mapping[str, Any], defaults: Mapping[str, Any]) ->
         expires_at=_time(given, "expires_at", "expiry_date"),
         is_revoked=_bool(given, "revoked", "revoked_at"),
         roles=_roles(given.get("roles")),
+        acts_for=_acts_for(given),
     )
 
 
 def read_wish(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[str, KeyWish]:
-    """Read the user and the properties of a new key from a row: `user`, `name`, `scopes`, `roles`, `test`, `plan`.
+    """Read the user and the properties of a new key from a row. Raises Invalid.
 
-    Raises Invalid.
+    Columns: `user`, `name`, `scopes`, `roles`, `acts_for`, `test`, `plan`.
     """
     given = _with_defaults(row, defaults)
     is_test = _bool(given, "is_test", "test")
@@ -238,6 +241,7 @@ def read_wish(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[str,
         is_test,
         plan=_text(given, "plan"),
         roles=_roles(given.get("roles")),
+        acts_for=_acts_for(given),
     )
 
 
@@ -279,6 +283,13 @@ def _roles(value: object) -> tuple[str, ...]:
     found = _words(value)
     if len(found) > 16 or not all(is_role(word) for word in found):
         raise Invalid("roles must be single words such as reader, in lower case, at most 16 of them")
+    return found
+
+
+def _acts_for(given: Mapping[str, Any]) -> str:
+    found = _text(given, "acts_for") or ACTS_FOR_NONE
+    if found not in ACTS_FOR:
+        raise Invalid(f"acts_for is {' or '.join(ACTS_FOR)}, not {found!r}")
     return found
 
 

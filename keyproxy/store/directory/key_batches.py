@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any, Final
 
 from keyproxy.auth.api_key import SecretKey
-from keyproxy.store.directory.access.authority import ceiling_warnings, check_scopes, hold_roles
+from keyproxy.store.directory.access.authority import check_scopes, hold_roles, key_warnings
 from keyproxy.store.directory.context import DirectoryContext
 from keyproxy.store.directory.entities import Entity, KeyWish, lifetime, new_key_id, reveal, with_warnings
 from keyproxy.store.directory.errors import Invalid, NotFound
@@ -71,9 +71,9 @@ class KeyBatches:
         """Issue a key for each (user id, wish), all or none of them, at most BATCH_MAX.
 
         A user with a working key of that name and mode gets no other, so that the same wishes can be sent again. Return,
-        in the order of the wishes: `id`, `user`, `name`, `hint`, `scopes`, `roles`, `is_test`, `plan`, `expires_at`,
-        `secret` and `reissues`; `created`: whether a key was issued; the other fields are present only if so. The first
-        issued one has the `warnings` of all, if any. Raises NotFound for an unknown user or role.
+        in the order of the wishes: `id`, `user`, `name`, `hint`, `scopes`, `roles`, `acts_for`, `is_test`, `plan`,
+        `expires_at`, `secret` and `reissues`; `created`: whether a key was issued; the other fields are present only if
+        so. The first issued one has the `warnings` of all, if any. Raises NotFound for an unknown user or role.
 
         `reissue_unseen`: a working key that matches the wish and was never used is revoked and issued again, because
         its secret was lost. `reissues` is its id. A key that was used, rotated or imported stays.
@@ -98,7 +98,7 @@ class KeyBatches:
             rows = await transaction.fetch("issue_keys", described, self._context.tenant_id)
             made_ids = [row["id"] for row in rows]
             await check_scopes(transaction, keys=made_ids)
-            warnings = await ceiling_warnings(transaction, made_ids)
+            warnings = await key_warnings(transaction, made_ids)
         reissued = {(row["user_id"], row["name"], row["is_test"]): row["id"] for row in lost}
         expiries = {row["id"]: row["expires_at"] for row in rows}
         by_wish = {(row["user_id"], row["name"], row["is_test"]): (row, secret) for row, secret in made}
@@ -124,6 +124,7 @@ class KeyBatches:
             "name": wish.name,
             "scopes": list(wish.scopes),
             "roles": list(wish.roles),
+            "acts_for": wish.acts_for,
             "is_test": wish.is_test,
             "life_seconds": None if life is None else life.total_seconds(),
             "plan": wish.plan,
@@ -149,6 +150,7 @@ def _issued(row: Mapping[str, Any], secret: SecretKey, expires_at: str | None, r
         "hint": row["hint"],
         "scopes": row["scopes"],
         "roles": row["roles"],
+        "acts_for": row["acts_for"],
         "is_test": row["is_test"],
         "plan": row["plan"],
         "expires_at": expires_at,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
-from keyproxy.store.directory.access.authority import ceiling_warnings, check_scopes, hold_roles
+from keyproxy.store.directory.access.authority import check_scopes, hold_roles, key_warnings
 from keyproxy.store.directory.context import DirectoryContext
 from keyproxy.store.directory.entities import (
     ENTITIES,
@@ -65,11 +65,11 @@ class KeyStore:
             values = (key_id, user_id, secret.digest(), self._context.key_format.hint(secret), wish.name)
             await hold_roles(transaction, wish.roles)
             wanted = (list(wish.scopes), wish.is_test, lifetime(wish.expires_in), wish.plan, list(wish.roles))
-            row = await transaction.fetch_row("issue_key", *values, *wanted)
+            row = await transaction.fetch_row("issue_key", *values, *wanted, wish.acts_for)
             if row is None:
                 raise NotFound(f"there is no user {user_id!r}: create it first")
             await check_scopes(transaction, keys=[key_id])
-            warnings = await ceiling_warnings(transaction, [key_id])
+            warnings = await key_warnings(transaction, [key_id])
         return with_warnings({**await self.get(key_id), "secret": reveal(secret)}, warnings)
 
     async def get(self, key_id: str) -> Entity:
@@ -102,7 +102,7 @@ class KeyStore:
         return EntityPage([ENTITIES["key"](row) for row in rows], following)
 
     async def change(self, key_id: str, changes: Mapping[str, Any], *, if_match: str | None = None) -> Entity:
-        """Change `name`, `plan` (None removes it), `scopes` or `roles`. Returns the key, with `warnings` if any."""
+        """Change `name`, `plan` (None removes it), `scopes`, `roles` or `acts_for`. Return the key, with `warnings`."""
         return await self._context.change("key", key_id, changes, if_match)
 
     async def rotate(
@@ -110,10 +110,10 @@ class KeyStore:
     ) -> Entity:
         """Replace a key by a new one. The old key works for `grace` longer, or until its expiry if that is sooner.
 
-        The new key takes over user, scopes, roles, mode, plan and name, and both share one pool of limits. `expires_in`:
-        the lifetime of the new key, None for ever; a key that never expires is replaced by one that never expires. Return
-        the new key with its `secret` and the `old_expires_at` of the old one. Raises Conflict if the key is revoked, has
-        expired, or has a working successor: of several concurrent rotations, exactly one succeeds.
+        The new key takes over user, scopes, roles, acts_for, mode, plan and name, and both share one pool of limits.
+        `expires_in`: the lifetime of the new key, None for ever; a key that never expires is replaced by one that never
+        expires. Return the new key with its `secret` and the `old_expires_at` of the old one. Raises Conflict if the key
+        is revoked, has expired, or has a working successor: of several concurrent rotations, exactly one succeeds.
         """
         if grace < timedelta(0):
             raise Invalid("the grace period must not be negative")

@@ -1,10 +1,11 @@
-"""Look keys up by pasted text, a hint, an id or a name; revoke keys that have leaked."""
+"""Look keys up by pasted text, a hint, an id or a name; revoke keys and agent tokens that have leaked."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from keyproxy.auth import key_scanner
 from keyproxy.auth.api_key import SecretKey
@@ -31,6 +32,14 @@ _HASHES_MAX: Final = 100
 _UNKNOWN: Final[Entity] = {"known": False, "revoked_now": False, "user": None, "tenant": None, "key": None}
 
 
+class _Matches(NamedTuple):
+    """The ids of the keys and agent tokens of this store that are in a text, and the number of those it does not have."""
+
+    keys: list[str]
+    agent_tokens: list[str]
+    unknown: int
+
+
 @dataclass(frozen=True, slots=True)
 class LeakedKeys:
     """The lookup and revocation of leaked keys."""
@@ -38,71 +47,83 @@ class LeakedKeys:
     _context: DirectoryContext
 
     async def report_digest(self, digest: bytes, reason: str) -> Entity:
-        """Revoke the leaked key with this SHA-256 digest (32 bytes), and return its owner.
+        """Revoke the leaked key or agent token with this SHA-256 digest (32 bytes), and return its owner.
 
-        `known`: whether there is such a key. `revoked_now`: whether this call revoked it.
+        `known`: whether there is one. `revoked_now`: whether this call revoked it. `key`: the key, None if it is an agent
+        token; only then there is `agent_token`.
         """
         if len(digest) != 32:
             raise Invalid("the digest of a key must have 32 bytes (64 hexadecimal digits)")
-        return await self._revoke(await self._context.fetch_row("key_of_digest", digest), reason)
+        row = await self._context.fetch_row("key_of_digest", digest)
+        if row is None:
+            tokens = await self._context.fetch("agent_tokens_of_digests", [digest], self._context.tenant_id)
+            if tokens:
+                return await self._revoke("agent_token", tokens[0], reason)
+        return await self._revoke("key", row, reason)
 
     async def report_key(self, key: SecretKey, reason: str) -> Entity:
-        """As `report_digest`, for a key in plaintext: an imported key may not have its digest stored yet."""
-        row = await self._context.fetch_row("key_of_digest", key.digest())
+        """As `report_digest`, for a plaintext: an imported key may not have its digest stored yet."""
         prefix = drf_api_keys.prefix_of(key)
-        if row is None and prefix is not None:
-            recipe = await self._context.fetch_row("foreign_recipe", prefix)
-            shown = None if recipe is None else await asyncio.to_thread(drf_api_keys.hashed, key, recipe["recipe"])
-            row = None if shown is None else await self._context.fetch_row("key_of_foreign", prefix, shown)
-        return await self._revoke(row, reason)
+        found = await self.report_digest(key.digest(), reason)
+        if found["known"] or prefix is None:
+            return found
+        recipe = await self._context.fetch_row("foreign_recipe", prefix)
+        shown = None if recipe is None else await asyncio.to_thread(drf_api_keys.hashed, key, recipe["recipe"])
+        row = None if shown is None else await self._context.fetch_row("key_of_foreign", prefix, shown)
+        return await self._revoke("key", row, reason)
 
-    async def _revoke(self, row: Row | None, reason: str) -> Entity:
+    async def _revoke(self, kind: str, row: Row | None, reason: str) -> Entity:
+        """`kind`: key or agent_token."""
         if row is None:
             return dict(_UNKNOWN)
         try:
             async with self._context.transaction() as transaction:
-                before = await self._context.lock(transaction, "key", row["id"])
-                await transaction.fetch("revoke_key", row["id"], reason)
+                before = await self._context.lock(transaction, kind, row["id"])
+                await transaction.fetch(f"revoke_{kind}", row["id"], reason)
+            found = await self._context.get(kind, row["id"])
         except NotFound:
-            # Deleted meanwhile, or another tenant's: this directory cannot see the key.
+            # Deleted meanwhile, or another tenant's: this directory cannot see it.
             return dict(_UNKNOWN)
-        key = await self._context.get("key", row["id"])
-        return {
+        return _UNKNOWN | {
             "known": True,
             "revoked_now": before["revoked_at"] is None,
-            "user": key["user"],
-            "tenant": key["tenant"],
-            "key": key,
+            "user": found["user"],
+            "tenant": found["tenant"],
+            kind: found,
         }
 
     async def report_text(self, text: bytes, reason: str) -> Entity:
-        """Revoke every key in a text, in any notation. Raises Invalid if the text is too long.
+        """Revoke every key and agent token in a text, in any notation. Raises Invalid if the text is too long.
 
-        `found`: the keys (`key`, `user`, `tenant`, `revoked_now`). `incomplete`: the number of truncated keys.
-        `unknown`: the number of keys that are not in this store.
+        `found`: the keys (`key`, `user`, `tenant`, `revoked_now`) and the tokens, which also have the member
+        `agent_token`; their `key` is the one that they were cut from, which is not revoked. `incomplete`: the number of
+        truncated ones. `unknown`: the number of those that are not in this store.
         """
         scan = await self._scan(text)
-        ids, unknown = await self._matched(scan)
+        matches = await self._matched(scan)
         async with self._context.transaction() as transaction:
-            rows = await transaction.fetch("revoke_leaked", ids, reason, self._context.tenant_id)
+            tenant = self._context.tenant_id
+            rows = [
+                *await transaction.fetch("revoke_leaked", matches.keys, reason, tenant),
+                *await transaction.fetch("revoke_leaked_tokens", matches.agent_tokens, reason, tenant),
+            ]
             revoked = {row["id"] for row in rows}
-            shown = [await transaction.fetch_row("key", key_id) for key_id in ids]
-        found = [ENTITIES["key"](row) for row in shown if row is not None]
+            shown = [("key", await transaction.fetch_row("key", key_id)) for key_id in matches.keys]
+            shown += [("agent_token", await transaction.fetch_row("agent_token", one)) for one in matches.agent_tokens]
         return {
-            "found": [
-                {"key": key["id"], "user": key["user"], "tenant": key["tenant"], "revoked_now": key["id"] in revoked}
-                for key in found
-            ],
+            "found": [_leak(kind, ENTITIES[kind](row), revoked) for kind, row in shown if row is not None],
             "incomplete": scan.incomplete,
-            "unknown": unknown,
+            "unknown": matches.unknown,
         }
 
     async def find(self, text: bytes) -> Entity:
         """`keys`: the keys in a text; if it has none, the keys with this id, hint or name. Changes nothing.
 
-        A part of a key is sufficient if it includes what the hint includes. Raises Invalid if the text is too long.
+        Of an agent token in the text, it is the key that the token was cut from. A part of a key is sufficient if it
+        includes what the hint includes. Raises Invalid if the text is too long.
         """
-        ids, _ = await self._matched(await self._scan(text))
+        matches = await self._matched(await self._scan(text))
+        ids = list(dict.fromkeys((*matches.keys, *await self._keys_of_tokens(matches.agent_tokens))))
         name = key_scanner.as_text(text).strip()
         if not ids and name and len(name) <= _NAME_CHARACTERS_MAX and name.isprintable():
             start, end = self._hint_of(name)
@@ -111,6 +132,10 @@ class LeakedKeys:
         shown = [await self._context.fetch_row("key", key_id) for key_id in ids]
         return {"keys": [ENTITIES["key"](row) for row in shown if row is not None]}
 
+    async def _keys_of_tokens(self, token_ids: Sequence[str]) -> list[str]:
+        rows = [await self._context.fetch_row("agent_token", token_id) for token_id in token_ids]
+        return [row["root_key_id"] for row in rows if row is not None]
+
     async def _scan(self, text: bytes) -> Scan:
         try:
             # In a thread: a long text takes a while, and must not block the event loop.
@@ -118,24 +143,26 @@ class LeakedKeys:
         except ValueError as error:
             raise Invalid(str(error)) from error
 
-    async def _matched(self, scan: Scan) -> tuple[list[str], int]:
-        """Return the ids of the keys in the text, and the number of keys in it that this store does not have."""
+    async def _matched(self, scan: Scan) -> _Matches:
+        """The keys and agent tokens of this store that are in the text."""
         secrets = {secret.digest(): secret for secret in (*scan.keys, *scan.foreign)}
         digests = dict.fromkeys((*secrets, *map(KeyDigest, scan.digests)))
         ids = await self._ids_of(list(digests))
         candidates = [secret for digest, secret in secrets.items() if digest not in ids]
         ids |= await self._never_used(candidates)
-        meant = {secret.digest() for secret in (*scan.keys, *scan.presented)}
-        if not secrets and len(scan.digests) == 1:
+        presented = {token.digest() for token in scan.agent_tokens}
+        candidates_of_tokens = dict.fromkeys((*presented, *map(KeyDigest, scan.digests)))
+        tokens = await self._ids_of(list(candidates_of_tokens), "agent_tokens_of_digests")
+        meant = {secret.digest() for secret in (*scan.keys, *scan.presented)} | presented
+        if not secrets and not presented and len(scan.digests) == 1:
             meant |= set(digests)
-        return list(dict.fromkeys(ids.values())), scan.admin_tokens + sum(digest not in ids for digest in meant)
+        unknown = scan.admin_tokens + sum(digest not in ids and digest not in tokens for digest in meant)
+        return _Matches(list(dict.fromkeys(ids.values())), list(dict.fromkeys(tokens.values())), unknown)
 
-    async def _ids_of(self, digests: list[KeyDigest]) -> dict[KeyDigest, str]:
+    async def _ids_of(self, digests: list[KeyDigest], statement: str = "keys_of_digests") -> dict[KeyDigest, str]:
         ids: dict[KeyDigest, str] = {}
         for start in range(0, len(digests), _BATCH):
-            rows = await self._context.fetch(
-                "keys_of_digests", digests[start : start + _BATCH], self._context.tenant_id
-            )
+            rows = await self._context.fetch(statement, digests[start : start + _BATCH], self._context.tenant_id)
             ids |= {KeyDigest(row["digest"]): row["id"] for row in rows}
         return ids
 
@@ -171,3 +198,9 @@ class LeakedKeys:
             if found:
                 return (start, end) if len(start) + len(end) >= _HINT_CHARACTERS_MIN else ("", "")
         return self._context.key_format.hint_start(name), ""
+
+
+def _leak(kind: str, found: Entity, revoked: set[str]) -> Entity:
+    """A key or agent token that was found in a text."""
+    subject = {"key": found["id"]} if kind == "key" else {"agent_token": found["id"], "key": found["key"]}
+    return {**subject, "user": found["user"], "tenant": found["tenant"], "revoked_now": found["id"] in revoked}

@@ -7,7 +7,6 @@ are idle in other proxies' leases are waited for, as a proxy without any leases 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol
@@ -18,7 +17,6 @@ from keyproxy.config.access_settings import access_rules
 from keyproxy.http import request_target
 from keyproxy.limits import gcra
 from keyproxy.limits.allowance import NO_SELECTION, Allowance, Hold, Need, applies, is_of_mode
-from keyproxy.limits.budgets import budget_plan
 from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.ledger.accounts import Holder, WindowAccount
 from keyproxy.limits.ledger.rules import LedgerRules
@@ -26,7 +24,6 @@ from keyproxy.limits.ledger_protocol import (
     CONCURRENCY,
     SPEND,
     SPEND_PER_REQUEST,
-    TOKEN_POOL,
     TOKEN_RATE,
     TOKENS,
     TOKENS_PER_REQUEST,
@@ -38,22 +35,19 @@ from keyproxy.limits.ledger_protocol import (
 from keyproxy.limits.plan import PER_REQUEST, Limit, Plan
 from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Route
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.store.directory.errors import Invalid, NotFound
-from keyproxy.store.identities.identity_rows import identity_of
-from keyproxy.store.identities.lookup_batcher import UNUSABLE
 from keyproxy.store.ledger.backend import REAP_PORTION
 from keyproxy.store.ledger.body_reservation import BodyReservation, RequestUrl, no_reservation, reservation_of
 from keyproxy.store.ledger.explained_access import ExplainedAccess, OwnerReader, StatedValues
 from keyproxy.store.ledger.ledger import Ledger
 from keyproxy.store.ledger.postgres_backend import WindowState
 from keyproxy.store.ledger.select_backend import ledger_backend
-from keyproxy.store.postgres.database import Database, Row
+from keyproxy.store.postgres.database import Database
 
 _TOKENS: Final = (*TOKENS, TOKEN_RATE, TOKENS_PER_REQUEST)
 _SPEND: Final = (*SPEND, SPEND_PER_REQUEST)
 
-#: The most agent tokens of one user whose windows are shown.
-_TOKENS_SHOWN_MAX: Final = 1_000
+#: A route that needs no scope.
+_ANY_ROUTE: Final = Route("")
 
 
 class WindowReader(Protocol):
@@ -65,11 +59,13 @@ class WindowReader(Protocol):
 
 
 class Question(NamedTuple):
-    """The request to explain. `tokens`: the maximum that it may use; None if it does not state one.
+    """The request to explain. `path` empty: only the credential. `tokens`: the maximum that it may use; None if it does
+    not state one.
 
     `spend`: what these may cost, in micro-units; None: the model has no price. `body`: read instead of both, on a route
     that counts tokens or judges what the body names; `model` then replaces the one that the request names.
-    `categories`, `namespaces`: what the request would contain; see `StatedValues`.
+    `categories`, `namespaces`: what the request would contain; see `StatedValues`. `act_for`: the user that the key acts
+    for; None: its owner's requests are explained.
     """
 
     method: str
@@ -80,6 +76,7 @@ class Question(NamedTuple):
     body: bytes | None = None
     categories: tuple[str, ...] = ()
     namespaces: tuple[tuple[str, str], ...] = ()
+    act_for: str | None = None
 
 
 class Explanation(NamedTuple):
@@ -95,7 +92,7 @@ class Explanation(NamedTuple):
     access: Mapping[str, Any]
 
 
-class _DryBackend:
+class DryBackend:
     """Reply as the ledger would, from the state of its windows, and change nothing. Implements LedgerBackend."""
 
     def __init__(self, windows: WindowReader, now: Callable[[], Moment]) -> None:
@@ -151,64 +148,44 @@ class _DryBackend:
         """Do nothing: the caller closes the windows."""
 
 
-async def explain_key(
-    database: Database, key_id: str, question: Question, configured: schema.Settings, *, now: Callable[[], Moment]
-) -> tuple[Identity, Explanation]:
-    """The identity of a key, and the decision on a request with it. Raises NotFound, Invalid, StoreUnavailable."""
-    digests = await database.fetch("digest_of_key", key_id)
-    rows = await database.fetch("identities_by_digest", [row["digest"] for row in digests])
-    if not rows:
-        raise NotFound(f"there is no key {key_id!r}")
-    try:
-        identity = identity_of(rows[0], configured.identity.header_prefix)
-    except UNUSABLE as error:
-        raise Invalid(f"key {key_id!r} is refused because its row is invalid: {error}") from error
+async def explain_identity(
+    database: Database,
+    identity: Identity,
+    question: Question,
+    configured: schema.Settings,
+    *,
+    now: Callable[[], Moment],
+) -> Explanation:
+    """The decision on a request of this identity. Raises Invalid, StoreUnavailable."""
     windows = ledger_backend(database, configured.ledger)
     try:
-        explanation = await explain(identity, question, configured, windows, owners=database, now=now)
+        if not question.path:
+            return await _explain_credential(identity, question, configured, windows, now=now)
+        return await explain(identity, question, configured, windows, owners=database, now=now)
     finally:
         await windows.close()
-    return identity, explanation
 
 
-async def windows_of_user(
-    database: Database, user_id: str, configured: schema.Settings, *, is_test: bool, now: Callable[[], Moment]
-) -> list[dict[str, Any]]:
-    """The current state of the limits of a user, its tenant, its agents and their live tokens.
-
-    Of tokens, those that expire last: `_TOKENS_SHOWN_MAX`. Raises NotFound, Invalid, StoreUnavailable.
-    """
-    rows = await database.fetch("limits_of_user", user_id, is_test)
-    if not rows:
-        raise NotFound(f"there is no user {user_id!r}")
-    (row,) = rows
-    owners = (("tenant", row["tenant_id"]), ("user", row["user_id"]))
+async def _explain_credential(
+    identity: Identity,
+    question: Question,
+    configured: schema.Settings,
+    windows: WindowReader,
+    *,
+    now: Callable[[], Moment],
+) -> Explanation:
+    """The decision as far as it depends on no route: on the credential itself, and on its limits."""
+    backend = DryBackend(windows, now)
+    refusal, need = None, _need(question, None)
     try:
-        pools = [
-            (Pool(kind, owner, is_test), Plan.from_json(json.loads(row[f"{kind}_limits"])))
-            for kind, owner in owners
-            if row[f"{kind}_limits"] is not None
-        ]
-        agents = await database.fetch("pools_of_agents", user_id, is_test, _TOKENS_SHOWN_MAX)
-        pools += [(Pool(one["kind"], one["owner"], is_test), _plan_of_agent(one)) for one in agents]
-    except UNUSABLE as error:
-        raise Invalid(f"the plan of user {user_id!r}, its tenant or an agent is invalid: {error}") from error
-    wanted = _windows_of(pools)
-    windows = ledger_backend(database, configured.ledger)
-    try:
-        states = await _DryBackend(windows, now).states([window for window, _ in wanted])
-    finally:
-        await windows.close()
-    return [
-        {"owner": window.pool.owner, **window_state(window, limit, state)}
-        for (window, limit), state in zip(wanted, states, strict=True)
-    ]
-
-
-def _plan_of_agent(row: Row) -> Plan:
-    if row["kind"] == TOKEN_POOL:
-        return budget_plan(row["token_budget"], row["request_budget"])
-    return Plan.from_json(json.loads(row["limits"]))
+        authorization.admit(identity, _ANY_ROUTE, now())
+        if identity.allowance is not None:
+            await _take(backend, identity.allowance, need, ledger=configured.ledger, now=now)
+    except Refusal as error:
+        refusal = error
+    limits = await _limits(identity.allowance, backend, need, refusal)
+    access = ExplainedAccess(None, StatedValues(b""), identity)
+    return Explanation(None, refusal, limits, no_reservation(), access.shown())
 
 
 async def explain(
@@ -221,7 +198,7 @@ async def explain(
     now: Callable[[], Moment],
 ) -> Explanation:
     """The decision on a request of this identity. Raises StoreUnavailable if the windows cannot be read, and Invalid."""
-    backend = _DryBackend(windows, now)
+    backend = DryBackend(windows, now)
     route, need, refusal, reservation, hold = None, None, None, None, None
     of_body: Refusal | None = None
     access = ExplainedAccess(None, StatedValues(b""), identity)
@@ -269,7 +246,7 @@ def _reservation(
 
 
 async def _take(
-    backend: _DryBackend,
+    backend: DryBackend,
     allowance: Allowance,
     need: Need | None,
     *,
@@ -301,11 +278,11 @@ def _need(question: Question, route: Route | None) -> Need | None:
 
 
 async def _limits(
-    allowance: Allowance | None, backend: _DryBackend, need: Need | None, refusal: Refusal | None
+    allowance: Allowance | None, backend: DryBackend, need: Need | None, refusal: Refusal | None
 ) -> list[dict[str, Any]]:
     """The state of each limit at the decision, and whether it `refuses`."""
     pools = () if allowance is None else allowance.pools
-    wanted = _windows_of(pools)
+    wanted = windows_of(pools)
     unseen = [window for window, _ in wanted if window not in backend.seen]
     if unseen:
         await backend.states(unseen)
@@ -338,7 +315,7 @@ def _needed(measure: str, need: Need | None) -> int:
     return 1
 
 
-def _windows_of(pools: Sequence[tuple[Pool, Plan]]) -> list[tuple[Window, Limit]]:
+def windows_of(pools: Sequence[tuple[Pool, Plan]]) -> list[tuple[Window, Limit]]:
     """The windows that limits of these plans count in."""
     return [
         (Window(pool, limit.window_measure, limit.selector), limit)

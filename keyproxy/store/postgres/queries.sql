@@ -371,8 +371,8 @@ DELETE FROM keyproxy.users WHERE id = $1;
 
 -- name: issue_key
 -- No row if the user does not exist.
-INSERT INTO keyproxy.api_keys (id, user_id, digest, hint, name, scopes, is_test, expires_at, plan_id, roles)
-SELECT $1, u.id, $3, $4, $5, $6, $7, now() + $8::interval, $9, $10
+INSERT INTO keyproxy.api_keys (id, user_id, digest, hint, name, scopes, is_test, expires_at, plan_id, roles, acts_for)
+SELECT $1, u.id, $3, $4, $5, $6, $7, now() + $8::interval, $9, $10, $11
 FROM keyproxy.users AS u
 WHERE u.id = $2
 RETURNING id;
@@ -386,7 +386,7 @@ WITH wishes AS MATERIALIZED (
     SELECT w.*, jsonb_build_array(w.user_id, w.name, w.is_test)::text AS wish
     FROM jsonb_to_recordset($1::text::jsonb) AS w (
         id text, user_id text, digest text, hint text, name text, scopes text[], is_test boolean, life_seconds float8,
-        plan text, roles text[]
+        plan text, roles text[], acts_for text
     )
 ), wanted AS MATERIALIZED (
     SELECT array_agg(DISTINCT user_id) AS users, jsonb_object_agg(wish, true) AS wishes FROM wishes
@@ -404,9 +404,9 @@ WITH wishes AS MATERIALIZED (
     ) AS k
     WHERE (SELECT wishes FROM wanted) ? k.wish
 )
-INSERT INTO keyproxy.api_keys (id, user_id, digest, hint, name, scopes, is_test, expires_at, plan_id, roles)
+INSERT INTO keyproxy.api_keys (id, user_id, digest, hint, name, scopes, is_test, expires_at, plan_id, roles, acts_for)
 SELECT w.id, w.user_id, decode(w.digest, 'hex'), w.hint, w.name, w.scopes, w.is_test,
-       now() + make_interval(secs => w.life_seconds), w.plan, w.roles
+       now() + make_interval(secs => w.life_seconds), w.plan, w.roles, w.acts_for
 FROM wishes AS w
 WHERE (SELECT users FROM owners) ? w.user_id AND NOT (SELECT wishes FROM taken) ? w.wish
 RETURNING id, user_id, name, expires_at;
@@ -423,10 +423,10 @@ WHERE k.id = ANY (ARRAY(
         SELECT array_agg(DISTINCT w.user_id) AS users,
                jsonb_object_agg(
                    jsonb_build_array(w.user_id, w.name, w.is_test)::text,
-                   jsonb_build_object('scopes', w.scopes, 'plan', w.plan, 'roles', w.roles)
+                   jsonb_build_object('scopes', w.scopes, 'plan', w.plan, 'roles', w.roles, 'acts_for', w.acts_for)
                ) AS wishes
         FROM jsonb_to_recordset($1::text::jsonb) AS w (
-            user_id text, name text, scopes text[], is_test boolean, plan text, roles text[]
+            user_id text, name text, scopes text[], is_test boolean, plan text, roles text[], acts_for text
         )
     )
     SELECT unnest(array_agg(o.id))
@@ -440,7 +440,7 @@ WHERE k.id = ANY (ARRAY(
     GROUP BY o.user_id, o.name, o.is_test
     HAVING bool_and(
         to_jsonb(o.scopes) = o.wish -> 'scopes' AND to_jsonb(o.roles) = o.wish -> 'roles' AND o.plan_id IS NOT DISTINCT FROM o.wish ->> 'plan'
-        AND o.last_used_at IS NULL AND o.replaces IS NULL
+        AND o.acts_for = o.wish ->> 'acts_for' AND o.last_used_at IS NULL AND o.replaces IS NULL
         AND NOT EXISTS (SELECT FROM keyproxy.api_keys AS s WHERE s.replaces = o.id)
         AND NOT EXISTS (SELECT FROM keyproxy.usage AS g WHERE g.key_id = o.id)
         AND NOT EXISTS (SELECT FROM keyproxy.foreign_hashes AS f WHERE f.key_id = o.id)
@@ -454,8 +454,8 @@ SELECT id, tenant_id FROM keyproxy.users WHERE id = ANY($1::text[]) ORDER BY id 
 
 -- name: key
 -- Needs: api_keys (replaces).
-SELECT k.id, k.user_id, u.tenant_id, k.hint, k.name, k.scopes, k.roles, k.is_test, k.plan_id, k.created_at, k.expires_at,
-       k.revoked_at, k.revoke_reason, k.replaces, s.id AS replaced_by, k.last_used_at,
+SELECT k.id, k.user_id, u.tenant_id, k.hint, k.name, k.scopes, k.roles, k.acts_for, k.is_test, k.plan_id, k.created_at,
+       k.expires_at, k.revoked_at, k.revoke_reason, k.replaces, s.id AS replaced_by, k.last_used_at,
        CASE WHEN k.revoked_at IS NOT NULL THEN 'revoked'
             WHEN k.expires_at <= now() THEN 'expired'
             WHEN u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL THEN 'disabled'
@@ -474,8 +474,8 @@ WHERE k.id = $1;
 -- older than $7, not used for $8, expiring within $9, where not null. Needs: api_keys (user_id), users (tenant_id).
 SELECT listed.*
 FROM (
-    SELECT k.id, k.user_id, u.tenant_id, k.hint, k.name, k.scopes, k.roles, k.is_test, k.plan_id, k.created_at, k.expires_at,
-           k.revoked_at, k.revoke_reason, k.replaces, s.id AS replaced_by, k.last_used_at,
+    SELECT k.id, k.user_id, u.tenant_id, k.hint, k.name, k.scopes, k.roles, k.acts_for, k.is_test, k.plan_id, k.created_at,
+           k.expires_at, k.revoked_at, k.revoke_reason, k.replaces, s.id AS replaced_by, k.last_used_at,
            CASE WHEN k.revoked_at IS NOT NULL THEN 'revoked'
                 WHEN k.expires_at <= now() THEN 'expired'
                 WHEN u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL THEN 'disabled'
@@ -507,8 +507,8 @@ FROM (
                                     WHEN 'used' THEN coalesce(listed.last_used_at, '-infinity')
                                     WHEN 'expires' THEN coalesce(listed.expires_at, 'infinity') END AS at
     FROM (
-        SELECT k.id, k.user_id, u.tenant_id, k.hint, k.name, k.scopes, k.roles, k.is_test, k.plan_id, k.created_at, k.expires_at,
-               k.revoked_at, k.revoke_reason, k.replaces, s.id AS replaced_by, k.last_used_at,
+        SELECT k.id, k.user_id, u.tenant_id, k.hint, k.name, k.scopes, k.roles, k.acts_for, k.is_test, k.plan_id, k.created_at,
+               k.expires_at, k.revoked_at, k.revoke_reason, k.replaces, s.id AS replaced_by, k.last_used_at,
                CASE WHEN k.revoked_at IS NOT NULL THEN 'revoked'
                     WHEN k.expires_at <= now() THEN 'expired'
                     WHEN u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL THEN 'disabled'
@@ -552,7 +552,8 @@ SET name = CASE WHEN c.change ? 'name' THEN coalesce(c.change ->> 'name', '') EL
     scopes = CASE WHEN c.change ? 'scopes' THEN ARRAY(SELECT jsonb_array_elements_text(c.change -> 'scopes'))
                   ELSE k.scopes END,
     roles = CASE WHEN c.change ? 'roles' THEN ARRAY(SELECT jsonb_array_elements_text(c.change -> 'roles'))
-                 ELSE k.roles END
+                 ELSE k.roles END,
+    acts_for = coalesce(c.change ->> 'acts_for', k.acts_for)
 FROM (SELECT $2::text::jsonb AS change) AS c
 WHERE k.id = $1;
 
@@ -564,10 +565,12 @@ WHERE replaces = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at
 LIMIT 1;
 
 -- name: replace_key
--- Creates a key with the user, scopes, roles, mode, plan and name of $1; it expires after $5, or never if that is null.
--- A trigger fills in the lineage.
-INSERT INTO keyproxy.api_keys (id, user_id, digest, hint, name, scopes, roles, is_test, plan_id, expires_at, replaces)
-SELECT $2, k.user_id, $3, $4, k.name, k.scopes, k.roles, k.is_test, k.plan_id, now() + $5::interval, k.id
+-- Creates a key with the user, scopes, roles, mode, plan, name and right to act of $1; it expires after $5, or never if
+-- that is null. A trigger fills in the lineage.
+INSERT INTO keyproxy.api_keys (
+    id, user_id, digest, hint, name, scopes, roles, acts_for, is_test, plan_id, expires_at, replaces
+)
+SELECT $2, k.user_id, $3, $4, k.name, k.scopes, k.roles, k.acts_for, k.is_test, k.plan_id, now() + $5::interval, k.id
 FROM keyproxy.api_keys AS k
 WHERE k.id = $1
 RETURNING id;
@@ -666,6 +669,117 @@ WHERE f.prefix = ANY($1::text[]) AND f.hashed IS NOT NULL AND ($2::text IS NULL 
 -- name: delete_key
 DELETE FROM keyproxy.api_keys WHERE id = $1;
 
+-- name: agent
+-- The agent $2 of the user $1, with the number of its live tokens. Needs: agents (user_id, id), agent_tokens (user_id,
+-- agent_id).
+SELECT a.user_id, a.id, u.tenant_id, a.roles, a.plan_id, a.disabled_at, a.created_at,
+       (SELECT count(*) FROM keyproxy.agent_tokens AS t
+        WHERE t.user_id = a.user_id AND t.agent_id = a.id AND t.revoked_at IS NULL AND t.expires_at > now()) AS tokens
+FROM keyproxy.agents AS a
+JOIN keyproxy.users AS u ON u.id = a.user_id
+WHERE a.user_id = $1 AND a.id = $2;
+
+-- name: agents
+-- The agents of the user $1 in the order of their ids, after $2, at most $3. As agent.
+SELECT a.user_id, a.id, u.tenant_id, a.roles, a.plan_id, a.disabled_at, a.created_at,
+       (SELECT count(*) FROM keyproxy.agent_tokens AS t
+        WHERE t.user_id = a.user_id AND t.agent_id = a.id AND t.revoked_at IS NULL AND t.expires_at > now()) AS tokens
+FROM keyproxy.agents AS a
+JOIN keyproxy.users AS u ON u.id = a.user_id
+WHERE a.user_id = $1 AND a.id > $2
+ORDER BY a.id
+LIMIT $3;
+
+-- name: hold_agent
+-- Locks the agent, its user first: the same order as deleting the user, to avoid deadlocks.
+WITH owner AS MATERIALIZED (
+    SELECT u.id FROM keyproxy.users AS u WHERE u.id = $1 FOR KEY SHARE OF u
+)
+SELECT a.id
+FROM keyproxy.agents AS a
+JOIN owner ON owner.id = a.user_id
+WHERE a.user_id = $1 AND a.id = $2
+FOR NO KEY UPDATE OF a;
+
+-- name: change_agent
+-- As change_tenant.
+UPDATE keyproxy.agents AS a
+SET plan_id = CASE WHEN c.change ? 'plan' THEN c.change ->> 'plan' ELSE a.plan_id END,
+    roles = CASE WHEN c.change ->> 'roles' IS NOT NULL THEN ARRAY(SELECT jsonb_array_elements_text(c.change -> 'roles'))
+                 WHEN c.change ? 'roles' THEN NULL
+                 ELSE a.roles END,
+    disabled_at = CASE WHEN (c.change ->> 'disabled')::boolean THEN coalesce(a.disabled_at, now())
+                       WHEN NOT (c.change ->> 'disabled')::boolean THEN NULL
+                       ELSE a.disabled_at END
+FROM (SELECT $3::text::jsonb AS change) AS c
+WHERE a.user_id = $1 AND a.id = $2;
+
+-- name: revoke_tokens_of_agent
+-- Revokes, for the reason $3, the live tokens of the agent $2 of the user $1. One row for each. Tokens minted from them end
+-- with them. Without a join of the two steps, as mark_used. Needs: agent_tokens (user_id, agent_id), agent_tokens (id).
+UPDATE keyproxy.agent_tokens AS t
+SET revoked_at = now(), revoke_reason = nullif($3, '')
+WHERE t.id = ANY (ARRAY(
+    SELECT o.id
+    FROM keyproxy.agent_tokens AS o
+    WHERE o.user_id = $1 AND o.agent_id = $2 AND o.revoked_at IS NULL AND o.expires_at > now()
+    ORDER BY o.id
+    FOR NO KEY UPDATE OF o
+))
+RETURNING t.id;
+
+-- name: agent_token
+-- Needs: agent_tokens (id), users (id), api_keys (id).
+SELECT t.id, t.agent_id, t.user_id, u.tenant_id, t.root_key_id, t.actor_user_id, t.parent_token_id, t.scopes, t.audience,
+       t.token_budget, t.request_budget, t.depth, k.is_test, t.created_at, t.expires_at, t.revoked_at, t.revoke_reason
+FROM keyproxy.agent_tokens AS t
+JOIN keyproxy.users AS u ON u.id = t.user_id
+JOIN keyproxy.api_keys AS k ON k.id = t.root_key_id
+WHERE t.id = $1;
+
+-- name: hold_agent_token
+-- Locks the token; its user first, as hold_agent.
+WITH owner AS MATERIALIZED (
+    SELECT u.id
+    FROM keyproxy.agent_tokens AS t
+    JOIN keyproxy.users AS u ON u.id = t.user_id
+    WHERE t.id = $1
+    FOR KEY SHARE OF u
+)
+SELECT t.id
+FROM keyproxy.agent_tokens AS t
+JOIN owner ON owner.id = t.user_id
+WHERE t.id = $1
+FOR NO KEY UPDATE OF t;
+
+-- name: revoke_agent_token
+-- A token that is revoked already keeps its time and reason.
+UPDATE keyproxy.agent_tokens
+SET revoked_at = now(), revoke_reason = nullif($2, '')
+WHERE id = $1 AND revoked_at IS NULL
+RETURNING id;
+
+-- name: agent_tokens_of_digests
+-- The agent tokens with one of the digests $1; of one tenant $2, if not null. Needs: agent_tokens (digest).
+SELECT t.id, t.digest
+FROM keyproxy.agent_tokens AS t
+JOIN keyproxy.users AS u ON u.id = t.user_id
+WHERE t.digest = ANY($1::bytea[]) AND ($2::text IS NULL OR u.tenant_id = $2);
+
+-- name: revoke_leaked_tokens
+-- As revoke_leaked, for the agent tokens $1. Needs: agent_tokens (id).
+UPDATE keyproxy.agent_tokens AS t
+SET revoked_at = now(), revoke_reason = nullif($2, '')
+WHERE t.id = ANY (ARRAY(
+    SELECT o.id
+    FROM keyproxy.agent_tokens AS o
+    JOIN keyproxy.users AS u ON u.id = o.user_id
+    WHERE o.id = ANY ($1::text[]) AND o.revoked_at IS NULL AND ($3::text IS NULL OR u.tenant_id = $3)
+    ORDER BY o.id
+    FOR NO KEY UPDATE OF o
+))
+RETURNING t.id;
+
 -- name: create_plan
 -- No row if a plan of this name exists.
 INSERT INTO keyproxy.plans (id, limits) VALUES ($1, $2::text::jsonb) ON CONFLICT (id) DO NOTHING RETURNING id;
@@ -675,11 +789,12 @@ INSERT INTO keyproxy.plans (id, limits) VALUES ($1, $2::text::jsonb) ON CONFLICT
 UPDATE keyproxy.plans SET limits = $2::text::jsonb WHERE id = $1;
 
 -- name: plan
--- The plan with the numbers of tenants, users and keys that have it. Needs: the plan_id indexes.
+-- The plan with the numbers of tenants, users, keys and agents that have it. Needs: the plan_id indexes.
 SELECT p.id, p.limits::text AS limits, p.created_at,
        (SELECT count(*) FROM keyproxy.tenants AS t WHERE p.id IN (t.plan_id, t.test_plan_id)) AS tenants,
        (SELECT count(*) FROM keyproxy.users AS u WHERE p.id IN (u.plan_id, u.test_plan_id)) AS users,
-       (SELECT count(*) FROM keyproxy.api_keys AS k WHERE k.plan_id = p.id) AS keys
+       (SELECT count(*) FROM keyproxy.api_keys AS k WHERE k.plan_id = p.id) AS keys,
+       (SELECT count(*) FROM keyproxy.agents AS a WHERE a.plan_id = p.id) AS agents
 FROM keyproxy.plans AS p
 WHERE p.id = $1;
 
@@ -688,7 +803,8 @@ WHERE p.id = $1;
 SELECT p.id, p.limits::text AS limits, p.created_at,
        (SELECT count(*) FROM keyproxy.tenants AS t WHERE p.id IN (t.plan_id, t.test_plan_id)) AS tenants,
        (SELECT count(*) FROM keyproxy.users AS u WHERE p.id IN (u.plan_id, u.test_plan_id)) AS users,
-       (SELECT count(*) FROM keyproxy.api_keys AS k WHERE k.plan_id = p.id) AS keys
+       (SELECT count(*) FROM keyproxy.api_keys AS k WHERE k.plan_id = p.id) AS keys,
+       (SELECT count(*) FROM keyproxy.agents AS a WHERE a.plan_id = p.id) AS agents
 FROM keyproxy.plans AS p
 WHERE p.id > $1
 ORDER BY p.id
@@ -708,11 +824,12 @@ INSERT INTO keyproxy.roles (id, scopes) VALUES ($1, $2) ON CONFLICT (id) DO NOTH
 UPDATE keyproxy.roles SET scopes = $2 WHERE id = $1;
 
 -- name: role
--- The role with the numbers of tenants, users and keys that have it. Needs: the roles indexes.
+-- The role with the numbers of tenants, users, keys and agents that have it. Needs: the roles indexes.
 SELECT r.id, r.scopes, r.created_at,
        (SELECT count(*) FROM keyproxy.tenants AS t WHERE t.roles IS NOT NULL AND t.roles @> ARRAY[r.id]) AS tenants,
        (SELECT count(*) FROM keyproxy.users AS u WHERE u.roles IS NOT NULL AND u.roles @> ARRAY[r.id]) AS users,
-       (SELECT count(*) FROM keyproxy.api_keys AS k WHERE k.roles <> '{}' AND k.roles @> ARRAY[r.id]) AS keys
+       (SELECT count(*) FROM keyproxy.api_keys AS k WHERE k.roles <> '{}' AND k.roles @> ARRAY[r.id]) AS keys,
+       (SELECT count(*) FROM keyproxy.agents AS a WHERE a.roles IS NOT NULL AND a.roles @> ARRAY[r.id]) AS agents
 FROM keyproxy.roles AS r
 WHERE r.id = $1;
 
@@ -721,7 +838,8 @@ WHERE r.id = $1;
 SELECT r.id, r.scopes, r.created_at,
        (SELECT count(*) FROM keyproxy.tenants AS t WHERE t.roles IS NOT NULL AND t.roles @> ARRAY[r.id]) AS tenants,
        (SELECT count(*) FROM keyproxy.users AS u WHERE u.roles IS NOT NULL AND u.roles @> ARRAY[r.id]) AS users,
-       (SELECT count(*) FROM keyproxy.api_keys AS k WHERE k.roles <> '{}' AND k.roles @> ARRAY[r.id]) AS keys
+       (SELECT count(*) FROM keyproxy.api_keys AS k WHERE k.roles <> '{}' AND k.roles @> ARRAY[r.id]) AS keys,
+       (SELECT count(*) FROM keyproxy.agents AS a WHERE a.roles IS NOT NULL AND a.roles @> ARRAY[r.id]) AS agents
 FROM keyproxy.roles AS r
 WHERE r.id > $1
 ORDER BY r.id
@@ -773,6 +891,17 @@ CROSS JOIN LATERAL (
 WHERE k.id = ANY ($1::text[]) AND c.roles IS NOT NULL
 ORDER BY 1, 2, 3
 LIMIT 100;
+
+-- name: acting_without_plan
+-- The tenants of those of the keys $1 that act for users of their tenant while neither the key nor the tenant has a plan.
+-- Needs: api_keys (id).
+SELECT DISTINCT t.id
+FROM keyproxy.api_keys AS k
+JOIN keyproxy.users AS u ON u.id = k.user_id
+JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
+WHERE k.id = ANY ($1::text[]) AND k.acts_for <> 'none' AND k.plan_id IS NULL
+  AND CASE WHEN k.is_test THEN coalesce(t.test_plan_id, t.plan_id) ELSE t.plan_id END IS NULL
+ORDER BY t.id;
 
 -- name: authority_of_key
 -- What the key $1 has, and what the ceilings of its user and tenant allow; null: there is no ceiling.
@@ -878,16 +1007,17 @@ SELECT 'id', k.id, k.user_id FROM keyproxy.api_keys AS k WHERE k.id = ANY($3::te
 WITH wanted AS MATERIALIZED (
     SELECT * FROM jsonb_to_recordset($1::text::jsonb) AS w (
         id text, user_id text, digest text, hint text, name text, scopes text[], is_test boolean, plan text,
-        created_at timestamptz, expires_at timestamptz, is_revoked boolean, prefix text, hashed text, roles text[]
+        created_at timestamptz, expires_at timestamptz, is_revoked boolean, prefix text, hashed text, roles text[],
+        acts_for text
     )
 ), made AS (
     INSERT INTO keyproxy.api_keys (
         id, user_id, digest, hint, name, scopes, is_test, plan_id, created_at, expires_at, revoked_at, revoke_reason,
-        roles
+        roles, acts_for
     )
     SELECT w.id, w.user_id, decode(w.digest, 'hex'), w.hint, w.name, w.scopes, w.is_test, w.plan,
            coalesce(w.created_at, now()), w.expires_at, CASE WHEN w.is_revoked THEN now() END,
-           CASE WHEN w.is_revoked THEN 'revoked before it was imported' END, w.roles
+           CASE WHEN w.is_revoked THEN 'revoked before it was imported' END, w.roles, w.acts_for
     FROM wanted AS w
     RETURNING id
 ), hashes AS (
@@ -1118,6 +1248,14 @@ SELECT (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM keyproxy.usag
 -- name: digest_of_key
 -- The digest of a key, the parameter of identities_by_digest.
 SELECT k.digest FROM keyproxy.api_keys AS k WHERE k.id = $1;
+
+-- name: digest_of_agent_token
+-- The digest of an agent token, the parameter of agent_token_identities.
+SELECT t.digest FROM keyproxy.agent_tokens AS t WHERE t.id = $1;
+
+-- name: ceiling_of_user
+-- What the ceiling of the user $1 allows; null: there is no ceiling.
+SELECT keyproxy.scopes_of_roles(u.roles) AS ceiling FROM keyproxy.users AS u WHERE u.id = $1;
 
 -- name: limits_of_user
 -- The limits of the user $1 and of its tenant, for test traffic if $2.

@@ -124,7 +124,7 @@ class UsageJournal:
         day = int((now.wall_seconds + self._server_ahead_seconds()) // _DAY_SECONDS)
         if day != self._day:
             self._day = day
-            self._batch.by_key.clear()
+            self._batch.forget_groups()
         by_key = self._batch.by_key
         records_events = self._usage.event_days > 0 and self._has_room_for(rows)
         wall_offset = now.wall_seconds - now.mono_seconds
@@ -138,7 +138,7 @@ class UsageJournal:
                 model = exchange.model = self.model_names.kept(model, identity.user_id, day)
             group = by_key.get((identity, route, model))
             if group is None:
-                group = self._begun(identity, route, model)
+                group = self._group(identity, route, model)
                 if group is None:
                     self.dropped["requests"] += 1
                     continue
@@ -150,13 +150,12 @@ class UsageJournal:
         if len(self._batch.groups) >= _BATCH_GROUPS_MAX or self._batch.event_bytes >= _BATCH_EVENT_BYTES_MAX:
             self._seal()
 
-    def _begun(self, identity: Identity, route: str, model: str) -> UsageGroup | None:
+    def _group(self, identity: Identity, route: str, model: str) -> UsageGroup | None:
+        """The group of an identity that is new to this batch. None: there is none, and no room for another."""
         batch = self._batch
-        if self._sealed_groups + len(batch.groups) >= _WAITING_GROUPS_MAX:
-            return None
-        group = batch.by_key[identity, route, model] = UsageGroup(self._day, identity, route, model)
-        batch.groups.append(group)
-        return group
+        if self._sealed_groups + len(batch.groups) < _WAITING_GROUPS_MAX:
+            return batch.group(self._day, identity, route, model)
+        return batch.existing(identity, route, model)
 
     def _has_room_for(self, rows: Sequence[Row]) -> bool:
         if self._sealed_event_bytes + self._batch.event_bytes < _WAITING_EVENT_BYTES_MAX:

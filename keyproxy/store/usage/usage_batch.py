@@ -13,6 +13,12 @@ from keyproxy.ports import Exchange
 #: Cached common parts of events per group; the cache is cleared when it is full.
 _ALIKE_MAX: Final = 64
 
+#: Identities whose groups are cached per batch; the cache is cleared when it is full.
+_CACHED_MAX: Final = 10_000
+
+#: The place of the actor in the common part of an event: behind what belongs to models.
+_ACTOR_PLACE: Final = 14
+
 _EPOCH_ORDINAL: Final = date(1970, 1, 1).toordinal()
 
 
@@ -32,6 +38,7 @@ class UsageGroup:
         "refusals",
         "requests",
         "route",
+        "tail",
         "tokens_in",
         "tokens_out",
     )  # fmt: skip
@@ -44,8 +51,10 @@ class UsageGroup:
         self.requests = self.refusals = self.tokens_in = self.tokens_out = self.estimated = 0
         self.cached = self.cache_write = self.reasoning = self.cost_micros = 0
         #: The part of an event that is the same for requests that are alike, by method, status, code, policy, and whether
-        #: tokens follow: then its closing bracket is missing.
+        #: tokens follow: then its tail is missing.
         self.alike: dict[tuple[bytes, int, str, str, bool], bytes] = {}
+        #: The end of that part: the actor, the agent and the token, if there are any, and the closing bracket.
+        self.tail = _tail(identity)
 
     def add(self, exchange: Exchange) -> None:
         """Add an exchange to the sums."""
@@ -70,7 +79,9 @@ class UsageGroup:
         key = (b"" if head is None else head.line.method, exchange.status, code, exchange.policy, use is not None)
         common = self.alike.get(key) or self._alike(key)
         if use is not None:
-            common = b"%b,%d,%d,%d,%d]" % (common, use.cached, use.cache_write, use.reasoning, exchange.cost_micros)
+            common = b"%b,%d,%d,%d,%d%b" % (
+                common, use.cached, use.cache_write, use.reasoning, exchange.cost_micros, self.tail,
+            )  # fmt: skip
         return (
             int((started + wall_offset) * 1_000),
             exchange.request_id.decode("ascii"),
@@ -90,26 +101,78 @@ class UsageGroup:
         who, (method, status, code, policy, has_tokens) = self.identity, key
         common: list[object] = [who.tenant_id, who.user_id, who.key_id, who.mode, self.route, method.decode("ascii")]
         common += [status, code]
-        if policy or self.model or has_tokens:
+        has_tail = len(self.tail) > 1
+        if policy or self.model or has_tokens or has_tail:
             common.append(policy or None)
         if self.model or has_tokens:
             common.append(self.model)
-        encoded = orjson.dumps(common)
-        self.alike[key] = encoded = encoded[:-1] if has_tokens else encoded
+        if has_tail and not has_tokens:
+            common += [None] * (_ACTOR_PLACE - len(common))
+        encoded = orjson.dumps(common)[:-1]
+        self.alike[key] = encoded = encoded if has_tokens else encoded + self.tail
         return encoded
 
 
-class UsageBatch:
-    """The unit of writing. `events`: JSON arrays without their brackets."""
+def _value(identity: Identity, route: str, model: str) -> tuple[str | None, ...]:
+    """What the sums and the events of a group have in common."""
+    token = identity.agent_token
+    token_id = None if token is None else token.token_id
+    return (
+        identity.tenant_id, identity.user_id, identity.key_id, identity.mode, identity.actor_user_id, token_id,
+        route, model,
+    )  # fmt: skip
 
-    __slots__ = ("by_key", "event_bytes", "event_count", "events", "groups", "number")
+
+def _tail(identity: Identity) -> bytes:
+    token = identity.agent_token
+    if token is None and identity.actor_user_id is None:
+        return b"]"
+    agent_id, token_id = (None, None) if token is None else (token.agents[0], token.token_id)
+    return b"," + orjson.dumps([identity.actor_user_id, agent_id, token_id])[1:]
+
+
+class UsageBatch:
+    """The unit of writing. `events`: JSON arrays without their brackets.
+
+    `by_key` caches the groups of identities. An identity that is read again is another object, and so is each of those
+    that a key is refused as; their groups are found by value.
+    """
+
+    __slots__ = ("_by_value", "by_key", "event_bytes", "event_count", "events", "groups", "number")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.groups: list[UsageGroup] = []
         self.by_key: dict[tuple[Identity, str, str], UsageGroup] = {}
+        self._by_value: dict[tuple[str | None, ...], UsageGroup] = {}
         self.events: list[bytes] = []
         self.event_bytes = self.event_count = 0
+
+    def existing(self, identity: Identity, route: str, model: str) -> UsageGroup | None:
+        """The group of an identity, if there is one."""
+        group = self._by_value.get(_value(identity, route, model))
+        if group is not None:
+            self._cache(identity, group)
+        return group
+
+    def group(self, day: int, identity: Identity, route: str, model: str) -> UsageGroup:
+        """The group of an identity, a new one if there is none."""
+        group = self.existing(identity, route, model)
+        if group is None:
+            group = self._by_value[_value(identity, route, model)] = UsageGroup(day, identity, route, model)
+            self.groups.append(group)
+            self._cache(identity, group)
+        return group
+
+    def forget_groups(self) -> None:
+        """Begin a new group for each identity, since the day has changed."""
+        self.by_key.clear()
+        self._by_value.clear()
+
+    def _cache(self, identity: Identity, group: UsageGroup) -> None:
+        if len(self.by_key) >= _CACHED_MAX:
+            self.by_key.clear()
+        self.by_key[identity, group.route, group.model] = group
 
     def columns(self) -> tuple[object, ...]:
         """The batch as the arguments of `record_usage`."""

@@ -11,10 +11,12 @@ from typing import Any, Protocol
 from keyproxy.config.schema import Settings
 from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.model import Moment
-from keyproxy.store.directory.errors import NotFound
-from keyproxy.store.ledger.explain import Explanation, Question, explain_key, windows_of_user
+from keyproxy.reasons import Reason, Refusal
+from keyproxy.store.ledger.explain import Explanation, Question, explain_identity
 from keyproxy.store.postgres.database import Database
+from keyproxy.store.usage.explained_credentials import ExplainedCredential, key_credential, token_credential
 from keyproxy.store.usage.usage_queries import UsageFilter, UsageReader
+from keyproxy.store.usage.user_windows import windows_of_user
 
 
 class UsageOperations(Protocol):
@@ -25,6 +27,7 @@ class UsageOperations(Protocol):
     def events(self, wanted: UsageFilter, after: str | None = None) -> AsyncIterator[dict[str, Any]]: ...
     async def windows(self, user_id: str, *, is_test: bool) -> list[dict[str, Any]]: ...
     async def explained(self, key_id: str, question: Question) -> dict[str, Any]: ...
+    async def explained_token(self, token_id: str, question: Question) -> dict[str, Any]: ...
 
 
 class UsageService(UsageReader):
@@ -41,22 +44,21 @@ class UsageService(UsageReader):
 
     async def explained(self, key_id: str, question: Question) -> dict[str, Any]:
         """The decision on a request with this key, and the state of each limit. Nothing is charged or sent."""
-        rows = await self._database.fetch("authority_of_key", key_id)
-        if not rows:
-            raise NotFound(f"there is no key {key_id!r}")
-        authority = rows[0]
-        identity, explanation = await explain_key(self._database, key_id, question, self._configured, now=self._now)
-        refusal, errors = explanation.refusal, self._configured.errors
+        prefix = self._configured.identity.header_prefix
+        credential = await key_credential(self._database, key_id, question.act_for, prefix)
+        return await self._explained(credential, question)
+
+    async def explained_token(self, token_id: str, question: Question) -> dict[str, Any]:
+        """As `explained`, with this agent token."""
+        prefix = self._configured.identity.header_prefix
+        return await self._explained(await token_credential(self._database, token_id, prefix), question)
+
+    async def _explained(self, credential: ExplainedCredential, question: Question) -> dict[str, Any]:
+        identity, configured = credential.identity, self._configured
+        explanation = await explain_identity(self._database, identity, question, configured, now=self._now)
+        refusal, errors = explanation.refusal, configured.errors
         content: dict[str, Any] = {
-            "key": identity.key_id,
-            "user": identity.user_id,
-            "tenant": identity.tenant_id,
-            "mode": identity.mode,
-            "key_scopes": authority["key_scopes"],
-            "roles": authority["roles"],
-            "user_ceiling": authority["user_ceiling"],
-            "tenant_ceiling": authority["tenant_ceiling"],
-            "effective_scopes": sorted(identity.scopes),
+            **credential.shown,
             "route": explanation.route,
             "allowed": refusal is None,
             "code": None,
@@ -76,9 +78,15 @@ class UsageService(UsageReader):
             "code": refusal.reason.code,
             "status": problems.status_of(refusal),
             "policy": None if refusal.limit is None else refusal.limit.policy.name,
-            "detail": f"{refusal.reason.value.sentence} {refusal.caller_text or refusal.detail}".rstrip(),
+            "detail": f"{refusal.reason.value.sentence} {_detail(refusal, credential)}".rstrip(),
             "retry_after_seconds": refusal.retry_after_seconds,
         }
+
+
+def _detail(refusal: Refusal, credential: ExplainedCredential) -> str:
+    """What an operator may know beyond the refusal's own sentence."""
+    why = credential.why_refused if refusal.reason is Reason.DELEGATION_REFUSED else ""
+    return why or refusal.caller_text or refusal.detail
 
 
 def _access(explanation: Explanation) -> Mapping[str, Any]:

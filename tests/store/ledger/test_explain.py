@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -18,13 +19,16 @@ from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.limits.allowance import Allowance
 from keyproxy.limits.budgets import budget_plan
 from keyproxy.limits.ledger_protocol import LeaseReport, Pool, Window
+from keyproxy.model import Identity, Moment
 from keyproxy.platform import clock
 from keyproxy.reasons import Reason
 from keyproxy.store.directory.directory import NotFound
 from keyproxy.store.directory.errors import Invalid
-from keyproxy.store.ledger.explain import Explanation, Question, explain, explain_key, windows_of_user
+from keyproxy.store.ledger.explain import Explanation, Question, explain, explain_identity
 from keyproxy.store.ledger.postgres_backend import PostgresLedger
 from keyproxy.store.postgres.database import Database
+from keyproxy.store.usage.explained_credentials import key_credential
+from keyproxy.store.usage.user_windows import windows_of_user
 from tests.store.agent_rows import AGENT_TOKEN, add_agent_token
 from tests.store.harness import Sql, add_key, add_user
 
@@ -52,6 +56,14 @@ async def use(database: Database, measure: str, *, spent: int = 0, held: int = 0
     assert reply.granted == spent + held
     await ledger.sync("other", 2, [asked._replace(granted=reply.granted, used=spent, want=0, at_least=0)])
     return 1
+
+
+async def explain_key(
+    database: Database, key_id: str, question: Question, configured: Settings, *, now: Callable[[], Moment]
+) -> tuple[Identity, Explanation]:
+    """The identity of a key, and the decision on a request with it."""
+    identity = (await key_credential(database, key_id, question.act_for, "X-Keyproxy-")).identity
+    return identity, await explain_identity(database, identity, question, configured, now=now)
 
 
 async def explained(database: Database, question: Question = JOB) -> Explanation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
@@ -14,7 +15,7 @@ import pytest
 from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.config.schema import Usage
 from keyproxy.http_messages import RequestFields, RequestHead, RequestLine
-from keyproxy.model import Identity
+from keyproxy.model import AgentToken, Identity
 from keyproxy.ports import Exchange
 from keyproxy.reasons import Reason
 from keyproxy.store.postgres.database import Database, Row, StoreUnavailable
@@ -343,10 +344,67 @@ async def test_event_describes_one_request(journal: UsageJournal, sql: Sql, cloc
         "user_id": "u_42", "key_id": "key_of_u_42", "mode": "live", "route": ROUTE, "method": "POST", "status": 200,
         "code": "ok", "tokens_in": 7, "tokens_out": 0, "estimated": True, "request_bytes": 10, "response_bytes": 20,
         "duration_seconds": 0.25, "policy": None, "model": "", "tokens_cached": 0, "tokens_cache_write": 0,
-        "tokens_reasoning": 0, "cost_micros": 0,
+        "tokens_reasoning": 0, "cost_micros": 0, "actor_user_id": None, "agent_id": None, "agent_token_id": None,
     }  # fmt: skip
     assert (found[1]["mode"], found[1]["code"], found[1]["tokens_in"]) == ("test", "rate_limited", None)
     assert found[1]["policy"] == "user.rate"
+
+
+TOKEN = AgentToken("agt_0123456789abcdefghijAB", ("crawler", "planner"), 1)
+DELEGATED = {
+    (None, None, None): fakes.identity(),
+    ("u_worker", None, None): dataclasses.replace(fakes.identity(), actor_user_id="u_worker"),
+    (None, "crawler", TOKEN.token_id): dataclasses.replace(fakes.identity(), agent_token=TOKEN),
+    ("u_worker", "crawler", TOKEN.token_id): dataclasses.replace(
+        fakes.identity(), actor_user_id="u_worker", agent_token=TOKEN
+    ),
+}
+
+
+async def test_events_have_the_actor_the_agent_and_its_token_and_daily_sums_are_by_principal_and_key(
+    journal: UsageJournal, sql: Sql
+) -> None:
+    for identity in DELEGATED.values():
+        metered = ended(identity, use=TokenUse(10, 5, cached=4))
+        limited = ended(identity, was_sent=False, reason=Reason.QUOTA_EXHAUSTED)
+        limited.policy = "token.requests_total"
+        named = ended(identity)
+        named.model = "o3"
+        journal.take(rows(metered, limited, named, ended(identity)))
+    await journal.flush()
+    columns = (
+        "actor_user_id, agent_id, agent_token_id, user_id, key_id, policy, model, tokens_in, tokens_cached, cost_micros"
+    )
+    found = [
+        tuple(row) for row in await sql.fetch(f"SELECT {columns} FROM keyproxy.usage_events ORDER BY request_id::int")
+    ]
+    assert found == [
+        (*names, "u_42", "key_of_u_42", *rest)
+        for names in DELEGATED
+        for rest in (
+            (None, "", 10, 4, 0), ("token.requests_total", None, None, None, None), (None, "o3", None, None, None),
+            (None, None, None, None, None),
+        )
+    ]  # fmt: skip
+    sums = {row["model"]: row for row in await usage(sql)}
+    assert set(sums) == {"", "o3"}
+    assert (sums[""]["key_id"], sums[""]["requests"], sums[""]["refusals"], sums[""]["tokens_in"]) == (
+        "key_of_u_42", 8, 4, 40,
+    )  # fmt: skip
+    assert sums["o3"]["requests"] == 4
+
+
+async def test_identities_that_are_read_again_take_no_further_room_while_the_store_is_unavailable(
+    journal: UsageJournal, sql: Sql
+) -> None:
+    requests = 120_000
+    for _ in range(requests // 1_000):
+        journal.take(rows(*(ended(fakes.identity(), was_sent=False) for _ in range(1_000))))
+    assert journal.dropped["requests"] == 0
+    sent = ended(fakes.identity())
+    journal.take(rows(sent))
+    await journal.flush()
+    assert [(row["key_id"], row["requests"]) for row in await usage(sql)] == [("key_of_u_42", 1)]
 
 
 async def test_refusals_by_different_limits_are_distinguished(journal: UsageJournal, sql: Sql) -> None:

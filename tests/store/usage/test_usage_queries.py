@@ -19,7 +19,7 @@ from keyproxy.store.usage.journal import UsageJournal
 from keyproxy.store.usage.usage_queries import DIMENSIONS, NoSuchEventError, UsageFilter, UsageReader
 from tests import fakes
 from tests.store.harness import Clock, Sql
-from tests.store.usage.test_journal import ended, rows
+from tests.store.usage.test_journal import DELEGATED, ended, rows
 
 NOBODY = UsageFilter()
 
@@ -131,6 +131,19 @@ async def test_every_event_is_returned_once_and_in_order(reader: UsageReader, th
     assert [event["user"] for event in await listed(reader.events(UsageFilter(user="bob")))] == ["bob"] * 3
     late = UsageFilter(since=datetime(2020, 3, 2, 12, tzinfo=UTC), until=datetime(2020, 3, 3, 12, tzinfo=UTC))
     assert await listed(reader.events(late)) == found[2:4]
+
+
+async def test_exported_events_have_the_actor_the_agent_and_its_token(
+    reader: UsageReader, database: Database, clock: Clock
+) -> None:
+    journal = UsageJournal(database, Usage(), clock, settle_seconds=0.5)
+    for identity in DELEGATED.values():
+        journal.take(rows(ended(identity), ended(identity, use=TokenUse(10, 1))))
+    await journal.flush()
+    found = await listed(reader.events(NOBODY))
+    names = ("actor_user_id", "agent_id", "agent_token_id")
+    assert [tuple(event[name] for name in names) for event in found] == [who for who in DELEGATED for _ in range(2)]
+    assert [event["tokens_cached"] for event in found] == [None, 0] * len(DELEGATED)
 
 
 async def test_export_resumes_after_any_event_and_misses_none(reader: UsageReader, three_days: UsageJournal) -> None:

@@ -10,7 +10,7 @@ from keyproxy.cli.context import PAGE, Call, all_pages, confirm, takes_call, yes
 from keyproxy.cli.output import print_message
 from keyproxy.cli.parameters import role, scopes
 
-_COLUMNS: Final = ("id", "scopes", "tenants", "users", "keys")
+_COLUMNS: Final = ("id", "scopes", "tenants", "users", "keys", "agents")
 
 _name_argument = click.argument("name", metavar="NAME", callback=role)
 

@@ -18,6 +18,7 @@ from keyproxy.cli.output import Failure, Progress, print_message, showing_secret
 from keyproxy.cli.parameters import duration, roles, scopes, span
 from keyproxy.cli.rows import Rows, read_owners, read_rows
 from keyproxy.store.directory.directory import ImportedKey, ImportReport, Invalid, KeyWish, Revocation
+from keyproxy.store.directory.entities import ACTS_FOR
 from keyproxy.store.directory.import_keys import read_key, read_wish
 from keyproxy.store.directory.interface import DirectoryOperations
 from keyproxy.store.directory.key_batches import BATCH_MAX
@@ -36,6 +37,9 @@ _roles_option = click.option(
     callback=roles,
     metavar="ROLE",
     help="Role for rows without roles; repeatable.",
+)
+_acts_for_option = click.option(
+    "--acts-for", type=click.Choice(ACTS_FOR), help="The users that keys of rows without acts_for may act for. [none]"
 )
 _file_argument = click.argument(
     "path", metavar="FILE", type=click.Path(dir_okay=False, allow_dash=True, path_type=Path)
@@ -104,6 +108,7 @@ async def _revoke(directory: DirectoryOperations, wanted: Revocation, reason: st
     help="Scope for rows without scopes; repeatable.",
 )
 @_roles_option
+@_acts_for_option
 @click.option(
     "--expires-in", callback=duration, metavar="TIME", help="Lifetime, such as 90d, or never. [keys.age_days_max]"
 )
@@ -119,6 +124,7 @@ def key_issue_many(
     path: Path,
     wanted: tuple[str, ...],
     roles_wanted: tuple[str, ...],
+    acts_for: str | None,
     expires_in: timedelta | str | None,
     plan: str | None,
     *,
@@ -126,9 +132,9 @@ def key_issue_many(
 ) -> None:
     """Issue one key per row of a file: CSV with a header line, or JSON lines. FILE - is stdin.
 
-    Columns: user (required); name, scopes, roles, test, plan (optional). Each key is printed as soon as it is issued,
-    with --json as JSON lines. If the user already has a working key of that name and mode, the row is skipped, so the
-    command can be run again.
+    Columns: user (required); name, scopes, roles, acts_for, test, plan (optional). Each key is printed as soon as it is
+    issued, with --json as JSON lines. If the user already has a working key of that name and mode, the row is skipped, so
+    the command can be run again.
 
     If secrets were lost, as on a full disk, run the command again with --reissue-unseen: keys that match their row and
     were never used are revoked and issued again. Keys that were used, rotated or imported stay.
@@ -137,7 +143,7 @@ def key_issue_many(
     printf 'user,name\\nu_1,nightly\\nu_2,nightly\\n' | keyproxy key issue-many - --scope jobs:write
     """
     life = call.life(expires_in)
-    defaults = {"scopes": list(wanted), "roles": list(roles_wanted), "plan": plan}
+    defaults = {"scopes": list(wanted), "roles": list(roles_wanted), "acts_for": acts_for, "plan": plan}
     wishes: list[tuple[str, KeyWish]] = []
     for place, row in read_rows(path, needs=(("user",), ("user_id",))):
         try:
@@ -197,6 +203,7 @@ async def _issue(
     help="Scope for rows without scopes; repeatable.",
 )
 @_roles_option
+@_acts_for_option
 @takes_call
 def key_import(
     call: Call,
@@ -207,6 +214,7 @@ def key_import(
     tenant_id: str | None,
     wanted: tuple[str, ...],
     roles_wanted: tuple[str, ...],
+    acts_for: str | None,
     *,
     dry_run: bool,
 ) -> None:
@@ -215,7 +223,7 @@ def key_import(
 
     A row contains the key's digest, which is the hexadecimal SHA-256 of the whole key; or the prefix and hashed_key of
     djangorestframework-api-key, whose digest is added when the key is first used. Other columns, all of them optional:
-    user, tenant, name, scopes, roles, is_test, plan, created, expires_at or expiry_date, revoked, id, hint.
+    user, tenant, name, scopes, roles, acts_for, is_test, plan, created, expires_at or expiry_date, revoked, id, hint.
 
     Invalid rows are reported and the exit status is 1; the other rows are imported. Existing keys are skipped.
 
@@ -225,7 +233,13 @@ def key_import(
     """
     if str(path) == str(map_path) == "-":
         raise click.UsageError("only one of FILE and --map can be stdin")
-    defaults = {"user": user_id, "tenant": tenant_id, "scopes": list(wanted), "roles": list(roles_wanted)}
+    defaults = {
+        "user": user_id,
+        "tenant": tenant_id,
+        "scopes": list(wanted),
+        "roles": list(roles_wanted),
+        "acts_for": acts_for,
+    }
     owners = {} if map_path is None else read_owners(map_path)
     known_as = () if user_column is None else (user_column,)
     rows = read_rows(path, needs=(("digest",), ("prefix", "hashed_key"), ("prefix", "hashed")), beside=known_as)

@@ -1,8 +1,8 @@
-"""keyproxy key explain."""
+"""keyproxy key explain, and what `keyproxy agent explain` shares with it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO, Final
 
 import click
@@ -12,7 +12,14 @@ from keyproxy.limits.limit_text import money_text
 from keyproxy.limits.plan import LIMIT_MAX, SPEND
 from keyproxy.store.ledger.explain import Question
 
+_ACTORS: Final = ("actor", "agent", "agent_token", "actor_ceiling")
 _RESERVATION: Final = ("model", "input", "output", "cap", "price")
+#: Lists of an explanation, with their columns.
+_TABLES: Final = {
+    "chain": ("agent", "token", "scopes", "ceiling", "token_budget", "request_budget"),
+    "categories": ("name", "source"),
+    "binds": ("value", "rule", "text", "holds"),
+}
 _MONEY: Final = ("limit", "credited", "spent", "held", "forfeited", "remaining")
 
 LIMIT_COLUMNS: Final = (
@@ -30,28 +37,63 @@ LIMIT_COLUMNS: Final = (
 )
 
 
-@click.command("explain", short_help="Show whether a request with a key would be accepted, and why.")
-@click.argument("key_id", metavar="ID")
-@click.option("--method", default="POST", show_default=True, metavar="METHOD", help="Method of the request.")
-@click.option("--path", required=True, metavar="PATH", help="Path of the request, such as /v1/ai/jobs.")
-@click.option("--tokens", type=click.IntRange(0, LIMIT_MAX), metavar="N", help="Maximum tokens of prompt and response.")
-@click.option("--model", default="", metavar="NAME", help="Model of the request; replaces the model in --body.")
-@click.option("--category", "categories", multiple=True, metavar="NAME", help="Category of the prompt; repeatable.")
-@click.option("--namespace", "namespaces", multiple=True, metavar="SOURCE=VALUE", help="Value of a bound source.")
-@click.option("--body", type=click.File("rb"), metavar="FILE", help="Body of the request; - is stdin.")
-@takes_call
-def key_explain(
-    call: Call,
-    key_id: str,
+def question_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a request to explain."""
+    for option in (
+        click.option("--body", type=click.File("rb"), metavar="FILE", help="Body of the request; - is stdin."),
+        click.option(
+            "--namespace", "namespaces", multiple=True, metavar="SOURCE=VALUE", help="Value of a bound source."
+        ),
+        click.option(
+            "--category", "categories", multiple=True, metavar="NAME", help="Category of the prompt; repeatable."
+        ),
+        click.option("--model", default="", metavar="NAME", help="Model of the request; replaces the model in --body."),
+        click.option(
+            "--tokens", type=click.IntRange(0, LIMIT_MAX), metavar="N", help="Maximum tokens of prompt and response."
+        ),
+        click.option(
+            "--path",
+            default="",
+            metavar="PATH",
+            help="Path of the request, such as /v1/ai/jobs. Omitted: only the credential and its limits are explained.",
+        ),
+        click.option("--method", default="POST", show_default=True, metavar="METHOD", help="Method of the request."),
+    ):
+        command = option(command)
+    return command
+
+
+def question_of(
     method: str,
     path: str,
     *,
     tokens: int | None,
     model: str,
-    categories: tuple[str, ...],
-    namespaces: tuple[str, ...],
+    categories: Sequence[str],
+    namespaces: Sequence[str],
     body: BinaryIO | None,
-) -> None:
+    act_for: str | None = None,
+) -> Question:
+    """The question that the options ask. Raises UsageError."""
+    if body is not None and tokens is not None:
+        raise click.UsageError("pass either --tokens or --body")
+    if not path and (body is not None or tokens is not None or model or categories or namespaces):
+        raise click.UsageError("--tokens, --model, --category, --namespace and --body require --path")
+    return Question(
+        method, path, tokens, model,
+        body=None if body is None else body.read(),
+        categories=tuple(categories),
+        namespaces=tuple([_namespace(one) for one in namespaces]),
+        act_for=act_for,
+    )  # fmt: skip
+
+
+@click.command("explain", short_help="Show whether a request with a key would be accepted, and why.")
+@click.argument("key_id", metavar="ID")
+@question_options
+@click.option("--act-for", metavar="USER", help="The user that the key acts for. [the key's owner]")
+@takes_call
+def key_explain(call: Call, key_id: str, method: str, path: str, **options: Any) -> None:
     """Show whether a request with a key would be accepted, and the state of each limit. Nothing is charged or sent.
 
     Without --tokens and --body, a request on a route that counts tokens is treated as one without a maximum. With --body,
@@ -65,25 +107,25 @@ def key_explain(
     keyproxy key explain key_… --method POST --path /v1/ai/jobs --tokens 2000
     keyproxy key explain key_… --path /v1/chat/completions --model gpt-4o --body request.json
     keyproxy key explain key_… --path /v1/search --namespace query:collection=acme/docs
+    keyproxy key explain key_… --act-for u_42 --path /v1/ai/jobs
     """
-    if body is not None and tokens is not None:
-        raise click.UsageError("pass either --tokens or --body")
-    question = Question(
-        method, path, tokens, model,
-        body=None if body is None else body.read(),
-        categories=categories,
-        namespaces=tuple([_namespace(one) for one in namespaces]),
-    )  # fmt: skip
-    explanation = call.run_usage(lambda usage: usage.explained(key_id, question))
+    question = question_of(method, path, **options)
+    print_explanation(call, question, call.run_usage(lambda usage: usage.explained(key_id, question)))
+
+
+def print_explanation(call: Call, question: Question, explanation: dict[str, Any]) -> None:
+    """Print the decision on a request, and the state of each limit."""
     limits = explanation.pop("limits")
-    subject = {name: explanation.pop(name) for name in ("key", "user", "tenant", "mode")}
-    shown = {**subject, "method": method, "path": path, **explanation}
+    subject = {
+        name: explanation.pop(name) for name in ("key", "user", "tenant", "mode", "actor", "agent", "agent_token")
+    }
+    shown = {**subject, "method": question.method, "path": question.path or None, **explanation}
     if call.as_json:
         call.print_result({**shown, "limits": limits}, ())
         return
-    categories_shown, binds = shown.pop("categories"), shown.pop("binds")
+    tables = [(shown.pop(name), columns) for name, columns in _TABLES.items()]
     call.print_result(_readable(shown, call.money_unit), ())
-    for rows, columns in ((categories_shown, ("name", "source")), (binds, ("value", "rule", "text", "holds"))):
+    for rows, columns in tables:
         if rows:
             click.echo()
             call.print_result(rows, columns)
@@ -100,10 +142,14 @@ def _namespace(text: str) -> tuple[str, str]:
 
 
 def _readable(explanation: Mapping[str, Any], money_unit: str) -> dict[str, Any]:
-    """The explanation as people read it: money as decimals, and no reservation where no body was read."""
+    """The explanation as people read it: money as decimals, and neither a reservation where no body was read, nor actors
+    where there are none."""
+    absent = [name for name in _ACTORS if explanation[name] is None]
     if explanation["input"] is None:
-        absent = [name for name in _RESERVATION if explanation[name] is None]
-        return {name: value for name, value in explanation.items() if name not in absent}
+        absent += [name for name in _RESERVATION if explanation[name] is None]
+    explanation = {name: value for name, value in explanation.items() if name not in absent}
+    if "price" not in explanation:
+        return dict(explanation)
     price = explanation["price"]
     return {**explanation, "price": None if price is None else f"{money_text(price)} {money_unit}".rstrip()}
 

@@ -15,17 +15,19 @@ from keyproxy.store.directory.directory import Entity
 from keyproxy.store.directory.interface import DirectoryOperations
 from keyproxy.store.directory.leaked_keys import MATCHES_MAX
 
-_LEAK_COLUMNS: Final = ("key", "user", "tenant", "revoked_now")
+_LEAK_COLUMNS: Final = ("agent_token", "key", "user", "tenant", "revoked_now")
 _STDIN: Final = "-"
 
 
-@click.command("report-leaked", short_help="Revoke every key in a text on stdin.")
+@click.command("report-leaked", short_help="Revoke every key and agent token in a text on stdin.")
 @click.argument("source", metavar="[-]", required=False)
 @click.option("--digest", metavar="HEX", help="The SHA-256 of the key, instead of text on stdin.")
 @click.option("--reason", default="leaked", show_default=True, help="Why the key is revoked, and where it was found.")
 @takes_call
 def key_report_leaked(call: Call, source: str | None, digest: str | None, reason: str) -> None:
-    """Revoke every key in a leaked text, and list the owners of the keys.
+    """Revoke every key and agent token in a leaked text, and list their owners.
+
+    Of an agent token, the key that it was cut from is shown and keeps working: tokens live for at most 15 minutes.
 
     Reads the text from stdin as found: headers, logs, scripts, JSON, URLs, keys wrapped over lines; or the 64 hexadecimal
     digits of a key's SHA-256. The argument - is stdin, as in other commands. Status 1 if the
@@ -97,8 +99,10 @@ async def _reported(directory: DirectoryOperations, digest: str | None, text: by
     found = await directory.leaked_keys.report_digest(_hex_digest(digest or ""), reason)
     if not found["known"]:
         return {"found": [], "incomplete": 0, "unknown": 1}
-    key = {"key": found["key"]["id"], **{name: found[name] for name in ("user", "tenant", "revoked_now")}}
-    return {"found": [key], "incomplete": 0, "unknown": 0}
+    token, key = found.get("agent_token"), found["key"]
+    subject = {"key": key["id"]} if token is None else {"agent_token": token["id"], "key": token["key"]}
+    leak = {**subject, **{name: found[name] for name in ("user", "tenant", "revoked_now")}}
+    return {"found": [leak], "incomplete": 0, "unknown": 0}
 
 
 def _reasons(report: Entity) -> list[str]:

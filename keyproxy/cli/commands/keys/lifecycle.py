@@ -19,6 +19,7 @@ from keyproxy.cli.context import (
 )
 from keyproxy.cli.parameters import duration, grace, roles, scopes, span
 from keyproxy.store.directory.directory import Entity, KeyFilter
+from keyproxy.store.directory.entities import ACTS_FOR, ACTS_FOR_NONE
 from keyproxy.store.directory.interface import DirectoryOperations
 from keyproxy.store.directory.keys import ORDERS, STATES
 
@@ -44,6 +45,13 @@ def key_group() -> None:
     help="A permission, such as jobs:write; repeatable.",
 )
 @click.option("--role", "roles_wanted", multiple=True, callback=roles, metavar="ROLE", help="A role; repeatable.")
+@click.option(
+    "--acts-for",
+    type=click.Choice(ACTS_FOR),
+    default=ACTS_FOR_NONE,
+    show_default=True,
+    help="The users that the key may act for besides its owner: those of its tenant, or none.",
+)
 @click.option("--name", default="", help="A descriptive name.")
 @click.option(
     "--expires-in",
@@ -58,6 +66,7 @@ def key_issue(
     user_id: str,
     wanted: tuple[str, ...],
     roles_wanted: tuple[str, ...],
+    acts_for: str,
     name: str,
     expires_in: timedelta | str | None,
     plan: str | None,
@@ -69,8 +78,9 @@ def key_issue(
     \b
     keyproxy key issue --user u_42 --scope jobs:write --name nightly
     keyproxy key issue --user u_42 --test --expires-in 7d
+    keyproxy key issue --user u_worker --scope jobs:write --acts-for tenant --plan service
     """
-    wish = call.wish(name, wanted, expires_in, is_test=is_test, plan=plan, roles=roles_wanted)
+    wish = call.wish(name, wanted, expires_in, is_test=is_test, plan=plan, roles=roles_wanted, acts_for=acts_for)
     key = call.run_for_secret(lambda directory: directory.keys.issue(user_id, wish))
     call.print_warnings(key)
     call.print_secret(key, "issue a new key")
@@ -178,6 +188,21 @@ def key_set_roles(call: Call, key_id: str, wanted: tuple[str, ...], *, none: boo
     _change(call, key_id, {"roles": list(wanted)})
 
 
+@key_group.command("set-acts-for")
+@_id_argument
+@click.argument("acts_for", metavar="none|tenant", type=click.Choice(ACTS_FOR))
+@takes_call
+def key_set_acts_for(call: Call, key_id: str, acts_for: str) -> None:
+    """Let a key act for the users of its tenant, or for its owner only. Takes effect everywhere within a second.
+
+    none also ends the agent tokens that were minted with the key while it acted for a user.
+
+    \b
+    keyproxy key set-acts-for key_… tenant
+    """
+    _change(call, key_id, {"acts_for": acts_for})
+
+
 @key_group.command("rotate")
 @_id_argument
 @click.option(
@@ -194,8 +219,8 @@ def key_set_roles(call: Call, key_id: str, wanted: tuple[str, ...], *, none: boo
 def key_rotate(call: Call, key_id: str, left: timedelta, expires_in: timedelta | str | None) -> None:
     """Replace a key with a new one. The old key keeps working until the grace period ends.
 
-    The new key has the same scopes, roles, mode, plan and name, and both keys share their limits. A key that never
-    expires is replaced by one that never expires.
+    The new key has the same scopes, roles, acts_for, mode, plan and name, and both keys share their limits. A key that
+    never expires is replaced by one that never expires.
 
     \b
     keyproxy key rotate key_… --grace 24h

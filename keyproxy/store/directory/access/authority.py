@@ -37,6 +37,20 @@ async def check_scopes(
         )
 
 
+async def key_warnings(transaction: Transaction, keys: Sequence[str]) -> list[str]:
+    """Warnings about new or changed keys: scopes without effect, and acting without a limit."""
+    return [*await ceiling_warnings(transaction, keys), *await acting_warnings(transaction, keys)]
+
+
+async def acting_warnings(transaction: Transaction, keys: Sequence[str]) -> list[str]:
+    """Warnings about those of these keys that act for users while no plan bounds the sum over all of these users."""
+    return [
+        f"a key that acts for users of tenant {row['id']!r} has no plan, and neither has the tenant: nothing bounds its"
+        " use over all users together; see `key set-plan` and `tenant set-plan`"
+        for row in await transaction.fetch("acting_without_plan", keys)
+    ]
+
+
 async def ceiling_warnings(transaction: Transaction, keys: Sequence[str]) -> list[str]:
     """Warnings of scopes that these keys have without effect, because they are above a ceiling."""
     rows = await transaction.fetch("scopes_above_ceilings", keys)

@@ -43,7 +43,7 @@ class RoleStore:
         return {**ENTITIES["role"](row), "created": created}
 
     async def get(self, name: str) -> Entity:
-        """Return one role, with its scopes and the numbers of its tenants, users and keys."""
+        """Return one role, with its scopes and the numbers of its tenants, users, keys and agents."""
         return await self._context.get("role", name)
 
     async def list_by_id(self, after: str, limit: int) -> list[Entity]:
@@ -51,11 +51,11 @@ class RoleStore:
         return await self._context.list_entities("role", "roles", after, limit)
 
     async def delete(self, name: str, *, if_match: str | None = None) -> Entity:
-        """Delete a role. Raises Conflict if a tenant, user or key has it."""
+        """Delete a role. Raises Conflict if a tenant, user, key or agent has it."""
         self._context.require_unbound("delete a role")
         async with self._context.transaction() as transaction:
             role = await self._context.lock(transaction, "role", name, if_match)
-            counts = ((kind, role[f"{kind}s"]) for kind in ("tenant", "user", "key"))
+            counts = ((kind, role[f"{kind}s"]) for kind in ("tenant", "user", "key", "agent"))
             uses = " and ".join(f"{count} {kind}{'s' * (count != 1)}" for kind, count in counts if count)
             if uses:
                 raise Conflict(f"role {name!r} is assigned to {uses}: assign other roles first")

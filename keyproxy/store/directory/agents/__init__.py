@@ -1,0 +1,1 @@
+"""Agents of users, and their tokens."""
