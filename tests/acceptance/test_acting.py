@@ -211,7 +211,8 @@ async def test_change_takes_effect_on_acting_requests_within_a_second_in_both_di
     lines = [f"Authorization: Api-Key {secret}", "X-Keyproxy-Act-For: u_42"]
 
     async def has_code(code: str) -> bool:
-        return (await call(site, lines))[1].get("code", "") == code
+        _, problem = await call(site, lines)
+        return bool(problem.get("code", "") == code)
 
     async with site.serving():
         await until(lambda: has_code(""), "the key acts", seconds=5.0)
