@@ -25,6 +25,8 @@ BUNDLES_MAX: Final = 64
 #: A route, and the models that may serve a request; only those that a limit names.
 Selection = tuple[str, tuple[str, ...]]
 
+_NO_NAMES: Final[frozenset[str]] = frozenset()
+
 NO_SELECTION: Final[Selection] = ("", ())
 
 
@@ -85,8 +87,9 @@ class Allowance:
         self.pools = pools
         limits = [limit for _, plan in pools for limit in plan.limits]
         #: The models and routes that limits name.
-        self.models = frozenset([limit.model for limit in limits if limit.model])
-        self.routes = frozenset([limit.route for limit in limits if limit.route])
+        # There are many identities; an empty set of its own takes 216 bytes.
+        self.models = frozenset([limit.model for limit in limits if limit.model]) or _NO_NAMES
+        self.routes = frozenset([limit.route for limit in limits if limit.route]) or _NO_NAMES
         self.has_selectors = bool(self.models or self.routes)
         #: The lease table's bundle for all requests, if no limit names a model or route.
         self.bundle: Bundle | None = None

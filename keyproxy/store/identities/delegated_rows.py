@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
@@ -17,6 +18,7 @@ from keyproxy.store.identities.identity_rows import (
     header_block,
     pools_of,
     retiring_field_of,
+    scope_set,
     standing_of,
 )
 from keyproxy.store.identities.lookup_batcher import Group, LookupQuery
@@ -86,13 +88,15 @@ def acting_identity(row: Row, header_prefix: str) -> Identity:
             header_block=b"",
             can_act=row["can_act"],
         )
-    user, actor = row["acting_for"], row["owner_id"]
+    # All pairs of a key share these, of which there may be 100,000.
+    key_id, tenant_id, actor = (sys.intern(row[name]) for name in ("key_id", "tenant_id", "owner_id"))
+    user = row["acting_for"]
     scopes = bounded_scopes(row["scopes"], f"key {row['key_id']}")
     return Identity(
-        key_id=row["key_id"],
+        key_id=key_id,
         user_id=user,
-        tenant_id=row["tenant_id"],
-        scopes=frozenset(scopes),
+        tenant_id=tenant_id,
+        scopes=scope_set(tuple(scopes)),
         is_test=row["is_test"],
         expires_wall_seconds=NEVER if expires is None else expires,
         standing=standing_of(row),
@@ -122,7 +126,7 @@ def token_identity(row: Row, header_prefix: str) -> Identity:
         key_id=row["key_id"],
         user_id=row["user_id"],
         tenant_id=row["tenant_id"],
-        scopes=frozenset(scopes),
+        scopes=scope_set(tuple(scopes)),
         is_test=row["is_test"],
         expires_wall_seconds=row["expires_wall_seconds"],
         standing=standing_of(row) or (None if row["is_intact"] else Reason.KEY_INVALID),

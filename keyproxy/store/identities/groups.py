@@ -29,7 +29,7 @@ class Group:
     def __init__(self) -> None:
         self.is_current = True
         self.is_usable = True
-        self._older: list[weakref.ref[Group]] = []
+        self._older: tuple[weakref.ref[Group], ...] = ()
         self._newer: Group | None = None
         self._parts: tuple[Group, ...] = ()
         self._members: weakref.WeakSet[Group] | None = None
@@ -62,8 +62,8 @@ class Group:
             older = reference()
             if older is not None:
                 older.keep(newer)
-                newer._older.append(reference)
-        self._older = []
+                newer._older = (*newer._older, reference)
+        self._older = ()
         self.mark(is_usable=self.is_usable)
         return newer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -31,6 +32,9 @@ BY_DIGEST: Final = LookupQuery(
 #: More effective scopes make a header too long for some upstreams; the directory refuses to store them.
 EFFECTIVE_SCOPES_MAX: Final = 128
 
+#: How many plans and sets of scopes are kept, so that the identities of a large tenant share one.
+_SHARED_MAX: Final = 1_000
+
 _log = logging.getLogger(__name__)
 
 
@@ -42,7 +46,7 @@ def identity_of(row: Row, header_prefix: str) -> Identity:
         key_id=row["key_id"],
         user_id=user,
         tenant_id=row["tenant_id"],
-        scopes=frozenset(scopes),
+        scopes=scope_set(tuple(scopes)),
         is_test=row["is_test"],
         expires_wall_seconds=NEVER if expires is None else expires,
         standing=standing_of(row),
@@ -69,6 +73,12 @@ def bounded_scopes(scopes: Sequence[str], name: str) -> Sequence[str]:
         name, len(scopes), EFFECTIVE_SCOPES_MAX,
     )  # fmt: skip
     return ()
+
+
+@functools.lru_cache(maxsize=_SHARED_MAX)
+def scope_set(scopes: tuple[str, ...]) -> frozenset[str]:
+    """The scopes as a set, which many identities share."""
+    return frozenset(scopes)
 
 
 def header_block(
@@ -102,9 +112,17 @@ def pools_of(row: Row, user_id: str) -> list[tuple[Pool, Plan]]:
     for kind, owner in (("tenant", row["tenant_id"]), ("user", user_id), ("key", row["key_pool"])):
         limits = row[f"{kind}_limits"]
         if limits is not None:
-            # Raises for an invalid plan, which a table constraint rejects: unreadable limits must not mean no limits.
-            found.append((Pool(kind, owner, row["is_test"]), Plan.from_json(json.loads(limits))))
+            found.append((Pool(kind, owner, row["is_test"]), plan_of(limits)))
     return found
+
+
+@functools.lru_cache(maxsize=_SHARED_MAX)
+def plan_of(limits: str) -> Plan:
+    """The plan of a row, which many identities share.
+
+    Raises for an invalid plan, which a table constraint rejects: unreadable limits must not mean no limits.
+    """
+    return Plan.from_json(json.loads(limits))
 
 
 def allowance_of(pools: Iterable[tuple[Pool, Plan]]) -> Allowance | None:
