@@ -11,6 +11,7 @@ import ssl
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from keyproxy.admin.authentication import TokenFileError, file_digest
 from keyproxy.cli import root
 from tests.acceptance.conftest import Output, clean_environment
 from tests.rawhttp import free_port
+from tests.store.harness import Sql
 from tests.waiting import until
 
 TOKEN = "a-token-of-the-file-0123456789abcdefgh"
@@ -273,3 +275,25 @@ def test_an_invalid_admin_url_or_a_missing_token_is_a_usage_error(arguments: lis
     result = CliRunner().invoke(root, arguments, env={"KEYPROXY_ADMIN_TOKEN": None})
     assert result.exit_code == 2
     assert sentence in result.output
+
+
+async def test_a_stop_cuts_the_signing_key_to_the_end_of_the_last_token(host: Host, sql: Sql) -> None:
+    directory = await host.run("tenant", "create", "acme")
+    user = await host.run("user", "create", "u_1", "--tenant", "acme", "--scope", "a", "--json")
+    assert (directory.status, user.status) == (0, 0)
+    key = json.loads(user.out)["key"]["id"]
+    secret = json.loads(
+        (await host.run("admin", "token", "create", "--name", "t", "--scope", "keys:write", "--json")).out
+    )
+    async with host.serving():
+        mint = ("agent", "token", "--key", key, "--agent", "crawler", "--scope", "a", "--ttl", "2m", "--json")
+        environment = {"KEYPROXY_ADMIN_TOKEN": secret["secret"], "KEYPROXY_ADMIN_URL": f"http://127.0.0.1:{host.port}"}
+        first = json.loads((await host.run(*mint, **environment)).out)
+        second = json.loads((await host.run(*mint, **environment)).out)
+        _, published = await host.get("/jwks.json")
+        assert len(published["keys"]) == 1
+        life = "SELECT extract(epoch FROM ends_at - created_at)::float8 FROM keyproxy.signing_keys"
+        assert await sql.fetchval(life) == pytest.approx(25 * 3600, abs=1)
+    assert first["expires_at"] <= second["expires_at"]
+    ends = await sql.fetchval("SELECT ends_at FROM keyproxy.signing_keys")
+    assert ends == datetime.fromisoformat(second["expires_at"])

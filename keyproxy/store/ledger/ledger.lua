@@ -104,8 +104,8 @@ local function ends_in(ends) return ends and ends ~= NEVER and ends - now or -1 
 -- holders have of the window there, and CREDITED what was added to its limit, as of its last reply: see FRESHNESS. HOLDERS is
 -- the number of holders here that have a lease of it. Below LOW, NEED units are requested from PostgreSQL, and no fewer than LEAST;
 -- STOCKED_* is the last such request. When SPENT reaches ALERT_AT (0: never), PostgreSQL has an alert to write; REFUSED_AT is
--- when it was last informed that a request needs more than is not spent. DUE is the time of the next report to PostgreSQL,
--- EXPIRES that of the key's expiry.
+-- when it was last informed that a request needs more than is not spent. NUMBER is that of the share, negative while the share of
+-- a budget is being closed. DUE is the time of the next report to PostgreSQL, EXPIRES that of the key's expiry.
 local NAME, MEASURE, STARTS, ENDS, IS_KNOWN, IS_REFUSED, OWN, ASKER, LASTS, HAS_MOVED, IS_URGENT = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11
 local SPENT, HELD, FORFEITED, LIMIT, TOUCHED, WANTED_AT, THEORETICAL, SHARE, GIVEN_BACK, OTHERS_SPENT, OTHERS_HELD, CREDITED,
     FRESHNESS, HOLDERS, LOW, NEED, LEAST, ALERT_AT, REFUSED_AT, NUMBER, STOCKED_AT, STOCKED_USED, DUE, EXPIRES, CARRIED,
@@ -642,22 +642,31 @@ local function stock()
         local window = opened_by(name)
         if window[IS_KNOWN] then
             if window[NUMBER] == 0 then window[NUMBER] = call('HINCRBY', marker, 'numbers', 1) end
-            local is_idle = window[NEED] == 0 and since(window[TOUCHED]) >= IDLE_SECONDS
-            -- A budget has no end: its share is closed when nothing uses it, and its next use opens another one.
-            local is_over = window[HELD] == 0 and (now >= window[ENDS] + 60 or is_idle and window[ENDS] == NEVER)
-            if is_over or is_idle or window[NEED] == 0 and is_deserted then
-                -- Give units up here first, then report it to PostgreSQL.
-                window[GIVEN_BACK], window[LOW] = window[GIVEN_BACK] + max(0, room(window)), 0
+            local is_over, want = true, 0
+            if window[NUMBER] > 0 then
+                local is_idle = window[NEED] == 0 and since(window[TOUCHED]) >= IDLE_SECONDS
+                -- A budget has no end: its share is closed when nothing uses it, and its next use opens another one.
+                local is_unused = is_idle and window[ENDS] == NEVER and room(window) >= 0
+                is_over = window[HELD] == 0 and (now >= window[ENDS] + 60 or is_unused)
+                if is_over or is_idle or window[NEED] == 0 and is_deserted then
+                    -- Give units up here first, then report it to PostgreSQL.
+                    window[GIVEN_BACK], window[LOW] = window[GIVEN_BACK] + max(0, room(window)), 0
+                end
+                want = wanted(window)
+                if want == 0 then window[LOW] = 0 end
+                window[STOCKED_AT], window[STOCKED_USED] = now, window[SPENT] + window[HELD]
+                if is_over and window[ENDS] == NEVER then window[NUMBER] = -window[NUMBER] end
             end
-            local want = wanted(window)
-            if want == 0 then window[LOW] = 0 end
+            -- A share that is being closed is reported with the same figures until PostgreSQL has replied: it may have closed
+            -- the share already, and would count another report of it as that of a new one.
+            local is_closing = window[NUMBER] < 0
             lines[#lines + 1] = format('[%s,%.0f,%s,%s,%s,"%s",%s,%.0f,%.0f,%.0f,%.0f,%.0f,%.0f,%.0f,%.0f,%s]',
-                cjson.encode(name), window[NUMBER], cjson.encode(kind), cjson.encode(owner), tostring(is_test), measure,
-                cjson.encode(selector), starts, window[LIMIT], window[SHARE], window[SPENT], window[GIVEN_BACK], want,
-                want > 0 and min(max(1, window[LEAST]), want) or 0, min(window[NEED], want), tostring(is_over))
-            window[NEED], window[LEAST], window[ALERT_AT] = 0, 0, 0
+                cjson.encode(name), math.abs(window[NUMBER]), cjson.encode(kind), cjson.encode(owner), tostring(is_test), measure,
+                cjson.encode(selector), starts, window[LIMIT], window[SHARE], is_closing and window[STOCKED_USED] or window[SPENT],
+                window[GIVEN_BACK], want, want > 0 and min(max(1, window[LEAST]), want) or 0, min(window[NEED], want),
+                tostring(is_over))
+            if not is_closing then window[NEED], window[LEAST], window[ALERT_AT] = 0, 0, 0 end
             if window[FRESHNESS] == STALE then window[FRESHNESS] = READ end
-            window[STOCKED_AT], window[STOCKED_USED] = now, window[SPENT] + window[HELD]
             -- If this report is not sent, another process sends it.
             set_due(window, now + TURN_SECONDS)
             write(window)
@@ -682,8 +691,8 @@ local function stocked()
         local is_quiet = window[HELD] == 0 and room(window) == 0
         -- A window that was deleted and made anew has another share. The units in this reply are those of the earlier one:
         -- leases hold them, or have used them.
-        local is_its = window[IS_KNOWN] and window[NUMBER] == row[9]
         local is_budget = window[ENDS] == NEVER
+        local is_its = window[IS_KNOWN] and window[NUMBER] == (is_over and is_budget and -row[9] or row[9])
         if is_its and is_over and is_quiet and not (is_budget and window[NEED] > 0) then
             call('DEL', base .. 'w:' .. name)
             call('ZREM', base .. 'due', name)

@@ -86,8 +86,7 @@ def admitted(found: Identity | Reason, now: Moment, route: Route = ROUTE) -> Rea
 @pytest.fixture
 async def agents(make_rig: MakeRig, database: Database) -> Agents:
     """The parts over a real clock, because the lifetime of a token is that of the database's clock."""
-    signing_keys = SigningKeyCache(database, clock.now)
-    signing_keys.rules = AcceptedTokens("keyproxy", "keyproxy")
+    signing_keys = SigningKeyCache(database, AcceptedTokens("keyproxy", "keyproxy"), clock.now)
     rig = await make_rig(now=clock.now, verifier=signing_keys)
     await signing_keys.publish(SIGNING_KEY)
     for user in ("u_worker", "u_42"):

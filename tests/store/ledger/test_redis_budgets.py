@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+import random
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import asyncpg
@@ -12,10 +14,12 @@ from redis.asyncio import Redis
 
 from keyproxy.limits.ledger_protocol import LeaseReport, Pool, Window
 from keyproxy.store.ledger.redis_backend import RedisLedger
+from keyproxy.store.postgres.database import StoreUnavailable
 from tests.contracts import line
-from tests.store.harness import Relay, Sql, until_blocked
+from tests.store.harness import Relay, Sql, StatementRunner, until_blocked
 from tests.store.redis_harness import MakeLedger, ledgers, make_due, make_idle
 from tests.store.redis_server import RedisServer
+from tests.waiting import until
 
 BUDGET = Window(Pool("token", "agt_1", False), "tokens_total")
 DAY_SECONDS = 86_400
@@ -54,6 +58,10 @@ async def account(sql: Sql) -> tuple[int, int, int]:
     return row["spent"], row["held"], row["leases"]
 
 
+async def no_leases(sql: Sql) -> bool:
+    return (await account(sql))[2] == 0
+
+
 async def window_keys(server: RedisServer) -> dict[str, int]:
     """The keys of windows, and in how many seconds each expires."""
     async with Redis.from_url(server.url) as client:
@@ -64,7 +72,8 @@ async def report(ledger: RedisLedger, server: RedisServer, *, is_idle: bool = Fa
     """Report to PostgreSQL, now or as after a pause in which nothing used the budget."""
     if is_idle:
         await make_idle(server)
-    await make_due(server)
+    with contextlib.suppress(ValueError):  # nothing is due
+        await make_due(server)
     await ledger.reap()
 
 
@@ -122,6 +131,87 @@ async def test_use_of_a_budget_while_its_share_is_being_closed_counts_once(
     await report(ledger, server, is_idle=True)
     assert await account(sql) == (107 + want, 0, 0)
     assert await window_keys(server) == {}
+
+
+@pytest.mark.parametrize("want", [0, 5])
+async def test_use_of_a_budget_after_the_reply_to_the_close_of_its_share_was_lost_counts_once(
+    ledger: RedisLedger, relay: Relay, server: RedisServer, sql: Sql, dsn: str, want: int
+) -> None:
+    assert await granted(ledger, 1, want=100) == 100
+    await granted(ledger, 2, granted=100, used=100)
+    await report(ledger, server)
+    await make_idle(server)
+    await make_due(server)
+    blocking = await asyncpg.connect(dsn)
+    async with blocking.transaction():
+        await blocking.execute("SELECT FROM keyproxy.windows FOR UPDATE")
+        closing = asyncio.create_task(ledger.reap())
+        await until_blocked(sql, "sync_leases")
+        await relay.cut()
+        with pytest.raises(StoreUnavailable):
+            await closing
+    await blocking.close()
+    await until(lambda: no_leases(sql), "PostgreSQL has closed the share")
+    assert len(await window_keys(server)) == 1
+    await relay.mend()
+    replies = await ledger.sync("b", 1, of_budget(used=7, granted=0, want=want))
+    assert replies is not None
+    assert replies[0].granted == 7 + want
+    await ledger.sync("b", 2, of_budget(granted=7 + want, used=7 + want))
+    await report(ledger, server)
+    assert (await account(sql))[0] == 107 + want
+    await report(ledger, server, is_idle=True)
+    assert await account(sql) == (107 + want, 0, 0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_whatever_is_lost_or_idle_a_budget_is_charged_for_what_was_used_exactly(
+    dsn: str, server: RedisServer, sql: Sql, seed: int
+) -> None:
+    chance, limit, serial = random.Random(seed), 200, 0
+    door = StatementRunner(dsn, pool_size_max=4)
+    await door.open()
+
+    def lose(rows: Sequence[Any]) -> Sequence[Any]:
+        if chance.random() < 0.15:
+            raise StoreUnavailable("the response was lost")
+        return rows
+
+    door.edit["sync_leases"] = lose
+    proxies = [RedisLedger(server.url, door, lease_seconds=1000.0, alert_percentages=(80, 100)) for _ in range(2)]
+    granted, used, returned = ([0, 0] for _ in range(3))
+    for _ in range(70):
+        number, serial = chance.randrange(2), serial + 1
+        proxy = proxies[number]
+        with contextlib.suppress(StoreUnavailable):
+            if chance.random() < 0.3:
+                await report(proxy, server, is_idle=chance.random() < 0.8)
+                continue
+            free = granted[number] - used[number] - returned[number]
+            used[number] += chance.randint(0, free) + (chance.random() < 0.05)
+            free = max(0, granted[number] - used[number] - returned[number])
+            returned[number] += chance.choice([0, free])
+            replies = await proxy.sync(f"h{number}", serial, [
+                line(of=BUDGET, limit=limit, granted=granted[number], used=used[number], returned=returned[number],
+                     want=chance.choice([0, 0, 1, 9])),
+            ])  # fmt: skip
+            assert replies is not None
+            granted[number] = replies[0].granted
+        # What was used beyond a grant is the only excess.
+        assert not await sql.fetch("SELECT FROM keyproxy.windows WHERE spent + held > $1", limit + 20)
+    del door.edit["sync_leases"]
+    for number, proxy in enumerate(proxies):
+        free = max(0, granted[number] - used[number] - returned[number])
+        figures = {"granted": granted[number], "used": used[number], "returned": returned[number] + free}
+        assert await proxy.sync(f"h{number}", serial + 1, [line(of=BUDGET, limit=limit, is_closing=True, **figures)])
+    async with asyncio.timeout(30):
+        while (await account(sql))[1:] != (0, 0):
+            await report(proxies[0], server, is_idle=True)
+    assert (await account(sql))[0] == sum(used)
+    assert sum(used) > limit / 4
+    for proxy in proxies:
+        await proxy.close()
+    await door.close()
 
 
 async def test_key_of_a_budget_outlives_the_rows_of_its_token_and_expires(

@@ -116,14 +116,15 @@ def key_explain(call: Call, key_id: str, method: str, path: str, **options: Any)
 def print_explanation(call: Call, question: Question, explanation: dict[str, Any]) -> None:
     """Print the decision on a request, and the state of each limit."""
     limits = explanation.pop("limits")
+    # An older admin API returns neither actors nor a chain.
     subject = {
-        name: explanation.pop(name) for name in ("key", "user", "tenant", "mode", "actor", "agent", "agent_token")
+        name: explanation.pop(name, None) for name in ("key", "user", "tenant", "mode", "actor", "agent", "agent_token")
     }
     shown = {**subject, "method": question.method, "path": question.path or None, **explanation}
     if call.as_json:
         call.print_result({**shown, "limits": limits}, ())
         return
-    tables = [(shown.pop(name), columns) for name, columns in _TABLES.items()]
+    tables = [(shown.pop(name, ()), columns) for name, columns in _TABLES.items()]
     call.print_result(_readable(shown, call.money_unit), ())
     for rows, columns in tables:
         if rows:
@@ -144,7 +145,7 @@ def _namespace(text: str) -> tuple[str, str]:
 def _readable(explanation: Mapping[str, Any], money_unit: str) -> dict[str, Any]:
     """The explanation as people read it: money as decimals, and neither a reservation where no body was read, nor actors
     where there are none."""
-    absent = [name for name in _ACTORS if explanation[name] is None]
+    absent = [name for name in _ACTORS if explanation.get(name) is None]
     if explanation["input"] is None:
         absent += [name for name in _RESERVATION if explanation[name] is None]
     explanation = {name: value for name, value in explanation.items() if name not in absent}
