@@ -148,7 +148,7 @@ async def test_nothing_is_minted_from_a_key_that_does_not_work(operations: Opera
     with pytest.raises(NotFound):
         await operations.directory.agent_tokens.mint("key_x", WISH)
     await operations.directory.keys.revoke(key, "")
-    with pytest.raises(DelegationRefused):
+    with pytest.raises(DelegationRefused, match="the key is revoked"):
         await operations.directory.agent_tokens.mint(key, WISH)
 
 
@@ -215,6 +215,8 @@ async def test_a_disabled_agent_gets_no_tokens_until_it_is_enabled(operations: O
     await directory.agent_tokens.mint(key, WISH)
     disabled = await directory.agents.change("u_1", "crawler", {"disabled": True})
     assert disabled["disabled_at"] is not None
+    with pytest.raises(DelegationRefused, match="the agent is disabled"):
+        await directory.agent_tokens.mint(key, WISH)
     again = await directory.agents.change("u_1", "crawler", {"disabled": True})
     assert again["disabled_at"] == disabled["disabled_at"]
     with pytest.raises(DelegationRefused):
