@@ -292,6 +292,14 @@ async def test_a_repeated_mint_omits_the_token_and_mints_no_second_one(api: Api,
     assert other.code == "idempotency_key_reused"
 
 
+async def test_a_repeated_explanation_is_complete(api: Api) -> None:
+    token = (await api.directory.agent_tokens.mint(await _key(api), WISH))["id"]
+    path, body, once = f"/v1/agent-tokens/{token}/explain", {"path": "/", "body": ""}, {"Idempotency-Key": "7d5c"}
+    first = await api.done("POST", path, body, headers=once)
+    assert first["chain"][0]["token"] == token
+    assert await api.done("POST", path, body, headers=once) == first
+
+
 async def test_a_refused_mint_is_not_stored_and_evaluated_again(api: Api) -> None:
     path, once = f"/v1/keys/{await _key(api)}/agent-tokens", {"Idempotency-Key": "7d5c"}
     wish = {"agent": "crawler", "role": "reader"}

@@ -38,7 +38,7 @@ def agent_group() -> None:
     """
 
 
-@agent_group.command("list")
+@agent_group.command("list", short_help="List the agents of a user.")
 @_user_option
 @takes_call
 def agent_list(call: Call, user_id: str) -> None:
