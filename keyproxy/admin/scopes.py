@@ -32,13 +32,15 @@ DESCRIPTIONS: Final = {
     Scope.ADMIN_READ: "reads everything",
     Scope.ADMIN_WRITE: "grants all scopes",
     Scope.KEYS_READ: "reads tenants, users, keys, agents, plans, roles, owned ids and prompt templates",
-    Scope.KEYS_WRITE: "issues, imports, changes, rotates, revokes and deletes keys, agents and agent tokens",
+    Scope.KEYS_WRITE: (
+        "issues, imports, changes, rotates, revokes and deletes keys; changes agents; mints and revokes tokens"
+    ),
     Scope.USERS_WRITE: "creates users with their first key, changes and deletes them",
     Scope.PLANS_WRITE: "creates, changes and deletes plans, and credits windows",
     Scope.ACCESS_WRITE: "changes roles, owned ids and prompt templates",
     Scope.AUDIT_READ: "reads the audit log",
     Scope.USAGE_READ: "reads usage, the state of limits, and explanations of requests",
-    Scope.LEAKS_WRITE: "reports leaked keys",
+    Scope.LEAKS_WRITE: "reports leaked keys and agent tokens",
     Scope.METRICS_READ: "reads the metrics of the admin process",
 }
 

@@ -75,7 +75,7 @@ _DIRECTORY_PROBLEMS: Final = {
 }
 _SECRETS: Final = ("secret",)
 
-#: Members that the response to a repeated request omits: the plaintexts of agent tokens.
+#: Members that the response to a repeated request omits: the plaintext of an agent token.
 _OMITTED: Final = ("token",)
 
 #: The id of the request's token, once it is authenticated.
@@ -214,14 +214,14 @@ def _response(stored: StoredResponse) -> web.Response:
 
 
 def _without_secrets(stored: StoredResponse) -> StoredResponse:
-    """The same response, with each secret replaced by null, and without tokens of agents."""
-    return {**stored, "content": _blanked(stored["content"])}
+    """The same response, with each secret replaced by null, and without the token of an agent."""
+    content = {name: value for name, value in stored["content"].items() if name not in _OMITTED}
+    return {**stored, "content": _blanked(content)}
 
 
 def _blanked(content: Any) -> Any:
     if isinstance(content, dict):
-        kept = {name: value for name, value in content.items() if name not in _OMITTED}
-        return {name: None if name in _SECRETS else _blanked(value) for name, value in kept.items()}
+        return {name: None if name in _SECRETS else _blanked(value) for name, value in content.items()}
     if isinstance(content, list):
         return [_blanked(one) for one in content]
     return content

@@ -186,7 +186,10 @@ class Proxy:
             ),
         )  # fmt: skip
         self._gateways.append(gateway)
-        store.signing_keys.rules = AcceptedTokens(settings.access.issuer, settings.access.audiences[0])
+        accepted = AcceptedTokens(settings.access.issuer, settings.access.audiences[0])
+        if accepted != store.signing_keys.rules:
+            store.signing_keys.rules = accepted
+            store.identities.distrust_all()
         return build_terms(settings, routes, gateway, upstreams, tls=tls, assertions=self.signing.signer(settings))
 
     def _upstreams(self, settings: Settings) -> Upstreams:

@@ -26,6 +26,9 @@ from aiohttp.http_exceptions import HttpProcessingError
 from keyproxy.platform import process_registry
 from keyproxy.process.http_connections import Bounds, Connections, date_line
 
+#: The body of /livez once the proxied port accepts connections.
+LIVE: Final = b'{"status":"ok"}'
+
 _CHECK_SECONDS: Final = 3.0
 
 #: More than probes and scrapers need. Without a bound, idle clients would use up the file descriptors of the proxied
@@ -125,7 +128,9 @@ class OpsListener:
             self._runner = None
 
     async def _live(self, _request: web.Request) -> web.Response:
-        return _json(200, {"status": "ok"}) if self.is_started else _json(503, {"status": "starting"})
+        if not self.is_started:
+            return _json(503, {"status": "starting"})
+        return web.Response(body=LIVE, content_type="application/json", headers={"Cache-Control": "no-store"})
 
     async def _ready(self, _request: web.Request) -> web.Response:
         checks = dict(await self._checks())

@@ -18,7 +18,7 @@ from keyproxy.metrics.fleet import Fleet
 from keyproxy.platform import clock
 from keyproxy.process import control_channel
 from keyproxy.process.control_channel import Order, SupervisorEnd
-from keyproxy.process.ops_listener import Check, Verdict, worst
+from keyproxy.process.ops_listener import LIVE, Check, Verdict, worst
 from keyproxy.process.proxy_metrics import PROXY_METRICS, SUPERVISOR_METRICS, Workers
 from keyproxy.process.reload import ReloadError
 
@@ -83,10 +83,11 @@ class Worker:
             sock.close()
 
     async def poll(self) -> None:
-        """Update readiness and metrics."""
+        """Update readiness and metrics. It serves its metrics before it accepts connections."""
+        self.is_ready = self.is_ready or await self.fetch("/livez") == LIVE
         page = await self.fetch("/metrics")
         if page is not None:
-            self.is_ready, self.page = True, page.decode("utf-8")
+            self.page = page.decode("utf-8")
 
     async def follows(self, order: Order) -> str:
         """Send an order. Returns the reason for a refusal, else "".

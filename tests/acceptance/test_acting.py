@@ -23,7 +23,7 @@ ROUTES: list[dict[str, Any]] = [
 
 
 #: `note_change` as it is, but without notifications.
-_NO_NOTIFICATIONS = """
+NO_NOTIFICATIONS = """
 CREATE OR REPLACE FUNCTION keyproxy.note_change(kind text, subject text) RETURNS void LANGUAGE sql
 SET search_path = pg_catalog, pg_temp AS 'INSERT INTO keyproxy.changes (kind, subject) VALUES (kind, subject)'
 """
@@ -206,7 +206,7 @@ async def test_change_takes_effect_on_acting_requests_within_a_second_in_both_di
     site = configure(dsn, routes=ROUTES, cache={"fresh_seconds": 300, "unknown_seconds": 300})
     secret = await issue(site, sql, "u_service")
     if not notifies:
-        await sql.execute(_NO_NOTIFICATIONS)
+        await sql.execute(NO_NOTIFICATIONS)
     await sql.execute(_SETUP)
     lines = [f"Authorization: Api-Key {secret}", "X-Keyproxy-Act-For: u_42"]
 

@@ -20,6 +20,11 @@ import asyncpg
 import jwt
 import pytest
 
+from keyproxy.platform import clock
+from keyproxy.signing.signing_key import SigningKey
+from keyproxy.signing.token_check import ACCEPTS_NONE
+from keyproxy.store.postgres.database import Database
+from keyproxy.store.signing_keys import SigningKeyCache
 from tests.acceptance.conftest import Configure, Site, administering, until
 from tests.acceptance.fleet import Fleet, beside
 from tests.rawhttp import OK, Message, free_port
@@ -343,6 +348,54 @@ async def test_the_key_of_a_supervisor_ends_with_what_any_worker_signed_last(con
             ends.add(jwt.decode(assertion, options={"verify_signature": False})["exp"])
     ((_, row),) = (await rows(dsn)).items()
     assert row["ends_at"].timestamp() == max(ends)
+
+
+async def test_replaced_workers_that_wait_for_verifiers_fail_no_request(configure: Configure, dsn: str) -> None:
+    site = configure(dsn, routes=ROUTES, access=ACCESS, listen={"workers": 2})
+    key = await site.key()
+    await publish(dsn, SigningKey.make(time.time()))  # that of another proxy, so that a start waits
+    check, faults = verifier(site), []
+
+    async def verified(request: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        try:
+            await asyncio.to_thread(check.claims_of, request.one("X-Keyproxy-Assertion") or "")
+        except jwt.PyJWTError as error:
+            faults.append(repr(error))
+        writer.write(OK)
+        await writer.drain()
+        return True
+
+    site.upstream.answering = verified
+    async with site.serving() as process:
+        await site.until_ready(process)
+        is_over = asyncio.Event()
+        outcomes: list[tuple[int, str]] = []
+
+        async def calling() -> None:
+            while not is_over.is_set():
+                outcomes.append(await site.call(key["secret"]))
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(3):
+                group.create_task(calling())
+            content = site.config.read_text(encoding="utf-8")
+            site.config.write_text(content.replace("workers = 2", "workers = 3"), encoding="utf-8")
+            began = time.monotonic()
+            process.send_signal(signal.SIGHUP)
+            await site.until_logged("configuration reloaded")
+            assert time.monotonic() - began > 2.0, "the new workers wait before they accept connections"
+            await asyncio.sleep(1.0)
+            is_over.set()
+    assert set(outcomes) == {(200, "")}
+    assert faults == []
+
+
+async def publish(dsn: str, key: SigningKey) -> None:
+    """Publish a key as another process does."""
+    database = Database(dsn, pool_size_max=1, statement_timeout_seconds=5.0)
+    await database.open()
+    await SigningKeyCache(database, ACCEPTS_NONE, clock.now).publish(key)
+    await database.close()
 
 
 async def workers_of(pid: int) -> list[int]:

@@ -121,7 +121,7 @@ async def test_a_token_is_minted_with_all_options(run: Run, key: str, by: str) -
         (("--audience", "another"), 1, "audience"),
         (("--scope", "data:write"), 1, "'scopes' has a scope that the credential or the agent lacks"),
         (("--key", "key_x"), 1, "there is no key 'key_x'"),
-        (("--act-for", "nobody"), 1, "may not mint a token for this user"),
+        (("--act-for", "nobody"), 1, "the user or the token does not exist"),
     ],
 )
 async def test_a_refused_mint_prints_one_line_and_leaves_no_row(

@@ -148,7 +148,7 @@ async def test_nothing_is_minted_from_a_key_that_does_not_work(operations: Opera
     with pytest.raises(NotFound):
         await operations.directory.agent_tokens.mint("key_x", WISH)
     await operations.directory.keys.revoke(key, "")
-    with pytest.raises(DelegationRefused):
+    with pytest.raises(DelegationRefused, match="the key is revoked"):
         await operations.directory.agent_tokens.mint(key, WISH)
 
 
@@ -215,6 +215,8 @@ async def test_a_disabled_agent_gets_no_tokens_until_it_is_enabled(operations: O
     await directory.agent_tokens.mint(key, WISH)
     disabled = await directory.agents.change("u_1", "crawler", {"disabled": True})
     assert disabled["disabled_at"] is not None
+    with pytest.raises(DelegationRefused, match="the agent is disabled"):
+        await directory.agent_tokens.mint(key, WISH)
     again = await directory.agents.change("u_1", "crawler", {"disabled": True})
     assert again["disabled_at"] == disabled["disabled_at"]
     with pytest.raises(DelegationRefused):
@@ -288,6 +290,14 @@ async def test_a_repeated_mint_omits_the_token_and_mints_no_second_one(api: Api,
     assert first.json["token"] not in stored
     other = await api.call("POST", path, {**WISH, "agent": "writer"}, headers=once)
     assert other.code == "idempotency_key_reused"
+
+
+async def test_a_repeated_explanation_is_complete(api: Api) -> None:
+    token = (await api.directory.agent_tokens.mint(await _key(api), WISH))["id"]
+    path, body, once = f"/v1/agent-tokens/{token}/explain", {"path": "/", "body": ""}, {"Idempotency-Key": "7d5c"}
+    first = await api.done("POST", path, body, headers=once)
+    assert first["chain"][0]["token"] == token
+    assert await api.done("POST", path, body, headers=once) == first
 
 
 async def test_a_refused_mint_is_not_stored_and_evaluated_again(api: Api) -> None:

@@ -40,6 +40,7 @@ class _Grant:
     """What a token grants, before it is signed."""
 
     token_id: str
+    key_id: str
     scopes: tuple[str, ...]
     issued_wall: int
     expires_wall: int
@@ -82,10 +83,11 @@ class TokenMinter(AgentTokenMint):
         chain = (parent.key_id, parent.token_id, parent.user_id, request.agent)
         (authority,) = await self._database.fetch("minting_authority", *chain, request.role)
         grant = _granted(parent, request, rules, authority)
-        token = SecretKey(self._signed(parent, request, rules, authority, grant))
-        if len(token.reveal()) > TOKEN_BYTES_MAX:
+        plaintext = self._signed(request, rules, authority, grant)
+        if len(plaintext) > TOKEN_BYTES_MAX:
             field = "role" if request.scopes is None else "scopes"
             raise malformed(field, f"makes the token longer than {TOKEN_BYTES_MAX} bytes")
+        token = SecretKey(plaintext)
         (row,) = await self._database.fetch(
             "mint_agent_token", grant.token_id, token.digest(), *chain, request.role, list(grant.scopes),
             request.audience, request.token_budget, request.request_budget, float(grant.expires_wall),
@@ -101,17 +103,15 @@ class TokenMinter(AgentTokenMint):
             case _:
                 raise refused("The token may not be minted.", "a bound changed while the token was minted")
 
-    def _signed(
-        self, parent: MintParent, request: MintRequest, rules: MintRules, authority: Row, grant: _Grant
-    ) -> bytes:
-        act = actor_claim((request.agent, *authority["agents"]), authority["actor_user_id"], parent.key_id)
+    def _signed(self, request: MintRequest, rules: MintRules, authority: Row, grant: _Grant) -> bytes:
+        act = actor_claim((request.agent, *authority["agents"]), authority["actor_user_id"], grant.key_id)
         budget = {} if request.token_budget is None else {"token_budget": request.token_budget}
         claims: dict[str, object] = {
             "iss": rules.issuer,
             "aud": request.audience,
             "sub": authority["user_id"],
             "act": act,
-            "client_id": parent.key_id,
+            "client_id": grant.key_id,
             "tenant": authority["tenant_id"],
             "scope": " ".join(grant.scopes),
             **budget,
@@ -136,9 +136,8 @@ def _granted(parent: MintParent, request: MintRequest, rules: MintRules, authori
             raise refused(f"'{name}' exceeds that of the credential.", f"{name} beyond the parent", field=name)
     scopes = _scopes(request, authority)
     issued = math.floor(authority["server_seconds"])
-    return _Grant(
-        make_token_id(secrets.token_bytes(ID_ENTROPY_BYTES)), scopes, issued, _end(request, rules, authority, issued)
-    )
+    token_id = make_token_id(secrets.token_bytes(ID_ENTROPY_BYTES))
+    return _Grant(token_id, parent.key_id, scopes, issued, _end(request, rules, authority, issued))
 
 
 def _scopes(request: MintRequest, authority: Row) -> tuple[str, ...]:

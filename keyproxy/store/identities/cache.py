@@ -180,10 +180,9 @@ class IdentityCache(Identities):
     def fetching(self, key: SecretKey, missing: Missing) -> Missing:
         """What to fetch for a credential, after `known` or `acting` raised `missing`. Off the hot path."""
         digest = key.digest()
-        if digest in self._entries or self._groups.has_key(digest):
-            return missing
         token = Missing("identity", lambda _patience: self._fetch(TokenDigest(digest)))
-        return self._unknown.fetching(key, missing, token)
+        is_cached = digest in self._entries or self._groups.has_key(digest)
+        return self._unknown.fetching(key, missing, token, is_cached=is_cached)
 
     def _refused(self, digest: KeyDigest, user_id: str, now: Moment, is_first_lookup: bool) -> Identity | None:
         """The identity of a credential that may not act for this user, as far as that is known without a lookup.

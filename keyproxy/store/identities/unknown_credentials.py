@@ -73,10 +73,11 @@ class UnknownCredentials:
         """Any digest may have been created."""
         self._verdicts.clear()
 
-    def fetching(self, key: SecretKey, missing: Missing, token: Missing) -> Missing:
+    def fetching(self, key: SecretKey, missing: Missing, token: Missing, *, is_cached: bool) -> Missing:
         """What to fetch for this credential, after `known` or `acting` raised `missing`. Raises a Refusal.
 
-        `token`: the lookup of the credential as an agent token.
+        `token`: the lookup of the credential as an agent token. `is_cached`: there are outdated entries of it. A token is
+        verified again nevertheless: the configuration may accept other tokens than before.
         """
         if is_jwt(key.reveal()):
             try:
@@ -84,7 +85,7 @@ class UnknownCredentials:
             except Missing as unknown_signing_key:
                 return unknown_signing_key
             return token
-        if drf_api_keys.prefix_of(key) is None:
+        if is_cached or drf_api_keys.prefix_of(key) is None:
             return missing
 
         async def fetch_missing(patience: TimeBudget) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from keyproxy.auth.api_key import KeyFormat
+from keyproxy.auth.api_key import KeyFormat, SecretKey
 from keyproxy.model import Identity
 from keyproxy.store.directory.directory import (
     Actor,
@@ -337,20 +337,9 @@ async def test_keys_issued_in_bulk_have_the_requested_properties_and_work(rig: R
         stored = await rig.sql.fetchval("SELECT digest FROM keyproxy.api_keys WHERE id = $1", one["id"])
         assert stored == hashlib.sha256(one["secret"].encode()).digest()
     await rig.feed.poll()
-    who = await rig.resolve(_Presented(result[0]["secret"]))  # type: ignore[arg-type]
+    who = await rig.resolve(SecretKey(result[0]["secret"].encode()))
     assert isinstance(who, Identity)
     assert (who.user_id, who.scopes) == ("u_42", frozenset({"jobs:write", "b"}))
-
-
-class _Presented:
-    """A key as its owner presents it."""
-
-    def __init__(self, plaintext: str) -> None:
-        self._plaintext = plaintext
-
-    def digest(self) -> bytes:
-        """The digest that the proxy looks up."""
-        return hashlib.sha256(self._plaintext.encode()).digest()
 
 
 async def test_repeated_bulk_issuing_issues_only_missing_keys(directory: Directory, sql: Sql) -> None:

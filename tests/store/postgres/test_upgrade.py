@@ -13,6 +13,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from keyproxy.limits.ledger_protocol import Pool, Window
 from keyproxy.store.ledger.charge_dedup_postgres import PostgresClaims
 from keyproxy.store.ledger.postgres_backend import PostgresLedger
 from keyproxy.store.postgres import migrations
@@ -20,6 +21,7 @@ from keyproxy.store.postgres.database import Database, StoreUnavailable
 from keyproxy.store.postgres.failures import translated
 from keyproxy.store.usage.usage_queries import UsageFilter, UsageReader
 from tests.contracts import LEASE_SECONDS, line, window
+from tests.store.agent_rows import AGENT_TOKEN, add_agent_token
 from tests.store.harness import Sql, migrated_up_to, until_blocked
 from tests.store.ledger.test_charge_dedup import claim
 
@@ -115,15 +117,18 @@ async def test_processes_of_both_releases_account_in_the_same_windows(
 async def test_previous_release_ends_and_deletes_holders_and_windows(
     previous: PreviousRelease, ledger: PostgresLedger
 ) -> None:
-    await ledger.sync("new", 1, [line(want=4), line(2, window("token_rate"), interval_seconds=1.0, want=1)])
+    budget = Window(Pool("token", AGENT_TOKEN, False), "tokens_total")
+    await add_agent_token(previous.sql)
+    await ledger.sync(
+        "new", 1, [line(want=4), line(2, window("token_rate"), interval_seconds=1.0, want=1), line(3, budget, want=2)]
+    )
     await previous.fetch("end_holders", ["new"])
     assert (await previous.fetch("reap_holders", 100))[0]["done"] == 0
     assert (await previous.fetch("forget_holders", 100))[0]["gone"] == 0
     assert (await previous.fetch("forget_windows", 0, 100))[0]["gone"] == 0
     assert (await previous.fetch("tend_usage", 7, 400, 100))[0]["is_more"] is False
-    (state,) = await ledger.windows([window()])
-    assert state is not None
-    assert (state.spent, state.forfeited) == (4, 4)
+    states = [state for state in await ledger.windows([window(), budget]) if state is not None]
+    assert [(state.spent, state.forfeited) for state in states] == [(4, 4), (2, 2)]
 
 
 async def test_claims_of_the_previous_release_are_covered_without_a_bound(

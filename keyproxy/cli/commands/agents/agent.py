@@ -38,7 +38,7 @@ def agent_group() -> None:
     """
 
 
-@agent_group.command("list")
+@agent_group.command("list", short_help="List the agents of a user.")
 @_user_option
 @takes_call
 def agent_list(call: Call, user_id: str) -> None:
@@ -56,7 +56,7 @@ def agent_show(call: Call, agent: str, user_id: str) -> None:
     call.print_result(call.run(lambda directory: directory.agents.get(user_id, agent)), AGENT_COLUMNS)
 
 
-@agent_group.command("disable")
+@agent_group.command("disable", short_help="Refuse all tokens of an agent until it is enabled.")
 @_agent_argument
 @_user_option
 @takes_call
@@ -68,7 +68,7 @@ def agent_disable(call: Call, agent: str, user_id: str) -> None:
     _change(call, agent, user_id, {"disabled": True})
 
 
-@agent_group.command("enable")
+@agent_group.command("enable", short_help="Let a disabled agent get tokens again.")
 @_agent_argument
 @_user_option
 @takes_call
@@ -77,7 +77,7 @@ def agent_enable(call: Call, agent: str, user_id: str) -> None:
     _change(call, agent, user_id, {"disabled": False})
 
 
-@agent_group.command("set-roles")
+@agent_group.command("set-roles", short_help="Set or remove an agent's ceiling.")
 @_agent_argument
 @_user_option
 @click.option("--role", "wanted", multiple=True, callback=roles, metavar="ROLE", help="A role; repeatable.")
@@ -99,7 +99,7 @@ def agent_set_roles(
     _change(call, agent, user_id, {"roles": None if no_ceiling else list(wanted)})
 
 
-@agent_group.command("set-plan")
+@agent_group.command("set-plan", short_help="Set or remove an agent's plan.")
 @_agent_argument
 @plan_arguments
 @_user_option

@@ -188,7 +188,7 @@ def key_set_roles(call: Call, key_id: str, wanted: tuple[str, ...], *, none: boo
     _change(call, key_id, {"roles": list(wanted)})
 
 
-@key_group.command("set-acts-for")
+@key_group.command("set-acts-for", short_help="Let a key act for its tenant's users, or for none.")
 @_id_argument
 @click.argument("acts_for", metavar="none|tenant", type=click.Choice(ACTS_FOR))
 @takes_call

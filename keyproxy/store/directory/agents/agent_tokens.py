@@ -57,7 +57,8 @@ class AgentTokenStore:
                 parent = MintParent(key_id, None, act_for, is_operator=True)
                 minted = await minter.mint(parent, request, actor=self._context.actor.name)
         except Refusal as refusal:
-            raise _error_of(refusal) from refusal
+            # A bound actor must not learn why a user is unusable: it may be another tenant's.
+            raise _error_of(refusal, names_cause=self._context.tenant_id is None) from refusal
         self._mint.count()
         return minted.to_json()
 
@@ -73,15 +74,16 @@ class AgentTokenStore:
         return await self.get(token_id)
 
 
-def _error_of(refusal: Refusal) -> Exception:
+def _error_of(refusal: Refusal, *, names_cause: bool) -> Exception:
     """The error of the directory for a refused mint."""
     text = (refusal.caller_text or refusal.reason.value.sentence).removesuffix(".")
-    # A quoted member stays as it is.
     text = text[:1].lower() + text[1:]
     if refusal.reason in (Reason.REQUEST_MALFORMED, Reason.BODY_TOO_LARGE):
         return Invalid(text)
     if refusal.reason is Reason.DELEGATION_REFUSED:
-        return DelegationRefused(text)
+        # A refusal of one member names it in its text.
+        has_cause = names_cause and refusal.field is None and refusal.detail
+        return DelegationRefused(f"{text}: {refusal.detail}" if has_cause else text)
     if refusal.reason is Reason.QUOTA_EXHAUSTED:
         return TooManyTokens(text)
     return StoreUnavailable(refusal.detail or text)

@@ -608,34 +608,12 @@ BEGIN
 END
 $$;
 
--- Proxies of the previous release, which may not read the table, call the function below.
+-- Proxies of the previous release, which may not read the table, call it in forget_windows: see 0023_agent_budgets.sql.
 CREATE FUNCTION keyproxy.has_agent_token(wanted text) RETURNS boolean
 LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 BEGIN
     RETURN EXISTS (SELECT FROM keyproxy.agent_tokens AS t WHERE t.id = wanted);
-END
-$$;
-
--- As 0011_bounds.sql has made it, and the windows of tokens that were deleted with their owner while they were in use.
-CREATE OR REPLACE FUNCTION keyproxy.forget_windows(after bigint, portion int, OUT next bigint, OUT gone bigint)
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
-DECLARE
-    seen bigint[] := ARRAY(
-        SELECT w.id FROM keyproxy.windows AS w WHERE w.starts = 0 AND w.id > after ORDER BY w.id LIMIT portion
-    );
-    long_ago float8 := extract(epoch FROM clock_timestamp()) - 86400;
-BEGIN
-    DELETE FROM keyproxy.windows AS w WHERE w.id = ANY (ARRAY(
-        SELECT o.id FROM keyproxy.windows AS o
-        WHERE o.id = ANY (seen) AND o.held = 0 AND o.theoretical < long_ago AND o.wanted_at < long_ago
-          AND (o.measure = 'rate' OR o.measure = 'concurrency' AND o.spent = 0
-               OR o.pool_kind = 'token' AND NOT keyproxy.has_agent_token(o.pool_id))
-          AND NOT EXISTS (SELECT FROM keyproxy.leases AS x WHERE x.window_id = o.id)
-        ORDER BY o.id FOR UPDATE SKIP LOCKED
-    ));
-    GET DIAGNOSTICS gone = ROW_COUNT;
-    next := CASE WHEN cardinality(seen) = portion THEN seen[portion] END;
 END
 $$;
 
