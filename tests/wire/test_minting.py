@@ -358,6 +358,34 @@ async def test_client_that_leaves_before_its_body_was_read_costs_nothing(start: 
     assert (await answer(wire, minting())).status == 201
 
 
+async def test_client_that_leaves_while_the_ledger_is_asked_mints_nothing(start: Start) -> None:
+    wire = await begin(start, Plan(requests_per_day=5))
+    wire.ledger.may_reply.clear()
+    async with wire.client() as client:
+        await client.send(minting())
+        await until(lambda: wire.gateway.is_deciding)
+    await until(lambda: bool(wire.recorder.seen))
+    wire.ledger.may_reply.set()
+    await wire.gateway.all_decided()
+    assert not wire.mint.calls
+    assert settled(wire) == []
+
+
+async def test_mint_is_begun_once_however_many_rounds_its_decision_takes(start: Start) -> None:
+    wire = await begin(start, Plan(requests_per_day=5, concurrency=1))
+    wire.identities.slow.add(fakes.key(1).digest())
+    wire.ledger.may_reply.clear()
+    async with wire.client() as client:
+        await client.send(minting().removesuffix(ASKED))
+        await until(lambda: wire.identities.brought == 1)
+        await client.send(ASKED)
+        await asyncio.sleep(0.05)
+        wire.ledger.may_reply.set()
+        assert (await client.answer()).status == 201
+    assert len(wire.mint.calls) == 1
+    assert settled(wire) == [True]
+
+
 async def test_half_closed_client_gets_its_token(start: Start) -> None:
     wire = await begin(start)
     wire.mint.may_mint.clear()
