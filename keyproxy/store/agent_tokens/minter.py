@@ -25,7 +25,6 @@ from keyproxy.auth.minting import (
     too_many_tokens,
 )
 from keyproxy.model import Moment
-from keyproxy.ports import AgentTokenMint
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.signing.claims import AGENT_TOKEN_TYPE, actor_claim
 from keyproxy.signing.signing_key import SigningKey
@@ -46,8 +45,8 @@ class _Grant:
     expires_wall: int
 
 
-class TokenMinter(AgentTokenMint):
-    """Mints agent tokens in the store."""
+class TokenMinter:
+    """Mints agent tokens in the store. Implements the port AgentTokenMint."""
 
     def __init__(
         self,
