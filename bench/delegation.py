@@ -107,7 +107,7 @@ class _AllGenuine:
     """Accepts every token."""
 
     def verify(self, token: bytes, now: Moment) -> None:
-        """See TokenVerifier."""
+        """Raise no refusal."""
 
 
 def warm_cache(loop: asyncio.AbstractEventLoop) -> IdentityCache:

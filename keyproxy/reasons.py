@@ -149,7 +149,7 @@ class Reason(enum.Enum):
         403,
         Blame.CALLER,
         "Delegation refused",
-        "The credential may not act for this user, or may not mint this token.",
+        "The credential may not act for this user.",
     )
     RATE_LIMITED = ProblemSpec(
         "rate_limited",

@@ -109,7 +109,7 @@ ADMIN_METRICS: Final[tuple[Metric[AdminScrape], ...]] = (
            ("method", "route", "class"), lambda scrape: scrape.traffic.requests, SUM),
     Metric("keyproxy_admin_failed_logins_total", COUNTER, "Requests to the admin API without a valid token.",
            ("code",), lambda scrape: scrape.traffic.failed_logins, SUM),
-    Metric("keyproxy_agent_tokens_minted_total", COUNTER, "Agent tokens minted, by where.",
+    Metric("keyproxy_agent_tokens_minted_total", COUNTER, "Agent tokens minted, by origin.",
            ("via",), lambda scrape: {ADMIN: scrape.minted}, SUM),
     Metric("keyproxy_admin_tokens_expiring", GAUGE,
            "Working tokens of the admin API that expire within this time.",

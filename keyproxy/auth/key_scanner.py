@@ -59,9 +59,8 @@ class Scan(NamedTuple):
 
     `keys`: keys with a correct checksum, under any prefix. `agent_tokens`: agent tokens, whether or not their signatures
     are valid. `admin_tokens`: the number of tokens of the admin API. `incomplete`: the number of truncated keys and agent
-    tokens. `foreign`: words that may be keys of other programs. `presented`: those
-    that are certainly meant as keys, by position or because the text contains nothing else. `digests`: values that may
-    be the SHA-256 of a key.
+    tokens. `foreign`: words that may be keys of other programs. `presented`: those that are certainly meant as keys, by
+    position or because the text contains nothing else. `digests`: values that may be the SHA-256 of a key.
     """
 
     keys: list[SecretKey]

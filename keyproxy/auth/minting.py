@@ -175,8 +175,10 @@ def check_authority(identity: Identity, request: MintRequest, rules: MintRules, 
     if request.scopes is not None:
         if not request.scopes:
             raise refused("The token would have no scopes.", "no scopes", field=_SCOPES)
-        if not identity.scopes.issuperset(request.scopes):
-            raise refused("'scopes' has a scope that the credential lacks.", "scope beyond the parent", field=_SCOPES)
+        for scope in request.scopes:
+            if scope not in identity.scopes:
+                text = f"'scopes' has '{scope}', which the credential lacks."
+                raise refused(text, "scope beyond the parent", field=_SCOPES)
     if request.ttl_seconds is not None and int(now.wall_seconds) + request.ttl_seconds > identity.expires_wall_seconds:
         raise refused("The token would outlive the credential.", "expiry beyond the parent", field=_TTL_SECONDS)
     if parent is None:
@@ -302,7 +304,8 @@ def _integer(content: dict[str, Any], name: str, least: int, most: int) -> int |
         return None
     # True is an int in Python, and 1.0 a number in JSON: neither is an integer here.
     if type(value) is not int or not least <= value <= most:
-        raise malformed(name, f"must be an integer of at least {least} and at most {most}")
+        given = f", not {value}" if type(value) is int else ""
+        raise malformed(name, f"must be an integer of at least {least} and at most {most}{given}")
     return value
 
 
@@ -310,7 +313,7 @@ def _audience(value: object, rules: MintRules) -> str:
     if value is None:
         return rules.audiences[0]
     if not isinstance(value, str) or value not in rules.audiences:
-        raise malformed(_AUDIENCE, "must be one of the configured audiences")
+        raise malformed(_AUDIENCE, f"must be one of the configured audiences: {', '.join(rules.audiences)}")
     return value
 
 

@@ -320,7 +320,7 @@ class LeaseTable:
             free = lease.free if is_valid else -1
             if least > lease.quota:
                 if lease.window.measure in BUDGETS:
-                    # Nothing distinguishes a budget that is too small from one that is spent: a new one never begins.
+                    # A budget that is too small is refused as a spent one: its window never begins again.
                     raise refusals.refusal(lease, least, now_mono, bundle.leases)
                 if lease.is_fresh(now_mono):
                     raise refusals.never_fits(lease, least, now_mono, bundle.leases)

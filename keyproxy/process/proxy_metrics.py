@@ -228,7 +228,7 @@ PROXY_METRICS: Final[tuple[Metric[Scrape], ...]] = (
     Metric("keyproxy_delegation_refusals_total", COUNTER,
            "Requests refused because a credential may not act for a user, or may not mint an agent token.",
            ("kind",), lambda scrape: scrape.recorder.delegation.refusals, SUM),
-    Metric("keyproxy_agent_tokens_minted_total", COUNTER, "Agent tokens minted, by where.",
+    Metric("keyproxy_agent_tokens_minted_total", COUNTER, "Agent tokens minted, by origin.",
            ("via",), lambda scrape: scrape.recorder.delegation.minted, SUM),
     Metric("keyproxy_owned_id_lookups_total", COUNTER, "Lookups of ids that a tenant may own.",
            ("result",), lambda scrape: scrape.store.owned_ids.counts.by_name(), SUM),

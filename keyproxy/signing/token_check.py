@@ -53,55 +53,55 @@ class SignedToken(NamedTuple):
     def parse(cls, token: bytes) -> SignedToken:
         """Split a token. Raises a Refusal for any other form than that of our tokens."""
         if len(token) > _BYTES_MAX:
-            raise _invalid("it is too long")
+            raise _invalid("too long")
         parts = token.split(b".")
         if len(parts) != 3:
-            raise _invalid("it has no three parts")
+            raise _invalid("not three parts")
         header = _HEADER.fullmatch(_decoded(parts[0]))
         if header is None:
-            raise _invalid("it has another header")
+            raise _invalid("not the header of an agent token")
         signature = _decoded(parts[2])
         if len(signature) != _SIGNATURE_BYTES:
-            raise _invalid("its signature has another length")
+            raise _invalid("a signature of the wrong length")
         return cls(header[1].decode("ascii"), parts[0] + b"." + parts[1], signature, _decoded(parts[1]))
 
     def check(self, key: VerifyingKey, rules: AcceptedTokens, now_wall: float) -> None:
         """Raises a Refusal if the signature or a claim is invalid, or a genuine token has expired."""
         if not key.verifies(self.message, self.signature):
-            raise _invalid("its signature is invalid")
+            raise _invalid("invalid signature")
         claims = _claims(self.payload)
-        # `aud` is one string here: a list that contains the audience is another token than ours.
+        # `aud` is one string here: a list that contains the audience is not a token of ours.
         if claims.get("iss") != rules.issuer or claims.get("aud") != rules.audience:
-            raise _invalid("its issuer or audience is another one")
+            raise _invalid("wrong issuer or audience")
         issued, expires = _time(claims.get("iat")), _time(claims.get("exp"))
         if issued > now_wall + SKEW_SECONDS:
-            raise _invalid("it was issued in the future")
+            raise _invalid("issued in the future")
         # Without skew, as the expiry of every key: the row would be refused for the same reason.
         if now_wall >= expires:
-            raise Refusal(Reason.KEY_EXPIRED, "agent token: it has expired")
+            raise Refusal(Reason.KEY_EXPIRED, "agent token: expired")
         if now_wall >= key.ends_wall_seconds:
-            raise _invalid("its key has ended")
+            raise _invalid("signed with a key that has ended")
 
 
 def _claims(payload: bytes) -> dict[str, Any]:
     try:
         claims = json.loads(payload.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError):
-        raise _invalid("its payload is invalid") from None
+        raise _invalid("invalid payload") from None
     if not isinstance(claims, dict):
-        raise _invalid("its payload is no object")
+        raise _invalid("the payload is not an object")
     return claims
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
-        raise ValueError("a member occurs twice")
+        raise ValueError("duplicate member")
     return members
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _time(value: object) -> float:

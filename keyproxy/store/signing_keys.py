@@ -237,4 +237,4 @@ def _verifying_key(row: Row) -> VerifyingKey | None:
 
 
 def _unknown_key() -> Refusal:
-    return Refusal(Reason.KEY_INVALID, "agent token: its key is unknown")
+    return Refusal(Reason.KEY_INVALID, "agent token: signed with an unknown key")

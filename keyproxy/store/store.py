@@ -56,7 +56,7 @@ class Store:
         self.claims = Claims(PostgresClaims(self._ledger_database, repeats_max=repeats_max), self.ledger, ledger, now)
         # Another one, so that neither waits for a batch of usage.
         self._usage_database = Database(dsn, pool_size_max=1, statement_timeout_seconds=seconds, main=self.database)
-        # Another one, because a mint may wait for a lock. Without mints it has no connection.
+        # Another one, because a mint may wait for a lock. Its connections are made at the first mint.
         self.minting_database = Database(dsn, pool_size_max=2, statement_timeout_seconds=seconds, main=self.database)
         self.agent_tokens = AgentTokenCleanup(self._usage_database)
         state = FeedState()

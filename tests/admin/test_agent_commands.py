@@ -118,8 +118,8 @@ async def test_a_token_is_minted_with_all_options(run: Run, key: str, by: str) -
         (("--request-budget", "1000000000000001"), 2, "--request-budget"),
         (("--ttl", "901s"), 1, "ttl_seconds"),
         (("--ttl", "16m"), 1, "ttl_seconds"),
-        (("--audience", "another"), 1, "audience"),
-        (("--scope", "data:write"), 1, "'scopes' has a scope that the credential or the agent lacks"),
+        (("--audience", "another"), 1, "'audience' must be one of the configured audiences: keyproxy"),
+        (("--scope", "data:write"), 1, "'scopes' has 'data:write', which the credential or the agent lacks"),
         (("--key", "key_x"), 1, "there is no key 'key_x'"),
         (("--act-for", "nobody"), 1, "the user or the token does not exist"),
     ],
@@ -132,6 +132,27 @@ async def test_a_refused_mint_prints_one_line_and_leaves_no_row(
     assert reason in " ".join(refused.err.split())
     assert status == 2 or refused.err.count("\n") == 1
     assert await sql.fetchval("SELECT count(*) FROM keyproxy.agents") == 0
+
+
+@BY
+async def test_a_refused_role_has_its_cause(run: Run, key: str, by: str) -> None:
+    mint = ("agent", "token", "--key", key, "--agent", "crawler", "--role")
+    unknown = await run(*mint, "nope", by=by)
+    assert (unknown.status, unknown.err) == (
+        1, "keyproxy: 'role' grants no scope that the credential may grant: there is no such role\n",
+    )  # fmt: skip
+    await run("role", "set", "premium", "--scope", "model:premium")
+    beyond = await run(*mint, "premium", by=by)
+    assert (beyond.status, beyond.err.partition(": the credential or the agent has ")[2]) == (1, "none of its scopes\n")
+
+
+@BY
+async def test_a_malformed_id_of_a_token_is_named_with_the_form_of_ids(run: Run, by: str) -> None:
+    refused = await run("agent", "revoke", "agt_nope", by=by)
+    assert refused.status == 2
+    assert "'agt_nope' is not the id of a token, which is agt_ and 22 letters and digits" in " ".join(
+        refused.err.split()
+    )
 
 
 async def test_the_key_of_a_command_ends_with_the_token_that_it_signed(run: Run, key: str, sql: Sql) -> None:

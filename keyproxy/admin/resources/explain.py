@@ -95,11 +95,11 @@ class ChainLink(ResponseModel):
 class Explained(ResponseModel):
     """Whether the request would be accepted. Nothing was charged or sent.
 
-    Of a body on a route that counts tokens: the `model`, the `input` and `output` that it reserves, the `cap` that is
+    For a body on a route that counts tokens: the `model`, the `input` and `output` that it reserves, the `cap` that is
     inserted, and the `price` of the reservation in micro-units.
     """
 
-    key: Annotated[str, Field(description="The key; of an agent token, the one that it was cut from.")]
+    key: Annotated[str, Field(description="The key; for an agent token, the one that it was cut from.")]
     user: Annotated[str, Field(description="The user that the request concerns.")]
     tenant: str
     mode: Literal["live", "test"]

@@ -19,7 +19,7 @@ _CUT_SECONDS: Final = 3.0
 
 
 async def cut_keys(store: SigningKeyCache, ends: Mapping[str, float]) -> None:
-    """Let keys end at these times, by `kid`. If that fails, they end when they would have."""
+    """Let keys end at these times, by `kid`. If that fails, they keep their planned end."""
     try:
         async with asyncio.timeout(_CUT_SECONDS):
             for kid, wall_seconds in ends.items():

@@ -48,7 +48,7 @@ class _RingKey:
 
 
 class SigningKeyRing:
-    """The signing keys of this process, see the module. `usable` is what signs."""
+    """The signing keys of this process: see the module. `usable` returns the one that signs."""
 
     def __init__(
         self, keys: Sequence[SigningKey], store: SigningKeyCache, now: Callable[[], Moment] = clock.now

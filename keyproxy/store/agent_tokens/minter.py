@@ -30,7 +30,7 @@ from keyproxy.signing.claims import AGENT_TOKEN_TYPE, actor_claim
 from keyproxy.signing.signing_key import SigningKey
 from keyproxy.store.postgres.database import Row, StatementRunner, StoreConflict, StoreUnavailable
 
-#: How many requests may mint at once, those included that wait for a connection.
+#: How many requests may mint at once, including those that wait for a connection.
 _MINTING_MAX: Final = 200
 
 
@@ -64,7 +64,7 @@ class TokenMinter:
         self._minting = 0
 
     async def mint(self, parent: MintParent, request: MintRequest, *, actor: str) -> MintedToken:
-        """See the port. Of an operator's mint, `actor` is only used if the transaction has no actor."""
+        """See the port. For an operator's mint, `actor` is used only if the transaction has no actor."""
         if self._minting >= _MINTING_MAX:
             raise Refusal(Reason.OVERLOADED, f"{_MINTING_MAX} agent tokens are being minted")
         self._minting += 1
@@ -144,14 +144,15 @@ def _scopes(request: MintRequest, authority: Row) -> tuple[str, ...]:
     if request.scopes is not None:
         if not request.scopes:
             raise refused("The token would have no scopes.", "no scopes", field="scopes")
-        if not grantable.issuperset(request.scopes):
-            text = "'scopes' has a scope that the credential or the agent lacks."
-            raise refused(text, "scope beyond the parent", field="scopes")
+        for scope in request.scopes:
+            if scope not in grantable:
+                text = f"'scopes' has '{scope}', which the credential or the agent lacks."
+                raise refused(text, "scope beyond the parent", field="scopes")
         return request.scopes
     of_role: list[str] | None = authority["role_scopes"]
     scopes = tuple(sorted(grantable.intersection(of_role or ())))
     if not scopes:
-        detail = "unknown role" if of_role is None else "the parent has none of the role's scopes"
+        detail = "there is no such role" if of_role is None else "the credential or the agent has none of its scopes"
         raise refused("'role' grants no scope that the credential may grant.", detail, field="role")
     return scopes
 

@@ -119,7 +119,7 @@ class LeakedKeys:
     async def find(self, text: bytes) -> Entity:
         """`keys`: the keys in a text; if it has none, the keys with this id, hint or name. Changes nothing.
 
-        Of an agent token in the text, it is the key that the token was cut from. A part of a key is sufficient if it
+        For an agent token in the text, the key that the token was cut from. A part of a key is sufficient if it
         includes what the hint includes. Raises Invalid if the text is too long.
         """
         matches = await self._matched(await self._scan(text))

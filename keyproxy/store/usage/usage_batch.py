@@ -16,7 +16,7 @@ _ALIKE_MAX: Final = 64
 #: Identities whose groups are cached per batch; the cache is cleared when it is full.
 _CACHED_MAX: Final = 10_000
 
-#: The place of the actor in the common part of an event: behind what belongs to models.
+#: The place of the actor in the common part of an event: after the fields about models.
 _ACTOR_PLACE: Final = 14
 
 _EPOCH_ORDINAL: Final = date(1970, 1, 1).toordinal()
@@ -51,7 +51,7 @@ class UsageGroup:
         self.requests = self.refusals = self.tokens_in = self.tokens_out = self.estimated = 0
         self.cached = self.cache_write = self.reasoning = self.cost_micros = 0
         #: The part of an event that is the same for requests that are alike, by method, status, code, policy, and whether
-        #: tokens follow: then its tail is missing.
+        #: the fields about tokens follow: then the tail is not included.
         self.alike: dict[tuple[bytes, int, str, str, bool], bytes] = {}
         #: The end of that part: the actor, the agent and the token, if there are any, and the closing bracket.
         self.tail = _tail(identity)

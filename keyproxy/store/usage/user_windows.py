@@ -26,7 +26,7 @@ async def windows_of_user(
 ) -> list[dict[str, Any]]:
     """The current state of the limits of a user, its tenant, its agents and their live tokens.
 
-    Of tokens, those that expire last: `_TOKENS_SHOWN_MAX`. Raises NotFound, Invalid, StoreUnavailable.
+    At most `_TOKENS_SHOWN_MAX` tokens, those that expire last. Raises NotFound, Invalid, StoreUnavailable.
     """
     rows = await database.fetch("limits_of_user", user_id, is_test)
     if not rows:

@@ -19,7 +19,7 @@ class RequestIds:
         """The id of the request with this head; None: of bytes that are no request."""
         sent = head.request_id if head is not None else None
         if head is not None and sent is not None and headers.sane_request_id(sent):
-            # A key in this field would be logged and echoed. Of a token the signature is secret: ids make up the rest.
+            # A key in this field would be logged and echoed. Only the signature of a token is secret: the rest is ids.
             keys = (token for field in head.credentials for token in field.value.split()[-1:])
             if not key_format.is_within(sent) and not any((signature_of(key) or key) in sent for key in keys):
                 return sent

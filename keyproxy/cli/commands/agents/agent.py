@@ -22,7 +22,9 @@ def agent_name(_context: click.Context, _parameter: click.Parameter, value: str)
 
 
 _agent_argument = click.argument("agent", metavar="AGENT", callback=agent_name)
-_user_option = click.option("--user", "user_id", required=True, metavar="USER", help="The user that it works for.")
+_user_option = click.option(
+    "--user", "user_id", required=True, metavar="USER", help="The user that the agent works for."
+)
 
 
 @click.group("agent")

@@ -107,7 +107,8 @@ def agent_revoke(call: Call, subject: str, user_id: str | None, reason: str, *, 
     if user_id is None:
         if TOKEN_ID.fullmatch(subject) is None:
             raise click.UsageError(
-                f"{subject!r} is not the id of a token (agt_…): for all tokens of an agent pass --user"
+                f"{subject!r} is not the id of a token, which is agt_ and 22 letters and digits; to revoke all tokens of"
+                " an agent, pass --user"
             )
         revoked = call.run(lambda directory: directory.agent_tokens.revoke(subject, reason))
     else:

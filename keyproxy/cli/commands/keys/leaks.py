@@ -27,11 +27,12 @@ _STDIN: Final = "-"
 def key_report_leaked(call: Call, source: str | None, digest: str | None, reason: str) -> None:
     """Revoke every key and agent token in a leaked text, and list their owners.
 
-    Of an agent token, the key that it was cut from is shown and keeps working: tokens live for at most 15 minutes.
+    For an agent token, the output also has the key that it was cut from, which keeps working: its tokens live for at most
+    15 minutes.
 
     Reads the text from stdin as found: headers, logs, scripts, JSON, URLs, keys wrapped over lines; or the 64 hexadecimal
-    digits of a key's SHA-256. The argument - is stdin, as in other commands. Status 1 if the
-    text contains no key of this database, with the reason: no key at all, an incomplete one, or an unknown one.
+    digits of a key's SHA-256. The argument - is stdin, as in other commands. Status 1 if the text contains no key of this
+    database, and no token of it, with the reason: none at all, an incomplete one, or an unknown one.
 
     \b
     keyproxy key report-leaked --reason "public repository" < found.txt
@@ -60,7 +61,8 @@ def key_whose(call: Call, text: str) -> None:
     """Show the owner of a key. Changes nothing. TEXT is a key, its hint, its id or its name; - is stdin.
 
     Pass a key on stdin: an argument is visible to other users of the machine. The first part of a key is sufficient if it
-    includes as much as the hint does. Status 1 if there is no such key.
+    includes as much as the hint does. For an agent token, the key that it was cut from is shown. Status 1 if there is no
+    such key.
 
     \b
     keyproxy key whose - < found.txt

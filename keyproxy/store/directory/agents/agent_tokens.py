@@ -81,8 +81,8 @@ def _error_of(refusal: Refusal, *, names_cause: bool) -> Exception:
     if refusal.reason in (Reason.REQUEST_MALFORMED, Reason.BODY_TOO_LARGE):
         return Invalid(text)
     if refusal.reason is Reason.DELEGATION_REFUSED:
-        # A refusal of one member names it in its text.
-        has_cause = names_cause and refusal.field is None and refusal.detail
+        # Of the refusals for one member, only that for a role leaves the cause open.
+        has_cause = names_cause and refusal.field in (None, "role") and refusal.detail
         return DelegationRefused(f"{text}: {refusal.detail}" if has_cause else text)
     if refusal.reason is Reason.QUOTA_EXHAUSTED:
         return TooManyTokens(text)
