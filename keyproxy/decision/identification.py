@@ -7,7 +7,7 @@ from keyproxy.auth.api_key import KeyFormat
 from keyproxy.http_messages import RequestHead
 from keyproxy.model import Identity, Missing, Moment
 from keyproxy.ports import Exchange, Identities
-from keyproxy.reasons import Refusal
+from keyproxy.reasons import Reason, Refusal
 
 
 def identify(
@@ -38,7 +38,17 @@ def identify(
 
 
 def reviewed(exchange: Exchange, identities: Identities, now: Moment) -> Identity | None:
-    """The identity of an exchange in flight as it is now; None if it has none. Raises Missing or a Refusal."""
-    if exchange.digest is None or exchange.identity is None or exchange.is_over:
+    """The identity of an exchange in flight as it is now; None if it has none. Raises Missing or a Refusal.
+
+    A credential that has come to stand for another tenant or user is good for new requests only: the upstream serves this
+    one to those that it began with.
+    """
+    before = exchange.identity
+    if exchange.digest is None or before is None or exchange.is_over:
         return None
-    return identities.reviewed(exchange.digest, exchange.identity, now)
+    identity = identities.reviewed(exchange.digest, before, now)
+    is_same = identity.owner == before.owner and identity.actor_user_id == before.actor_user_id
+    # One that may not act any more, or does not work at all, is refused for that.
+    if not is_same and identity.standing is None:
+        raise Refusal(Reason.KEY_INVALID, "the credential stands for another user or tenant than at the beginning")
+    return identity

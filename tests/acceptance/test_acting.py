@@ -254,3 +254,40 @@ async def test_open_stream_of_an_acting_key_ends_within_two_seconds_of_a_change(
                     return b"200 OK" in await client.reader.readline()
 
             await until(acts, f"the key acts after {reverse}", seconds=5.0)
+
+
+#: Changes after which the key still works, and acts, but for another user or tenant than before.
+MOVES = [
+    "UPDATE keyproxy.users SET tenant_id = 'globex' WHERE id IN ('u_service', 'u_42')",
+    "UPDATE keyproxy.tenants SET id = 'acme2' WHERE id = 'acme'",
+    "UPDATE keyproxy.users SET id = 'u_renamed' WHERE id = 'u_service'",
+    "UPDATE keyproxy.api_keys SET user_id = 'u_limited'",
+    "UPDATE keyproxy.api_keys SET is_test = true",
+]
+
+
+@pytest.mark.parametrize("move", MOVES)
+async def test_open_stream_ends_when_its_credential_comes_to_stand_for_another_user_or_tenant(
+    configure: Configure, dsn: str, sql: Sql, move: str
+) -> None:
+    site = configure(dsn, routes=ROUTES, cache={"fresh_seconds": 300})
+    secret = await issue(site, sql, "u_service")
+    await sql.execute(_SETUP)
+    await sql.execute("UPDATE keyproxy.users SET plan_id = NULL")
+    site.upstream.answering = stream
+    head = f"POST /v1/ai/jobs HTTP/1.1\r\nHost: p\r\nX-Api-Key: {secret}\r\nContent-Length: 2\r\n"
+    heads = [f"{head}{act_for}\r\n{{}}".encode() for act_for in ("", "X-Keyproxy-Act-For: u_42\r\n")]
+    async with site.serving():
+        async with site.client() as plain, site.client() as acting:
+            for client, sent in zip((plain, acting), heads, strict=True):
+                await client.send(sent)
+                async with asyncio.timeout(5):
+                    await client.reader.readuntil(b"data: 1")
+            await sql.execute(move)
+            changed = time.monotonic()
+            await asyncio.gather(*(client.ends(seconds=REVOKED_SECONDS) for client in (plain, acting)))
+            assert time.monotonic() - changed < REVOKED_SECONDS
+        for sent in heads:
+            async with site.client() as client:
+                await client.send(sent)
+                assert b"200 OK" in await client.reader.readline(), "a new request concerns the new user"
