@@ -21,7 +21,7 @@ from keyproxy.reasons import Reason, Refusal
 from keyproxy.signing.signing_key import SigningKey, VerifyingKey
 from keyproxy.signing.token_check import AcceptedTokens, SignedToken
 from keyproxy.store.background import BackgroundTask
-from keyproxy.store.postgres.database import Row, StatementRunner, StoreConflict, StoreUnavailable
+from keyproxy.store.postgres.database import StatementRunner, StoreConflict, StoreUnavailable
 
 _log = logging.getLogger(__name__)
 
@@ -50,8 +50,12 @@ class SigningKeyCache:
         self._database = database
         self._now = now
         self._keys: dict[str, VerifyingKey] = {}
+        #: The rows that were read last: building a key again costs more than reading it.
+        self._rows: dict[str, tuple[str, VerifyingKey | None]] = {}
         #: When the last reading began, in monotonic seconds; None: there was none that succeeded.
         self._read_mono: float | None = None
+        #: When the last reading has failed; None: it has not.
+        self._failed_mono: float | None = None
         self._began_mono = 0.0
         self._due_mono: float | None = 0.0
         self._wake = asyncio.Event()
@@ -128,18 +132,28 @@ class SigningKeyCache:
     async def current_jwks(self) -> bytes:
         """The live keys as a JSON Web Key Set, at most half a second old unless the store is down.
 
-        Raises a Refusal if the keys were never read.
+        While readings fail, one request at a time waits for the next; the others get what was read last. Raises a Refusal
+        if the keys were never read.
         """
-        before = self._read_mono
-        if before is None or self._now().mono_seconds - before >= _SERVED_SECONDS:
+        before = self._read_mono, self._failed_mono
+        if self._is_set_due():
             async with self._reading:
                 # Another request may have waited for the same reading.
-                if self._read_mono == before:
+                if before == (self._read_mono, self._failed_mono):
                     with contextlib.suppress(StoreUnavailable, StoreConflict):
                         await self._read()
         if self._read_mono is None:
             raise Refusal(Reason.STORE_UNAVAILABLE, "the signing keys are not read yet")
         return self.jwks()
+
+    def _is_set_due(self) -> bool:
+        """Whether a request for the key set has to wait for a reading."""
+        if self._read_mono is None:
+            return True
+        if self._failed_mono is not None and self._reading.locked():
+            return False
+        last = self._read_mono if self._failed_mono is None else self._failed_mono
+        return self._now().mono_seconds - last >= _SERVED_SECONDS
 
     async def publish(self, key: SigningKey) -> None:
         """Store the public half, if it is not stored yet. Raises StoreUnavailable or StoreConflict."""
@@ -172,10 +186,21 @@ class SigningKeyCache:
 
     async def _read(self) -> None:
         began = self._began_mono = self._now().mono_seconds
-        rows = await self._database.fetch("signing_keys", _KEYS_MAX)
-        keys = [key for row in rows if (key := _verifying_key(row)) is not None]
-        self._keys = {key.kid: key for key in keys}
-        self._read_mono = began
+        try:
+            rows = await self._database.fetch("signing_keys", _KEYS_MAX)
+        except (StoreUnavailable, StoreConflict):
+            self._failed_mono = self._now().mono_seconds
+            raise
+        before, self._rows, self._keys = self._rows, {}, {}
+        for row in rows:
+            kid, text = row["kid"], row["jwk"]
+            known = before.get(kid)
+            key = known[1] if known is not None and known[0] == text else _verifying_key(kid, text)
+            self._rows[kid] = text, key
+            if key is not None:
+                key.ends_wall_seconds = row["ends_wall_seconds"]
+                self._keys[kid] = key
+        self._read_mono, self._failed_mono = began, None
         self._absent.clear()
 
     def _read_at(self, mono: float) -> None:
@@ -228,11 +253,11 @@ def _resolve(waiting: list[asyncio.Future[None]], error: Exception | None) -> No
             future.set_exception(Refusal(Reason.STORE_UNAVAILABLE, f"the signing keys cannot be read: {error}"))
 
 
-def _verifying_key(row: Row) -> VerifyingKey | None:
+def _verifying_key(kid: str, jwk: str) -> VerifyingKey | None:
     try:
-        return VerifyingKey(json.loads(row["jwk"]), kid=row["kid"], ends_wall=row["ends_wall_seconds"])
+        return VerifyingKey(json.loads(jwk), kid=kid, ends_wall=0.0)
     except ValueError as error:
-        _log.error("signing key %s is ignored: %s", row["kid"], error)
+        _log.error("signing key %s is ignored: %s", kid, error)
         return None
 
 

@@ -185,6 +185,57 @@ async def test_the_key_set_is_current_without_a_feed_and_read_at_most_twice_per_
     assert rig.door.queries["signing_keys"] - before <= 4
 
 
+async def test_requests_for_the_key_set_do_not_queue_while_the_store_hangs(make_rig: MakeRig) -> None:
+    rig = await make_rig(now=clock.now)
+    cache, key = rig.signing_keys, SigningKey.make(time.time())
+    await publish_elsewhere(rig, key)
+    await cache.read()
+    await asyncio.sleep(0.6)  # what was read is too old to be served without another reading
+
+    async def give_up() -> None:
+        await asyncio.sleep(1.0)
+        raise StoreUnavailable("timeout")
+
+    rig.door.before["signing_keys"] = give_up
+    before, began = rig.door.queries["signing_keys"], time.monotonic()
+    for _ in range(2):
+        sets = await asyncio.gather(*(cache.current_jwks() for _ in range(10)))
+        assert [json.loads(content)["keys"] for content in sets] == [[key.public_jwk()]] * 10
+    assert rig.door.queries["signing_keys"] - before == 1
+    assert time.monotonic() - began < 3.0
+    await asyncio.sleep(0.6)
+    waiting = asyncio.create_task(cache.current_jwks())
+    await asyncio.sleep(0.05)
+    began = time.monotonic()
+    assert json.loads(await cache.current_jwks())["keys"] == [key.public_jwk()]
+    assert time.monotonic() - began < 0.5
+    await waiting
+    assert rig.door.queries["signing_keys"] - before == 2
+
+
+async def test_a_reading_builds_only_keys_that_are_new(
+    live_rig: Rig, caplog: pytest.LogCaptureFixture, sql: Sql
+) -> None:
+    key, cache = SigningKey.make(time.time()), live_rig.signing_keys
+    await publish_elsewhere(live_rig, key)
+    await sql.execute(
+        "INSERT INTO keyproxy.signing_keys VALUES (repeat('0', 43), '{}', now(), now() + interval '1 day')"
+    )
+    await cache.read()
+    (first,) = cache.live()
+    caplog.clear()
+    await sql.execute("UPDATE keyproxy.signing_keys SET ends_at = to_timestamp($1)", time.time() + 5)
+    await cache.read()
+    (again,) = cache.live()
+    assert again is first
+    assert again.ends_wall_seconds < time.time() + 6
+    assert not caplog.records
+    other = SigningKey.make(time.time())
+    await sql.execute("UPDATE keyproxy.signing_keys SET jwk = $1::text::jsonb", json.dumps(other.public_jwk()))
+    await cache.read()
+    assert await verified(cache, token(key)) is Reason.KEY_INVALID
+
+
 async def test_a_row_that_is_no_key_is_left_out_and_does_not_hide_the_others(live_rig: Rig, sql: Sql) -> None:
     key = SigningKey.make(time.time())
     await live_rig.signing_keys.publish(key)
