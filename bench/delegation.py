@@ -25,7 +25,7 @@ import uvloop
 
 from bench.cache import digest, fill
 from bench.load import rss_mib
-from bench.phases import FORMAT, Bench, timed
+from bench.phases import FORMAT, WINDOWS_AND_TOKENS, Bench, grant, timed
 from bench.site import machine
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.config import schema
@@ -45,6 +45,11 @@ from keyproxy.store.identities.unknown_credentials import TokenVerifier
 from keyproxy.store.postgres import migrations
 from keyproxy.store.postgres.database import Database
 from keyproxy.store.store import Store
+
+#: Kinds of requests, and the route that counts tokens.
+_PLAIN: Final = "plain key"
+_WITH_BUDGETS: Final = "agent token, two budgets"
+_COUNTED: Final = ", tokens counted"
 
 _USERS: Final = 1_000
 _BATCH: Final = 1_000
@@ -68,12 +73,16 @@ def agent_token(number: int, key: SigningKey = SIGNING_KEY) -> SecretKey:
 
 TOKEN: Final = agent_token(0)
 
+#: A token with a budget of requests and one of tokens.
+BUDGETED: Final = agent_token(1)
+_BUDGET: Final = 10**9
+
 #: Keys of as many users.
 KEYS: Final = [FORMAT.make(number.to_bytes(32, "big"), is_test=False) for number in range(1, _USERS + 1)]
 
 
 class _Rows:
-    """A database with a key that acts for every user, further keys, and an agent token. None has limits."""
+    """A database with a key that acts for every user, further keys, and two agent tokens. Only one of them has limits."""
 
     is_down = False
 
@@ -91,16 +100,22 @@ class _Rows:
             pairs = zip(*arguments, strict=True)
             return [row | {"digest": pair[0], "acting_for": pair[1]} for pair in pairs]
         if name == "agent_token_identities":
-            step = {
-                "token": "agt_0", "agent": "crawler", "scopes": ["jobs:write"], "ceiling": None, "limits": None,
-                "token_budget": None, "request_budget": None,
-            }  # fmt: skip
-            token = {"token_id": "agt_0", "actor_user_id": None, "depth": 0, "is_intact": True,
-                     "user_id": "u_42", "owner_id": "u_42", "chain": json.dumps([step]),
-                     "expires_wall_seconds": time.time() + 86_400.0}  # fmt: skip
-            return [row | token | {"digest": one} for one in arguments[0]]
+            return [row | _token_row(one) for one in arguments[0]]
         owners = [(one, self._owners.get(one, "u_worker")) for one in arguments[0]]
         return [row | {"digest": one, "key_id": f"key_of_{owner}", "user_id": owner} for one, owner in owners]
+
+
+def _token_row(digest: KeyDigest) -> dict[str, object]:
+    budget = _BUDGET if digest == BUDGETED.digest() else None
+    step = {
+        "token": "agt_0", "agent": "crawler", "scopes": ["jobs:write"], "ceiling": None, "limits": None,
+        "token_budget": budget, "request_budget": budget,
+    }  # fmt: skip
+    return {
+        "digest": digest, "token_id": "agt_0", "actor_user_id": None, "depth": 0, "is_intact": True,
+        "user_id": "u_42", "owner_id": "u_42", "chain": json.dumps([step]),
+        "expires_wall_seconds": time.time() + 86_400.0,
+    }  # fmt: skip
 
 
 class _AllGenuine:
@@ -128,10 +143,11 @@ def warm_cache(loop: asyncio.AbstractEventLoop) -> IdentityCache:
         _fetch(loop, partial(cache.known, key.digest(), clock.now()))
     for number in range(_USERS):
         _fetch(loop, partial(cache.acting, SECRET.digest(), f"u_{number}", clock.now()))
-    try:
-        cache.known(TOKEN.digest(), clock.now())
-    except Missing as missing:
-        loop.run_until_complete(cache.fetching(TOKEN, missing).fetch_missing(TimeBudget()))
+    for token in (TOKEN, BUDGETED):
+        try:
+            cache.known(token.digest(), clock.now())
+        except Missing as missing:
+            loop.run_until_complete(cache.fetching(token, missing).fetch_missing(TimeBudget()))
     return cache
 
 
@@ -144,7 +160,7 @@ def _fetch(loop: asyncio.AbstractEventLoop, look_up: Callable[[], object]) -> No
 
 def request(credential: bytes, act_for: bytes = b"", number: int = 0) -> bytes:
     """A request of an instrumented worker: each differs from the others."""
-    body = b'{"job_id": "7", "payload": {"text": "%b"}}' % (b"x" * 50)
+    body = b'{"max_tokens": 16, "payload": {"text": "%b"}}' % (b"x" * 50)
     return (
         b"POST /v1/ai/jobs HTTP/1.1\r\nHost: 127.0.0.1:8080\r\nAuthorization: %b\r\n%b"
         b"Content-Type: application/json\r\nUser-Agent: python-requests/2.32\r\nAccept: */*\r\n"
@@ -154,18 +170,20 @@ def request(credential: bytes, act_for: bytes = b"", number: int = 0) -> bytes:
 
 def requests() -> dict[str, list[bytes]]:
     """The kinds of requests, 1,000 of each."""
-    key, token = b"Api-Key " + SECRET.reveal(), b"Bearer " + TOKEN.reveal()
+    key = b"Api-Key " + SECRET.reveal()
+    token, budgeted = b"Bearer " + TOKEN.reveal(), b"Bearer " + BUDGETED.reveal()
     return {
-        "plain key": [request(key, number=number) for number in range(_USERS)],
+        _PLAIN: [request(key, number=number) for number in range(_USERS)],
         "1,000 plain keys": [request(b"Api-Key " + one.reveal(), number=number) for number, one in enumerate(KEYS)],
         "acting for one user": [request(key, b"u_1", number) for number in range(_USERS)],
         "acting for 1,000 users": [request(key, b"u_%d" % number, number) for number in range(_USERS)],
         "agent token": [request(token, number=number) for number in range(_USERS)],
+        _WITH_BUDGETS: [request(budgeted, number=number) for number in range(_USERS)],
     }
 
 
 def costs_of_requests(loop: asyncio.AbstractEventLoop, null: int, rounds: int) -> None:
-    """Print the table of whole requests, without and with an assertion."""
+    """Print the table of whole requests: without and with an assertion, and on a route that counts tokens."""
     signer = AssertionSigner(
         1, AccessSettings(assertion=True, assertion_ttl_seconds=300), header_prefix="X-Keyproxy-",
         key=lambda _now: SIGNING_KEY, now=clock.now, count=SignatureCount(),
@@ -173,21 +191,28 @@ def costs_of_requests(loop: asyncio.AbstractEventLoop, null: int, rounds: int) -
     cache = warm_cache(loop)
     plain = Bench(loop, null, identities=cache)
     signed = Bench(loop, null, identities=cache, assertions=signer)
+    counted = Bench(loop, null, WINDOWS_AND_TOKENS, identities=cache)
+    budgets = cache.known(BUDGETED.digest(), clock.now()).allowance
+    assert budgets is not None
     freeze_garbage()  # as a worker does
-    calls: dict[str, Callable[[], object]] = {}
-    for kind, raws in requests().items():
-        for bench, suffix in ((plain, ""), (signed, ", assertion")):
-            calls[kind + suffix] = partial(_one, bench, itertools.cycle(raws).__next__)
-    taken = timed(calls, plain, signed, rounds=rounds)
-    print("\na request without limits              µs    added")
+    kinds = requests()
+    benches = {"": plain, ", assertion": signed}
+    calls = {kind + suffix: _one(bench, raws) for kind, raws in kinds.items() for suffix, bench in benches.items()}
+    calls |= {kind + _COUNTED: _one(counted, kinds[kind]) for kind in (_PLAIN, _WITH_BUDGETS)}
+    for bench in (plain, signed, counted):
+        grant(bench.ledger.conversation, budgets)
+    taken = timed(calls, plain, signed, counted, rounds=rounds)
+    print("\na request                                   µs    added")
     for name, cost in taken.items():
-        print(f"  {name:<34} {cost:7.2f} {cost - taken['plain key']:8.2f}")
-    for bench in (plain, signed):
+        base = taken[_PLAIN + _COUNTED] if name.endswith(_COUNTED) else taken[_PLAIN]
+        print(f"  {name:<40} {cost:7.2f} {cost - base:8.2f}")
+    for bench in (plain, signed, counted):
         bench.close()
 
 
-def _one(bench: Bench, following: Callable[[], bytes]) -> None:
-    bench.whole(following())
+def _one(bench: Bench, raws: Sequence[bytes]) -> Callable[[], None]:
+    following = itertools.cycle(raws).__next__
+    return lambda: bench.whole(following())
 
 
 def costs_of_signatures() -> None:

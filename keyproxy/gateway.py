@@ -80,14 +80,15 @@ class Gateway(Gate):
         except Refusal as refusal:
             exchange.refuse(refusal)
         else:
-            self._admitted(exchange, permit)
+            if exchange.is_minting:
+                self._serve(exchange, permit)
+            else:
+                exchange.forward(permit)
 
-    def _admitted(self, exchange: Exchange, permit: Permit) -> None:
-        """Forward a request, or serve it."""
+    def _serve(self, exchange: Exchange, permit: Permit) -> None:
         identity, request = exchange.identity, exchange.mint_request
-        if request is None or identity is None:
-            exchange.forward(permit)
-            return
+        assert identity is not None  # noqa: S101 - for the type checker: minting was admitted for it
+        assert request is not None  # noqa: S101
         exchange.serve(permit)
         self._start(self._serving.respond(exchange, identity, request, self._now().mono_seconds))
 
@@ -248,8 +249,12 @@ class Gateway(Gate):
             permit = await missing.fetch_and_decide(
                 lambda: self.decide(exchange, is_first_lookup=False), lambda: exchange.is_over
             )
-            if permit is not None:
-                self._admitted(exchange, permit)
+            if permit is None:
+                return
+            if exchange.is_minting:
+                self._serve(exchange, permit)
+            else:
+                exchange.forward(permit)
         except Refusal as refusal:
             exchange.refuse(refusal)
         except Exception:  # noqa: BLE001 - the outermost boundary of this task

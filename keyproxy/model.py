@@ -175,12 +175,6 @@ class Permit:
         self.grant: Final = grant
         self.hold: Final = hold
 
-    @property
-    def owner(self) -> Owner:
-        """The owner of the request."""
-        grant = self.grant
-        return PUBLIC_OWNER if isinstance(grant, PublicGrant) else grant.identity.owner
-
     def limit_headers(self, now_mono: float) -> bytes:
         """The RateLimit header lines for the limits that apply to the request; empty if there are none."""
         return b"" if self.hold is None else self.hold.bundle.statement.lines(now_mono)

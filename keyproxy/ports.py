@@ -187,7 +187,8 @@ class Claims(Protocol):
         ...
 
 
-class AgentTokenMint(Protocol):
+@mypyc_attr(allow_interpreted_subclasses=True)
+class AgentTokenMint:
     """Mints agent tokens."""
 
     async def mint(self, parent: MintParent, request: MintRequest, *, actor: str) -> MintedToken:
@@ -200,7 +201,7 @@ class AgentTokenMint(Protocol):
         cannot be reached or no key can sign, OVERLOADED if too many tokens are being minted. Then the caller has no
         token, and there is no row unless the store was lost during the statement.
         """
-        ...
+        raise NotImplementedError
 
 
 class Exchange:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -37,6 +39,50 @@ def test_exceptions_exist_within_the_compiled_folders(setup: ModuleType) -> None
     for name in setup.NOT_COMPILED:
         assert (PACKAGE / f"{name}.py").is_file()
         assert name.partition("/")[0] in setup.FOLDERS
+
+
+def test_interpreted_classes_extend_only_compiled_classes_that_allow_it(setup: ModuleType) -> None:
+    """Otherwise the pure build works, and the compiled one cannot make an object of the class."""
+    compiled = set(setup.compiled_modules(PACKAGE))
+    open_classes = {name: _open_classes(PACKAGE / f"{name}.py") for name in compiled}
+    interpreted = [path for path in PACKAGE.rglob("*.py") if _name(path) not in compiled]
+    found = [(_name(path), module, base) for path in interpreted for module, base in _imported_bases(path)]
+    extended = [one for one in found if one[1] in compiled]
+    assert extended
+    assert [one for one in extended if one[2] not in open_classes[one[1]]] == []
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(PACKAGE).with_suffix(""))
+
+
+def _imported_bases(path: Path) -> Iterator[tuple[str, str]]:
+    """Module and name of every imported base class, also of `module.Class`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imported = {
+        alias.asname or alias.name: (node.module.removeprefix("keyproxy").lstrip(".").replace(".", "/"), alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("keyproxy")
+        for alias in node.names
+    }
+    for node in ast.walk(tree):
+        for base in node.bases if isinstance(node, ast.ClassDef) else ():
+            plain = base.value if isinstance(base, ast.Subscript) else base
+            if isinstance(plain, ast.Name) and plain.id in imported:
+                yield imported[plain.id]
+            elif isinstance(plain, ast.Attribute) and isinstance(plain.value, ast.Name) and plain.value.id in imported:
+                folder, module = imported[plain.value.id]
+                yield f"{folder}/{module}".lstrip("/"), plain.attr
+
+
+def _open_classes(path: Path) -> set[str]:
+    """The classes of a module that interpreted classes may extend."""
+    return {
+        node.name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+        and any("allow_interpreted_subclasses=True" in ast.unparse(one) for one in node.decorator_list)
+    }
 
 
 def test_compiled_build_compiles_exactly_these_modules(setup: ModuleType) -> None:

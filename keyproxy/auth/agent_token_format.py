@@ -63,14 +63,14 @@ def make_token_id(entropy: bytes) -> str:
 def signature_of(plaintext: bytes) -> bytes:
     """The signature of a JSON Web Token; empty if these bytes have another form."""
     # For every presented key: an expression takes ten times as long.
-    if plaintext.count(b".") != 2 or not plaintext.startswith(_OBJECT_START):
+    if not plaintext.startswith(_OBJECT_START) or plaintext.count(b".") != 2:
         return b""
     return plaintext.rpartition(b".")[2]
 
 
 def is_within(text: bytes) -> bool:
     """Whether these bytes contain the start of one of our tokens or assertions, in upper or lower case."""
-    return _RECOGNISABLE.search(text) is not None
+    return len(text) >= len(_TOKEN_START) and _RECOGNISABLE.search(text) is not None
 
 
 def masked(text: str) -> str:

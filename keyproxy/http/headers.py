@@ -214,26 +214,26 @@ def without_upgrade(head: RequestHead) -> RequestHead:
 
 def build_upstream_head(
     head: RequestHead,
-    block: bytes,
+    block: bytes | None,
     permit: Permit,
     *,
     request_id: bytes,
     forwarding: Forwarding,
     host: bytes,
-    assertion: bytes = b"",
+    is_signed: bool = False,
 ) -> bytes:
-    """The head that goes upstream, with the header lines `block`. `host` is used if an HTTP/1.0 client sent none.
+    """The head that goes upstream. `host` is used if an HTTP/1.0 client sent none.
 
-    `assertion`: the header line with the signed identity, empty without one.
+    `block`: the header lines to forward; None: those of `head`. `is_signed`: with the assertion of the identity.
     """
     fields, grant = head.fields, permit.grant
     return b"".join(
         (
             head.line.start,
             b"" if fields.host is not None else b"Host: %b\r\n" % host,
-            block,
+            head.block if block is None else block,
             b"" if isinstance(grant, PublicGrant) else grant.identity.header_block,
-            assertion,
+            grant.identity.assertion.line if is_signed and not isinstance(grant, PublicGrant) else b"",
             forwarding.block(head),
             b"X-Request-Id: ",
             request_id,

@@ -16,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from keyproxy.http import headers
 from keyproxy.http.own_response import OwnResponse
 from keyproxy.http_messages import RequestHead, ResponseHead
-from keyproxy.model import COMPLETED, Ending, Permit
+from keyproxy.model import COMPLETED, PUBLIC_OWNER, Ending, Permit
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire import phases, usage_reads
 from keyproxy.wire.body_buffer import BodyBuffer, InflatedContent, owner_of
@@ -27,8 +28,8 @@ from keyproxy.wire.context import ServerContext
 from keyproxy.wire.responses import own_responses, response_heads, stream_cut
 from keyproxy.wire.responses.response_writer import ResponseWriter
 from keyproxy.wire.upstream.connection import UpstreamConnection
+from keyproxy.wire.upstream.identity_assertion import unsigned_because
 from keyproxy.wire.upstream.pool import PoolUser, UpstreamPool
-from keyproxy.wire.upstream.request_head import request_head, unsigned_because
 from keyproxy.wire.upstream.retry import may_retry
 from keyproxy.wire.usage_reads import NOT_REPORTED, REPORTED
 
@@ -83,12 +84,12 @@ class Exchange(PoolUser):
         self.body = content
 
     def forward(self, permit: Permit) -> None:
-        self.permit = permit
-        head = self.head
+        self.permit, head = permit, self.head
         if head is None or self.is_over:
             self._gate.settle(self)
             return
-        self._invite_body(head)
+        if not self.is_complete:
+            self._invite_body(head)
         self._go(permit)
 
     def serve(self, permit: Permit) -> None:
@@ -134,7 +135,7 @@ class Exchange(PoolUser):
         return InflatedContent(self._server.room, owner_of(self), self._collector)
 
     def _invite_body(self, head: RequestHead) -> None:
-        if head.fields.expects_continue and not (self.bytes_in or self.is_complete):
+        if head.fields.expects_continue and not self.bytes_in:
             self._client.transport.send(response_heads.CONTINUE)
 
     def extend(self, permit: Permit) -> None:
@@ -244,21 +245,21 @@ class Exchange(PoolUser):
         head, permit = self.head, self.permit
         assert head is not None  # noqa: S101 - for the type checker: forward() has seen both
         assert permit is not None  # noqa: S101
-        now = self._server.clock()
-        try:
-            forwarding = self._client.forwarding
-            data = request_head(self, head, permit, self._server, forwarding=forwarding, host=upstream.host, now=now)
-        except Refusal as refusal:
-            upstream.abort()
-            self.refuse(refusal)
-            return
-        self._phase = phases.EXCHANGE.step(self._phase, phases.REQUESTED)
-        self._upstream = upstream
-        body, self.body = self.body, b""
-        self.sent_mono = now
+        now, assertions = self._server.clock(), self._server.assertions
         if self._connection_since_mono:
             self.connection_wait_seconds += now - self._connection_since_mono
             self._connection_since_mono = 0.0
+            if assertions is not None and (refusal := unsigned_because(assertions, permit, now)):
+                upstream.abort()
+                self.refuse(refusal)
+                return
+        self._phase = phases.EXCHANGE.step(self._phase, phases.REQUESTED)
+        self._upstream, self.sent_mono = upstream, now
+        peer, signs = self._client.forwarding, assertions is not None
+        data = headers.build_upstream_head(
+            head, self.block, permit, request_id=self.request_id, forwarding=peer, host=upstream.host, is_signed=signs
+        )
+        body, self.body = self.body, b""
         upstream.begin(self, data, body, now)
         self.resume_request()
 
@@ -353,10 +354,10 @@ class Exchange(PoolUser):
             self.body_wait_seconds += self._server.clock() - self._body_since_mono
             self._body_since_mono = 0.0
         assertions = self._server.assertions
-        if assertions is not None and (refusal := unsigned_because(assertions, permit, self._server)) is not None:
+        if assertions is not None and (refusal := unsigned_because(assertions, permit, self._server.clock())):
             self.refuse(refusal)
             return
-        owner = permit.owner
+        owner = PUBLIC_OWNER if self.identity is None else self.identity.owner
         pool = self._pool = self._server.upstreams.for_owner(owner)
         upstream = None if self._is_retry or self.is_tunnel_request else pool.take(owner, self.started_mono)
         if upstream is not None:

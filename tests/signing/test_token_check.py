@@ -121,7 +121,6 @@ def test_the_key_id_is_the_rfc_7638_thumbprint() -> None:
         {**HEADER, "kid": "x' UNION SELECT"},
         {**HEADER, "kid": ["a"]},
     ],
-    ids=str,
 )
 def test_any_other_header_is_refused_whatever_its_signature(header: dict[str, object]) -> None:
     assert check(signed(text(header), text(CLAIMS))) is Reason.KEY_INVALID
@@ -130,19 +129,19 @@ def test_any_other_header_is_refused_whatever_its_signature(header: dict[str, ob
 @pytest.mark.parametrize(
     "header",
     [
-        b'{"typ":"at+jwt","alg":"ES256","kid":"%b","kid":"%b"}' % (KEY.kid.encode(), KEY.kid.encode()),
-        b'{"typ":"at+jwt","alg":"none","alg":"ES256","kid":"%b"}' % KEY.kid.encode(),
-        b'{ "typ":"at+jwt","alg":"ES256","kid":"%b"}' % KEY.kid.encode(),
-        b'{"typ":"at+jwt","alg":"ES256","kid":"%b"}\n' % KEY.kid.encode(),
-        b'{"typ":"at+jwt","alg":"ES256","kid":"%b"} ' % KEY.kid.encode(),
-        b'{"typ":"at\\u002bjwt","alg":"ES256","kid":"%b"}' % KEY.kid.encode(),
-        b'\xef\xbb\xbf{"typ":"at+jwt","alg":"ES256","kid":"%b"}' % KEY.kid.encode(),
+        b'{"typ":"at+jwt","alg":"ES256","kid":"KID","kid":"KID"}',
+        b'{"typ":"at+jwt","alg":"none","alg":"ES256","kid":"KID"}',
+        b'{ "typ":"at+jwt","alg":"ES256","kid":"KID"}',
+        b'{"typ":"at+jwt","alg":"ES256","kid":"KID"}\n',
+        b'{"typ":"at+jwt","alg":"ES256","kid":"KID"} ',
+        b'{"typ":"at\\u002bjwt","alg":"ES256","kid":"KID"}',
+        b'\xef\xbb\xbf{"typ":"at+jwt","alg":"ES256","kid":"KID"}',
         b"[]",
         b"",
     ],
 )
 def test_any_other_text_of_the_same_header_is_refused(header: bytes) -> None:
-    assert check(signed(header, text(CLAIMS))) is Reason.KEY_INVALID
+    assert check(signed(header.replace(b"KID", KEY.kid.encode()), text(CLAIMS))) is Reason.KEY_INVALID
 
 
 def test_the_public_key_is_no_hmac_secret() -> None:

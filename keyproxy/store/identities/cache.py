@@ -141,8 +141,7 @@ class IdentityCache(Identities):
             self._refuse_unknown(digest, is_first_lookup)
         if self._database.is_down:
             return self._while_down(entry, now, is_first_lookup)
-        subject = _subject_of(entry, digest)
-        raise Missing("identity", lambda _patience: self._fetch(subject))
+        raise self._missing(_subject_of(entry, digest))
 
     def acting(self, digest: KeyDigest, user_id: str, now: Moment, *, is_first_lookup: bool = True) -> Identity:
         """The cached identity of a key that acts for this user. Raises Missing with the lookup, or a Refusal."""
@@ -164,7 +163,7 @@ class IdentityCache(Identities):
                 return refused
         if self._database.is_down:
             return self._while_down(entry, now, is_first_lookup)
-        raise Missing("identity", lambda _patience: self._fetch(ActingPair(digest, user_id)))
+        raise self._missing(ActingPair(digest, user_id))
 
     def reviewed(self, digest: KeyDigest, before: Identity, now: Moment) -> Identity:
         """The identity behind a credential that was resolved to `before`, as it is now."""
@@ -174,13 +173,12 @@ class IdentityCache(Identities):
             return self.known(digest, now, is_first_lookup=False)
         except Missing:
             # Its entry may have been evicted; the digest alone does not show what to look up.
-            subject = digest if before.agent_token is None else TokenDigest(digest)
-            raise Missing("identity", lambda _patience: self._fetch(subject)) from None
+            raise self._missing(digest if before.agent_token is None else TokenDigest(digest)) from None
 
     def fetching(self, key: SecretKey, missing: Missing) -> Missing:
         """What to fetch for a credential, after `known` or `acting` raised `missing`. Off the hot path."""
         digest = key.digest()
-        token = Missing("identity", lambda _patience: self._fetch(TokenDigest(digest)))
+        token = self._missing(TokenDigest(digest))
         is_cached = digest in self._entries or self._groups.has_key(digest)
         return self._unknown.fetching(key, missing, token, is_cached=is_cached)
 
@@ -295,6 +293,10 @@ class IdentityCache(Identities):
         self._look_ups.group_changed(kind, name)
 
     # -- the cold path
+
+    def _missing(self, subject: _Subject) -> Missing:
+        # Not written where it is raised: in the compiled build, a function with a lambda allocates for each call.
+        return Missing("identity", lambda _patience: self._fetch(subject))
 
     async def _fetch(self, subject: _Subject) -> None:
         self.counts.miss += 1
