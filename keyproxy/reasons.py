@@ -64,7 +64,7 @@ class Reason(enum.Enum):
         401,
         Blame.CALLER,
         "Account disabled",
-        "The user or tenant that owns the API key is disabled.",
+        "A user, the tenant or an agent of the credential is disabled.",
     )
     CREDENTIALS_AMBIGUOUS = ProblemSpec(
         "credentials_ambiguous",

@@ -70,6 +70,11 @@ def test_reason_has_a_title_and_a_complete_sentence(reason: Reason) -> None:
     assert "  " not in row.sentence
 
 
+def test_account_disabled_names_everything_whose_disabling_ends_a_credential() -> None:
+    sentence = Reason.ACCOUNT_DISABLED.value.sentence
+    assert all(name in sentence for name in ("user", "tenant", "agent"))
+
+
 @each_reason
 def test_blame_matches_the_status(reason: Reason) -> None:
     status = reason.value.status
