@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 import time
@@ -23,8 +24,7 @@ MINT = "agents:mint"
 
 def rules(**changes: object) -> MintRules:
     """The rules with changes."""
-    values = {name: getattr(RULES, name) for name in MintRules.__slots__}
-    return MintRules(**cast("dict[str, Any]", {**values, **changes}))
+    return dataclasses.replace(RULES, **cast("dict[str, Any]", changes))
 
 
 def request(**changes: object) -> MintRequest:
