@@ -32,7 +32,7 @@ from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import NEVER, AgentToken, Ending, Identity, KeyDigest, Missing, Moment
 from keyproxy.platform import clock
-from keyproxy.ports import Exchange, Identities, Ledger, OwnedIds, PromptTemplates, Recorder
+from keyproxy.ports import AgentTokenMint, Exchange, Identities, Ledger, OwnedIds, PromptTemplates, Recorder
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.identities.delegated_rows import refused_delegation
 from keyproxy.wire.parsing.head_cache import RequestReader
@@ -168,7 +168,7 @@ class FakeIdentities(Identities):
         self.slow.discard(digest)
 
 
-class FakeMint:
+class FakeMint(AgentTokenMint):
     """Mints in memory, from the parents in `parents`, by their key or token. Mints wait for `may_mint`.
 
     `is_down`: the store cannot be reached. `defect`: raised instead of a result.

@@ -25,6 +25,7 @@ from keyproxy.auth.minting import (
     too_many_tokens,
 )
 from keyproxy.model import Moment
+from keyproxy.ports import AgentTokenMint
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.signing.claims import AGENT_TOKEN_TYPE, actor_claim
 from keyproxy.signing.signing_key import SigningKey
@@ -45,7 +46,7 @@ class _Grant:
     expires_wall: int
 
 
-class TokenMinter:
+class TokenMinter(AgentTokenMint):
     """Mints agent tokens in the store. Implements the port AgentTokenMint."""
 
     def __init__(
