@@ -34,6 +34,9 @@ from keyproxy.store.postgres.database import Row, StatementRunner, StoreConflict
 #: How many requests may mint at once, including those that wait for a connection.
 _MINTING_MAX: Final = 200
 
+#: The least time for which a new token works, whatever the fraction of a second at which it is minted.
+_LIFE_SECONDS_MIN: Final = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class _Grant:
@@ -162,6 +165,8 @@ def _end(request: MintRequest, rules: MintRules, authority: Row, issued: int) ->
     """When the token expires, Unix time in whole seconds."""
     parent_ends: float | None = authority["expires_wall_seconds"]
     ends = issued + (rules.ttl_seconds_max if request.ttl_seconds is None else request.ttl_seconds)
+    # A token of one second that is minted late in a second would end before its row exists.
+    ends = max(ends, math.ceil(authority["server_seconds"] + _LIFE_SECONDS_MIN))
     if parent_ends is None or ends <= parent_ends:
         return ends
     remaining = math.floor(parent_ends)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
 import re
@@ -512,3 +513,18 @@ async def test_mint_does_not_wait_long_for_a_locked_owner(mint: Minting, sql: Sq
     assert refusal.reason is Reason.STORE_UNAVAILABLE
     assert await tokens_of(sql) == 1
     assert await mint()
+
+
+async def test_token_of_one_second_works_although_it_is_minted_late_in_a_second(
+    mint: Minting, door: StatementRunner
+) -> None:
+    door.before["minting_authority"] = lambda: _until(0.9)
+    door.before["mint_agent_token"] = lambda: _until(0.05)
+    token = await Minting(door)(wish=request(ttl_seconds=1))
+    assert token.expires_wall_seconds > time.time()
+    assert claims_of(token)["exp"] - claims_of(token)["iat"] == 2
+
+
+async def _until(fraction: float) -> None:
+    """Wait for the next moment at this fraction of a second."""
+    await asyncio.sleep((fraction - time.time()) % 1)
