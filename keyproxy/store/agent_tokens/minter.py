@@ -166,11 +166,12 @@ def _end(request: MintRequest, rules: MintRules, authority: Row, issued: int) ->
     parent_ends: float | None = authority["expires_wall_seconds"]
     ends = issued + (rules.ttl_seconds_max if request.ttl_seconds is None else request.ttl_seconds)
     # A token of one second that is minted late in a second would end before its row exists.
-    ends = max(ends, math.ceil(authority["server_seconds"] + _LIFE_SECONDS_MIN))
+    server_seconds: float = authority["server_seconds"]
+    ends = max(ends, math.ceil(server_seconds + _LIFE_SECONDS_MIN))
     if parent_ends is None or ends <= parent_ends:
         return ends
     remaining = math.floor(parent_ends)
-    if request.ttl_seconds is not None or remaining <= authority["server_seconds"]:
+    if request.ttl_seconds is not None or remaining <= server_seconds:
         raise refused("The token would outlive the credential.", "expiry beyond the parent", field="ttl_seconds")
     return remaining
 
