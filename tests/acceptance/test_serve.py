@@ -230,15 +230,17 @@ async def test_which_requests_are_logged_changes_with_the_configuration(configur
 async def test_last_use_is_written_within_seconds_without_other_changes(site: Site, dsn: str) -> None:
     key = await site.key()
     connection = await asyncpg.connect(dsn)
+    # A proxy publishes its signing key when it starts, perhaps only after its port is open.
+    counted = "SELECT count(*) FROM keyproxy.changes WHERE kind <> 'signing'"
     async with site.serving():
-        changes = await connection.fetchval("SELECT count(*) FROM keyproxy.changes")
+        changes = await connection.fetchval(counted)
         await site.call(key["secret"])
 
         async def is_written() -> bool:
             return await connection.fetchval("SELECT last_used_at IS NOT NULL FROM keyproxy.api_keys")  # type: ignore[no-any-return]
 
         await until(is_written, seconds=10.0)
-        assert await connection.fetchval("SELECT count(*) FROM keyproxy.changes") == changes
+        assert await connection.fetchval(counted) == changes
     await connection.close()
 
 

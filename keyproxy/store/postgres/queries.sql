@@ -406,7 +406,7 @@ WITH wishes AS MATERIALIZED (
 )
 INSERT INTO keyproxy.api_keys (id, user_id, digest, hint, name, scopes, is_test, expires_at, plan_id, roles, acts_for)
 SELECT w.id, w.user_id, decode(w.digest, 'hex'), w.hint, w.name, w.scopes, w.is_test,
-       now() + make_interval(secs => w.life_seconds), w.plan, w.roles, w.acts_for
+       now() + make_interval(secs => w.life_seconds), w.plan, w.roles, coalesce(w.acts_for, 'none')
 FROM wishes AS w
 WHERE (SELECT users FROM owners) ? w.user_id AND NOT (SELECT wishes FROM taken) ? w.wish
 RETURNING id, user_id, name, expires_at;
@@ -423,7 +423,8 @@ WHERE k.id = ANY (ARRAY(
         SELECT array_agg(DISTINCT w.user_id) AS users,
                jsonb_object_agg(
                    jsonb_build_array(w.user_id, w.name, w.is_test)::text,
-                   jsonb_build_object('scopes', w.scopes, 'plan', w.plan, 'roles', w.roles, 'acts_for', w.acts_for)
+                   jsonb_build_object('scopes', w.scopes, 'plan', w.plan, 'roles', w.roles,
+                                      'acts_for', coalesce(w.acts_for, 'none'))
                ) AS wishes
         FROM jsonb_to_recordset($1::text::jsonb) AS w (
             user_id text, name text, scopes text[], is_test boolean, plan text, roles text[], acts_for text
@@ -1017,7 +1018,7 @@ WITH wanted AS MATERIALIZED (
     )
     SELECT w.id, w.user_id, decode(w.digest, 'hex'), w.hint, w.name, w.scopes, w.is_test, w.plan,
            coalesce(w.created_at, now()), w.expires_at, CASE WHEN w.is_revoked THEN now() END,
-           CASE WHEN w.is_revoked THEN 'revoked before it was imported' END, w.roles, w.acts_for
+           CASE WHEN w.is_revoked THEN 'revoked before it was imported' END, w.roles, coalesce(w.acts_for, 'none')
     FROM wanted AS w
     RETURNING id
 ), hashes AS (
