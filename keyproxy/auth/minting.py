@@ -85,7 +85,7 @@ class MintParent:
     """The credential that a token is cut from.
 
     `key_id`: the key; of an agent token its root key. `token_id`: the agent token, None for a key. `user_id`: the user
-    for whom the key acts; None: the key's owner, or the user of the agent token. `is_operator`: the request comes from
+    that the key acts for; None: the key's owner, or the user of the agent token. `is_operator`: the request comes from
     the admin API or the CLI, and needs no `agents:mint`.
     """
 

@@ -121,7 +121,7 @@ async def test_a_token_is_minted_with_all_options(run: Run, key: str, by: str) -
         (("--audience", "another"), 1, "'audience' must be one of the configured audiences: keyproxy"),
         (("--scope", "data:write"), 1, "'scopes' has 'data:write', which the credential or the agent lacks"),
         (("--key", "key_x"), 1, "there is no key 'key_x'"),
-        (("--act-for", "nobody"), 1, "the user or the token does not exist"),
+        (("--act-for", "u_unknown"), 1, "the user or the token does not exist"),
     ],
 )
 async def test_a_refused_mint_prints_one_line_and_leaves_no_row(
@@ -295,7 +295,7 @@ async def test_an_explanation_prints_user_actor_scopes_and_code(run: Run, key: s
     assert (explained["agent"], explained["agent_token"]) == ("crawler", minted["id"])
     printed = await run("agent", "explain", minted["id"], by=by)
     assert f"crawler  {minted['id']}" in printed.out
-    refused = await run("key", "explain", key, "--act-for", "nobody", by=by)
+    refused = await run("key", "explain", key, "--act-for", "u_unknown", by=by)
     assert refused.status == 0
     assert "delegation_refused" in refused.out
     assert "does not exist, is disabled, or belongs to another tenant" in refused.out

@@ -196,7 +196,7 @@ async def test_an_unknown_user_agent_role_or_plan_is_refused(operations: Operati
     await operations.directory.agent_tokens.mint(key, WISH)
     with pytest.raises(NotFound):
         await agents.list_by_id("u_9", "", 10)
-    for user, agent in (("u_9", "crawler"), ("u_2", "crawler"), ("u_1", "nobody")):
+    for user, agent in (("u_9", "crawler"), ("u_2", "crawler"), ("u_1", "unknown")):
         with pytest.raises(NotFound):
             await agents.get(user, agent)
         with pytest.raises(NotFound):

@@ -205,10 +205,13 @@ MEMBERS: dict[str, tuple[str, str, str]] = {
 def conversation(shape: str, instruction: str, text: str) -> bytes:
     entries, content, role = MEMBERS[shape]
 
-    def said(text: str) -> Any:
+    def content_of(text: str) -> Any:
         return [{"text": text}] if shape == "gemini" else text
 
-    messages = [{"role": role, content: said(instruction)}, *({"role": "user", content: said(one)} for one in text)]
+    messages = [
+        {"role": role, content: content_of(instruction)},
+        *({"role": "user", content: content_of(one)} for one in text),
+    ]
     return json.dumps({"max": 50, entries: messages}).encode()
 
 

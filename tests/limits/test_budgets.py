@@ -39,8 +39,8 @@ def with_budgets(tokens: int | None, requests: int | None, *more: tuple[Pool, Pl
 
 def response(refusal: Refusal) -> tuple[int, str, dict[str, object]]:
     """The status, header fields and body of its response."""
-    told = ErrorRenderer().render(refusal, "req_1")
-    return told.status, told.fields.decode(), json.loads(told.body)
+    rendered = ErrorRenderer().render(refusal, "req_1")
+    return rendered.status, rendered.fields.decode(), json.loads(rendered.body)
 
 
 # -- the values
