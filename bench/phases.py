@@ -35,7 +35,10 @@ from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.recorder import Recorder
 from keyproxy.model import Missing, Moment, Permit, TimeBudget
 from keyproxy.platform import clock
-from keyproxy.ports import AgentTokenMint, Assertions, Exchange, OwnedIds, PromptTemplates
+from keyproxy.ports.agent_token_mint import AgentTokenMint
+from keyproxy.ports.exchange import Exchange
+from keyproxy.ports.gate import Assertions
+from keyproxy.ports.tenant_records import OwnedIds, PromptTemplates
 from keyproxy.process.run import freeze_garbage
 from keyproxy.process.terms import build_gateway, build_terms
 from keyproxy.store.identities.cache import FeedState, IdentityCache

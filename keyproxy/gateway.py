@@ -30,7 +30,12 @@ from keyproxy.http.routes import RouteTable
 from keyproxy.http_messages import RequestHead, ResponseHead
 from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.model import Grant, Identity, Missing, Moment, Permit, PublicGrant, Route, TimeBudget
-from keyproxy.ports import AgentTokenMint, Claims, Exchange, Gate, Identities, Ledger, OwnedIds, PromptTemplates
+from keyproxy.ports.agent_token_mint import AgentTokenMint
+from keyproxy.ports.exchange import Exchange
+from keyproxy.ports.gate import Gate
+from keyproxy.ports.identities import Identities
+from keyproxy.ports.ledger import Claims, Ledger
+from keyproxy.ports.tenant_records import OwnedIds, PromptTemplates
 from keyproxy.reasons import Blame, Reason, Refusal
 
 _log = logging.getLogger(__name__)

@@ -19,7 +19,9 @@ from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.ledger_protocol import BUDGETS, FEW_HOLDERS, LeaseGrant, LeaseReport, Pool, Window
 from keyproxy.limits.plan import PERIODS
 from keyproxy.model import Identity, Missing, Moment, TimeBudget
-from keyproxy.ports import AgentTokenMint, Identities, OwnedIds, PromptTemplates
+from keyproxy.ports.agent_token_mint import AgentTokenMint
+from keyproxy.ports.identities import Identities
+from keyproxy.ports.tenant_records import OwnedIds, PromptTemplates
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.ledger.backend import LedgerBackend
 from keyproxy.store.ledger.postgres_backend import WindowState

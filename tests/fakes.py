@@ -32,7 +32,12 @@ from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import NEVER, AgentToken, Ending, Identity, KeyDigest, Missing, Moment
 from keyproxy.platform import clock
-from keyproxy.ports import AgentTokenMint, Exchange, Identities, Ledger, OwnedIds, PromptTemplates, Recorder
+from keyproxy.ports.agent_token_mint import AgentTokenMint
+from keyproxy.ports.exchange import Exchange
+from keyproxy.ports.gate import Recorder
+from keyproxy.ports.identities import Identities
+from keyproxy.ports.ledger import Ledger
+from keyproxy.ports.tenant_records import OwnedIds, PromptTemplates
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.identities.delegated_rows import refused_delegation
 from keyproxy.wire.parsing.head_cache import RequestReader

@@ -1,6 +1,6 @@
 """Minting agent tokens: what a request asks for, which requests are valid, and what is refused without the store.
 
-Pure. The store decides on the rest (`ports.AgentTokenMint`): roles, agents, bounds of the rows of that moment.
+Pure. The store decides on the rest (`ports.agent_token_mint`): roles, agents, bounds of the rows of that moment.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from keyproxy.ai.metered_request import MeteredRequest
 from keyproxy.decision import token_accounting
 from keyproxy.http_messages import RequestHead
 from keyproxy.model import Identity, Missing, Moment, TimeBudget
-from keyproxy.ports import Exchange, OwnedIds, PromptTemplates
+from keyproxy.ports.exchange import Exchange
+from keyproxy.ports.tenant_records import OwnedIds, PromptTemplates
 
 #: A body up to this size is read at once: that costs no more than to wait for a turn.
 _AT_ONCE_BYTES: Final = 65_536

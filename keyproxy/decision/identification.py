@@ -6,7 +6,8 @@ from keyproxy.auth import credentials
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.http_messages import RequestHead
 from keyproxy.model import Identity, Missing, Moment
-from keyproxy.ports import Exchange, Identities
+from keyproxy.ports.exchange import Exchange
+from keyproxy.ports.identities import Identities
 from keyproxy.reasons import Reason, Refusal
 
 

@@ -11,7 +11,8 @@ from typing import Final
 from keyproxy.http.idempotency_key import Fingerprint
 from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.model import Missing, Moment, TimeBudget
-from keyproxy.ports import Claims, Exchange, Ledger
+from keyproxy.ports.exchange import Exchange
+from keyproxy.ports.ledger import Claims, Ledger
 from keyproxy.reasons import Refusal
 
 

@@ -19,7 +19,8 @@ from keyproxy.http import own_response
 from keyproxy.http_messages import RequestHead
 from keyproxy.limits.allowance import Need
 from keyproxy.model import Grant, Identity, Missing, Moment, Permit
-from keyproxy.ports import AgentTokenMint, Exchange
+from keyproxy.ports.agent_token_mint import AgentTokenMint
+from keyproxy.ports.exchange import Exchange
 from keyproxy.reasons import Reason, Refusal
 
 _log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from keyproxy.ai.responses.meter import ResponseUse
 from keyproxy.http_messages import RequestHead
 from keyproxy.limits.allowance import Hold
 from keyproxy.model import COMPLETED, Ending, Missing
-from keyproxy.ports import Exchange
+from keyproxy.ports.exchange import Exchange
 from keyproxy.reasons import Blame
 
 _SWITCHING_PROTOCOLS: Final = 101

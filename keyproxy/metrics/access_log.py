@@ -28,7 +28,7 @@ from keyproxy.ai.metered_request import MeteredRequest
 from keyproxy.http.headers import trace_id
 from keyproxy.http_messages import RequestHead, RequestLine
 from keyproxy.model import Route
-from keyproxy.ports import Exchange
+from keyproxy.ports.exchange import Exchange
 
 _log = logging.getLogger(__name__)
 

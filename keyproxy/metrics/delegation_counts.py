@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from keyproxy.model import LIVE, TEST
-from keyproxy.ports import Exchange
+from keyproxy.ports.exchange import Exchange
 from keyproxy.reasons import Reason
 
 #: Kinds of refusals.

@@ -6,7 +6,7 @@ from typing import Final
 
 from keyproxy.ai.models import OTHER
 from keyproxy.ai.responses.token_use import TokenUse
-from keyproxy.ports import Exchange
+from keyproxy.ports.exchange import Exchange
 
 #: The values of the label `kind`. Cached and stored tokens are parts of `in`, reasoning is a part of `out`.
 KINDS: Final = ("in", "out", "cached", "cache_write", "reasoning")

@@ -12,13 +12,13 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from keyproxy import ports
 from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.metrics.access_log import AccessLog, LabelledExchange
 from keyproxy.metrics.delegation_counts import DelegationCounts
 from keyproxy.metrics.model_counts import ModelCounts
 from keyproxy.model import COMPLETED, Ending
-from keyproxy.ports import Exchange
+from keyproxy.ports import gate
+from keyproxy.ports.exchange import Exchange
 from keyproxy.reasons import Reason
 
 NO_ROUTE: Final = "none"
@@ -107,7 +107,7 @@ class Cell:
         self.tokens_held = self.tokens_in = self.tokens_out = self.tokens_estimated = 0
 
 
-class Recorder(ports.Recorder):
+class Recorder(gate.Recorder):
     """Counts and logs exchanges in batches. Implements the port Recorder."""
 
     def __init__(self, access_log: AccessLog | None, *sinks: Callable[[Sequence[LabelledExchange]], None]) -> None:

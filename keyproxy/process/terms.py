@@ -24,7 +24,11 @@ from keyproxy.http.path_patterns import placeholder_pattern
 from keyproxy.http.routes import RouteTable
 from keyproxy.model import NO_TOKENS, Moment, Route
 from keyproxy.platform import clock
-from keyproxy.ports import AgentTokenMint, Assertions, Claims, Identities, Ledger, OwnedIds, PromptTemplates
+from keyproxy.ports.agent_token_mint import AgentTokenMint
+from keyproxy.ports.gate import Assertions
+from keyproxy.ports.identities import Identities
+from keyproxy.ports.ledger import Claims, Ledger
+from keyproxy.ports.tenant_records import OwnedIds, PromptTemplates
 from keyproxy.wire.context import ServerTerms
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.parsing.head_cache import ResponseReader

@@ -7,7 +7,7 @@ from typing import Final
 
 from keyproxy.config.delegation_settings import AccessSettings
 from keyproxy.model import Identity, Moment
-from keyproxy.ports import Assertions
+from keyproxy.ports.gate import Assertions
 from keyproxy.signing.claims import ASSERTION_TYPE, assertion_claims
 from keyproxy.signing.signing_key import SigningKey
 

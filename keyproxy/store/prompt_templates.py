@@ -13,7 +13,7 @@ from typing import Final
 
 from keyproxy.config.schema import Cache
 from keyproxy.model import Moment
-from keyproxy.ports import PromptTemplates
+from keyproxy.ports.tenant_records import PromptTemplates
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.postgres.database import Database, StoreConflict, StoreUnavailable

@@ -15,7 +15,7 @@ from typing import Final
 
 from keyproxy.ai.requests.inflation import ContentMemory
 from keyproxy.config.token_settings import USER_SHARE, Tokens
-from keyproxy.ports import Exchange
+from keyproxy.ports.exchange import Exchange
 from keyproxy.reasons import LimitReason, Reason, Refusal
 
 #: A body has to arrive at the configured pace over the last `PACE_SECONDS`; at this one while more than half of the

@@ -14,7 +14,7 @@ from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.http.forwarding import TrustRule
 from keyproxy.http.headers import FieldNames
 from keyproxy.http.routes import RouteTable
-from keyproxy.ports import Assertions, Gate, Recorder
+from keyproxy.ports.gate import Assertions, Gate, Recorder
 from keyproxy.wire.body_buffer import BodyMemory
 from keyproxy.wire.client.exchange_owner import ExchangeOwner
 from keyproxy.wire.client.request_ids import RequestIds

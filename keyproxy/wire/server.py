@@ -17,7 +17,7 @@ from typing import Final, cast
 from keyproxy.auth import credentials
 from keyproxy.http.own_response import OwnResponse
 from keyproxy.platform import clock as clock_room
-from keyproxy.ports import Recorder
+from keyproxy.ports.gate import Recorder
 from keyproxy.wire.body_buffer import BodyMemory
 from keyproxy.wire.client.connection import ClientConnection
 from keyproxy.wire.client.exchange_owner import ExchangeOwner

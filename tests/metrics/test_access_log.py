@@ -18,7 +18,7 @@ from keyproxy.http.routes import ANY_ROUTE
 from keyproxy.http_messages import RequestHead
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.model import COMPLETED, AgentToken, Ending, Grant, Identity, Permit
-from keyproxy.ports import Exchange
+from keyproxy.ports.exchange import Exchange
 from keyproxy.reasons import Reason
 from keyproxy.wire.parsing.head_beginnings import refused_line
 from keyproxy.wire.parsing.head_cache import RequestReader

@@ -31,7 +31,7 @@ from keyproxy.metrics.metric import Combine, Metric, MetricKind
 from keyproxy.metrics.recorder import Histogram, Recorder
 from keyproxy.model import COMPLETED, AgentToken, Ending, Grant, Identity, Permit, Route
 from keyproxy.platform import clock
-from keyproxy.ports import Exchange
+from keyproxy.ports.exchange import Exchange
 from keyproxy.process.proxy_metrics import (
     PROXY_METRICS,
     ROUND_TRIP_BOUNDS,

@@ -15,7 +15,8 @@ from keyproxy.limits.allowance import Allowance, Bundle, Hold
 from keyproxy.limits.ledger_protocol import LeaseGrant, LeaseReport, Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import NEVER, Identity, Missing, Moment, TimeBudget
-from keyproxy.ports import Exchange, Ledger
+from keyproxy.ports.exchange import Exchange
+from keyproxy.ports.ledger import Ledger
 from keyproxy.process.ops_listener import Check, Verdict
 from keyproxy.process.store_health import check_ledger, check_reaping
 from keyproxy.reasons import Reason, Refusal

@@ -13,7 +13,6 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from keyproxy import ports
 from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.limits.calendar_windows import span
@@ -22,6 +21,7 @@ from keyproxy.limits.ledger.rules import LedgerRules
 from keyproxy.limits.ledger_protocol import BUDGETS, CONCURRENCY, RATES, TOKEN_POOL, Pool
 from keyproxy.limits.plan import PER_REQUEST, SPEND, TOKEN_RATE, TOKENS, Limit, Plan
 from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, TimeBudget
+from keyproxy.ports import ledger as ledger_port
 from keyproxy.reasons import SPENT, Reason, Refusal
 from keyproxy.store.ledger.charge_dedup import Claims
 from keyproxy.store.ledger.ledger import Ledger
@@ -91,7 +91,7 @@ class Scenario:
     repeats: float = 0.0
 
 
-class Told(ports.Ledger):
+class Told(ledger_port.Ledger):
     """A ledger for claims that also reports their settlements to the upstream."""
 
     def __init__(self, ledger: Ledger, upstream: Upstream) -> None:

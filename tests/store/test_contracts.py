@@ -12,7 +12,8 @@ from keyproxy.auth.minting import MintParent
 from keyproxy.config.schema import Cache
 from keyproxy.model import Moment
 from keyproxy.platform import clock
-from keyproxy.ports import Identities, OwnedIds, PromptTemplates
+from keyproxy.ports.identities import Identities
+from keyproxy.ports.tenant_records import OwnedIds, PromptTemplates
 from keyproxy.reasons import Reason
 from keyproxy.signing.signing_key import SigningKey
 from keyproxy.store.agent_tokens.minter import TokenMinter

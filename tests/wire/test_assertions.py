@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from keyproxy.model import Identity
-from keyproxy.ports import Assertions
+from keyproxy.ports.gate import Assertions
 from keyproxy.reasons import Reason, Refusal
 from tests.rawhttp import OK, Message, Upstream
 from tests.waiting import until

@@ -9,7 +9,8 @@ from typing import cast
 
 import pytest
 
-from keyproxy.ports import Exchange, Gate
+from keyproxy.ports.exchange import Exchange
+from keyproxy.ports.gate import Gate
 from tests.rawhttp import OK, Message, Upstream, answer_with
 from tests.wire.conftest import KEY, Start, Wire, request
 

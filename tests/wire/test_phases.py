@@ -19,7 +19,8 @@ from keyproxy.http.headers import FieldNames
 from keyproxy.http.own_response import created
 from keyproxy.http_messages import RequestHead, ResponseHead
 from keyproxy.model import Grant, Permit, Route
-from keyproxy.ports import Exchange, Gate
+from keyproxy.ports.exchange import Exchange
+from keyproxy.ports.gate import Gate
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire import phases
 from keyproxy.wire.client.connection import ClientConnection

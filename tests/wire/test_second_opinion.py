@@ -22,7 +22,8 @@ from keyproxy.ai.responses.meter import Meter
 from keyproxy.ai.responses.usage_reader import ResponseUsageReader
 from keyproxy.http_messages import ResponseHead
 from keyproxy.model import Grant, Permit, Route
-from keyproxy.ports import Exchange, Gate
+from keyproxy.ports.exchange import Exchange
+from keyproxy.ports.gate import Gate
 from keyproxy.wire.client.connection import ClientConnection
 from keyproxy.wire.upstream.connection import UpstreamConnection
 from tests import fakes, strict

@@ -25,7 +25,7 @@ from keyproxy.auth.minting import (
     too_many_tokens,
 )
 from keyproxy.model import Moment
-from keyproxy.ports import AgentTokenMint
+from keyproxy.ports.agent_token_mint import AgentTokenMint
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.signing.claims import AGENT_TOKEN_TYPE, actor_claim
 from keyproxy.signing.signing_key import SigningKey

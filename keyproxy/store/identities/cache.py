@@ -23,7 +23,7 @@ from keyproxy.auth import names
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.config.schema import Cache
 from keyproxy.model import Identity, KeyDigest, Missing, Moment
-from keyproxy.ports import Identities
+from keyproxy.ports.identities import Identities
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.identities.acting_pairs import ActingPairs
 from keyproxy.store.identities.delegated_rows import (

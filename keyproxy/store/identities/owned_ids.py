@@ -20,7 +20,7 @@ import cachetools
 from keyproxy.ai.access.object_ids import is_object_id
 from keyproxy.config.schema import Cache
 from keyproxy.model import Missing, Moment
-from keyproxy.ports import OwnedIds
+from keyproxy.ports.tenant_records import OwnedIds
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.identities.cache import FeedState, LookupCounts
 from keyproxy.store.identities.lookup_batcher import LookupBatcher, LookupQuery

@@ -32,7 +32,7 @@ from typing import Final, NamedTuple, Protocol
 from keyproxy.config import schema
 from keyproxy.limits.allowance import Hold, share_of
 from keyproxy.model import Moment, TimeBudget
-from keyproxy.ports import Ledger
+from keyproxy.ports.ledger import Ledger
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore

@@ -12,12 +12,12 @@ import math
 from collections.abc import Callable
 from typing import Final
 
-from keyproxy import ports
 from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.limits.lease_sync import Short
 from keyproxy.limits.ledger_protocol import REFUSALS
 from keyproxy.model import Missing, Moment, TimeBudget
+from keyproxy.ports import ledger as ledger_port
 from keyproxy.reasons import SPENT, Reason, Refusal
 from keyproxy.store.ledger.backend import LedgerBackend
 from keyproxy.store.ledger.deadline import within
@@ -42,7 +42,7 @@ class Counts:
         return {"taken": self.taken, "waited": self.waited}
 
 
-class Ledger(ports.Ledger):
+class Ledger(ledger_port.Ledger):
     """Take, check, extend and settle holds. Implements the port Ledger."""
 
     def __init__(

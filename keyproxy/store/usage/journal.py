@@ -25,7 +25,7 @@ import orjson
 
 from keyproxy.config import schema
 from keyproxy.model import Identity, Moment
-from keyproxy.ports import Exchange
+from keyproxy.ports.exchange import Exchange
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
 from keyproxy.store.outage import Outage

@@ -8,7 +8,7 @@ from typing import Final
 import orjson
 
 from keyproxy.model import Identity
-from keyproxy.ports import Exchange
+from keyproxy.ports.exchange import Exchange
 
 #: Cached common parts of events per group; the cache is cleared when it is full.
 _ALIKE_MAX: Final = 64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from keyproxy.http.own_response import OwnResponse
 from keyproxy.http.routes import ANY_ROUTE
-from keyproxy.ports import Exchange
+from keyproxy.ports.exchange import Exchange
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.context import ServerContext
 from keyproxy.wire.responses import response_heads

@@ -8,7 +8,7 @@ from typing import Final
 from keyproxy.http import headers
 from keyproxy.http.own_response import OwnResponse
 from keyproxy.http_messages import ResponseHead
-from keyproxy.ports import Exchange
+from keyproxy.ports.exchange import Exchange
 from keyproxy.wire.context import ServerContext
 
 #: The first bytes of every response.

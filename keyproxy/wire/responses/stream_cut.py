@@ -8,7 +8,7 @@ from __future__ import annotations
 from keyproxy.ai.dialects.endpoint import StreamFormat
 from keyproxy.ai.responses.meter import Meter
 from keyproxy.http.error_shapes import bedrock_stream_exception
-from keyproxy.ports import Exchange
+from keyproxy.ports.exchange import Exchange
 from keyproxy.reasons import Refusal
 from keyproxy.wire.context import ServerContext
 from keyproxy.wire.parsing.framing import LAST_CHUNK, chunk

@@ -6,7 +6,7 @@ It is signed once per identity, and again when half of its life is over or the c
 from __future__ import annotations
 
 from keyproxy.model import Grant, Permit
-from keyproxy.ports import Assertions
+from keyproxy.ports.gate import Assertions
 from keyproxy.reasons import Refusal
 
 

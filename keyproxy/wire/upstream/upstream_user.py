@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from keyproxy import ports
 from keyproxy.http_messages import ResponseHead
+from keyproxy.ports import exchange
 from keyproxy.reasons import Refusal
 from keyproxy.wire.upstream import retry
 
 
-class UpstreamUser(ports.Exchange):
+class UpstreamUser(exchange.Exchange):
     """An exchange, as seen by its upstream connection."""
 
     @property

@@ -17,7 +17,7 @@ from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
 from keyproxy.model import Missing, Moment, TimeBudget
 from keyproxy.platform import clock
-from keyproxy.ports import Ledger
+from keyproxy.ports.ledger import Ledger
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.ledger.charge_dedup import Answer, Claim, Claims, ClaimStore, Cover
 from keyproxy.store.ledger.charge_dedup_postgres import PostgresClaims

@@ -16,7 +16,7 @@ from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.config.schema import Usage
 from keyproxy.http_messages import RequestFields, RequestHead, RequestLine
 from keyproxy.model import AgentToken, Identity
-from keyproxy.ports import Exchange
+from keyproxy.ports.exchange import Exchange
 from keyproxy.reasons import Reason
 from keyproxy.store.postgres.database import Database, Row, StoreUnavailable
 from keyproxy.store.usage.journal import UsageJournal

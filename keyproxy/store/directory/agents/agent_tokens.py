@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from keyproxy.auth.minting import MintParent, MintRules, parse_mint_request
-from keyproxy.ports import AgentTokenMint
+from keyproxy.ports.agent_token_mint import AgentTokenMint
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.directory.context import DirectoryContext
 from keyproxy.store.directory.entities import Entity

@@ -13,7 +13,7 @@ from typing import Final
 
 from keyproxy.config.delegation_settings import AccessSettings
 from keyproxy.model import Moment
-from keyproxy.ports import AgentTokenMint
+from keyproxy.ports.agent_token_mint import AgentTokenMint
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.signing.signing_key import SigningKey
 from keyproxy.signing.token_check import ACCEPTS_NONE
