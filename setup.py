@@ -13,7 +13,7 @@ from setuptools import Extension, setup
 #: What runs for every request: these folders whole, but for `NOT_COMPILED`, and these modules.
 FOLDERS = ("ai", "auth", "decision", "http", "limits", "ports", "wire")
 MODULES = (
-    "reasons", "model", "http_messages", "gateway", "limit_state", "platform/clock",
+    "problem_spec", "reasons", "model", "http_messages", "gateway", "limit_state", "platform/clock",
     "metrics/access_log", "metrics/delegation_counts", "metrics/model_counts", "metrics/recorder",
     "store/identities/acting_pairs", "store/identities/cache", "store/identities/entries",
     "store/identities/owned_ids", "store/ledger/ledger", "store/usage/journal",

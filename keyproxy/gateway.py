@@ -36,7 +36,8 @@ from keyproxy.ports.gate import Gate
 from keyproxy.ports.identities import Identities
 from keyproxy.ports.ledger import Claims, Ledger
 from keyproxy.ports.tenant_records import OwnedIds, PromptTemplates
-from keyproxy.reasons import Blame, Reason, Refusal
+from keyproxy.problem_spec import Blame
+from keyproxy.reasons import Reason, Refusal
 
 _log = logging.getLogger(__name__)
 

@@ -92,7 +92,8 @@ class Identity:
 
     `key_id`: the key; behind an agent token, the key that it was cut from. `user_id`: the user whose data, limits and
     usage the request concerns. `actor_user_id`: the owner of the key, if it acts for that user; else None.
-    `agent_token`: the agent token; None: the credential is a key. `can_act`: the key may act for users of its tenant.
+    `agent_token`: the agent token; None: the credential is a key. `lineage`: the first key of its rotations, or itself.
+    `can_act`: the key may act for users of its tenant.
     """
 
     key_id: str
@@ -108,6 +109,7 @@ class Identity:
     actor_user_id: str | None = None
     agent_token: AgentToken | None = None
     can_act: bool = False
+    lineage: str = ""
     assertion: CachedAssertion = field(default_factory=CachedAssertion, repr=False)
     mode: str = field(init=False)
     owner: Owner = field(init=False)
@@ -131,7 +133,8 @@ class Route:
     `tokens`: the dialect of metered requests; NO_TOKENS: no metering. `deduplicates`: repeats of a request with an
     Idempotency-Key are charged once. `is_public`: requests need no key, and credentials are ignored.
     `forwards_encoded_slash`: paths may have `%2F` in the value of a placeholder. `serves`: what the proxy responds with
-    itself, such as AGENT_TOKENS; empty: requests are forwarded.
+    itself, such as AGENT_TOKENS; empty: requests are forwarded. `tool`: the name of the tool that its requests call;
+    `protocol`: "mcp" if the body names the tool; `provider`: whose credential goes upstream; each may be empty.
     """
 
     name: str
@@ -142,6 +145,9 @@ class Route:
     is_public: bool = False
     forwards_encoded_slash: bool = False
     serves: str = ""
+    tool: str = ""
+    protocol: str = ""
+    provider: str = ""
 
 
 @mypyc_attr(acyclic=True)

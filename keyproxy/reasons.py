@@ -12,32 +12,11 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
-from typing import Final, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 from keyproxy.limit_state import LimitState
-
-
-class Blame(enum.Enum):
-    """The party that has to act before the next request can succeed."""
-
-    CALLER = "caller"
-    US = "us"
-    UPSTREAM = "upstream"
-
-
-class ProblemSpec(NamedTuple):
-    """The fixed part of a problem, of the proxy or of the admin API.
-
-    `retry_after_seconds`: the default wait; None: an unchanged retry cannot succeed.
-    """
-
-    code: str
-    status: int
-    blame: Blame
-    title: str
-    sentence: str
-    retry_after_seconds: int | None = None
+from keyproxy.problem_spec import Blame, ProblemSpec
 
 
 class Reason(enum.Enum):
@@ -58,6 +37,13 @@ class Reason(enum.Enum):
     )
     KEY_REVOKED = ProblemSpec(
         "api_key_revoked", 401, Blame.CALLER, "API key revoked", "The API key has been revoked. Request a new one."
+    )
+    KEY_SUSPENDED = ProblemSpec(
+        "api_key_suspended",
+        401,
+        Blame.CALLER,
+        "API key suspended",
+        "The API key is suspended. Its operator can resume it.",
     )
     ACCOUNT_DISABLED = ProblemSpec(
         "account_disabled",
@@ -150,6 +136,20 @@ class Reason(enum.Enum):
         Blame.CALLER,
         "Delegation refused",
         "The credential may not act for this user.",
+    )
+    TOOL_NOT_ALLOWED = ProblemSpec(
+        "tool_not_allowed", 403, Blame.CALLER, "Tool not allowed", "The credential may not call this tool."
+    )
+    APPROVAL_REQUIRED = ProblemSpec(
+        "approval_required",
+        403,
+        Blame.CALLER,
+        "Approval required",
+        "This call needs an approval. Repeat the same request once it is approved.",
+        5,
+    )
+    APPROVAL_DENIED = ProblemSpec(
+        "approval_denied", 403, Blame.CALLER, "Approval denied", "The approval of this call was denied."
     )
     RATE_LIMITED = ProblemSpec(
         "rate_limited",
@@ -250,6 +250,22 @@ class Reason(enum.Enum):
         "Limits cannot be checked right now. Nothing was charged. Retry shortly.",
         2,
     )
+    APPROVALS_UNAVAILABLE = ProblemSpec(
+        "approvals_unavailable",
+        503,
+        Blame.US,
+        "Approvals unavailable",
+        "Approvals cannot be checked right now. Nothing was sent or charged. Retry shortly.",
+        2,
+    )
+    UPSTREAM_CREDENTIAL_UNAVAILABLE = ProblemSpec(
+        "upstream_credential_unavailable",
+        503,
+        Blame.US,
+        "Upstream credential unavailable",
+        "The proxy has no usable credential for the upstream of this route.",
+        60,
+    )
     OVERLOADED = ProblemSpec("overloaded", 503, Blame.US, "Overloaded", "The proxy is overloaded. Retry shortly.", 1)
     UPSTREAM_UNREACHABLE = ProblemSpec(
         "upstream_unreachable",
@@ -312,8 +328,8 @@ class Refusal(Exception):
     `missing_scopes`: for the challenge of a 403. `limit` is the limit that was exceeded, with its state at that time;
     `applied` is every limit that applies to the request, and is part of the response too. `retry_after_seconds` defaults
     to the limit's reset; a budget that is spent has none, since no retry succeeds. `limit_reason`: why it refuses the
-    request. Neither text may contain anything from the request that was not checked for secrets: see
-    docs/threat-model.md.
+    request. `members`: further members of the response, such as the id of an approval. Neither text may contain anything
+    from the request that was not checked for secrets: see docs/threat-model.md.
     """
 
     def __init__(
@@ -329,6 +345,7 @@ class Refusal(Exception):
         limit: LimitState | None = None,
         applied: Sequence[LimitState] = (),
         limit_reason: LimitReason = LimitReason.NONE,
+        members: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__(reason.code, detail)
         self.reason = reason
@@ -340,6 +357,7 @@ class Refusal(Exception):
         self.limit = limit
         self.applied = applied or (() if limit is None else (limit,))
         self.limit_reason = limit_reason
+        self.members = members
         self.retry_after_seconds = retry_after_seconds
         if retry_after_seconds is None and not (limit_reason is LimitReason.SPENT and _is_budget(limit)):
             self.retry_after_seconds = _wait(reason, limit)

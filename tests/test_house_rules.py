@@ -24,6 +24,7 @@ PACKAGE = ROOT / "keyproxy"
 RANKS = {
     "": 0,
     "limit_state": 0,
+    "problem_spec": 0,
     "mypyc_compat": 0,
     "reasons": 1,
     "limits": 2,

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from keyproxy.reasons import Blame, Reason, Refusal
+from keyproxy.problem_spec import Blame
+from keyproxy.reasons import Reason, Refusal
 
 #: Every public code with its status.
 PUBLIC_STATUSES = {
@@ -14,6 +15,7 @@ PUBLIC_STATUSES = {
     "api_key_invalid": 401,
     "api_key_expired": 401,
     "api_key_revoked": 401,
+    "api_key_suspended": 401,
     "account_disabled": 401,
     "credentials_ambiguous": 400,
     "key_in_url": 400,
@@ -27,6 +29,9 @@ PUBLIC_STATUSES = {
     "namespace_forbidden": 403,
     "prompt_category_not_allowed": 403,
     "delegation_refused": 403,
+    "tool_not_allowed": 403,
+    "approval_required": 403,
+    "approval_denied": 403,
     "rate_limited": 429,
     "concurrency_limited": 429,
     "quota_exhausted": 429,
@@ -41,6 +46,8 @@ PUBLIC_STATUSES = {
     "request_timeout": 408,
     "store_unavailable": 503,
     "ledger_unavailable": 503,
+    "approvals_unavailable": 503,
+    "upstream_credential_unavailable": 503,
     "overloaded": 503,
     "upstream_unreachable": 502,
     "upstream_invalid": 502,
@@ -87,7 +94,7 @@ def test_blame_matches_the_status(reason: Reason) -> None:
 @each_reason
 def test_reason_has_a_default_wait_if_and_only_if_a_retry_can_succeed(reason: Reason) -> None:
     wait = reason.value.retry_after_seconds
-    assert (wait is not None) == (reason.value.status in (429, 503))
+    assert (wait is not None) == (reason.value.status in (429, 503) or reason is Reason.APPROVAL_REQUIRED)
     assert wait is None or wait > 0
 
 

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from keyproxy.auth.api_key import masked
 from keyproxy.http.problem_json import MEDIA_TYPE, problem_json
-from keyproxy.reasons import Blame, ProblemSpec
+from keyproxy.problem_spec import Blame, ProblemSpec
 
 _CHALLENGE: Final = 'Bearer realm="keyproxy admin"'
 

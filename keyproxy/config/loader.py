@@ -23,6 +23,8 @@ from keyproxy.config import value_types
 from keyproxy.config.categories import read_categories
 from keyproxy.config.models import read_models
 from keyproxy.config.schema import TABLES, RouteRow, Settings, cross_checks
+from keyproxy.config.tools.provider_settings import ProviderRow
+from keyproxy.config.tools.tool_settings import ToolRow
 from keyproxy.config.value_types import Fault
 
 ENVIRONMENT_PREFIX: Final = "KEYPROXY_"
@@ -43,7 +45,12 @@ _OTHER_VARIABLES: Final = frozenset(
 #: Values of secret keys that are not secret.
 _NOT_SECRET: Final = ("", "embedded", "postgres")
 
-_ROUTE_KEYS: Final = tuple(key.name for key in dataclasses.fields(RouteRow))
+#: The arrays of tables whose rows have only keys with checks of their own: type of the row, key that it must have.
+_ARRAYS: Final[dict[str, tuple[type[Any], str]]] = {
+    "tools": (ToolRow, "name"),
+    "providers": (ProviderRow, "name"),
+    "routes": (RouteRow, "match"),
+}
 
 
 class ConfigError(Exception):
@@ -83,6 +90,8 @@ class _Reading:
         self.model_rows: object = []
         #: Those of `[[categories]]`.
         self.category_rows: object = []
+        #: Those of `_ARRAYS`.
+        self.rows: dict[str, object] = {name: [] for name in _ARRAYS}
         #: The source being read, and the source of each value: later sources override earlier ones.
         self.rank = 0
         self._ranks: dict[str, int] = {}
@@ -142,28 +151,27 @@ def load(path: Path | None, environment: Mapping[str, str], *, read: str | None 
     `read`: the content of the file; None: read it now.
     """
     reading = _Reading()
-    route_rows: object = []
     if defaults := environment.get("KEYPROXY_DEFAULTS", ""):
-        route_rows = _read_document(reading, Path(defaults), text(Path(defaults)), route_rows)
+        _read_document(reading, Path(defaults), text(Path(defaults)))
     reading.rank = 1
     if path is not None:
-        route_rows = _read_document(reading, path, text(path) if read is None else read, route_rows)
+        _read_document(reading, path, text(path) if read is None else read)
     reading.rank = 2
     for variable in sorted(environment):
         _read_variable(reading, variable, environment[variable])
     if "KEYPROXY_ROUTES" in environment:
         try:
-            route_rows = json.loads(environment["KEYPROXY_ROUTES"])
+            reading.rows["routes"] = json.loads(environment["KEYPROXY_ROUTES"])
         except ValueError:
             reading.wrong.append("KEYPROXY_ROUTES: must be a JSON array of objects")
-    rows = tuple(_routes(reading, route_rows))
+    arrays: dict[str, Any] = {name: tuple(_rows(reading, name)) for name in _ARRAYS}
     models, wrong_models = read_models(reading.model_rows)
     categories, wrong_categories = read_categories(reading.category_rows)
     reading.wrong += [*wrong_models, *wrong_categories]
     if reading.wrong:
         raise ConfigError(reading.wrong)
     tables = {table: cls(**reading.values[table]) for table, cls in TABLES.items()}
-    settings = Settings(**tables, models=models, categories=categories, routes=rows)
+    settings = Settings(**tables, models=models, categories=categories, **arrays)
     loaded = Config(settings, _with_defaults(reading))
     wrong = cross_checks(settings)
     if wrong:
@@ -172,7 +180,7 @@ def load(path: Path | None, environment: Mapping[str, str], *, read: str | None 
 
 
 def flatten(settings: Settings) -> Iterator[tuple[str, object]]:
-    """Every key as (`table.key`, value), in the order of the file; then one for each model, category and route."""
+    """Every key as (`table.key`, value), in the order of the file; then one for each row of an array of tables."""
     for table in TABLES:
         for key, value in dataclasses.asdict(getattr(settings, table)).items():
             yield f"{table}.{key}", value
@@ -180,8 +188,9 @@ def flatten(settings: Settings) -> Iterator[tuple[str, object]]:
         yield f"models[{number}]", {**dataclasses.asdict(model), "scopes": sorted(model.scopes)}
     for number, category in enumerate(settings.categories, start=1):
         yield f"categories[{number}]", {**dataclasses.asdict(category), "scopes": sorted(category.scopes)}
-    for number, row in enumerate(settings.routes, start=1):
-        yield f"routes[{number}]", dataclasses.asdict(row)
+    for array in _ARRAYS:
+        for number, row in enumerate(getattr(settings, array), start=1):
+            yield f"{array}[{number}]", dataclasses.asdict(row)
 
 
 def mask(value: object) -> object:
@@ -197,21 +206,20 @@ def mask(value: object) -> object:
     return address + question + re.sub(r"(?i)((?:^|&)[^=&]*pass[^=&]*=)[^&]*", r"\1***", query)
 
 
-def _read_document(reading: _Reading, path: Path, content: str, route_rows: object) -> object:
-    """Read a file. Return the route table that then applies."""
+def _read_document(reading: _Reading, path: Path, content: str) -> None:
     document = _parse(path, content)
-    route_rows = document.pop("routes", route_rows)
     reading.model_rows = document.pop("models", reading.model_rows)
     reading.category_rows = document.pop("categories", reading.category_rows)
+    for array in _ARRAYS:
+        reading.rows[array] = document.pop(array, reading.rows[array])
     for table, keys in document.items():
         if table not in TABLES:
-            reading.unknown(table, [*TABLES, "models", "categories", "routes"], str(path))
+            reading.unknown(table, [*TABLES, "models", "categories", *_ARRAYS], str(path))
         elif not isinstance(keys, dict):
             reading.wrong.append(f"{table}: must be a table, [{table}] (set in {path})")
         else:
             for name, value in _twins_last(keys):
                 reading.set(table, name, value, str(path))
-    return route_rows
 
 
 def _parse(path: Path, content: str) -> dict[str, Any]:
@@ -238,27 +246,28 @@ def _read_variable(reading: _Reading, variable: str, value: str) -> None:
         reading.unknown(variable, known, "the environment")
 
 
-def _routes(reading: _Reading, rows: object) -> Iterator[RouteRow]:
+def _rows(reading: _Reading, array: str) -> Iterator[Any]:
+    """The rows of one of `_ARRAYS`."""
+    row_type, required = _ARRAYS[array]
+    rows = reading.rows[array]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        reading.wrong.append("routes: must be an array of tables, [[routes]]")
+        reading.wrong.append(f"{array}: must be an array of tables, [[{array}]]")
         return
-    keys = {key.name: key for key in dataclasses.fields(RouteRow)}
+    keys = {key.name: key for key in dataclasses.fields(row_type)}
     for number, row in enumerate(rows, start=1):
         values: dict[str, Any] = {}
         for name, value in row.items():
             if name not in keys:
-                reading.unknown(
-                    f"routes[{number}].{name}", [f"routes[{number}].{key}" for key in _ROUTE_KEYS], "routes"
-                )
+                reading.unknown(f"{array}[{number}].{name}", [f"{array}[{number}].{key}" for key in keys], array)
                 continue
             checked = value_types.checked(value, keys[name].type, keys[name].metadata["check"], is_text=False)
             if isinstance(checked, Fault):
-                reading.wrong.append(f"routes[{number}].{name}: {checked.sentence}")
+                reading.wrong.append(f"{array}[{number}].{name}: {checked.sentence}")
             else:
                 values[name] = checked
-        if "match" not in row:
-            reading.wrong.append(f"routes[{number}]: has no match")
-        yield RouteRow(**values)
+        if required not in row:
+            reading.wrong.append(f"{array}[{number}]: has no {required}")
+        yield row_type(**values)
 
 
 def _with_defaults(reading: _Reading) -> dict[str, Origin]:

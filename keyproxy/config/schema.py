@@ -13,6 +13,7 @@ from typing import Any, Final
 from keyproxy.ai import prompts
 from keyproxy.ai.categories import Category
 from keyproxy.ai.models import Model
+from keyproxy.ai.tools.tool import MCP
 from keyproxy.config import (
     addresses,
     bind_settings,
@@ -26,130 +27,126 @@ from keyproxy.config import (
 from keyproxy.config.categories import CategoryKeys
 from keyproxy.config.delegation_settings import AccessSettings
 from keyproxy.config.token_settings import Money, Tokens
-from keyproxy.config.value_checks import Check, one_of, within
-from keyproxy.config.value_types import OneOrMany
+from keyproxy.config.tools.anomaly_settings import AnomalySettings
+from keyproxy.config.tools.provider_settings import ProviderRow, SecretSettings
+from keyproxy.config.tools.tool_settings import ApprovalSettings, McpSettings, ToolRow
+from keyproxy.config.value_checks import one_of, within
+from keyproxy.config.value_types import OneOrMany, setting
 from keyproxy.http import error_responses
 from keyproxy.http.routes import RouteTable
 from keyproxy.model import AGENT_TOKENS, Route
-
-
-def _setting(default: Any, check: Check | None = None, *, secret: bool = False) -> Any:
-    metadata = {"check": check, "secret": secret}
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True)
 class Listen:
     """The proxied port."""
 
-    address: str = _setting("127.0.0.1:8080", addresses.listener_problem)
-    socket_mode: str = _setting("0600", addresses.mode_problem)
-    workers: int = _setting(1, within(0, 256))
-    tls_certificate_file: str = _setting("")
-    tls_key_file: str = _setting("")
-    tls_client_ca_file: str = _setting("")
-    connections_max: int = _setting(10_000, within(1))
-    header_timeout_seconds: float = _setting(10.0, within(0.05))
-    body_idle_timeout_seconds: float = _setting(30.0, within(0.05))
-    keepalive_timeout_seconds: float = _setting(75.0, within(0.05))
-    header_bytes_max: int = _setting(32_768, within(1024, 1 << 20))
-    body_bytes_max: int = _setting(104_857_600, within(0))
-    linger_seconds: float = _setting(0.0, within(0, 3_600))
-    drain_seconds: float = _setting(30.0, within(0))
-    trusted_proxies: list[str] = _setting([], value_checks.trusted_networks)
+    address: str = setting("127.0.0.1:8080", addresses.listener_problem)
+    socket_mode: str = setting("0600", addresses.mode_problem)
+    workers: int = setting(1, within(0, 256))
+    tls_certificate_file: str = setting("")
+    tls_key_file: str = setting("")
+    tls_client_ca_file: str = setting("")
+    connections_max: int = setting(10_000, within(1))
+    header_timeout_seconds: float = setting(10.0, within(0.05))
+    body_idle_timeout_seconds: float = setting(30.0, within(0.05))
+    keepalive_timeout_seconds: float = setting(75.0, within(0.05))
+    header_bytes_max: int = setting(32_768, within(1024, 1 << 20))
+    body_bytes_max: int = setting(104_857_600, within(0))
+    linger_seconds: float = setting(0.0, within(0, 3_600))
+    drain_seconds: float = setting(30.0, within(0))
+    trusted_proxies: list[str] = setting([], value_checks.trusted_networks)
 
 
 @dataclass(frozen=True, slots=True)
 class Ops:
     """The ops listener: /livez /readyz /metrics."""
 
-    address: str = _setting("127.0.0.1:9090", addresses.listener_problem)
-    socket_mode: str = _setting("0600", addresses.mode_problem)
+    address: str = setting("127.0.0.1:9090", addresses.listener_problem)
+    socket_mode: str = setting("0600", addresses.mode_problem)
 
 
 @dataclass(frozen=True, slots=True)
 class AdminSettings:
     """The control plane."""
 
-    address: str = _setting("127.0.0.1:8081", addresses.listener_problem)
-    socket_mode: str = _setting("0600", addresses.mode_problem)
-    token_file: str = _setting("")
-    tls_certificate_file: str = _setting("")
-    tls_key_file: str = _setting("")
-    connections_max: int = _setting(256, within(1))
+    address: str = setting("127.0.0.1:8081", addresses.listener_problem)
+    socket_mode: str = setting("0600", addresses.mode_problem)
+    token_file: str = setting("")
+    tls_certificate_file: str = setting("")
+    tls_key_file: str = setting("")
+    connections_max: int = setting(256, within(1))
 
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
     """The compute server."""
 
-    url: str = _setting("http://127.0.0.1:9000", addresses.upstream_problem)
-    test_url: str = _setting("", value_checks.optional_upstream_url)
-    tls_ca_file: str = _setting("")
-    connections_max: int = _setting(256, within(1))
-    connections_per_user_max: int = _setting(0, within(0))
-    connect_timeout_seconds: float = _setting(2.0, within(0.01))
-    first_byte_timeout_seconds: float = _setting(60.0, within(0.05))
-    idle_timeout_seconds: float = _setting(300.0, within(0.05))
+    url: str = setting("http://127.0.0.1:9000", addresses.upstream_problem)
+    test_url: str = setting("", value_checks.optional_upstream_url)
+    tls_ca_file: str = setting("")
+    connections_max: int = setting(256, within(1))
+    connections_per_user_max: int = setting(0, within(0))
+    connect_timeout_seconds: float = setting(2.0, within(0.01))
+    first_byte_timeout_seconds: float = setting(60.0, within(0.05))
+    idle_timeout_seconds: float = setting(300.0, within(0.05))
 
 
 @dataclass(frozen=True, slots=True)
 class StoreSettings:
     """The connection to PostgreSQL."""
 
-    dsn: str = _setting("embedded", value_checks.store_dsn, secret=True)
-    embedded_dir: str = _setting("")
-    pool_size_max: int = _setting(4, within(1, 1000))
-    statement_timeout_seconds: float = _setting(2.0, within(0.05))
+    dsn: str = setting("embedded", value_checks.store_dsn, secret=True)
+    embedded_dir: str = setting("")
+    pool_size_max: int = setting(4, within(1, 1000))
+    statement_timeout_seconds: float = setting(2.0, within(0.05))
 
 
 @dataclass(frozen=True, slots=True)
 class Cache:
     """The cache of identities from the store."""
 
-    fresh_seconds: float = _setting(30.0, within(0.1))
-    stale_seconds: float = _setting(600.0, within(0.1))
-    unknown_seconds: float = _setting(5.0, within(0.1))
-    entries_max: int = _setting(100_000, within(1))
-    unknown_entries_max: int = _setting(100_000, within(1))
-    acting_entries_max: int = _setting(100_000, within(1))
+    fresh_seconds: float = setting(30.0, within(0.1))
+    stale_seconds: float = setting(600.0, within(0.1))
+    unknown_seconds: float = setting(5.0, within(0.1))
+    entries_max: int = setting(100_000, within(1))
+    unknown_entries_max: int = setting(100_000, within(1))
+    acting_entries_max: int = setting(100_000, within(1))
 
 
 @dataclass(frozen=True, slots=True)
 class IdentityHeaders:
     """The headers that the upstream trusts."""
 
-    header_prefix: str = _setting("X-Keyproxy-", value_checks.header_prefix)
+    header_prefix: str = setting("X-Keyproxy-", value_checks.header_prefix)
     #: Whether headers that override method or target go upstream.
-    forward_overrides: bool = _setting(False)
+    forward_overrides: bool = setting(False)
 
 
 @dataclass(frozen=True, slots=True)
 class KeySettings:
     """The format and lifetime of keys."""
 
-    prefix: str = _setting("kp", value_checks.key_prefix)
-    age_days_max: int = _setting(90, within(0, 36_500))
-    accept_foreign: bool = _setting(True)
+    prefix: str = setting("kp", value_checks.key_prefix)
+    age_days_max: int = setting(90, within(0, 36_500))
+    accept_foreign: bool = setting(True)
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerSettings:
     """The ledger, which accounts for the windows of limits."""
 
-    backend: str = _setting("postgres", value_checks.ledger_backend, secret=True)
-    lease_seconds: float = _setting(10.0, within(0.5))
-    settle_seconds: float = _setting(0.5, within(0.05))
-    unreachable: str = _setting("refuse", one_of("refuse", "allow"))
+    backend: str = setting("postgres", value_checks.ledger_backend, secret=True)
+    lease_seconds: float = setting(10.0, within(0.5))
+    settle_seconds: float = setting(0.5, within(0.05))
+    unreachable: str = setting("refuse", one_of("refuse", "allow"))
 
 
 @dataclass(frozen=True, slots=True)
 class LimitSettings:
     """How limits count requests."""
 
-    idempotency_repeats_max: int = _setting(3, within(0, 1_000))
+    idempotency_repeats_max: int = setting(3, within(0, 1_000))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,17 +154,17 @@ class Usage:
     """The retention of usage data."""
 
     #: Events are kept by the day they were written, sums by the day they cover.
-    event_days: int = _setting(7, within(0, 3_650))
-    days: int = _setting(400, within(1, 36_500))
+    event_days: int = setting(7, within(0, 3_650))
+    days: int = setting(400, within(1, 36_500))
 
 
 @dataclass(frozen=True, slots=True)
 class ReminderSettings:
     """Webhook reminders about keys that expire soon. Without a URL none are sent."""
 
-    webhook_url: str = _setting("", value_checks.webhook_url)
-    webhook_secret: str = _setting("", value_checks.webhook_secret, secret=True)
-    before_days: list[int] = _setting([14, 3, 1], value_checks.days_before)
+    webhook_url: str = setting("", value_checks.webhook_url)
+    webhook_secret: str = setting("", value_checks.webhook_secret, secret=True)
+    before_days: list[int] = setting([14, 3, 1], value_checks.days_before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,26 +172,28 @@ class AlertSettings:
     """Webhook alerts about limits that are nearly spent. Without a URL none are sent."""
 
     #: Of limit and credits; 100 is also reached by the first refusal.
-    percentages: list[int] = _setting([80, 100], value_checks.percentages)
-    webhook_url: str = _setting("", value_checks.webhook_url)
-    webhook_secret: str = _setting("", value_checks.webhook_secret, secret=True)
+    percentages: list[int] = setting([80, 100], value_checks.percentages)
+    webhook_url: str = setting("", value_checks.webhook_url)
+    webhook_secret: str = setting("", value_checks.webhook_secret, secret=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Errors:
     """Statuses that the operator may choose."""
 
-    invalid_key_status: int = _setting(401, one_of(401, 403))
-    spent_status: int = _setting(429, one_of(429, 402))
+    invalid_key_status: int = setting(401, one_of(401, 403))
+    spent_status: int = setting(429, one_of(429, 402))
 
 
 @dataclass(frozen=True, slots=True)
 class Log:
     """Log levels and the access log."""
 
-    level: str = _setting("info", one_of("debug", "info", "warning", "error"))
+    level: str = setting("info", one_of("debug", "info", "warning", "error"))
     #: The requests to log: all, none, refusals and failures, or these and a fraction of the others.
-    access: bool | str | float = _setting(True, value_checks.access_log)
+    access: bool | str | float = setting(True, value_checks.access_log)
+    #: How much of a client's address is recorded; `network`: its /24 or /48.
+    client_address: str = setting("full", one_of("full", "network", "none"))
 
     @property
     def success_share(self) -> float:
@@ -206,22 +205,27 @@ class Log:
 class RouteRow:
     """One row of the route table, as configured."""
 
-    match: str = _setting("", value_checks.route_match)
-    scopes: list[str] = _setting([], value_checks.route_scopes)
-    error_shape: str = _setting("problem", one_of(*error_responses.ERROR_SHAPES))
-    tokens: str = _setting("none", one_of(*token_settings.TOKEN_DIALECTS))
-    name: str = _setting("", token_settings.route_name_fault)
-    model: str = _setting("", token_settings.model_fault)
-    cap: str = _setting("", one_of(*token_settings.CAPS))
-    cap_field: str = _setting("", token_settings.cap_field_fault)
-    idempotency: str = _setting("once", one_of(*token_settings.IDEMPOTENCY))
-    binds: list[dict[str, str]] = _setting([], bind_settings.binds_fault)
-    prompt: str = _setting("", one_of("", *prompts.SHAPES))
-    category: OneOrMany = _setting([], categories.category_fault)
-    unregistered: str = _setting("", categories.unregistered_fault)
-    access: str = _setting(route_access.KEY, one_of(route_access.KEY, route_access.PUBLIC))
-    encoded_slash: str = _setting(route_access.REFUSE, one_of(route_access.REFUSE, route_access.FORWARD))
-    serves: str = _setting("", one_of("", AGENT_TOKENS))
+    match: str = setting("", value_checks.route_match)
+    scopes: list[str] = setting([], value_checks.route_scopes)
+    #: Empty: "mcp" with that protocol, else "problem".
+    error_shape: str = setting("", one_of("", *error_responses.ERROR_SHAPES))
+    tokens: str = setting("none", one_of(*token_settings.TOKEN_DIALECTS))
+    name: str = setting("", token_settings.route_name_fault)
+    model: str = setting("", token_settings.model_fault)
+    cap: str = setting("", one_of(*token_settings.CAPS))
+    cap_field: str = setting("", token_settings.cap_field_fault)
+    idempotency: str = setting("once", one_of(*token_settings.IDEMPOTENCY))
+    binds: list[dict[str, str]] = setting([], bind_settings.binds_fault)
+    prompt: str = setting("", one_of("", *prompts.SHAPES))
+    category: OneOrMany = setting([], categories.category_fault)
+    unregistered: str = setting("", categories.unregistered_fault)
+    access: str = setting(route_access.KEY, one_of(route_access.KEY, route_access.PUBLIC))
+    encoded_slash: str = setting(route_access.REFUSE, one_of(route_access.REFUSE, route_access.FORWARD))
+    serves: str = setting("", one_of("", AGENT_TOKENS))
+    tool: str = setting("", value_checks.optional_tool_name)
+    protocol: str = setting("", one_of("", MCP))
+    filter_tools_list: bool = setting(False)
+    provider: str = setting("", value_checks.optional_tool_name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,8 +250,14 @@ class Settings:
     log: Log = field(default_factory=Log)
     tokens: Tokens = field(default_factory=Tokens)
     money: Money = field(default_factory=Money)
+    mcp: McpSettings = field(default_factory=McpSettings)
+    approvals: ApprovalSettings = field(default_factory=ApprovalSettings)
+    secrets: SecretSettings = field(default_factory=SecretSettings)
+    anomalies: AnomalySettings = field(default_factory=AnomalySettings)
     models: tuple[Model, ...] = ()
     categories: tuple[Category, ...] = ()
+    tools: tuple[ToolRow, ...] = ()
+    providers: tuple[ProviderRow, ...] = ()
     routes: tuple[RouteRow, ...] = ()
 
     def listeners(self) -> dict[str, str]:
@@ -270,11 +280,12 @@ class Settings:
                 (
                     row.match,
                     Route(
-                        row.name or row.match, frozenset(row.scopes), row.error_shape, row.tokens,
+                        row.name or row.match, frozenset(row.scopes), _error_shape(row), row.tokens,
                         deduplicates=row.idempotency == token_settings.ONCE and not row.serves,
                         is_public=row.access == route_access.PUBLIC,
                         forwards_encoded_slash=row.encoded_slash == route_access.FORWARD,
                         serves=row.serves,
+                        tool=row.tool, protocol=row.protocol, provider=row.provider,
                     ),
                 )
                 for row in self.routes
@@ -286,8 +297,12 @@ class Settings:
 TABLES: Final[dict[str, type[Any]]] = {
     table.name: table.default_factory  # type: ignore[misc]
     for table in dataclasses.fields(Settings)
-    if table.name not in ("models", "categories", "routes")
+    if table.name not in ("models", "categories", "tools", "providers", "routes")
 }
+
+
+def _error_shape(row: RouteRow) -> str:
+    return row.error_shape or (MCP if row.protocol == MCP else "problem")
 
 
 def cross_checks(settings: Settings) -> list[str]:
@@ -308,7 +323,12 @@ def cross_checks(settings: Settings) -> list[str]:
     wrong += [
         f"{table}.webhook_secret: is required with {table}.webhook_url; generate one with"
         " `echo whsec_$(openssl rand -base64 32)`"
-        for table, webhook in (("reminders", settings.reminders), ("alerts", settings.alerts))
+        for table, webhook in (
+            ("reminders", settings.reminders),
+            ("alerts", settings.alerts),
+            ("approvals", settings.approvals),
+            ("anomalies", settings.anomalies),
+        )
         if webhook.webhook_url and not webhook.webhook_secret
     ]
     wrong += token_settings.conflicts(

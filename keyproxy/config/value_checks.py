@@ -155,3 +155,16 @@ def route_scopes(value: list[str]) -> str | None:
     """The scopes that a route requires."""
     bad = [scope for scope in value if not is_scope(scope)]
     return f"{bad[0]!r} is not a valid scope" if bad else None
+
+
+_TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+
+
+def tool_name(value: str) -> str | None:
+    """The name of a tool or provider."""
+    return None if _TOOL_NAME.fullmatch(value) else "must have 1 to 128 letters, digits, '_', '.' and '-'"
+
+
+def optional_tool_name(value: str) -> str | None:
+    """The name of a tool, or nothing."""
+    return tool_name(value) if value else None

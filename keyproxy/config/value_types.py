@@ -1,9 +1,10 @@
-"""Convert configuration values to the types of their keys, from TOML or from the text of environment variables."""
+"""The keys of settings and the types of their values, which come from TOML or from the text of environment variables."""
 
 from __future__ import annotations
 
 import re
-from typing import Final, NamedTuple, TypeAlias
+from dataclasses import field
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from keyproxy.config.value_checks import Check
 
@@ -14,6 +15,14 @@ OneOrMany: TypeAlias = list[str]
 _NUMBER_MAX: Final = 10**15
 _DIGITS_MAX: Final = 18
 _TOO_LARGE: Final = "is too large a number: it must be less than 10^15"
+
+
+def setting(default: Any, check: Check | None = None, *, secret: bool = False) -> Any:
+    """A field of a settings dataclass. `secret`: its value is masked, and may be read from a file named by `_file`."""
+    metadata = {"check": check, "secret": secret}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 class Fault(NamedTuple):

@@ -15,7 +15,7 @@ from keyproxy.http_messages import RequestHead
 from keyproxy.limits.allowance import Hold
 from keyproxy.model import COMPLETED, Ending, Missing
 from keyproxy.ports.exchange import Exchange
-from keyproxy.reasons import Blame
+from keyproxy.problem_spec import Blame
 
 _SWITCHING_PROTOCOLS: Final = 101
 

@@ -18,7 +18,9 @@ from keyproxy.http.own_response import OwnResponse
 from keyproxy.reasons import SPENT, Reason, Refusal
 
 #: Reasons with a status that `errors.invalid_key_status` sets: the request has a key, and it is not accepted.
-KEY_REFUSALS: Final = frozenset({Reason.KEY_INVALID, Reason.KEY_EXPIRED, Reason.KEY_REVOKED, Reason.ACCOUNT_DISABLED})
+KEY_REFUSALS: Final = frozenset(
+    {Reason.KEY_INVALID, Reason.KEY_EXPIRED, Reason.KEY_REVOKED, Reason.ACCOUNT_DISABLED, Reason.KEY_SUSPENDED}
+)
 
 #: The Allow field of a 405. RFC 9110 section 15.5.6.
 _ALLOW: Final = "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
@@ -96,15 +98,18 @@ class ErrorRenderer:
         spec = refusal.reason.value
         status = self.status_of(refusal)
         detail = refusal.caller_text if refusal.replaces_sentence else f"{spec.sentence} {refusal.caller_text}".rstrip()
-        members = _limit_members(refusal)
+        members = _members(refusal)
         if error_shape == _PROBLEM:
             return problem_json.problem_json(spec, request_id, status=status, detail=detail, members=members)
         error = ErrorFacts(status, spec.code, detail, request_id, refusal.field, members)
         return json.dumps(error_shapes.error_content(error_shape, error)).encode("utf-8")
 
 
-def _limit_members(refusal: Refusal) -> dict[str, object]:
-    """The members that describe the exceeded limit. `retryable`: the same request can be admitted later."""
+def _members(refusal: Refusal) -> dict[str, object]:
+    """The members of this refusal, such as those that describe the exceeded limit.
+
+    `retryable`: the same request can be admitted later.
+    """
     limit, reason = refusal.limit, refusal.limit_reason.value
     members: dict[str, object] = {}
     if limit is not None:
@@ -116,4 +121,6 @@ def _limit_members(refusal: Refusal) -> dict[str, object]:
         members["retryable"] = refusal.retry_after_seconds is not None
     if reason:
         members["reason"] = reason
+    if refusal.members is not None:
+        members.update(refusal.members)
     return members

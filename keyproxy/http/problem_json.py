@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Final
 
-from keyproxy.reasons import ProblemSpec
+from keyproxy.problem_spec import ProblemSpec
 
 MEDIA_TYPE: Final = "application/problem+json"
 

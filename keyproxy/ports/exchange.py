@@ -9,6 +9,7 @@ from keyproxy.ai.metered_request import MeteredRequest
 from keyproxy.ai.requests.inflation import ContentMemory
 from keyproxy.ai.responses.meter import Meter
 from keyproxy.ai.responses.token_use import TokenUse
+from keyproxy.ai.tools.tool_call import ToolCall
 from keyproxy.auth.minting import MintRequest
 from keyproxy.http.forwarding import Forwarding
 from keyproxy.http.idempotency_key import Fingerprint
@@ -16,6 +17,7 @@ from keyproxy.http.own_response import OwnResponse
 from keyproxy.http_messages import RequestHead, RequestLine
 from keyproxy.limits.allowance import Hold
 from keyproxy.model import COMPLETED, Ending, Identity, KeyDigest, Permit, Route
+from keyproxy.ports.tools import UpstreamCredential
 from keyproxy.reasons import Reason, Refusal
 
 
@@ -100,6 +102,13 @@ class Exchange:
 
     #: Header lines that go upstream in place of the client's; None: the client's.
     block: bytes | None = None
+
+    #: On routes of tools: the call, once the tool is known; and on those with a provider: the credential that is sent.
+    tool_call: ToolCall | None = None
+    upstream_credential: UpstreamCredential | None = None
+
+    #: On MCP routes: the id of the JSON-RPC request as JSON text, once it was read; empty: unknown, or a notification.
+    rpc_id: bytes = b""
 
     #: Whether it is admitted to mint an agent token, and what it asks for, once its body was read.
     is_minting: bool = False

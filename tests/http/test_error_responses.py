@@ -13,7 +13,9 @@ from keyproxy.limit_state import LimitPolicy, LimitState
 from keyproxy.reasons import NEVER_FITS, SPENT, LimitReason, Reason, Refusal
 
 CHALLENGE = 'Api-Key realm="keyproxy"'
-KEY_REFUSALS = {Reason.KEY_INVALID, Reason.KEY_EXPIRED, Reason.KEY_REVOKED, Reason.ACCOUNT_DISABLED}
+KEY_REFUSALS = {
+    Reason.KEY_INVALID, Reason.KEY_EXPIRED, Reason.KEY_REVOKED, Reason.ACCOUNT_DISABLED, Reason.KEY_SUSPENDED,
+}  # fmt: skip
 
 each_reason = pytest.mark.parametrize("reason", Reason, ids=lambda reason: reason.code)
 each_shape = pytest.mark.parametrize("shape", ERROR_SHAPES)
@@ -92,7 +94,7 @@ def test_response_has_exactly_the_fields_that_its_status_requires(reason: Reason
     status, wait = reason.value.status, reason.value.retry_after_seconds
     assert headers.get("WWW-Authenticate") == (CHALLENGE if status == 401 else None)
     assert headers.get("Retry-After") == (None if wait is None else str(wait))
-    assert ("Retry-After" in headers) == (status in (429, 503))
+    assert ("Retry-After" in headers) == (status in (429, 503) or reason is Reason.APPROVAL_REQUIRED)
 
 
 @pytest.mark.parametrize("missing", [["jobs:write"], ["jobs:read", "jobs:write"]])

@@ -105,6 +105,7 @@ def acting_identity(row: Row, header_prefix: str) -> Identity:
         retiring_field=retiring_field_of(row, header_prefix),
         actor_user_id=actor,
         can_act=True,
+        lineage=row["key_pool"],
     )
 
 
@@ -140,6 +141,7 @@ def token_identity(row: Row, header_prefix: str) -> Identity:
             token_budget=own["token_budget"],
             request_budget=own["request_budget"],
         ),
+        lineage=row["key_pool"],
     )
 
 

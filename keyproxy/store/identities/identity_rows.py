@@ -54,6 +54,7 @@ def identity_of(row: Row, header_prefix: str) -> Identity:
         allowance=allowance_of(pools_of(row, user)),
         retiring_field=retiring_field_of(row, header_prefix),
         can_act=row["can_act"],
+        lineage=row["key_pool"],
     )
 
 

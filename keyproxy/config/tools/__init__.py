@@ -1,0 +1,1 @@
+"""Settings of tools, approvals, credentials of upstreams and anomalies."""

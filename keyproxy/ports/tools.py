@@ -1,0 +1,81 @@
+"""The ports to approvals and consents, and to the credentials of upstreams."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from keyproxy.ai.tools.tool_call import ToolClaim
+from keyproxy.model import Identity, Moment, TimeBudget
+from keyproxy.mypyc_compat import mypyc_attr
+
+
+class ApprovalRequest(NamedTuple):
+    """A call that needs an approval. `digest`: what it is bound to, 32 bytes. `kind`: the tool's `approval`.
+
+    `summary`: what the approver sees, a JSON object of at most 8,192 bytes without secrets. `client`: the client's
+    address as it may be recorded, None for none. `key_hint` is part of the summary that the store adds.
+    """
+
+    digest: bytes
+    identity: Identity
+    tool: str
+    kind: str
+    summary: bytes
+    client: str | None
+
+
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Approvals:
+    """Approvals of calls and consents of users."""
+
+    def has_consent(self, identity: Identity, tool: str, now: Moment, *, is_first_lookup: bool = True) -> bool:
+        """Whether the user has consented to this tool for the agent of the identity, or any; from memory. Never waits.
+
+        Raises Missing if the store has to be queried, a Refusal (APPROVALS_UNAVAILABLE) if it cannot be queried now.
+        """
+        raise NotImplementedError
+
+    async def claim(self, request: ApprovalRequest, patience: TimeBudget) -> ToolClaim:
+        """Claim the approval of this call, which no other request can use then. Without one, ask for it.
+
+        Raises a Refusal: APPROVAL_REQUIRED or APPROVAL_DENIED, with the approval as members; APPROVALS_UNAVAILABLE if
+        the store does not respond. If the reply to a claim was lost, it is given back.
+        """
+        raise NotImplementedError
+
+    def give_back(self, claim: ToolClaim) -> None:
+        """Restore a claimed approval, of which nothing was sent upstream. Never waits; retried until its expiry."""
+        raise NotImplementedError
+
+
+class UpstreamCredential:
+    """The credential of one upstream, as header line. `number` differs from that of any other one in this process."""
+
+    __slots__ = ("line", "number", "provider")
+
+    def __init__(self, provider: str, number: int, line: bytes) -> None:
+        self.provider = provider
+        self.number = number
+        self.line = line
+
+    def __repr__(self) -> str:
+        return f"UpstreamCredential({self.provider!r}, {self.number})"
+
+
+@mypyc_attr(allow_interpreted_subclasses=True)
+class UpstreamCredentials:
+    """The credentials with which the proxy presents itself to upstreams."""
+
+    def choose(
+        self, provider: str, tenant_id: str, now: Moment, *, is_test: bool, is_first_lookup: bool = True
+    ) -> UpstreamCredential:
+        """The credential for a request of this tenant, from memory. Never waits.
+
+        Raises Missing if the store has to be queried, a Refusal (UPSTREAM_CREDENTIAL_UNAVAILABLE) if there is none
+        that is usable, or the store cannot be queried now.
+        """
+        raise NotImplementedError
+
+    def was_refused(self, credential: UpstreamCredential, now_mono: float) -> None:
+        """The upstream has responded with 401: prefer another credential for a minute. Never waits."""
+        raise NotImplementedError
