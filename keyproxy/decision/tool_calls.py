@@ -107,7 +107,11 @@ class ToolCalls:
         Raises a Refusal if a limit refuses the request, or consents cannot be queried now.
         """
         call, allowance = exchange.tool_call, grant.identity.allowance
-        if call is None or call.claim is not None or not self._needs_approval(call, grant.identity, now, is_first_lookup):
+        if (
+            call is None
+            or call.claim is not None
+            or not self._needs_approval(call, grant.identity, now, is_first_lookup)
+        ):
             return
         if allowance is not None:
             payments.check(exchange, allowance, need, now=now, asks=True)

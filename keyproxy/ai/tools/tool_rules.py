@@ -41,7 +41,7 @@ class ToolTable:
 class ToolRules:
     """How the calls of one route are judged.
 
-    `tool`: the tool that all its requests call. `mcp`: how its messages are read, which name their tools; None: not by MCP.
+    `tool`: that all its requests call. `mcp`: how its messages are read, which name the tools; None: they are not of MCP.
     `body_bytes_max`: of a call that is read whole.
     """
 
