@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from typing import Any
 
 import pytest
 
-from keyproxy.ai.tools.mcp_message import McpMessage, McpReading, McpRules, parse_mcp
+from keyproxy.ai.tools.mcp_message import McpMessage, McpRules, parse_mcp
 from keyproxy.http_messages import RequestFields, RequestHead, RequestLine
 from keyproxy.reasons import Reason, Refusal
 
@@ -57,12 +56,13 @@ def code(body: bytes | dict[str, Any], headers: dict[str, str] | bytes = b"") ->
 
 
 def test_call_names_its_tool_and_keeps_its_parameters_as_written() -> None:
-    body = b'{"id":"a\\u0062","params": {"arguments":{"n":1.50},"name":"s\\u0065arch"} ,"method":"tools/call","jsonrpc":"2.0"}'
+    params = b'{"arguments":{"n":1.50},"name":"s\\u0065arch"}'
+    body = b'{"id":"a\\u0062","params": %b ,"method":"tools/call","jsonrpc":"2.0"}' % params
     message = read(body, {"mcp-protocol-version": "2025-06-18"})
     assert (message.method, message.tool, message.rpc_id, message.version) == (
         "tools/call", "search", b'"a\\u0062"', "2025-06-18",
     )  # fmt: skip
-    assert message.params == b'{"arguments":{"n":1.50},"name":"s\\u0065arch"}'
+    assert message.params == params
 
 
 @pytest.mark.parametrize(
