@@ -124,7 +124,9 @@ def test_provider_header_with_another_meaning_is_refused(tmp_path: Path, header:
     assert found == [f"providers[1].header: {header!r} is not a header that can hold a credential"]
 
 
-@pytest.mark.parametrize("header", ["Authorization", "x-api-key", "api-key", "X-Goog-Api-Key", "Ocp-Apim-Subscription-Key"])
+@pytest.mark.parametrize(
+    "header", ["Authorization", "x-api-key", "api-key", "X-Goog-Api-Key", "Ocp-Apim-Subscription-Key"]
+)
 def test_provider_header_of_a_credential_is_accepted(tmp_path: Path, header: str) -> None:
     assert load(tmp_path, provider(f'header = "{header}"', 'format = "{secret}"')).providers[0].header == header
 
