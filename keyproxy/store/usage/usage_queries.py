@@ -37,10 +37,10 @@ _LOOK_SECONDS: Final = 0.05
 _EVENT_ID = re.compile(r"([0-9a-f]{16}):(\d{1,18}):(\d{1,9})")
 
 #: The fields of the third element of an event in keyproxy.usage_event_batches: those that many events share. It ends
-#: before what does not apply: the policy of a limit that refused, models and tokens, the actor, the agent.
+#: before what does not apply: the policy of a limit that refused, models and tokens, the actor, the agent, the client.
 _ALIKE: Final = (
     "tenant", "user", "key", "mode", "route", "method", "status", "code", "policy", "model", "tokens_cached",
-    "tokens_cache_write", "tokens_reasoning", "cost_micros", "actor_user_id", "agent_id", "agent_token_id",
+    "tokens_cache_write", "tokens_reasoning", "cost_micros", "actor_user_id", "agent_id", "agent_token_id", "client",
 )  # fmt: skip
 
 
