@@ -140,7 +140,7 @@ def build_terms(
         problems=ErrorRenderer(
             invalid_key_status=settings.errors.invalid_key_status, spent_status=settings.errors.spent_status
         ),
-        trust=TrustRule(settings.listen.trusted_proxies, prefix),
+        trust=TrustRule(settings.listen.trusted_proxies, prefix, recorded=settings.log.client_address),
         tls=tls,
         assertions=assertions,
     )
