@@ -164,10 +164,11 @@ class McpReading:
             self.rpc_id = rpc_id
             method = self._method()
             tool = self._tool(rpc_id) if method == CALL else None
-        version = _version(mcp_headers(self._head.block), self._text(_VERSION_MEMBER), self._rules)
+        headers = mcp_headers(self._head.block)
+        version = _version(headers, self._text(_VERSION_MEMBER), self._rules)
         if is_response and version in _STATELESS:
             raise malformed(f"Clients do not send responses in version {version}.")
-        self._check_headers(method, version, is_request=bool(self.rpc_id))
+        self._check_headers(headers, method, version)
         span = parts.spans["params"] if params != _NULL else (0, 0)
         return McpMessage(method, self.rpc_id, tool, version, content=self._body, params=span)
 
@@ -220,11 +221,10 @@ class McpReading:
             raise malformed("'params.arguments' must be an object.", "params.arguments")
         return name
 
-    def _check_headers(self, method: str, version: str, *, is_request: bool) -> None:
+    def _check_headers(self, headers: McpHeaders, method: str, version: str) -> None:
         """Raise a Refusal unless the header fields agree with the message."""
-        headers = mcp_headers(self._head.block)
-        # No version defines these fields for a notification.
-        is_required = is_request and version in _STATELESS
+        # No version defines these fields for a notification, which has no id.
+        is_required = version in _STATELESS and bool(self.rpc_id)
         code = HEADER_MISMATCH if version in _STATELESS else INVALID_REQUEST
         if is_required and _VERSION_MEMBER not in self._scanner.parts.values:
             raise _mismatch("MCP-Protocol-Version", code)
