@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from typing import Any
 
 import pytest
 
-from keyproxy.ai.tools.mcp_message import McpMessage, McpRules, parse_mcp
+from keyproxy.ai.tools.mcp_message import McpMessage, McpReading, McpRules, parse_mcp
 from keyproxy.http_messages import RequestFields, RequestHead, RequestLine
 from keyproxy.reasons import Reason, Refusal
 
