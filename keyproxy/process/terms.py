@@ -29,6 +29,7 @@ from keyproxy.ports.gate import Assertions
 from keyproxy.ports.identities import Identities
 from keyproxy.ports.ledger import Claims, Ledger
 from keyproxy.ports.tenant_records import OwnedIds, PromptTemplates
+from keyproxy.ports.tools import UpstreamCredentials
 from keyproxy.wire.context import ServerTerms
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.parsing.head_cache import ResponseReader
@@ -45,6 +46,7 @@ def build_gateway(
     ledger: Ledger,
     claims: Claims,
     mint: AgentTokenMint,
+    upstream_credentials: UpstreamCredentials,
     patterns: PatternMatcher | None = None,
     now: Callable[[], Moment] = clock.now,
 ) -> Gateway:
@@ -62,6 +64,7 @@ def build_gateway(
         access=access,
         mint=mint,
         mint_rules=settings.access.mint_rules(),
+        upstream_credentials=upstream_credentials,
         now=now,
         usage_wait_seconds=settings.tokens.usage_wait_seconds,
     )

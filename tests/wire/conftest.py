@@ -51,6 +51,7 @@ class Wire:
     owned_ids: fakes.FakeOwnedIds
     templates: fakes.FakePromptTemplates
     mint: fakes.FakeMint
+    upstream_credentials: fakes.FakeUpstreamCredentials
 
     def client(self) -> contextlib.AbstractAsyncContextManager[Client]:
         """A connection to the proxy."""
@@ -99,9 +100,11 @@ async def start() -> AsyncIterator[Start]:
             table = settings.route_table() if rows else routes or RouteTable([])
             owned_ids, templates = fakes.FakeOwnedIds(), fakes.FakePromptTemplates()
             mint = fakes.FakeMint(settings.access.mint_rules())
+            upstream_credentials = fakes.FakeUpstreamCredentials()
             gateway = build_gateway(
                 settings, table, identities=identities, owned_ids=owned_ids, templates=templates,
                 ledger=ledger, claims=claims, mint=mint, patterns=compile_patterns(categories),
+                upstream_credentials=upstream_credentials,
             )  # fmt: skip
             deadlines = Deadlines(loop, clock.monotonic, period_seconds=sweep_seconds)
             deadlines.start()
@@ -124,7 +127,7 @@ async def start() -> AsyncIterator[Start]:
             address = sock.getsockname()
             return Wire(
                 address, far, identities, recorder, server, pool, gateway, ledger, charges, claims, owned_ids, templates,
-                mint,
+                mint, upstream_credentials,
             )  # fmt: skip
 
         yield starting

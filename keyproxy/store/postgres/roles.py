@@ -34,6 +34,7 @@ RIGHTS: Final = {
     # Proxies mint by a function, which checks the authority of the parent.
     "agent_tokens": ("SELECT", _ALL),
     "signing_keys": ("SELECT, INSERT, UPDATE (ends_at)", _ALL),
+    "provider_keys": ("SELECT", _ALL),
     # Proxies only use two functions: see the migration that created the table.
     "foreign_hashes": ("", _ALL),
     "changes": ("SELECT, DELETE", "SELECT"),
