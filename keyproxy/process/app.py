@@ -189,7 +189,7 @@ class Proxy:
         store.usage.model_names = ModelNames([model.name for model in settings.models])
         gateway = build_gateway(
             settings, routes, identities=store.identities, owned_ids=store.owned_ids, templates=store.templates,
-            ledger=store.ledger, claims=store.claims, patterns=self._patterns,
+            ledger=store.ledger, claims=store.claims, approvals=store.approvals, patterns=self._patterns,
             upstream_credentials=self.providers.credentials(settings, store.provider_keys),
             mint=TokenMinter(
                 store.minting_database, rules=settings.access.mint_rules, signing_key=self.signing.ring.usable,

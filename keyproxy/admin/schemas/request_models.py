@@ -105,9 +105,12 @@ class AuditQuery(RequestModel):
     """Selects audit log rows; all given filters must match."""
 
     entity: (
-        Literal["tenant", "user", "key", "plan", "token", "window", "role", "owned", "template", "agent", "agent_token"]
+        Literal[
+            "tenant", "user", "key", "plan", "token", "window", "role", "owned", "template", "agent", "agent_token",
+            "approval", "consent", "provider_key",
+        ]
         | None
-    ) = None
+    ) = None  # fmt: skip
     entity_id: AuditedId | None = None
     tenant: Id | None = None
     actor: Text | None = None

@@ -27,6 +27,9 @@ ENTITIES: Final = (
     "template",
     "agent",
     "agent_token",
+    "approval",
+    "consent",
+    "provider_key",
 )
 ACTIONS: Final = ("insert", "update", "delete", "truncate", "window.credit")
 

@@ -33,6 +33,11 @@ RIGHTS: Final = {
     "agents": ("SELECT", _ALL),
     # Proxies mint by a function, which checks the authority of the parent.
     "agent_tokens": ("SELECT", _ALL),
+    # Proxies claim approvals and give them back by functions; they decide nothing and grant nothing.
+    "approvals": ("SELECT", "SELECT, UPDATE, DELETE"),
+    "released_claims": ("", ""),
+    "consents": ("SELECT", _ALL),
+    "events": ("SELECT, INSERT", _ALL),
     "signing_keys": ("SELECT, INSERT, UPDATE (ends_at)", _ALL),
     "provider_keys": ("SELECT", _ALL),
     # Proxies only use two functions: see the migration that created the table.
@@ -77,6 +82,11 @@ _FUNCTIONS: Final = {
         " integer, integer, boolean, text)"
     ): ("EXECUTE", "EXECUTE"),
     "tend_agent_tokens(integer)": ("EXECUTE", "EXECUTE"),
+    (
+        "claim_approval(text, bytea, text, text, text, text, text, text, jsonb, text, bytea, double precision, integer)"
+    ): ("EXECUTE", ""),
+    "release_approval(bytea, bytea)": ("EXECUTE", ""),
+    "tend_approvals(integer)": ("EXECUTE", "EXECUTE"),
     "credit_window(text, text, boolean, text, text, bigint, bigint, text)": ("", "EXECUTE"),
 }
 

@@ -47,13 +47,6 @@ CREATE CONSTRAINT TRIGGER bound AFTER INSERT ON keyproxy.provider_keys
     FOR EACH ROW EXECUTE FUNCTION keyproxy.bound_provider_keys();
 
 -- The change feed. The subject is the provider and the tenant, as a JSON array; the tenant is empty for shared rows.
--- The kinds are those of this release: a migration in between may have added some.
-ALTER TABLE keyproxy.changes DROP CONSTRAINT changes_kind_check;
-ALTER TABLE keyproxy.changes ADD CONSTRAINT changes_kind_check CHECK (kind IN (
-    'key', 'user', 'tenant', 'plan', 'all', 'key_limits', 'user_limits', 'tenant_limits', 'window', 'role', 'owned',
-    'template', 'signing', 'consent', 'provider_key'
-)) NOT VALID;
-
 CREATE FUNCTION keyproxy.note_provider_key_change() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
