@@ -185,6 +185,7 @@ class Proxy:
 
     def _terms(self, settings: Settings, store: Store, upstreams: Upstreams, tls: ssl.SSLContext | None) -> ServerTerms:
         routes = settings.route_table()
+        store.approvals.rules = settings.approvals
         # Records keep the names of configured models, and of a bounded number of others.
         store.usage.model_names = ModelNames([model.name for model in settings.models])
         gateway = build_gateway(

@@ -62,8 +62,8 @@ class Store:
         self._usage_database = Database(dsn, pool_size_max=1, statement_timeout_seconds=seconds, main=self.database)
         # Another one, because a mint may wait for a lock. Its connections are made at the first mint.
         self.minting_database = Database(dsn, pool_size_max=2, statement_timeout_seconds=seconds, main=self.database)
-        # Another one, because a claim may wait for a lock too. Its connections are made at the first claim.
-        self._approvals_database = Database(dsn, pool_size_max=2, statement_timeout_seconds=seconds, main=self.database)
+        # Another one, because a claim may wait for a lock too. Its connections are made when a call needs an approval.
+        self._approvals_database = Database(dsn, pool_size_max=3, statement_timeout_seconds=seconds, main=self.database)
         self.agent_tokens = AgentTokenCleanup(self._usage_database)
         self.approval_cleanup = ApprovalCleanup(self._usage_database)
         state = FeedState()
@@ -89,7 +89,7 @@ class Store:
             verifier=self.signing_keys,
         )
         self.owned_ids = OwnedIdCache(self.database, cache, feed=state, look_ups_max=1, now=now)
-        consents = ConsentCache(self.database, cache, feed=state, look_ups_max=1, now=now)
+        consents = ConsentCache(self._approvals_database, self.database, cache, feed=state, now=now)
         self.approvals = ApprovalStore(self._approvals_database, self.database, consents, now)
         self.templates = TemplateCache(self.database, cache, now)
         self.provider_keys = ProviderKeyCache(self.database, cache, feed=state, look_ups_max=1, now=now)

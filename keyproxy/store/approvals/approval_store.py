@@ -92,6 +92,12 @@ class ApprovalStore(Approvals):
     def give_back(self, claim: ToolClaim) -> None:
         self.releases.add(claim.value, f"approval {claim.approval_id}", within_seconds=self.rules.use_seconds)
 
+    def continue_from(self, before: ApprovalStore) -> None:
+        """Take over the counts of the store before this one, and what its requests in flight give back after its end."""
+        self.outcomes, self.observe_wait = before.outcomes, before.observe_wait
+        self.consents.counts = before.consents.counts
+        self.releases.continue_from(before.releases)
+
     def start(self) -> None:
         """Start giving back."""
         self.releases.start()

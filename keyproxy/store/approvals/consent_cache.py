@@ -49,16 +49,16 @@ class ConsentCache:
     table: Final = "consents"
 
     def __init__(
-        self, database: Database, cache: Cache, *, feed: FeedState, look_ups_max: int, now: Callable[[], Moment]
+        self, database: Database, main: Database, cache: Cache, *, feed: FeedState, now: Callable[[], Moment]
     ) -> None:
-        """`look_ups_max`: how many queries may run at once. `now`: the clock."""
+        """`main`: the part of the store that notices an outage and its end. `now`: the clock."""
         self.counts = LookupCounts()
-        self._database = database
+        self._main = main
         self._cache = cache
         self._feed = feed
         self._now = now
         self._entries: collections.OrderedDict[str, _Entry] = collections.OrderedDict()
-        self._look_ups = LookupBatcher(database, _BY_USER, self._settle, look_ups_max=look_ups_max)
+        self._look_ups = LookupBatcher(database, _BY_USER, self._settle, look_ups_max=1)
 
     def __len__(self) -> int:
         """How many users are in memory."""
@@ -85,16 +85,16 @@ class ConsentCache:
                 else:
                     self.counts.stale += 1
             return entry.consents
-        if self._database.is_down:
+        if self._main.is_down:
             if is_first_lookup:
                 self.counts.refused += 1
-            raise Refusal(Reason.APPROVALS_UNAVAILABLE, self._database.down_because)
+            raise Refusal(Reason.APPROVALS_UNAVAILABLE, self._main.down_because)
         raise Missing("consents", lambda _patience: self._fetch(user_id))
 
     def _may_serve_stale(self, entry: _Entry, user_id: str, mono: float) -> bool:
         if mono >= entry.stale_until:
             return False
-        if self._database.is_down:
+        if self._main.is_down:
             return True
         if entry.is_distrusted or mono >= self._feed.current_until:
             return False

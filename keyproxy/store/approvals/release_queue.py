@@ -48,6 +48,8 @@ class ReleaseQueue:
         self._database = database
         self._now = now
         self._waiting: dict[bytes, _Release] = {}
+        self._successor: ReleaseQueue | None = None
+        self._is_closed = False
         self._wake = asyncio.Event()
 
     def __len__(self) -> int:
@@ -59,12 +61,20 @@ class ReleaseQueue:
 
         `digest`: the digest of the call, if the reply to its claim was lost.
         """
+        if self._is_closed and self._successor is not None:
+            self._successor.add(claim, name, within_seconds=within_seconds, digest=digest)
+            return
         if len(self._waiting) >= _WAITING_MAX:
             self.lost += 1
             _log.error("%s stays used: %d claims are waiting to be given back", name, _WAITING_MAX)
             return
         self._waiting[claim] = _Release(claim, digest, name, self._now().mono_seconds + within_seconds)
         self._wake.set()
+
+    def continue_from(self, before: ReleaseQueue) -> None:
+        """Take over the counts of another queue, and the claims that are added to it once it is closed."""
+        self.released, self.lost = before.released, before.lost
+        before._successor = self
 
     def start(self) -> None:
         """Start giving back."""
@@ -73,6 +83,7 @@ class ReleaseQueue:
     async def close(self) -> None:
         """Give back what is waiting, in a bounded time."""
         await self.lasting.end()
+        self._is_closed = True
         with contextlib.suppress(TimeoutError, StoreUnavailable, StoreConflict):
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await self.flush()
