@@ -32,6 +32,7 @@ from keyproxy.metrics.recorder import Histogram, Recorder
 from keyproxy.model import COMPLETED, AgentToken, Ending, Grant, Identity, Permit, Route
 from keyproxy.platform import clock
 from keyproxy.ports.exchange import Exchange
+from keyproxy.process.providers.proxy_providers import ProxyProviders
 from keyproxy.process.proxy_metrics import (
     PROXY_METRICS,
     ROUND_TRIP_BOUNDS,
@@ -111,6 +112,14 @@ def signing(number: int) -> ProxySigning:
     return cast("ProxySigning", SimpleNamespace(assertions=SimpleNamespace(total=number), ring=ring))
 
 
+def providers(number: int) -> ProxyProviders:
+    figures = SimpleNamespace(
+        failures=lambda: {"openai": number}, ages=lambda: {"openai": number},
+        lasting=SimpleNamespace(what="provider_files", defects=number),
+    )  # fmt: skip
+    return cast("ProxyProviders", figures)
+
+
 def scrape(recorder: Recorder, number: int) -> Scrape:
     pool = SimpleNamespace(counts=lambda: dict.fromkeys(("idle", "busy"), number))
     ledger_round_trips = Histogram(ROUND_TRIP_BOUNDS)
@@ -127,6 +136,7 @@ def scrape(recorder: Recorder, number: int) -> Scrape:
         categories=["chat", "code"],
         ledger_round_trips=ledger_round_trips,
         signing=signing(number),
+        providers=providers(number),
     )
 
 
