@@ -382,7 +382,7 @@ def test_overhead_is_the_time_of_the_proxy_alone(waits: dict[str, float], overhe
 
 def test_requests_and_failed_logins_of_the_admin_api_are_counted_from_0_on() -> None:
     counted = traffic()
-    page_of_admin = Catalogue(ADMIN_METRICS, lambda: AdminScrape(None, {}, {}, counted, 0))
+    page_of_admin = Catalogue(ADMIN_METRICS, lambda: AdminScrape(None, {}, {}, {}, counted, 0))
     before = page_of_admin.render().decode()
     requests = series(before, "keyproxy_admin_requests_total")
     assert set(requests.values()) == {0.0}
