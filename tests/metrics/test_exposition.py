@@ -429,9 +429,9 @@ def populated(number: int = 1) -> str:
 
 def admin_page() -> str:
     figures = StoreFigures({(1, False): 1}, {1: 1}, {"tok_1": 1.0}, 1)
-    return (
-        Catalogue(ADMIN_METRICS, lambda: AdminScrape(figures, {"sent": 1}, {"80": 1}, traffic(), 1)).render().decode()
-    )
+    deliveries = {("limit.threshold", "sent"): 1}
+    scrape = AdminScrape(figures, {"sent": 1}, {"80": 1}, deliveries, traffic(), 1)
+    return Catalogue(ADMIN_METRICS, lambda: scrape).render().decode()
 
 
 def described(text: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
