@@ -429,7 +429,7 @@ def populated(number: int = 1) -> str:
 
 def admin_page() -> str:
     figures = StoreFigures({(1, False): 1}, {1: 1}, {"tok_1": 1.0}, 1)
-    deliveries = {("limit.threshold", "sent"): 1}
+    deliveries: dict[tuple[str, ...], int] = {("limit.threshold", "sent"): 1}
     scrape = AdminScrape(figures, {"sent": 1}, {"80": 1}, deliveries, traffic(), 1)
     return Catalogue(ADMIN_METRICS, lambda: scrape).render().decode()
 
