@@ -211,6 +211,7 @@ class Proxy:
             routes=self._settings.routes,
             models=[model.name for model in self._settings.models],
             categories=[category.name for category in self._settings.categories],
+            tools=[tool.name for tool in self._settings.tools],
             ledger_round_trips=self._ledger_round_trips,
             signing=self.signing,
         )

@@ -16,7 +16,8 @@ from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.exposition import BUILD_INFO
 from keyproxy.metrics.metric import Combine, Metric, MetricKind
 from keyproxy.metrics.model_counts import ModelCount
-from keyproxy.metrics.recorder import Cell, Histogram, Recorder
+from keyproxy.metrics.recorder import OUTCOMES, Cell, Histogram, Recorder
+from keyproxy.metrics.tool_counts import REFUSALS
 from keyproxy.model import NO_TOKENS
 from keyproxy.process.signing.proxy_signing import ProxySigning
 from keyproxy.reasons import Reason
@@ -52,6 +53,8 @@ class Scrape(NamedTuple):
     models: Sequence[str]
     #: The names of the configured categories of prompts.
     categories: Sequence[str]
+    #: The names of the configured tools.
+    tools: Sequence[str]
     #: The time from a message to the ledger to its response.
     ledger_round_trips: Histogram
     signing: ProxySigning
@@ -146,6 +149,14 @@ def _categories(scrape: Scrape) -> dict[tuple[str, ...], float]:
     sources = {parse_category_source(text).counted for row in scrape.routes for text in row.category}
     names: list[tuple[str, ...]] = [(category, source) for category in scrape.categories for source in sorted(sources)]
     return {**dict.fromkeys(names, 0.0), **scrape.recorder.categories}
+
+
+def _tool_calls(scrape: Scrape) -> dict[tuple[str, ...], float]:
+    """Series of the configured tools, and of `other` where there are any, start at 0."""
+    names = [*scrape.tools, OTHER] if scrape.tools else []
+    outcomes = (*OUTCOMES, *(reason.code for reason in REFUSALS))
+    calls: dict[tuple[str, ...], float] = {(name, outcome): 0 for name in names for outcome in outcomes}
+    return {**calls, **scrape.recorder.tools.calls}
 
 
 def _summed(parts: Iterable[tuple[tuple[str, ...], Histogram]]) -> dict[tuple[str, ...], Histogram]:
@@ -269,6 +280,9 @@ PROXY_METRICS: Final[tuple[Metric[Scrape], ...]] = (
     Metric("keyproxy_usage_reads_after_abort_total", COUNTER,
            "Streams read to their usage after the client had left, by outcome.",
            ("outcome",), lambda scrape: scrape.server.usage_reads.outcomes, SUM),
+    # Tools.
+    Metric("keyproxy_tool_calls_total", COUNTER, "Calls of tools that have ended, by outcome.",
+           ("tool", "outcome"), _tool_calls, SUM),
     # The ledger.
     Metric("keyproxy_ledger_admissions_total", COUNTER, "Requests admitted under limits.",
            (), lambda scrape: scrape.store.ledger.counts.taken, SUM),

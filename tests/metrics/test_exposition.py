@@ -18,6 +18,8 @@ from keyproxy.admin.listener import traffic
 from keyproxy.admin.metrics_page import ADMIN_METRICS, AdminScrape, StoreFigures
 from keyproxy.admin.service import ENDPOINTS
 from keyproxy.ai.responses.token_use import TokenUse
+from keyproxy.ai.tools.tool import Tool
+from keyproxy.ai.tools.tool_call import ToolCall
 from keyproxy.config.schema import LedgerSettings, RouteRow
 from keyproxy.limits.allowance import Allowance, Bundle, Hold
 from keyproxy.limits.lease_sync import LeaseSync, Short
@@ -125,6 +127,7 @@ def scrape(recorder: Recorder, number: int) -> Scrape:
         routes=[RouteRow("/plain"), RouteRow(TOKENS, tokens="openai", category=["template", "=chat", "=code"])],
         models=["gpt-4o"],
         categories=["chat", "code"],
+        tools=["search", "run_shell"],
         ledger_round_trips=ledger_round_trips,
         signing=signing(number),
     )
@@ -378,6 +381,39 @@ def test_overhead_is_the_time_of_the_proxy_alone(waits: dict[str, float], overhe
     waited = waits.get("connection_wait_seconds", 0.0)
     assert series(text, "keyproxy_connection_wait_seconds_count") == {(): float(waited > 0)}
     assert series(text, "keyproxy_connection_wait_seconds_sum") == {(): waited}
+
+
+def test_calls_of_tools_start_at_0_and_are_counted_by_their_outcome() -> None:
+    def calling(name: str | None, *, reason: Reason | None = None, ending: Ending | None = None) -> Exchange:
+        one = exchange(reason=reason, ending=ending)
+        one.tool_call = None if name is None else ToolCall(Tool(name, name))
+        return one
+
+    before = series(page(), "keyproxy_tool_calls_total")
+    assert set(before.values()) == {0.0}
+    assert {tool for _, tool in before} == {"search", "run_shell", "other"}
+    text = page(
+        *[calling("search") for _ in range(2)],
+        calling("search", reason=Reason.RATE_LIMITED),
+        calling("search", ending=Ending.CLIENT_GONE),
+        calling("run_shell", reason=Reason.TOOL_NOT_ALLOWED),
+        calling("run_shell", reason=Reason.APPROVAL_REQUIRED),
+        calling("run_shell", reason=Reason.APPROVAL_DENIED),
+        calling(None, reason=Reason.TOOL_NOT_ALLOWED),
+        calling(None, reason=Reason.SCOPE_INSUFFICIENT),
+        calling(None),
+    )
+    after = series(text, "keyproxy_tool_calls_total")
+    assert before.keys() == after.keys()
+    assert {labels: count for labels, count in after.items() if count} == {
+        ("ok", "search"): 2.0,
+        ("refused", "search"): 1.0,
+        ("client_gone", "search"): 1.0,
+        ("tool_not_allowed", "run_shell"): 1.0,
+        ("approval_required", "run_shell"): 1.0,
+        ("approval_denied", "run_shell"): 1.0,
+        ("tool_not_allowed", "other"): 1.0,
+    }
 
 
 def test_requests_and_failed_logins_of_the_admin_api_are_counted_from_0_on() -> None:
