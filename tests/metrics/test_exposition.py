@@ -160,6 +160,13 @@ def exchange(
     return one
 
 
+def calling(tool: str | None, *, reason: Reason | None = None, ending: Ending | None = None) -> Exchange:
+    """An exchange that calls this tool; None: one that has no row."""
+    one = exchange(reason=reason, ending=ending)
+    one.tool_call = None if tool is None else ToolCall(Tool(tool, tool))
+    return one
+
+
 def page(*exchanges: Exchange, number: int = 0) -> str:
     """The page of a proxy on which these have ended."""
     recorder = Recorder(None)
@@ -384,11 +391,6 @@ def test_overhead_is_the_time_of_the_proxy_alone(waits: dict[str, float], overhe
 
 
 def test_calls_of_tools_start_at_0_and_are_counted_by_their_outcome() -> None:
-    def calling(name: str | None, *, reason: Reason | None = None, ending: Ending | None = None) -> Exchange:
-        one = exchange(reason=reason, ending=ending)
-        one.tool_call = None if name is None else ToolCall(Tool(name, name))
-        return one
-
     before = series(page(), "keyproxy_tool_calls_total")
     assert set(before.values()) == {0.0}
     assert {tool for _, tool in before} == {"search", "run_shell", "other"}
@@ -459,7 +461,7 @@ def populated(number: int = 1) -> str:
         acting, minted = exchange(), exchange(status=201)
         acting.identity, minted.is_minting = ACTING, True
         refused = [exchange(reason=Reason.RATE_LIMITED), exchange(reason=Reason.DELEGATION_REFUSED)]
-        ended += [one, acting, minted, *refused]
+        ended += [one, acting, minted, *refused, calling("search")]
     return page(*ended, number=number)
 
 
