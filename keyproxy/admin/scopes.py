@@ -33,7 +33,7 @@ DESCRIPTIONS: Final = {
     Scope.ADMIN_WRITE: "grants all scopes",
     Scope.KEYS_READ: "reads tenants, users, keys, agents, plans, roles, owned ids and prompt templates",
     Scope.KEYS_WRITE: (
-        "issues, imports, changes, rotates, revokes and deletes keys; changes agents; mints and revokes tokens"
+        "issues, imports, changes, rotates, suspends, revokes and deletes keys; changes agents; mints and revokes tokens"
     ),
     Scope.USERS_WRITE: "creates users with their first key, changes and deletes them",
     Scope.PLANS_WRITE: "creates, changes and deletes plans, and credits windows",

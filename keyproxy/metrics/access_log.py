@@ -168,7 +168,7 @@ class AccessLog:
             # Neither a refused line, as this object, nor an approval comes again.
             if not approval_id and (head is not None or line is None):
                 self._remember(key, alike)
-        client = b"" if exchange.peer is None else exchange.peer.client_address(head)
+        client = b"" if exchange.peer is None else exchange.peer.recorded_address(head)
         trace = b"" if head is None or not head.fields.has_traceparent else trace_id(head.block)
         return (
             b'{"time":"%b.%03dZ","request_id":"%b","trace_id":%b,"client":%b,%b"duration_seconds":%.6f,'

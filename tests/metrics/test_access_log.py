@@ -256,6 +256,19 @@ def test_a_request_without_an_identity_has_neither_actor_nor_agent(logged: Logge
         ("10.0.0.1", ["2001:DB8:0::1"], "2001:db8::1"),
         ("10.0.0.1", ["[2001:db8::1]:4711"], "2001:db8::1"),
         ("10.0.0.1", ["[2001:db8::1]"], "2001:db8::1"),
+        ("10.0.0.1", ["fe80::1%eth0"], "fe80::1"),
+        ("10.0.0.1", ["[fe80::1%eth0]:4711"], "fe80::1"),
+        ("10.0.0.1", ["[::ffff:198.51.100.7]:4711"], "198.51.100.7"),
+        ("10.0.0.1", ["[2001:db8::1"], "10.0.0.1"),
+        ("10.0.0.1", ["2001:db8::1]"], "10.0.0.1"),
+        ("10.0.0.1", ["[198.51.100.7]"], "10.0.0.1"),
+        ("10.0.0.1", ["198.51.100.07"], "10.0.0.1"),
+        ("10.0.0.1", ["198.51.100.7, 10.0.0.2,, 10.0.0.3"], "10.0.0.3"),
+        ("10.0.0.1", ["198.51.100.7, unknown, 10.0.0.3"], "10.0.0.3"),
+        ("10.0.0.1", ["198.51.100.7", "10.0.0.2"], "198.51.100.7"),
+        ("10.0.0.1", ["10.0.0.4, 10.0.0.3"], "10.0.0.4"),
+        ("198.51.100.9", ["198.51.100.7"], "198.51.100.9"),
+        ("", ["malformed"], None),
         ("10.0.0.1", ["::ffff:198.51.100.7"], "198.51.100.7"),
         ("10.0.0.1", ['"198.51.100.7"'], "10.0.0.1"),
         ("10.0.0.1", ["999.1.1.1"], "10.0.0.1"),
@@ -274,6 +287,39 @@ def test_client_is_the_rightmost_untrusted_address(
     assert line_of(logged, one)["client"] == client
 
 
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("198.51.100.7", "198.51.100.0/24"),
+        ("::ffff:198.51.100.7", "198.51.100.0/24"),
+        ("2001:db8:1:2::7", "2001:db8:1::/48"),
+        ("fe80::1%eth0", "fe80::/48"),
+        ("", None),
+    ],
+)
+def test_log_has_only_the_network_of_a_client_if_so_configured(
+    logged: Logged, address: str, network: str | None
+) -> None:
+    one = ended()
+    one.peer = TrustRule([], recorded="network").forwarding(address, is_tls=False)
+    assert line_of(logged, one)["client"] == network
+
+
+@pytest.mark.parametrize(("recorded", "client"), [("network", "198.51.100.0/24"), ("none", None)])
+def test_setting_of_recorded_addresses_applies_behind_a_proxy_too(
+    logged: Logged, recorded: str, client: str | None
+) -> None:
+    one = ended(head_of("X-Forwarded-For: 198.51.100.7"))
+    one.peer = TrustRule(["10.0.0.1"], recorded=recorded).forwarding("10.0.0.1", is_tls=False)
+    assert line_of(logged, one)["client"] == client
+
+
+def test_log_has_no_client_address_if_so_configured(logged: Logged) -> None:
+    one = ended()
+    one.peer = TrustRule([], recorded="none").forwarding("198.51.100.7", is_tls=False)
+    assert line_of(logged, one)["client"] is None
+
+
 def test_client_of_an_unparsable_request_is_the_peer(logged: Logged) -> None:
     assert line_of(logged, ended(reason=Reason.REQUEST_MALFORMED))["client"] == "192.0.2.9"
 
@@ -283,7 +329,7 @@ def test_hop_cache_is_bounded() -> None:
     forwarding = rule.forwarding("10.0.0.1", is_tls=False)
     for number in range(5_000):
         address = f"198.51.{number // 250}.{number % 250}"
-        assert forwarding.client_address(head_of(f"X-Forwarded-For: {address}")) == address.encode()
+        assert forwarding.recorded_address(head_of(f"X-Forwarded-For: {address}")) == address.encode()
 
 
 @pytest.mark.parametrize(

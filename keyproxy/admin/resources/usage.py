@@ -97,7 +97,10 @@ class Sums(ResponseModel):
 
 
 class Event(ResponseModel):
-    """One request. `user` is its principal; `actor_user_id` the owner of the key, if the key acts for that user."""
+    """One request. `user` is its principal; `actor_user_id` the owner of the key, if the key acts for that user.
+
+    `client`: the address of the client, or its network, as far as it is recorded.
+    """
 
     id: str
     time: str
@@ -121,6 +124,7 @@ class Event(ResponseModel):
     actor_user_id: str | None
     agent_id: str | None
     agent_token_id: str | None
+    client: str | None = None
     estimated: bool
     request_bytes: int
     response_bytes: int

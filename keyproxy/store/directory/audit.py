@@ -27,8 +27,9 @@ ENTITIES: Final = (
     "template",
     "agent",
     "agent_token",
+    "network",
 )
-ACTIONS: Final = ("insert", "update", "delete", "truncate", "window.credit")
+ACTIONS: Final = ("insert", "update", "delete", "truncate", "window.credit", "anomaly")
 
 _ID_MAX: Final = 2**63 - 1
 _POLL_SECONDS: Final = 0.05

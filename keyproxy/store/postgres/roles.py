@@ -33,6 +33,10 @@ RIGHTS: Final = {
     "agents": ("SELECT", _ALL),
     # Proxies mint by a function, which checks the authority of the parent.
     "agent_tokens": ("SELECT", _ALL),
+    # Proxies learn habits; they report signals and suspend keys by functions.
+    "key_habits": ("SELECT, INSERT (key_id, kind, value)", _ALL),
+    "anomalies": ("", "SELECT"),
+    "key_suspensions": ("", "SELECT"),
     "signing_keys": ("SELECT, INSERT, UPDATE (ends_at)", _ALL),
     # Proxies only use two functions: see the migration that created the table.
     "foreign_hashes": ("", _ALL),
@@ -76,6 +80,9 @@ _FUNCTIONS: Final = {
         " integer, integer, boolean, text)"
     ): ("EXECUTE", "EXECUTE"),
     "tend_agent_tokens(integer)": ("EXECUTE", "EXECUTE"),
+    "suspend_key(text, text, text, integer)": ("EXECUTE", ""),
+    "note_anomaly(text, text, text, text, text, jsonb, integer, timestamp with time zone, bigint)": ("EXECUTE", ""),
+    "tend_anomalies(integer)": ("EXECUTE", "EXECUTE"),
     "credit_window(text, text, boolean, text, text, bigint, bigint, text)": ("", "EXECUTE"),
 }
 
