@@ -106,10 +106,11 @@ class AuditQuery(RequestModel):
 
     entity: (
         Literal[
-            "tenant", "user", "key", "plan", "token", "window", "role", "owned", "template", "agent", "agent_token", "network"
+            "tenant", "user", "key", "plan", "token", "window", "role", "owned", "template", "agent", "agent_token",
+            "network", "approval", "consent", "provider_key",
         ]
         | None
-    ) = None
+    ) = None  # fmt: skip
     entity_id: AuditedId | None = None
     tenant: Id | None = None
     actor: Text | None = None

@@ -28,6 +28,9 @@ ENTITIES: Final = (
     "agent",
     "agent_token",
     "network",
+    "approval",
+    "consent",
+    "provider_key",
 )
 ACTIONS: Final = ("insert", "update", "delete", "truncate", "window.credit", "anomaly")
 

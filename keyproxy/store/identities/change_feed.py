@@ -20,7 +20,7 @@ import collections
 import json
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 from keyproxy.limits.ledger_protocol import Pool, Window
@@ -76,6 +76,31 @@ class LeaseHolder(Protocol):
         ...
 
 
+class ChangeFollower(Protocol):
+    """A cache of the rows of one table, whose changes have a kind of their own."""
+
+    @property
+    def table(self) -> str:
+        """The name of the table."""
+        ...
+
+    def changed(self, subject: str) -> None:
+        """Rows of this subject have changed: do not serve them before they are looked up again."""
+        ...
+
+    def distrust_all(self) -> None:
+        """Changes may have been missed: look everything up before it is served again, unless the store is down."""
+        ...
+
+    def forget_all(self) -> None:
+        """Anything may have changed: serve nothing before it is looked up, even while the store is down."""
+        ...
+
+
+#: For a feed of identities alone.
+_NO_FOLLOWERS: Final[Mapping[str, ChangeFollower]] = {}
+
+
 class ChangeFeed:
     """Polls for changes and applies them to the caches of identities, ownership, templates and signing keys."""
 
@@ -91,8 +116,14 @@ class ChangeFeed:
         templates: TemplateCache | None = None,
         signing_keys: SigningKeyCache | None = None,
         lease_holder: LeaseHolder | None = None,
+        followers: Mapping[str, ChangeFollower] = _NO_FOLLOWERS,
     ) -> None:
-        """Without a `listener` the feed only polls. Without a `lease_holder` it delivers no recalls."""
+        """Without a `listener` the feed only polls. Without a `lease_holder` it delivers no recalls.
+
+        `followers`: further caches, by the kind of the changes that concern them.
+        """
+        self._followers = dict(followers)
+        self._follower_of_table = {follower.table: follower for follower in followers.values()}
         self._owned = owned
         self._templates = templates
         self._signing_keys = signing_keys
@@ -236,6 +267,10 @@ class ChangeFeed:
                 case "all" if row["subject"] == "prompt_templates":
                     if self._templates is not None:
                         self._templates.forget_all()
+                case "all" if (emptied := self._follower_of_table.get(row["subject"])) is not None:
+                    emptied.forget_all()
+                case kind if (follower := self._followers.get(kind)) is not None:
+                    follower.changed(row["subject"])
                 case _:
                     # A whole table changed, or a kind that no trigger of ours writes: any key may have been revoked.
                     self._forget_all()
@@ -254,6 +289,8 @@ class ChangeFeed:
             self._templates.distrust_all()
         if self._signing_keys is not None:
             self._signing_keys.changed()
+        for follower in self._followers.values():
+            follower.distrust_all()
 
     def _forget_all(self) -> None:
         self._cache.forget_all()
@@ -263,6 +300,8 @@ class ChangeFeed:
             self._templates.forget_all()
         if self._signing_keys is not None:
             self._signing_keys.changed()
+        for follower in self._followers.values():
+            follower.forget_all()
 
     async def _follow(self) -> None:
         failures = 0

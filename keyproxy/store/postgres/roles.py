@@ -37,6 +37,11 @@ RIGHTS: Final = {
     "key_habits": ("SELECT, INSERT (key_id, kind, value)", _ALL),
     "anomalies": ("", "SELECT"),
     "key_suspensions": ("", "SELECT"),
+    # Proxies claim approvals and give them back by functions; they decide nothing and grant nothing.
+    "approvals": ("SELECT", "SELECT, UPDATE, DELETE"),
+    "released_claims": ("", ""),
+    "consents": ("SELECT", _ALL),
+    "events": ("SELECT, INSERT", _ALL),
     "signing_keys": ("SELECT, INSERT, UPDATE (ends_at)", _ALL),
     # Proxies only use two functions: see the migration that created the table.
     "foreign_hashes": ("", _ALL),
@@ -83,6 +88,11 @@ _FUNCTIONS: Final = {
     "suspend_key(text, text, text, integer)": ("EXECUTE", ""),
     "note_anomaly(text, text, text, text, text, jsonb, integer, timestamp with time zone, bigint)": ("EXECUTE", ""),
     "tend_anomalies(integer)": ("EXECUTE", "EXECUTE"),
+    (
+        "claim_approval(text, bytea, text, text, text, text, text, text, jsonb, text, bytea, double precision, integer)"
+    ): ("EXECUTE", ""),
+    "release_approval(bytea, bytea)": ("EXECUTE", ""),
+    "tend_approvals(integer)": ("EXECUTE", "EXECUTE"),
     "credit_window(text, text, boolean, text, text, bigint, bigint, text)": ("", "EXECUTE"),
 }
 
