@@ -1,4 +1,4 @@
-"""Decide whether an identity may use a route now: revoked, expired, disabled, suspended, scope, route. A Grant or a Refusal.
+"""Decide whether an identity may use a route now: revoked, expired, disabled, suspended, scope, route.
 
 Pure. The caller has presented a real key at this point, so the refusal may name the reason; a request without one never
 gets here and never reveals which routes exist.

@@ -22,6 +22,7 @@ from keyproxy.cli.commands.keys.explain import key_explain
 from keyproxy.cli.commands.keys.leaks import LEAK_COMMANDS
 from keyproxy.cli.commands.keys.lifecycle import key_group
 from keyproxy.cli.commands.keys.remind import key_remind
+from keyproxy.cli.commands.keys.suspension import key_origins, key_resume, key_suspend
 from keyproxy.cli.commands.migrate import migrate_command
 from keyproxy.cli.commands.plan import plan_group
 from keyproxy.cli.commands.process import drain_command, health_command
@@ -58,6 +59,9 @@ for _key_command in (*BULK_COMMANDS, *LEAK_COMMANDS):
     key_group.add_command(_key_command)
 key_group.add_command(key_explain)
 key_group.add_command(key_remind)
+key_group.add_command(key_suspend)
+key_group.add_command(key_resume)
+key_group.add_command(key_origins)
 for _agent_command in TOKEN_COMMANDS:
     agent_group.add_command(_agent_command)
 

@@ -20,6 +20,7 @@ from keyproxy.admin.schemas.request_models import (
     KeysIssue,
     KeysQuery,
     KeysRevoke,
+    KeySuspend,
     LeakReport,
     LeakText,
 )

@@ -27,6 +27,7 @@ from keyproxy.store.usage.usage_queries import DIMENSIONS, NoSuchEventError, Usa
 from keyproxy.store.usage.usage_service import UsageService
 
 _USUAL_DAYS: Final = 30
+_ORIGIN_DAYS: Final = 7
 _LINES: Final = 500
 _NOT_THERE: Final = frozenset({Problem.NOT_FOUND})
 _BY: Final = rf"^({'|'.join(DIMENSIONS)})(,({'|'.join(DIMENSIONS)})){{0,{len(DIMENSIONS) - 1}}}$"
@@ -131,6 +132,30 @@ class Event(ResponseModel):
     duration_seconds: float
 
 
+class OriginsQuery(RequestModel):
+    """Selects the time of requests."""
+
+    since: Annotated[Instant | None, Field(description="Start, inclusive. Without it: the last 7 days.")] = None
+
+
+class Origin(ResponseModel):
+    """What a client has used a key for. `client`: an address, or a network; null: it was not recorded."""
+
+    client: str | None
+    requests: int
+    refusals: int
+    tokens_in: int
+    tokens_out: int
+    first: str
+    last: str
+
+
+class Origins(ResponseModel):
+    """The clients of a key, the latest first."""
+
+    items: list[Origin]
+
+
 class Limit(ResponseModel):
     """The state of a limit. Members that do not apply are omitted. `spend` is in micro-units.
 
@@ -210,6 +235,13 @@ def _wanted(request: ApiRequest) -> UsageFilter | None:
     return replace(wanted, tenant=bound) if query.tenant in (None, bound) else None
 
 
+async def _origins(request: ApiRequest) -> ApiResponse:
+    key = request.path["id"]
+    await request.directory.keys.get(key)  # 404 for tokens that may not see it
+    since = request.query.since or datetime.now(UTC) - timedelta(days=_ORIGIN_DAYS)
+    return ApiResponse({"items": await usage_service(request).origins(key, since)})
+
+
 async def _windows(request: ApiRequest) -> ApiResponse:
     user = request.path["id"]
     await request.directory.users.get(user)  # 404 for tokens that may not see it
@@ -230,6 +262,9 @@ ENDPOINTS: Final = (
              "Stream every request as lines of JSON, in the order of writing, up to now. To resume, set `after` to "
              "the last event's id. A response that ends without its last chunk is incomplete.",
              Scope.USAGE_READ, _events, {200: Event}, query=EventsQuery),
+    Endpoint("show_origins",
+             "Where a key was used: its requests, refusals and tokens by client, from the events that are kept.",
+             Scope.USAGE_READ, _origins, {200: Origins}, query=OriginsQuery, refuses=_NOT_THERE),
     Endpoint("show_limits", "The state of a user's and its tenant's limits.",
              Scope.USAGE_READ, _windows, {200: Windows}, query=WindowsQuery, refuses=_NOT_THERE),
 )  # fmt: skip

@@ -107,7 +107,7 @@ class AuditQuery(RequestModel):
     entity: (
         Literal[
             "tenant", "user", "key", "plan", "token", "window", "role", "owned", "template", "agent", "agent_token",
-            "network", "approval", "consent", "provider_key",
+            "approval", "consent", "provider_key", "network",
         ]
         | None
     ) = None  # fmt: skip

@@ -148,7 +148,10 @@ class KeyStore:
         return await self.get(key_id)
 
     async def suspend(self, key_id: str, reason: str, *, if_match: str | None = None) -> Entity:
-        """Suspend a key until it is resumed. A suspended key stays unchanged. Raises Conflict if it is revoked or expired."""
+        """Suspend a key until it is resumed. A suspended key stays unchanged.
+
+        Raises Conflict if it is revoked or has expired.
+        """
         async with self._context.transaction() as transaction:
             key = await self._context.lock(transaction, "key", key_id, if_match)
             if key["state"] in ("revoked", "expired"):

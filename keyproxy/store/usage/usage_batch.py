@@ -53,7 +53,7 @@ class UsageGroup:
         self.model = model
         self.requests = self.refusals = self.tokens_in = self.tokens_out = self.estimated = 0
         self.cached = self.cache_write = self.reasoning = self.cost_micros = 0
-        #: The parts of an event that similar requests share; the fields about tokens, if there are any, stand between them.
+        #: The parts of an event that similar requests share; fields about tokens, if any, stand between them.
         self.alike: dict[_Alike, tuple[bytes, bytes]] = {}
 
     def add(self, exchange: Exchange) -> None:

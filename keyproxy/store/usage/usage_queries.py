@@ -7,15 +7,18 @@ are delivered at least once, each under an id that never changes; resuming after
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Any, Final
 
 import orjson
 
+from keyproxy.problem_spec import Blame
+from keyproxy.reasons import Reason
 from keyproxy.store.directory.errors import Invalid
 from keyproxy.store.postgres.database import Database, Row, StoreUnavailable
 from keyproxy.store.postgres.json_values import read_json
@@ -35,6 +38,14 @@ _EVENT_BATCHES: Final = 20
 _HORIZON_SECONDS: Final = 10.0
 _LOOK_SECONDS: Final = 0.05
 _EVENT_ID = re.compile(r"([0-9a-f]{16}):(\d{1,18}):(\d{1,9})")
+
+#: Clients whose use of a key is summed one by one, and the name for all others together.
+ORIGINS_MAX: Final = 10_000
+_OTHER_CLIENTS: Final = "other"
+_ORIGIN_SUMS: Final = ("requests", "refusals", "tokens_in", "tokens_out")
+
+#: The codes of requests that were not sent upstream, but for those that were cut off in the middle of the response.
+_REFUSAL_CODES: Final = frozenset([reason.code for reason in Reason if reason.value.blame is not Blame.UPSTREAM])
 
 #: The fields of the third element of an event in keyproxy.usage_event_batches: those that many events share. It ends
 #: before what does not apply: the policy of a limit that refused, models and tokens, the actor, the agent, the client.
@@ -102,7 +113,7 @@ class UsageReader:
                 last["model"],
             )  # fmt: skip
 
-    async def events(self, wanted: UsageFilter, after: str | None = None) -> AsyncIterator[dict[str, Any]]:
+    async def events(self, wanted: UsageFilter, after: str | None = None) -> AsyncGenerator[dict[str, Any]]:
         """All events that have been written by now, in the order of writing; only those after the id `after`, if given.
 
         Raises NoSuchEventError.
@@ -164,7 +175,6 @@ class UsageReader:
 
 
 def _add_to_origin(origin: dict[str, Any], event: Mapping[str, Any]) -> None:
-    # As in sums: what was not sent upstream is a refusal if a reason has ended it.
     origin["refusals" if event["code"] in _REFUSAL_CODES else "requests"] += 1
     origin["tokens_in"] += event["tokens_in"] or 0
     origin["tokens_out"] += event["tokens_out"] or 0
