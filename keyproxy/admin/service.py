@@ -31,6 +31,7 @@ from keyproxy.store.directory.directory import (
     Entity,
     Invalid,
     NotFound,
+    NotPermitted,
     Outdated,
     TooManyTokens,
     etag,
@@ -70,6 +71,7 @@ _DIRECTORY_PROBLEMS: Final = {
     Invalid: Problem.INVALID,
     Conflict: Problem.CONFLICT,
     Outdated: Problem.OUTDATED,
+    NotPermitted: Problem.TENANT_BOUND,
     DelegationRefused: Problem.DELEGATION_REFUSED,
     TooManyTokens: Problem.QUOTA_EXHAUSTED,
 }

@@ -22,7 +22,6 @@ from keyproxy.metrics.access_log import AccessLog, LabelledExchange
 from keyproxy.metrics.exposition import CONTENT_TYPE, Catalogue
 from keyproxy.metrics.recorder import Histogram, Recorder
 from keyproxy.platform import clock, sockets
-from keyproxy.ports.tools import Approvals
 from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
 from keyproxy.process.ops_listener import Check, OpsListener, Verdict, gathered
@@ -176,11 +175,12 @@ class Proxy:
 
     def _terms(self, settings: Settings, store: Store, upstreams: Upstreams, tls: ssl.SSLContext | None) -> ServerTerms:
         routes = settings.route_table()
+        store.approvals.rules = settings.approvals
         # Records keep the names of configured models, and of a bounded number of others.
         store.usage.model_names = ModelNames([model.name for model in settings.models])
         gateway = build_gateway(
             settings, routes, identities=store.identities, owned_ids=store.owned_ids, templates=store.templates,
-            ledger=store.ledger, claims=store.claims, approvals=Approvals(), patterns=self._patterns,
+            ledger=store.ledger, claims=store.claims, approvals=store.approvals, patterns=self._patterns,
             mint=TokenMinter(
                 store.minting_database, rules=settings.access.mint_rules, signing_key=self.signing.ring.usable,
                 now=clock.now,

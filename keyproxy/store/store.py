@@ -10,6 +10,9 @@ from keyproxy.config import schema
 from keyproxy.model import Moment
 from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.agent_tokens.cleanup import AgentTokenCleanup
+from keyproxy.store.approvals.approval_store import ApprovalStore
+from keyproxy.store.approvals.cleanup import ApprovalCleanup
+from keyproxy.store.approvals.consent_cache import ConsentCache
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
 from keyproxy.store.identities.cache import FeedState, IdentityCache
@@ -58,7 +61,10 @@ class Store:
         self._usage_database = Database(dsn, pool_size_max=1, statement_timeout_seconds=seconds, main=self.database)
         # Another one, because a mint may wait for a lock. Its connections are made at the first mint.
         self.minting_database = Database(dsn, pool_size_max=2, statement_timeout_seconds=seconds, main=self.database)
+        # Another one, because a claim may wait for a lock too. Its connections are made when a call needs an approval.
+        self._approvals_database = Database(dsn, pool_size_max=3, statement_timeout_seconds=seconds, main=self.database)
         self.agent_tokens = AgentTokenCleanup(self._usage_database)
+        self.approval_cleanup = ApprovalCleanup(self._usage_database)
         state = FeedState()
         self.usage = UsageJournal(
             self._usage_database,
@@ -82,12 +88,15 @@ class Store:
             verifier=self.signing_keys,
         )
         self.owned_ids = OwnedIdCache(self.database, cache, feed=state, look_ups_max=1, now=now)
+        consents = ConsentCache(self._approvals_database, self.database, cache, feed=state, now=now)
+        self.approvals = ApprovalStore(self._approvals_database, self.database, consents, now)
         self.templates = TemplateCache(self.database, cache, now)
         listener = NotificationListener(dsn, CHANNEL, shortage=self.database.shortage)
         reads_recalls = self.ledger.conversation if ledger.backend == "postgres" else None
         self.feed = ChangeFeed(
             self.database, listener, self.identities, state, now,
             owned=self.owned_ids, templates=self.templates, signing_keys=self.signing_keys, lease_holder=reads_recalls,
+            followers={"consent": consents},
         )  # fmt: skip
         self._follow_windows(backend)
 
@@ -103,6 +112,8 @@ class Store:
             self.templates.lasting,
             self.signing_keys.lasting,
             self.agent_tokens.lasting,
+            self.approvals.releases.lasting,
+            self.approval_cleanup.lasting,
         )
 
     @property
@@ -116,6 +127,7 @@ class Store:
             self.usage.sweeping,
             self.feed.forgetting,
             self.agent_tokens.tending,
+            self.approval_cleanup.tending,
         )
 
     def _follow_windows(self, backend: PostgresLedger | RedisLedger) -> None:
@@ -123,7 +135,12 @@ class Store:
         self.feed.window_changed = partial(backend.refresh_soon, then=forget_refusals)
 
     def _share_outage(self, *, has_ledger: bool) -> None:
-        for part in (self._ledger_database, self._usage_database, self.minting_database):
+        for part in (
+            self._ledger_database,
+            self._usage_database,
+            self.minting_database,
+            self._approvals_database,
+        ):
             part.outage, part.is_main = self.database.outage, False
         self.usage.outage = self.claims.outage = self.database.outage
         if has_ledger:
@@ -135,6 +152,7 @@ class Store:
         await self._ledger_database.open()
         await self._usage_database.open()
         await self.minting_database.open()
+        await self._approvals_database.open()
         self.templates.start()
         self.signing_keys.start()
         self.feed.start()
@@ -143,6 +161,8 @@ class Store:
         self.last_used.start()
         self.usage.start()
         self.agent_tokens.start()
+        self.approvals.start()
+        self.approval_cleanup.start()
 
     async def close(self) -> None:
         """Flush what is pending and close all connections."""
@@ -152,6 +172,9 @@ class Store:
         await self._ledger_database.close()
         await self.usage.close()
         await self.agent_tokens.close()
+        await self.approval_cleanup.close()
+        await self.approvals.close()
+        await self._approvals_database.close()
         await self.minting_database.close()
         await self._usage_database.close()
         await self.last_used.close()

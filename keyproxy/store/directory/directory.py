@@ -10,12 +10,15 @@ Each kind of entity has its own object, and all share one context. The command l
 from __future__ import annotations
 
 from keyproxy.auth.api_key import KeyFormat
+from keyproxy.config.tools.tool_settings import ApprovalSettings
 from keyproxy.store.directory.access.owned_ids import OwnedIdStore
 from keyproxy.store.directory.access.prompts import PromptTemplateStore
 from keyproxy.store.directory.access.roles import RoleStore
 from keyproxy.store.directory.accounts import TenantStore, UserStore
 from keyproxy.store.directory.agents.agent_tokens import AgentTokenStore, OperatorMint
 from keyproxy.store.directory.agents.agents import AgentStore
+from keyproxy.store.directory.approvals.approvals import ApprovalDecisions, ApprovalFilter
+from keyproxy.store.directory.approvals.consents import ConsentFilter, ConsentStore
 from keyproxy.store.directory.audit import AuditFilter, AuditLog
 from keyproxy.store.directory.context import DirectoryContext
 from keyproxy.store.directory.credits import Credit, CreditStore
@@ -26,6 +29,7 @@ from keyproxy.store.directory.errors import (
     DirectoryError,
     Invalid,
     NotFound,
+    NotPermitted,
     Outdated,
     TooManyTokens,
 )
@@ -38,8 +42,10 @@ from keyproxy.store.postgres.database import StatementRunner
 
 __all__ = [
     "Actor",
+    "ApprovalFilter",
     "AuditFilter",
     "Conflict",
+    "ConsentFilter",
     "Credit",
     "DelegationRefused",
     "Directory",
@@ -52,6 +58,7 @@ __all__ = [
     "KeyFilter",
     "KeyWish",
     "NotFound",
+    "NotPermitted",
     "Outdated",
     "Revocation",
     "TooManyTokens",
@@ -70,8 +77,12 @@ class Directory:
         *,
         tenant_id: str | None = None,
         mint: OperatorMint | None = None,
+        approvals: ApprovalSettings | None = None,
     ) -> None:
-        """`tenant_id`: the tenant that this directory is bound to; None: it is not bound. `mint`: for `agent_tokens`."""
+        """`tenant_id`: the tenant that this directory is bound to; None: it is not bound. `mint`: for `agent_tokens`.
+
+        `approvals`: for how long decisions on approvals are valid.
+        """
         context = DirectoryContext(database, key_format, actor, tenant_id)
         self.tenants = TenantStore(context)
         self.users = UserStore(context)
@@ -81,6 +92,8 @@ class Directory:
         self.leaked_keys = LeakedKeys(context)
         self.agents = AgentStore(context)
         self.agent_tokens = AgentTokenStore(context, mint)
+        self.approvals = ApprovalDecisions(context, approvals or ApprovalSettings())
+        self.consents = ConsentStore(context)
         self.plans = PlanStore(context)
         self.roles = RoleStore(context)
         self.owned = OwnedIdStore(context)
