@@ -1,34 +1,20 @@
-"""Read the MCP message of one exchange."""
+"""Read the MCP message of one exchange, whose body has arrived."""
 
 from __future__ import annotations
 
-from keyproxy.ai.requests.request_facts import malformed
-from keyproxy.ai.tools.mcp_message import AT_ONCE_BYTES, McpMessage, McpReading, McpRules, check_head, too_large
+from keyproxy.ai.tools.mcp_message import AT_ONCE_BYTES, McpMessage, McpReading, McpRules
 from keyproxy.http_messages import RequestHead
 from keyproxy.model import Missing
 from keyproxy.ports.exchange import Exchange
 
-_POST = b"POST"
 
+def read(exchange: Exchange, head: RequestHead, rules: McpRules) -> McpMessage:
+    """The message of an exchange whose body is complete.
 
-def read(exchange: Exchange, head: RequestHead, rules: McpRules) -> McpMessage | None:
-    """The message of an exchange; None for GET and DELETE, which have none and belong to sessions.
-
-    Raises Missing until the body has arrived and is read, a Refusal (REQUEST_MALFORMED, BODY_TOO_LARGE).
+    Raises Missing until a large one is read, a Refusal (REQUEST_MALFORMED, BODY_TOO_LARGE).
     """
-    if head.line.method != _POST:
-        if head.has_body:
-            raise malformed("Only POST has a body on this route.")
-        return None
     reading = exchange.mcp
     if reading is None:
-        check_head(head)
-        if head.content_length > rules.body_bytes_max:
-            raise too_large(rules)
-        if not exchange.is_complete:
-            raise Missing(
-                "body", lambda _patience: exchange.whole_body(too_large(rules), bytes_max=rules.body_bytes_max)
-            )
         reading = exchange.mcp = McpReading(head, exchange.body, rules)
         if len(exchange.body) <= AT_ONCE_BYTES:
             while not _advance(exchange, reading):

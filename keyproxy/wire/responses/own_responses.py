@@ -14,7 +14,8 @@ from keyproxy.wire.responses.response_writer import ResponseWriter
 def send(refusal: Refusal, exchange: Exchange, response: ResponseWriter, server: ServerContext) -> bool:
     """Respond with a refusal in the format of the route. Return whether the connection closes after it."""
     shape = _error_shape(exchange, server)
-    rendered = server.problems.render(refusal, exchange.request_id.decode("ascii"), shape)
+    request_id = exchange.request_id.decode("ascii")
+    rendered = server.problems.render(refusal, request_id, shape, rpc_id=exchange.rpc_id)
     if exchange.permit is not None and not refusal.applied:
         rendered = rendered._replace(fields=rendered.fields + exchange.permit.limit_headers(server.clock()))
     closes = refusal.reason is Reason.REQUEST_MALFORMED
