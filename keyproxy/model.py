@@ -199,9 +199,9 @@ class Ending(enum.Enum):
 COMPLETED: Final = Ending.COMPLETED
 
 
-#: A decision may need an identity, a body, its reading, ownership, an earlier charge and a lease; a fetched value may be
-#: evicted before its use.
-_ROUNDS_MAX: Final = 8
+#: A decision may need an identity, a body, its reading, ownership, an earlier charge, a lease, a consent, a credential of
+#: the upstream and an approval; a fetched value may be evicted before its use.
+_ROUNDS_MAX: Final = 12
 
 _Decision = TypeVar("_Decision")
 

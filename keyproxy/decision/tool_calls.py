@@ -16,7 +16,9 @@ from keyproxy.ai.tools import tool_rules
 from keyproxy.ai.tools.tool import CONSENT, NO_APPROVAL, Tool
 from keyproxy.ai.tools.tool_call import ToolCall
 from keyproxy.ai.tools.tool_rules import ToolRules
+from keyproxy.auth.api_key import KeyFormat
 from keyproxy.decision import mcp_requests
+from keyproxy.decision.approval_claims import ApprovalClaims
 from keyproxy.decision.payments import Payments
 from keyproxy.http_messages import RequestHead
 from keyproxy.limits.allowance import Need
@@ -32,9 +34,10 @@ _MCP_METHODS: Final = frozenset({b"POST", b"GET", b"DELETE"})
 class ToolCalls:
     """Judges the calls of one gateway. `rules`: of the routes that call tools."""
 
-    def __init__(self, rules: Mapping[Route, ToolRules], approvals: Approvals) -> None:
+    def __init__(self, rules: Mapping[Route, ToolRules], approvals: Approvals, key_format: KeyFormat) -> None:
         self._rules: Final = dict(rules)
         self._approvals: Final = approvals
+        self._claims: Final = ApprovalClaims(approvals, key_format)
         #: Whether any route calls tools.
         self.has_rules: Final = bool(rules)
 
@@ -115,7 +118,7 @@ class ToolCalls:
             return
         if allowance is not None:
             payments.check(exchange, allowance, need, now=now, asks=True)
-        claiming = self._claiming(exchange, head, call)
+        claiming = self._claims.claiming(exchange, head, grant, call)
         if allowance is not None:
             payments.take_slots(exchange, allowance, need, now)
         raise claiming
@@ -128,10 +131,9 @@ class ToolCalls:
             return not call.has_consent
         return tool.approval != NO_APPROVAL
 
-    def _claiming(self, exchange: Exchange, head: RequestHead, call: ToolCall) -> Missing:
-        """The Missing whose fetch claims the approval of this call, and sets its claim."""
-        del exchange, head
-        raise Refusal(Reason.APPROVALS_UNAVAILABLE, f"no approval of {call.tool.name} can be claimed")
+    def give_back(self, exchange: Exchange) -> None:
+        """When an exchange has ended: give back an approval that it has claimed, unless a byte of it was sent."""
+        self._claims.give_back(exchange)
 
     def name_upstream(self, exchange: Exchange, head: RequestHead) -> None:
         """Add the header lines that name the tool, and the approval if one was used, to what goes upstream."""

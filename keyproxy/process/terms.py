@@ -64,7 +64,7 @@ def build_gateway(
         routes=routes,
         metering=build_metering(settings, routes, access),
         access=access,
-        tool_calls=ToolCalls(tool_rules(settings, routes), approvals),
+        tool_calls=ToolCalls(tool_rules(settings, routes), approvals, _key_format(settings)),
         mint=mint,
         mint_rules=settings.access.mint_rules(),
         now=now,

@@ -30,7 +30,6 @@ from keyproxy.wire.responses.response_writer import ResponseWriter
 from keyproxy.wire.upstream.connection import UpstreamConnection
 from keyproxy.wire.upstream.identity_assertion import unsigned_because
 from keyproxy.wire.upstream.pool import PoolUser, UpstreamPool
-from keyproxy.wire.upstream.retry import may_retry
 from keyproxy.wire.usage_reads import NOT_REPORTED, REPORTED
 
 #: Body bytes buffered while there is no upstream connection to write them to; beyond that the client is not read.
@@ -315,7 +314,7 @@ class Exchange(PoolUser):
         upstream, self._upstream = self._upstream, None
         is_first = self._phase == phases.REQUESTED and not self._is_retry
         is_reused = upstream is not None and upstream.is_reused
-        if self.permit is not None and is_first and may_retry(self.head, refusal, is_reused=is_reused):
+        if self.permit is not None and is_first and self.may_retry(refusal, is_reused=is_reused):
             self._is_retry = True
             self._connection_since_mono = self.sent_mono
             self._go(self.permit)
@@ -391,7 +390,7 @@ class Exchange(PoolUser):
         self.body = b""
         if self._collector is not None:
             self._collector.leave()
-        if self.permit is not None or self.slots is not None:
+        if self.permit is not None or self.slots is not None or self.tool_call is not None:
             self._gate.settle(self)
         self._server.recorder.record(self)
         self._client.exchange_over(now, closes=closes, is_cut=resets and ending is Ending.CUT)

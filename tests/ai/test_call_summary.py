@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -166,7 +167,7 @@ def test_nul_characters_which_postgresql_cannot_store_are_spelt_out() -> None:
 @given(value=st.lists(VALUES))
 def test_short_arguments_are_shown_unchanged(value: list[object]) -> None:
     text = json.dumps(value)
-    if "token" in text or "\\u0000" in text or len(text) > 5_000:
+    if re.search(r"token|\\u0000|[eE][-+]?[0-9]{3}|[0-9.]{60}", text) or len(text) > 5_000:
         return
     got = json.loads(written(text.encode()))
     assert got["truncated"] is False

@@ -75,6 +75,11 @@ class CanonicalJson:
         self._at = 0
         self._is_begun = False
 
+    @property
+    def size(self) -> int:
+        """The number of bytes of the text."""
+        return len(self._content)
+
     def advance(self) -> bool:
         """Read the next portion; return whether it was the last. Raises a Refusal if the text is malformed."""
         if not self._is_begun:
