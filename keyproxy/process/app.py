@@ -26,6 +26,8 @@ from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
 from keyproxy.process.ops_listener import Check, OpsListener, Verdict, gathered
 from keyproxy.process.patterns.re2_matcher import PatternError, compile_patterns
+from keyproxy.process.providers.proxy_providers import ProxyProviders
+from keyproxy.process.providers.watched_file import WatchedFileError
 from keyproxy.process.proxy_metrics import PROXY_METRICS, ROUND_TRIP_BOUNDS, Scrape
 from keyproxy.process.reload import PreparedConfig, ReloadError, new_socket, new_store, new_tls
 from keyproxy.process.signing.proxy_signing import ProxySigning
@@ -53,18 +55,23 @@ _UNDECIDED_SECONDS: Final = 10.0
 #: How long a stop waits for tokens that are being minted for clients that have left.
 _MINTING_SECONDS: Final = 3.0
 
+#: A resource of a configuration cannot be used.
+_UNUSABLE: Final = (sockets.BindError, TlsError, PatternError, WatchedFileError)
+
 
 class Proxy:
     """A running data plane: the proxied port and the ops listener over one store."""
 
     def __init__(self, settings: Settings, dsn: str, *, access_log_fd: int, keys: Sequence[SigningKey]) -> None:
-        """`keys`: to sign with, the oldest first. Raises TlsError, PatternError."""
+        """`keys`: to sign with, the oldest first. Raises TlsError, PatternError, WatchedFileError."""
         self._settings = settings
         self._dsn = dsn
         self._loop = asyncio.get_running_loop()
         self._deadlines = Deadlines(self._loop, clock.monotonic)
         self.store = new_store(settings, dsn)
         self.signing = ProxySigning(keys, self.store.signing_keys)
+        self.providers = ProxyProviders()
+        self.providers.prepare(settings)
         self._patterns = compile_patterns(settings.categories)
         self._access_log = AccessLog(access_log_fd, wall_offset=clock.wall_offset)
         self._recorder = Recorder(None, self._note_usage)
@@ -102,6 +109,8 @@ class Proxy:
             await self.store.open()
             stack.push_async_callback(self.signing.end)
             self.signing.start()
+            stack.push_async_callback(self.providers.close)
+            self.providers.start()
             self._deadlines.start()
             stack.callback(self._deadlines.stop)
             stack.push_async_callback(self._close_pools)
@@ -126,8 +135,9 @@ class Proxy:
                 tls = new_tls(settings)
                 upstreams = self.upstreams if settings.upstream == was.upstream else self._upstreams(settings)
                 patterns = compile_patterns(settings.categories)
+                self.providers.prepare(settings)
                 store = await self._store_for(settings, dsn)
-            except (sockets.BindError, TlsError, PatternError, StoreUnavailable, StoreConflict) as error:
+            except (*_UNUSABLE, StoreUnavailable, StoreConflict) as error:
                 raise ReloadError(str(error)) from error
             undo.pop_all()
         return PreparedConfig(settings, dsn, proxy, ops, tls, upstreams, store, patterns)
@@ -181,6 +191,7 @@ class Proxy:
         gateway = build_gateway(
             settings, routes, identities=store.identities, owned_ids=store.owned_ids, templates=store.templates,
             ledger=store.ledger, claims=store.claims, approvals=store.approvals, patterns=self._patterns,
+            upstream_credentials=self.providers.credentials(settings, store.provider_keys),
             mint=TokenMinter(
                 store.minting_database, rules=settings.access.mint_rules, signing_key=self.signing.ring.usable,
                 now=clock.now,
@@ -215,6 +226,7 @@ class Proxy:
             tools=[tool.name for tool in self._settings.tools],
             ledger_round_trips=self._ledger_round_trips,
             signing=self.signing,
+            providers=self.providers,
         )
 
     # -- reloading and closing

@@ -19,6 +19,7 @@ from keyproxy.metrics.model_counts import ModelCount
 from keyproxy.metrics.recorder import OUTCOMES, Cell, Histogram, Recorder
 from keyproxy.metrics.tool_counts import REFUSALS
 from keyproxy.model import NO_TOKENS
+from keyproxy.process.providers.proxy_providers import ProxyProviders
 from keyproxy.process.signing.proxy_signing import ProxySigning
 from keyproxy.reasons import Reason
 from keyproxy.store.store import Store
@@ -58,6 +59,7 @@ class Scrape(NamedTuple):
     #: The time from a message to the ledger to its response.
     ledger_round_trips: Histogram
     signing: ProxySigning
+    providers: ProxyProviders
 
 
 class Workers(NamedTuple):
@@ -178,7 +180,8 @@ def _upstream_seconds(scrape: Scrape) -> dict[tuple[str, ...], Histogram]:
 
 
 def _task_defects(scrape: Scrape) -> dict[str, float]:
-    return {task.what: task.defects for task in (*scrape.store.lasting, scrape.signing.ring.lasting)}
+    tasks = (*scrape.store.lasting, scrape.signing.ring.lasting, scrape.providers.lasting)
+    return {task.what: task.defects for task in tasks}
 
 
 def _upstream_connections(scrape: Scrape) -> dict[str, float]:
@@ -259,6 +262,12 @@ PROXY_METRICS: Final[tuple[Metric[Scrape], ...]] = (
            (), lambda scrape: len(scrape.store.signing_keys.live()), MAX),
     Metric("keyproxy_signing_key_age_seconds", GAUGE, "Age of the key that signs; 0 if none is published.",
            (), lambda scrape: scrape.signing.ring.age_seconds(), MAX),
+    # Credentials of upstreams.
+    Metric("keyproxy_provider_credential_failures_total", COUNTER,
+           "Responses with status 401 to requests with a credential of the provider.",
+           ("provider",), lambda scrape: scrape.providers.failures(), SUM),
+    Metric("keyproxy_provider_credential_age_seconds", GAUGE, "Age of the provider's oldest secret in use.",
+           ("provider",), lambda scrape: scrape.providers.ages(), MAX),
     # Tokens.
     Metric("keyproxy_tokens_held_total", COUNTER, "Tokens reserved for requests that have ended.",
            ("route", "mode"), _tokens_held, SUM),

@@ -27,6 +27,7 @@ from keyproxy.store.ledger.redis_backend import RedisLedger
 from keyproxy.store.ledger.select_backend import ledger_backend
 from keyproxy.store.postgres.database import Database, NotificationListener
 from keyproxy.store.prompt_templates import TemplateCache
+from keyproxy.store.provider_keys.cache import ProviderKeyCache
 from keyproxy.store.signing_keys import SigningKeyCache
 from keyproxy.store.usage.journal import UsageJournal
 
@@ -91,12 +92,13 @@ class Store:
         consents = ConsentCache(self._approvals_database, self.database, cache, feed=state, now=now)
         self.approvals = ApprovalStore(self._approvals_database, self.database, consents, now)
         self.templates = TemplateCache(self.database, cache, now)
+        self.provider_keys = ProviderKeyCache(self.database, cache, feed=state, look_ups_max=1, now=now)
         listener = NotificationListener(dsn, CHANNEL, shortage=self.database.shortage)
         reads_recalls = self.ledger.conversation if ledger.backend == "postgres" else None
         self.feed = ChangeFeed(
             self.database, listener, self.identities, state, now,
             owned=self.owned_ids, templates=self.templates, signing_keys=self.signing_keys, lease_holder=reads_recalls,
-            followers={"consent": consents},
+            followers={"consent": consents, "provider_key": self.provider_keys},
         )  # fmt: skip
         self._follow_windows(backend)
 
@@ -183,6 +185,7 @@ class Store:
         await self.signing_keys.close()
         await self.identities.close()
         await self.owned_ids.close()
+        await self.provider_keys.close()
         await self.database.close()
 
     async def check_connection(self) -> None:

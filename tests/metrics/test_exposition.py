@@ -34,6 +34,7 @@ from keyproxy.metrics.recorder import Histogram, Recorder
 from keyproxy.model import COMPLETED, AgentToken, Ending, Grant, Identity, Permit, Route
 from keyproxy.platform import clock
 from keyproxy.ports.exchange import Exchange
+from keyproxy.process.providers.proxy_providers import ProxyProviders
 from keyproxy.process.proxy_metrics import (
     PROXY_METRICS,
     ROUND_TRIP_BOUNDS,
@@ -113,6 +114,14 @@ def signing(number: int) -> ProxySigning:
     return cast("ProxySigning", SimpleNamespace(assertions=SimpleNamespace(total=number), ring=ring))
 
 
+def providers(number: int) -> ProxyProviders:
+    figures = SimpleNamespace(
+        failures=lambda: {"openai": number}, ages=lambda: {"openai": number},
+        lasting=SimpleNamespace(what="provider_files", defects=number),
+    )  # fmt: skip
+    return cast("ProxyProviders", figures)
+
+
 def scrape(recorder: Recorder, number: int) -> Scrape:
     pool = SimpleNamespace(counts=lambda: dict.fromkeys(("idle", "busy"), number))
     ledger_round_trips = Histogram(ROUND_TRIP_BOUNDS)
@@ -130,6 +139,7 @@ def scrape(recorder: Recorder, number: int) -> Scrape:
         tools=["search", "run_shell"],
         ledger_round_trips=ledger_round_trips,
         signing=signing(number),
+        providers=providers(number),
     )
 
 

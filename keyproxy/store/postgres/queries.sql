@@ -150,6 +150,26 @@ SELECT w.kind, w.id, w.tenant_id,
        ), false) AS owns_any
 FROM unnest($1::text[], $2::text[], $3::text[]) AS w (kind, id, tenant_id);
 
+-- name: provider_keys_of
+-- The keys of the providers $1 and tenants $2, in pairs; an empty tenant: the shared ones. One row for each pair.
+-- Needs: provider_keys (tenant_id, provider), provider_keys (provider) where shared.
+SELECT w.provider, w.tenant_id, coalesce(k.keys, '[]') AS keys
+FROM unnest($1::text[], $2::text[]) AS w (provider, tenant_id)
+CROSS JOIN LATERAL (
+    SELECT json_agg(json_build_object(
+               'id', p.id, 'is_test', p.is_test, 'sealed', encode(p.sealed, 'hex'), 'sealed_with', p.sealed_with,
+               'starts', extract(epoch FROM p.starts_at)::float8, 'ends', extract(epoch FROM p.ends_at)::float8,
+               'is_revoked', p.revoked_at IS NOT NULL
+           )) AS keys
+    FROM (
+        SELECT o.* FROM keyproxy.provider_keys AS o
+        WHERE w.tenant_id <> '' AND o.tenant_id = w.tenant_id AND o.provider = w.provider
+        UNION ALL
+        SELECT s.* FROM keyproxy.provider_keys AS s
+        WHERE w.tenant_id = '' AND s.tenant_id IS NULL AND s.provider = w.provider
+    ) AS p
+) AS k;
+
 -- name: prompt_templates
 -- All templates of instructions; at most 10,000.
 SELECT t.digest, t.category, t.tenant_id FROM keyproxy.prompt_templates AS t;
