@@ -17,7 +17,7 @@ from keyproxy.limits.plan import Plan
 from keyproxy.model import TimeBudget
 from keyproxy.ports.tools import ApprovalRequest
 from tests import fakes
-from tests.rawhttp import OK, Message, Upstream, answer_with
+from tests.rawhttp import OK, Message, Upstream
 from tests.waiting import until
 from tests.wire.conftest import Start, Wire, request
 

@@ -16,7 +16,6 @@ from keyproxy.admin.schemas.request_models import (
     KeyQuestion,
     KeyRevoke,
     KeyRotate,
-    KeySuspend,
     KeysIssue,
     KeysQuery,
     KeysRevoke,
