@@ -28,7 +28,7 @@ from keyproxy.process.ops_listener import Check, OpsListener, Verdict, gathered
 from keyproxy.process.patterns.re2_matcher import PatternError, compile_patterns
 from keyproxy.process.providers.proxy_providers import ProxyProviders
 from keyproxy.process.providers.watched_file import WatchedFileError
-from keyproxy.process.proxy_metrics import PROXY_METRICS, ROUND_TRIP_BOUNDS, Scrape
+from keyproxy.process.proxy_metrics import APPROVAL_WAIT_BOUNDS, PROXY_METRICS, ROUND_TRIP_BOUNDS, Scrape
 from keyproxy.process.reload import PreparedConfig, ReloadError, new_socket, new_store, new_tls
 from keyproxy.process.signing.proxy_signing import ProxySigning
 from keyproxy.process.store_health import carry_over, check_housekeeping, check_ledger, check_reaping
@@ -90,6 +90,8 @@ class Proxy:
         )
         self._ledger_round_trips = Histogram(ROUND_TRIP_BOUNDS)
         self.store.ledger.conversation.observe = self._ledger_round_trips.observe
+        self._approval_waits = Histogram(APPROVAL_WAIT_BOUNDS)
+        self.store.approvals.observe_wait = self._approval_waits.observe
         self._catalogue = Catalogue(PROXY_METRICS, self._scrape)
         self._ops = self._ops_listener()
         #: The control socket of this process; None: its supervisor has it, or there is none.
@@ -223,8 +225,9 @@ class Proxy:
             routes=self._settings.routes,
             models=[model.name for model in self._settings.models],
             categories=[category.name for category in self._settings.categories],
-            tools=[tool.name for tool in self._settings.tools],
+            tools=self._settings.tools,
             ledger_round_trips=self._ledger_round_trips,
+            approval_waits=self._approval_waits,
             signing=self.signing,
             providers=self.providers,
         )

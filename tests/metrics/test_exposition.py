@@ -21,6 +21,7 @@ from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.ai.tools.tool import Tool
 from keyproxy.ai.tools.tool_call import ToolCall
 from keyproxy.config.schema import LedgerSettings, RouteRow
+from keyproxy.config.tools.tool_settings import ToolRow
 from keyproxy.limits.allowance import Allowance, Bundle, Hold
 from keyproxy.limits.lease_sync import LeaseSync, Short
 from keyproxy.limits.lease_table import LeaseTable
@@ -36,6 +37,7 @@ from keyproxy.platform import clock
 from keyproxy.ports.exchange import Exchange
 from keyproxy.process.providers.proxy_providers import ProxyProviders
 from keyproxy.process.proxy_metrics import (
+    APPROVAL_WAIT_BOUNDS,
     PROXY_METRICS,
     ROUND_TRIP_BOUNDS,
     STATUS_CLASSES,
@@ -79,6 +81,7 @@ def store(number: int) -> Store:
     figures = SimpleNamespace(
         ledger=ledger,
         usage=usage,
+        approvals=SimpleNamespace(outcomes={("admin", "pending"): number}),
         claims=SimpleNamespace(counts=dict.fromkeys(("repeats", "unasked"), number), pending=number),
         identities=SimpleNamespace(
             counts=SimpleNamespace(by_name=lambda: lookups),
@@ -126,6 +129,8 @@ def scrape(recorder: Recorder, number: int) -> Scrape:
     pool = SimpleNamespace(counts=lambda: dict.fromkeys(("idle", "busy"), number))
     ledger_round_trips = Histogram(ROUND_TRIP_BOUNDS)
     ledger_round_trips.observe(*[0.001] * number)
+    approval_waits = Histogram(APPROVAL_WAIT_BOUNDS)
+    approval_waits.observe(*[10.0] * number)
     return Scrape(
         recorder=recorder,
         cells=recorder.cells(),
@@ -136,8 +141,9 @@ def scrape(recorder: Recorder, number: int) -> Scrape:
         routes=[RouteRow("/plain"), RouteRow(TOKENS, tokens="openai", category=["template", "=chat", "=code"])],
         models=["gpt-4o"],
         categories=["chat", "code"],
-        tools=["search", "run_shell"],
+        tools=[ToolRow("search"), ToolRow("run_shell", approval="admin")],
         ledger_round_trips=ledger_round_trips,
+        approval_waits=approval_waits,
         signing=signing(number),
         providers=providers(number),
     )
