@@ -11,6 +11,7 @@ import pytest
 
 from keyproxy.ai.tools.tool import CONSENT, HUMAN
 from keyproxy.ai.tools.tool_call import ToolClaim
+from keyproxy.auth.api_key import SecretKey
 from keyproxy.config.schema import RouteRow
 from keyproxy.config.tools.tool_settings import ToolRow
 from keyproxy.limits.plan import Plan
@@ -135,7 +136,7 @@ async def test_g3_unreachable_upstream_burns_no_approval(start: Start, raw: byte
 
 @pytest.mark.parametrize("raw", [PAY, called()], ids=["http", "mcp"])
 async def test_g3_limit_that_refuses_burns_no_approval_and_asks_for_none(start: Start, raw: bytes) -> None:
-    wire = await begin(start, Plan.of(requests_per_day=1))
+    wire = await begin(start, Plan(requests_per_day=1))
     await approved(wire, raw)
     assert (await answer(wire, request("POST", "/other"))).status == 200
     assert code(await answer(wire, raw)) == "quota_exhausted"
@@ -146,7 +147,7 @@ async def test_g3_limit_that_refuses_burns_no_approval_and_asks_for_none(start: 
 
 
 async def test_g3_limit_that_refuses_after_the_claim_gives_the_approval_back(start: Start) -> None:
-    wire = await begin(start, Plan.of(requests_per_day=1))
+    wire = await begin(start, Plan(requests_per_day=1))
     await approved(wire, PAY)
     claim = wire.approvals.claim
 
@@ -155,7 +156,7 @@ async def test_g3_limit_that_refuses_after_the_claim_gives_the_approval_back(sta
         assert (await answer(wire, request("POST", "/other"))).status == 200
         return made
 
-    wire.approvals.claim = slowly  # type: ignore[method-assign]
+    wire.approvals.claim = slowly  # type: ignore[assignment,method-assign]
     assert code(await answer(wire, PAY)) == "quota_exhausted"
     assert len(wire.approvals.approved) == 1
     assert not wire.approvals.claims
@@ -171,7 +172,7 @@ async def test_g3_key_revoked_after_the_claim_gives_the_approval_back(start: Sta
         del wire.identities.table[fakes.key(1).digest()]
         return made
 
-    wire.approvals.claim = slowly  # type: ignore[method-assign]
+    wire.approvals.claim = slowly  # type: ignore[assignment,method-assign]
     assert (await answer(wire, PAY)).status == 401
     assert len(wire.approvals.approved) == 1
 
@@ -186,12 +187,12 @@ async def test_g3_client_that_leaves_during_the_claim_burns_no_approval(start: S
         await may_go_on.wait()
         return await claim(asked, patience)
 
-    wire.approvals.claim = slowly  # type: ignore[method-assign]
-    before = len(wire.recorder.recorded)
+    wire.approvals.claim = slowly  # type: ignore[assignment,method-assign]
+    before = len(wire.recorder.seen)
     async with wire.client() as client:
         await client.send(PAY)
         await is_claiming.wait()
-    await until(lambda: len(wire.recorder.recorded) > before)
+    await until(lambda: len(wire.recorder.seen) > before)
     may_go_on.set()
     await until(lambda: not wire.gateway.is_deciding)
     assert len(wire.approvals.approved) == 1
@@ -225,11 +226,11 @@ async def test_call_that_was_sent_has_used_its_approval_and_is_not_sent_again(st
 
 
 async def test_idempotency_key_of_a_call_that_was_sent_brings_no_second_execution(start: Start) -> None:
-    wire = await begin(start, Plan.of(requests_per_day=1))
+    wire = await begin(start, Plan(requests_per_day=1))
     raw = request("POST", "/pay", JSON, "Idempotency-Key: once", body=b'{"amount":100}')
     await approved(wire, raw)
     assert (await answer(wire, raw)).status == 200
-    await wire.claims.flush()
+    await until(lambda: not wire.claims.pending)
     # It is charged already, so the spent quota does not refuse it; its approval is used.
     assert code(await answer(wire, raw)) == "approval_required"
     wire.approvals.approve()
@@ -250,7 +251,7 @@ async def test_consent_covers_every_call_and_is_no_claim(start: Start) -> None:
 
 
 async def test_store_without_response_refuses_the_call_and_nothing_is_sent_or_charged(start: Start) -> None:
-    wire = await begin(start, Plan.of(requests_per_day=1))
+    wire = await begin(start, Plan(requests_per_day=1))
     await approved(wire, PAY)
     wire.approvals.is_down = True
     down = await answer(wire, PAY)
@@ -261,7 +262,7 @@ async def test_store_without_response_refuses_the_call_and_nothing_is_sent_or_ch
 
 
 async def test_call_counts_as_concurrent_while_its_approval_is_claimed(start: Start) -> None:
-    wire = await begin(start, Plan.of(concurrency=1))
+    wire = await begin(start, Plan(concurrency=1))
     await approved(wire, PAY)
     claim, may_go_on, is_claiming = wire.approvals.claim, asyncio.Event(), asyncio.Event()
 
@@ -270,7 +271,7 @@ async def test_call_counts_as_concurrent_while_its_approval_is_claimed(start: St
         await may_go_on.wait()
         return await claim(asked, patience)
 
-    wire.approvals.claim = slowly  # type: ignore[method-assign]
+    wire.approvals.claim = slowly  # type: ignore[assignment,method-assign]
     async with wire.client() as client:
         await client.send(PAY)
         await is_claiming.wait()
@@ -283,7 +284,7 @@ async def test_call_counts_as_concurrent_while_its_approval_is_claimed(start: St
 async def test_approver_sees_the_arguments_without_the_key_of_the_caller(start: Start) -> None:
     wire = await begin(start)
     foreign = b"a-foreign-key-of-48-characters-0123456789-abcdef"
-    wire.identities.add(fakes.SecretKey(foreign), fakes.identity())
+    wire.identities.add(SecretKey(foreign), fakes.identity())
     body = b'{"amount":100,"note":"%b","password":"hunter2"}' % foreign
     await answer(wire, request("POST", "/pay", JSON, body=body, key=foreign))
     (asked,) = wire.approvals.pending.values()
@@ -304,4 +305,5 @@ async def test_long_arguments_are_digested_while_other_requests_are_served(start
         await asyncio.sleep(0.05)
         quick = [await asyncio.wait_for(answer(wire, request("POST", "/other")), 1.0) for _ in range(20)]
         assert {one.status for one in quick} == {200}
-        assert code(await client.answer()) == "approval_required"
+        got = await client.answer()
+        assert code(got) == "approval_required", (got.body, wire.recorder.seen[-1].detail)
