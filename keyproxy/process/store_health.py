@@ -15,6 +15,8 @@ def carry_over(before: Store, after: Store) -> None:
     now.counts, now.observe = was.counts, was.observe
     after.claims.counts = before.claims.counts
     after.usage.counts, after.usage.dropped = before.usage.counts, before.usage.dropped
+    after.signals.reported = before.signals.reported
+    after.signals.dropped, after.signals.withheld = before.signals.dropped, before.signals.withheld
     after.signing_keys.rejected = before.signing_keys.rejected
     for old, new in zip(before.lasting, after.lasting, strict=True):
         new.defects += old.defects

@@ -10,6 +10,7 @@ from keyproxy.config import schema
 from keyproxy.model import Moment
 from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.agent_tokens.cleanup import AgentTokenCleanup
+from keyproxy.store.anomalies.signal_journal import SignalJournal
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
 from keyproxy.store.identities.cache import FeedState, IdentityCache
@@ -67,6 +68,7 @@ class Store:
             settle_seconds=ledger.settle_seconds,
             server_ahead_seconds=state.ahead_seconds,
         )
+        self.signals = SignalJournal(self._usage_database)
         self._share_outage(has_ledger=ledger.backend == "postgres")
         self.last_used = LastUsed(self.database)
         self.signing_keys = SigningKeyCache(self.database, ACCEPTS_NONE, now)
@@ -103,6 +105,7 @@ class Store:
             self.templates.lasting,
             self.signing_keys.lasting,
             self.agent_tokens.lasting,
+            self.signals.lasting,
         )
 
     @property
@@ -116,6 +119,7 @@ class Store:
             self.usage.sweeping,
             self.feed.forgetting,
             self.agent_tokens.tending,
+            self.signals.tending,
         )
 
     def _follow_windows(self, backend: PostgresLedger | RedisLedger) -> None:
@@ -143,6 +147,7 @@ class Store:
         self.last_used.start()
         self.usage.start()
         self.agent_tokens.start()
+        self.signals.start()
 
     async def close(self) -> None:
         """Flush what is pending and close all connections."""
@@ -152,6 +157,7 @@ class Store:
         await self._ledger_database.close()
         await self.usage.close()
         await self.agent_tokens.close()
+        await self.signals.close()
         await self.minting_database.close()
         await self._usage_database.close()
         await self.last_used.close()
