@@ -17,6 +17,7 @@ from typing import Final
 
 from keyproxy.ai.categories import TEMPLATE
 from keyproxy.config.schema import Listen, Settings
+from keyproxy.decision.anomalies.watcher import Watcher, terms_of
 from keyproxy.gateway import Gateway
 from keyproxy.metrics.access_log import AccessLog, LabelledExchange
 from keyproxy.metrics.exposition import CONTENT_TYPE, Catalogue
@@ -74,6 +75,7 @@ class Proxy:
         self.providers.prepare(settings)
         self._patterns = compile_patterns(settings.categories)
         self._access_log = AccessLog(access_log_fd, wall_offset=clock.wall_offset)
+        self._watcher = Watcher(clock.now)
         self._recorder = Recorder(None, self._note_usage)
         self._log_as(settings)
         self.upstreams = self._upstreams(settings)
@@ -190,6 +192,10 @@ class Proxy:
         store.approvals.rules = settings.approvals
         # Records keep the names of configured models, and of a bounded number of others.
         store.usage.model_names = ModelNames([model.name for model in settings.models])
+        store.signals.terms = settings.anomalies
+        self._watcher.change(
+            terms_of(settings.anomalies.watch, [model.name for model in settings.models]), store.signals
+        )
         gateway = build_gateway(
             settings, routes, identities=store.identities, owned_ids=store.owned_ids, templates=store.templates,
             ledger=store.ledger, claims=store.claims, approvals=store.approvals, patterns=self._patterns,
@@ -299,6 +305,8 @@ class Proxy:
 
     def _note_usage(self, rows: Sequence[LabelledExchange]) -> None:
         self.store.usage.take(rows)
+        if self._watcher.is_watching:
+            self._watcher.take(rows)
 
     # -- metrics and checks
 

@@ -334,6 +334,13 @@ PROXY_METRICS: Final[tuple[Metric[Scrape], ...]] = (
            (), lambda scrape: scrape.store.usage.pending_events, SUM),
     Metric("keyproxy_usage_unwritten_seconds", GAUGE, "Age of the oldest usage that is not written yet.",
            (), lambda scrape: scrape.store.usage.unwritten_seconds(), MAX),
+    # Anomalies.
+    Metric("keyproxy_anomalies_total", COUNTER, "Signals that a key or network behaves unusually, by this process.",
+           ("kind",), lambda scrape: scrape.store.signals.reported, SUM),
+    Metric("keyproxy_anomalies_dropped_total", COUNTER, "Signals and habits of keys that were dropped.",
+           (), lambda scrape: scrape.store.signals.dropped, SUM),
+    Metric("keyproxy_suspensions_withheld_total", COUNTER, "Signals that did not suspend their key, which they may.",
+           (), lambda scrape: scrape.store.signals.withheld, SUM),
     # The process.
     Metric("keyproxy_access_log_dropped_total", COUNTER, "Access log lines that were dropped.",
            (), lambda scrape: scrape.access_log.dropped, SUM),
