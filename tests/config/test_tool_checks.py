@@ -10,6 +10,7 @@ import pytest
 
 from keyproxy.config import loader
 from keyproxy.config.loader import ConfigError
+from keyproxy.config.route_review import certificate_warnings
 from keyproxy.config.schema import Settings
 from keyproxy.config.tools.provider_checks import is_plaintext
 from keyproxy.config.tools.tool_rules import tool_rules
@@ -82,6 +83,8 @@ def problems(tmp_path: Path, text: str) -> list[str]:
         (route("filter_tools_list = true"), "routes[1].filter_tools_list", "needs protocol = 'mcp'"),
         (SEARCH + route('tool = "search"', 'serves = "agent-tokens"'), "routes[1].tool", "nothing goes upstream"),
         # what can never hold
+        ('[listen]\ntls_client_certificate = "optional"\n', "listen.tls_client_certificate",
+         "without listen.tls_client_ca_file"),
         (tool("client_certificate = true"), "tools[1].client_certificate", "needs listen.tls_client_ca_file"),
         (tool('credentials = ["oauth"]'), "tools[1].credentials", "no credential of the kind 'oauth' can occur"),
         # providers
@@ -160,6 +163,19 @@ def test_upstream_without_tls_on_another_machine_is_plaintext(url: str, is_open:
 )
 def test_settings_without_contradiction_are_accepted(tmp_path: Path, text: str) -> None:
     load(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("stated", "demands", "is_required"),
+    [("", False, True), ("", True, False), ("required", True, True), ("optional", False, False)],
+)
+def test_every_client_needs_a_certificate_unless_tools_demand_it_themselves(
+    tmp_path: Path, stated: str, demands: bool, is_required: bool
+) -> None:
+    text = CA + f'tls_client_certificate = "{stated}"\n' + tool(f"client_certificate = {str(demands).lower()}")
+    settings = load(tmp_path, text)
+    assert settings.requires_client_certificates is is_required
+    assert bool(certificate_warnings(settings)) is (not stated and demands)
 
 
 def test_mcp_route_has_the_error_shape_of_mcp_by_default(tmp_path: Path) -> None:
