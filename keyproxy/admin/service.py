@@ -18,7 +18,19 @@ from keyproxy.admin import request_parsing
 from keyproxy.admin.authentication import Access
 from keyproxy.admin.endpoints import ApiConfig, ApiRequest, ApiResponse, ApiStream, Endpoint, needs
 from keyproxy.admin.problems import Problem, Refused
-from keyproxy.admin.resources import access, agents, credit, explain, importing, keys, plans, prompts, tenants, usage
+from keyproxy.admin.resources import (
+    access,
+    agents,
+    approvals,
+    credit,
+    explain,
+    importing,
+    keys,
+    plans,
+    prompts,
+    tenants,
+    usage,
+)
 from keyproxy.admin.scopes import Scope, allows
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.store.directory.agents.operator_mint import SigningMint
@@ -57,6 +69,7 @@ ENDPOINTS: Final = (
     *tenants.ENDPOINTS,
     *keys.ENDPOINTS,
     *agents.ENDPOINTS,
+    *approvals.ENDPOINTS,
     *importing.ENDPOINTS,
     *plans.ENDPOINTS,
     *access.ENDPOINTS,
@@ -185,7 +198,14 @@ class _ValidRequest:
     actor: Actor
 
     def in_transaction(self, service: Service, joined: StatementRunner) -> ApiRequest:
-        directory = Directory(joined, service.key_format, self.actor, tenant_id=self.token["tenant"], mint=service.mint)
+        directory = Directory(
+            joined,
+            service.key_format,
+            self.actor,
+            tenant_id=self.token["tenant"],
+            mint=service.mint,
+            approvals=service.config.settings.approvals,
+        )
         return ApiRequest(
             directory,
             service.database,

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from keyproxy.ai.requests.request_facts import malformed
-from keyproxy.ai.tools import tool_rules
+from keyproxy.ai.tools import mcp_message, tool_rules
 from keyproxy.ai.tools.tool import CONSENT, NO_APPROVAL, Tool
 from keyproxy.ai.tools.tool_call import ToolCall
 from keyproxy.ai.tools.tool_rules import ToolRules
@@ -27,8 +27,9 @@ from keyproxy.ports.exchange import Exchange
 from keyproxy.ports.tools import Approvals
 from keyproxy.reasons import Reason, Refusal
 
-#: The methods of MCP over HTTP. POST has a message; GET opens a stream of messages, DELETE ends a session.
-_MCP_METHODS: Final = frozenset({b"POST", b"GET", b"DELETE"})
+_POST: Final = b"POST"
+#: The other methods of MCP over HTTP: GET opens a stream of messages, DELETE ends a session.
+_MCP_WITHOUT_MESSAGE: Final = frozenset({b"GET", b"DELETE"})
 
 
 class ToolCalls:
@@ -63,7 +64,13 @@ class ToolCalls:
     def _decide_mcp(
         self, exchange: Exchange, head: RequestHead, grant: Grant, payments: Payments, *, now: Moment
     ) -> None:
-        if head.line.method not in _MCP_METHODS:
+        method = head.line.method
+        if method in _MCP_WITHOUT_MESSAGE:
+            if head.has_body:
+                # A server that takes the request for a POST, such as by an override, must not find a call in it.
+                raise malformed("Only POST has a body on this route.")
+            return
+        if method != _POST:
             raise Refusal(Reason.ROUTE_NOT_ALLOWED, "a method that MCP does not use")
         reading = exchange.mcp
         if reading is None or reading.message is None:
@@ -83,9 +90,10 @@ class ToolCalls:
         if allowance is not None:
             payments.check(exchange, allowance, need, now=now, asks=not exchange.is_complete)
         try:
-            if rules.mcp is None:
-                _read_body(exchange, head, rules.body_bytes_max)
-            else:
+            if rules.mcp is not None:
+                mcp_message.check_head(head)
+            _read_body(exchange, head, rules.body_bytes_max)
+            if rules.mcp is not None:
                 mcp_requests.read(exchange, head, rules.mcp)
         except Missing:
             if allowance is not None:

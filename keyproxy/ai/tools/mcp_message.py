@@ -153,7 +153,7 @@ class McpReading:
             raise malformed("The body must be one JSON object. A batch is not accepted.")
         if values.get("jsonrpc") != "2.0":
             raise malformed("'jsonrpc' must be \"2.0\".", "jsonrpc")
-        rpc_id = self._id()
+        rpc_id = _rpc_id(members, self._body)
         params = values.get("params", _NULL)
         if params != _NULL and not isinstance(params, dict):
             raise malformed("'params' must be an object.", "params")
@@ -172,22 +172,6 @@ class McpReading:
         self._check_headers(headers, method, version)
         span = members.spans["params"] if params != _NULL else (0, 0)
         return McpMessage(method, self.rpc_id, tool, version, content=self._body, params=span)
-
-    def _id(self) -> bytes:
-        """The id as JSON text; empty without one."""
-        members = self._members
-        value = members.values.get("id")
-        if value is None:
-            return b""
-        is_known = (
-            len(value) <= _ID_CHARACTERS_MAX
-            if isinstance(value, str)
-            else isinstance(value, bytes) and _INTEGER.fullmatch(value) is not None
-        )
-        if not is_known:
-            raise malformed(f"'id' must be an integer, or a string of up to {_ID_CHARACTERS_MAX} characters.", "id")
-        start, end = members.spans["id"]
-        return self._body[start:end]
 
     def _check_response(self, rpc_id: bytes) -> None:
         values = self._members.values
@@ -269,6 +253,23 @@ def parse_mcp(head: RequestHead, body: bytes, rules: McpRules) -> McpMessage:
     return reading.message
 
 
+def rpc_id_in(body: bytes) -> bytes:
+    """The id of the request in a complete body, for the response to one that is refused; empty if none is found.
+
+    A larger body is not read for it.
+    """
+    if len(body) > AT_ONCE_BYTES:
+        return b""
+    members = MemberValues(body)
+    scanner = RequestScanner(body, _SCOPE, JsonBounds(AT_ONCE_BYTES, AT_ONCE_BYTES, _DEPTH_MAX), members)
+    try:
+        while scanner.advance(_PORTION) <= 0:
+            pass
+        return _rpc_id(members, body) if isinstance(members.values.get("method"), str) else b""
+    except (JsonError, TooDenseError, AmbiguousNameError, DoubledNameError, Refusal):
+        return b""
+
+
 def check_head(head: RequestHead) -> None:
     """Raise a Refusal (REQUEST_MALFORMED) unless the body is JSON in UTF-8, and not encoded."""
     fields = head.fields
@@ -283,6 +284,21 @@ def check_head(head: RequestHead) -> None:
 def too_large(rules: McpRules) -> Refusal:
     """The refusal of a body that is too large."""
     return Refusal(Reason.BODY_TOO_LARGE, f"a message of more than {rules.body_bytes_max} bytes")
+
+
+def _rpc_id(members: MemberValues, body: bytes) -> bytes:
+    """The id as JSON text; empty without one. Raises a Refusal."""
+    value = members.values.get("id")
+    if value is None:
+        return b""
+    if isinstance(value, str):
+        is_valid = len(value) <= _ID_CHARACTERS_MAX
+    else:
+        is_valid = isinstance(value, bytes) and _INTEGER.fullmatch(value) is not None
+    if not is_valid:
+        raise malformed(f"'id' must be an integer, or a string of up to {_ID_CHARACTERS_MAX} characters.", "id")
+    start, end = members.spans["id"]
+    return body[start:end]
 
 
 def _unsupported(field: bytes, rules: McpRules) -> Refusal:
