@@ -309,7 +309,7 @@ BEGIN
         END IF;
     END IF;
     shown := shown || jsonb_build_object(
-        'signal', of_kind, 'value', nullif(of_value, ''), 'client', of_client, 'observed', observed,
+        'signal', of_kind, 'value', nullif(of_value, ''), 'network', of_network, 'client', of_client, 'observed', observed,
         'suspended', outcome = 'suspended',
         'at', to_char(right_now AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
     );
