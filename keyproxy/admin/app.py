@@ -26,6 +26,7 @@ from keyproxy.platform import clock, sockets, systemd
 from keyproxy.platform.tasks import cancel_all
 from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
+from keyproxy.process.providers.operator_secrets import OperatorSecrets
 from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.agents.operator_mint import OperatorKey, SigningMint
@@ -66,7 +67,7 @@ class Admin:
         access = Access(tokens, key_format, self._throttle, file_digest=file_digest(settings.admin.token_file))
         config = ApiConfig(settings.keys.age_days_max, settings)
         mint = SigningMint(settings.access, self._operator_key, clock.now)
-        return Service(self._database, key_format, access, config, mint, clock.monotonic)
+        return Service(self._database, key_format, access, config, mint, OperatorSecrets(settings), clock.monotonic)
 
     async def run(
         self, *, access_log_fd: int, started: Callable[[str], None], read_again: Callable[[], Settings]

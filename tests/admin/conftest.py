@@ -25,6 +25,7 @@ from keyproxy.admin.webhooks import Webhooks
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.platform import clock
+from keyproxy.process.providers.operator_secrets import OperatorSecrets
 from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.agents.operator_mint import OperatorKey, SigningMint
@@ -135,7 +136,8 @@ async def serving(
     settings = settings or Settings(routes=routes)
     operator_key = OperatorKey(SigningKeyCache(database, ACCEPTS_NONE, clock.now), clock.now)
     mint = SigningMint(settings.access, operator_key, clock.now)
-    service = Service(database, key_format, access, ApiConfig(90, settings), mint, lambda: now[0])
+    secrets = OperatorSecrets(settings)
+    service = Service(database, key_format, access, ApiConfig(90, settings), mint, secrets, lambda: now[0])
     log: list[Json] = []
     webhooks = webhooks or Webhooks(database, lambda: settings)
     counted = traffic()
@@ -153,7 +155,7 @@ async def serving(
         try:
             async with aiohttp.ClientSession() as session:
                 url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-                directory = Directory(database, key_format, actor, mint=mint)
+                directory = Directory(database, key_format, actor, mint=mint, secrets=secrets)
                 await operator_key.prepare()
                 yield Api(url, session, database, directory, tokens, now, listener, log)
         finally:
