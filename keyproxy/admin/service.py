@@ -21,6 +21,7 @@ from keyproxy.admin.problems import Problem, Refused
 from keyproxy.admin.resources import (
     access,
     agents,
+    approvals,
     credit,
     explain,
     importing,
@@ -70,6 +71,7 @@ ENDPOINTS: Final = (
     *tenants.ENDPOINTS,
     *keys.ENDPOINTS,
     *agents.ENDPOINTS,
+    *approvals.ENDPOINTS,
     *importing.ENDPOINTS,
     *plans.ENDPOINTS,
     *access.ENDPOINTS,
@@ -206,6 +208,7 @@ class _ValidRequest:
             self.actor,
             tenant_id=self.token["tenant"],
             mint=service.mint,
+            approvals=service.config.settings.approvals,
             secrets=service.secrets,
         )
         return ApiRequest(
