@@ -27,7 +27,7 @@ from keyproxy.config import (
 from keyproxy.config.categories import CategoryKeys
 from keyproxy.config.delegation_settings import AccessSettings
 from keyproxy.config.token_settings import Money, Tokens
-from keyproxy.config.tools import anomaly_settings, provider_checks, tool_checks
+from keyproxy.config.tools import tool_contradictions
 from keyproxy.config.tools.anomaly_settings import AnomalySettings
 from keyproxy.config.tools.provider_settings import ProviderRow, SecretSettings
 from keyproxy.config.tools.tool_settings import ApprovalSettings, McpSettings, ToolRow
@@ -366,32 +366,10 @@ def cross_checks(settings: Settings) -> list[str]:
     )
     wrong += route_access.contradictions(settings.routes)
     wrong += route_serves.contradictions(settings.routes)
-    wrong += _faults_of_tools(settings)
+    wrong += tool_contradictions.contradictions(settings)
     matches = [row.match for row in settings.routes]
     wrong += [
         f"routes: {match!r} is configured twice; the first one always wins"
         for match in {match for match in matches if matches.count(match) > 1}
     ]
     return wrong
-
-
-def _faults_of_tools(settings: Settings) -> list[str]:
-    routes, tools, providers = settings.routes, settings.tools, settings.providers
-    return [
-        *tool_checks.tool_faults(tools, verifies_certificates=bool(settings.listen.tls_client_ca_file)),
-        *tool_checks.route_faults(routes, tools),
-        *tool_checks.body_faults(
-            routes,
-            tools,
-            bytes_max=settings.mcp.body_bytes_max,
-            memory_bytes_max=settings.tokens.body_memory_max,
-        ),
-        *provider_checks.provider_faults(
-            providers,
-            header_prefix=settings.identity.header_prefix,
-            has_key_file=bool(settings.secrets.key_file),
-            upstreams=settings.upstream_urls(),
-        ),
-        *provider_checks.route_faults(routes, providers),
-        *anomaly_settings.conflicts(settings.anomalies),
-    ]
