@@ -36,10 +36,10 @@ from keyproxy.limits.ledger_protocol import (
 from keyproxy.limits.plan import PER_REQUEST, Limit, Plan
 from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Route
 from keyproxy.reasons import Reason, Refusal
+from keyproxy.store.approvals.explained_tool import CalledTool, ExplainedTool, called_tool, stated_tool
 from keyproxy.store.ledger.backend import REAP_PORTION
 from keyproxy.store.ledger.body_reservation import BodyReservation, RequestUrl, no_reservation, reservation_of
 from keyproxy.store.ledger.explained_access import ExplainedAccess, OwnerReader, StatedValues
-from keyproxy.store.ledger.explained_tool import CalledTool, ExplainedTool, called_tool, stated_tool
 from keyproxy.store.ledger.ledger import Ledger
 from keyproxy.store.ledger.postgres_backend import WindowState
 from keyproxy.store.ledger.select_backend import ledger_backend
