@@ -30,6 +30,7 @@ from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.agents.operator_mint import OperatorKey, SigningMint
 from keyproxy.store.directory.directory import Actor
+from keyproxy.store.ledger import select_backend
 from keyproxy.store.outbox.limit_alerts import LimitAlertQueue
 from keyproxy.store.outbox.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database, StoreUnavailable
@@ -65,6 +66,7 @@ class Admin:
         self._service = self._made(settings)
 
     def _made(self, settings: Settings) -> Service:
+        select_backend.preload(settings.ledger)
         key_format = KeyFormat(settings.keys.prefix, accepts_foreign=settings.keys.accept_foreign)
         # This instance only looks tokens up; it makes no changes, so its actor is never logged.
         tokens = AdminTokens(self._database, key_format, Actor("admin", "local"))
