@@ -33,6 +33,9 @@ from tests.store.harness import Relay
 ROUTES = [{"match": "POST /v1/ai/jobs"}, {"match": "GET /public", "access": "public"}]
 ACCESS = {"assertion": True}
 
+#: Between two calls of a client: without it this process, not the proxies, is what is tested.
+PAUSE_SECONDS = 0.04
+
 
 class Verifier:
     """The verification of the documentation, over the key set at a URL."""
@@ -374,6 +377,7 @@ async def test_replaced_workers_that_wait_for_verifiers_fail_no_request(configur
         async def calling() -> None:
             while not is_over.is_set():
                 outcomes.append(await site.call(key["secret"]))
+                await asyncio.sleep(PAUSE_SECONDS)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(3):
@@ -474,6 +478,7 @@ async def test_a_rolling_restart_fails_no_request_at_an_upstream_that_verifies(c
             while not is_over.is_set():
                 number = random.choice([one for one, is_up in enumerate(serving) if is_up])
                 outcomes.append(await fleet.sites[number].call(key["secret"]))
+                await asyncio.sleep(PAUSE_SECONDS)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(4):
