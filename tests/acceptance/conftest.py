@@ -204,7 +204,8 @@ class Site:
             return False
 
 
-until = functools.partial(waiting.until, seconds=STUCK_SECONDS)
+#: Most conditions are requests to the processes that are waited for, which need the CPU themselves.
+until = functools.partial(waiting.until, seconds=STUCK_SECONDS, pause_seconds=0.02)
 
 
 @contextlib.asynccontextmanager
