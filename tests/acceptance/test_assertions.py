@@ -442,7 +442,12 @@ async def test_the_admin_listener_serves_the_key_set_without_a_token(configure: 
         assert await kids() == []
         async with site.serving():
             assertion = await assertion_of(site, key["secret"])
-            assert await kids() == list(await rows(dsn))
+
+            async def is_published() -> bool:
+                return await kids() == list(await rows(dsn))
+
+            # The set that was read before the start of the proxy is served for half a second.
+            await until(is_published, seconds=1.0)
             assert (await asyncio.to_thread(Verifier(url).claims_of, assertion))["sub"] == "u_42"
             async with session.get(f"http://127.0.0.1:{site.ops_port}/jwks.json") as response:
                 assert response.headers["Content-Type"] == "application/jwk-set+json"
