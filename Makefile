@@ -13,6 +13,9 @@ SEEDS ?= 1000
 SECONDS ?= 120
 JOBS ?= 3
 
+# Otherwise each of the many processes would compile every module again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Tests run in several processes, each with a PostgreSQL of its own.
 IN_JOBS = --numprocesses $(JOBS) --dist worksteal
 

@@ -14,6 +14,7 @@ async def until(
     what: str = "the condition holds",
     *,
     seconds: float = 10.0,
+    pause_seconds: float = _POLL_SECONDS,
     while_running: asyncio.subprocess.Process | None = None,
 ) -> None:
     """Wait until the condition is true. Fails with `what` after the deadline, or when the process has ended."""
@@ -22,7 +23,7 @@ async def until(
         while not await _holds(condition):
             assert while_running is None or while_running.returncode is None, "the process has ended"
             assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-            await asyncio.sleep(_POLL_SECONDS)
+            await asyncio.sleep(pause_seconds)
 
 
 async def _holds(condition: Callable[[], bool | Awaitable[bool]]) -> bool:

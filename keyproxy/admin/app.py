@@ -31,6 +31,7 @@ from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.agents.operator_mint import OperatorKey, SigningMint
 from keyproxy.store.directory.directory import Actor
+from keyproxy.store.ledger import select_backend
 from keyproxy.store.postgres.database import Database, StoreUnavailable
 from keyproxy.store.signing_keys import SigningKeyCache
 from keyproxy.wire.tls import TlsError, server_context, show
@@ -61,6 +62,7 @@ class Admin:
         self._service = self._made(settings)
 
     def _made(self, settings: Settings) -> Service:
+        select_backend.preload(settings.ledger)
         key_format = KeyFormat(settings.keys.prefix, accepts_foreign=settings.keys.accept_foreign)
         # This instance only looks tokens up; it makes no changes, so its actor is never logged.
         tokens = AdminTokens(self._database, key_format, Actor("admin", "local"))

@@ -28,9 +28,6 @@ from keyproxy.store.postgres.database import StoreConflict, StoreUnavailable
 
 _log = logging.getLogger(__name__)
 
-FAILED: Final = 1
-MISUSED: Final = 2
-
 OLD_SCHEMA: Final = "the database has no schema, or an old one: run keyproxy migrate with this configuration first"
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])

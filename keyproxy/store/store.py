@@ -23,9 +23,7 @@ from keyproxy.store.identities.owned_ids import OwnedIdCache
 from keyproxy.store.ledger.charge_dedup import Claims
 from keyproxy.store.ledger.charge_dedup_postgres import PostgresClaims
 from keyproxy.store.ledger.ledger import Ledger
-from keyproxy.store.ledger.postgres_backend import PostgresLedger
-from keyproxy.store.ledger.redis_backend import RedisLedger
-from keyproxy.store.ledger.select_backend import ledger_backend
+from keyproxy.store.ledger.select_backend import SelectedBackend, ledger_backend
 from keyproxy.store.postgres.database import Database, NotificationListener
 from keyproxy.store.prompt_templates import TemplateCache
 from keyproxy.store.provider_keys.cache import ProviderKeyCache
@@ -136,7 +134,7 @@ class Store:
             self.signals.tending,
         )
 
-    def _follow_windows(self, backend: PostgresLedger | RedisLedger) -> None:
+    def _follow_windows(self, backend: SelectedBackend) -> None:
         forget_refusals = self.ledger.conversation.lease_sync.forget_refusals
         self.feed.window_changed = partial(backend.refresh_soon, then=forget_refusals)
 

@@ -33,6 +33,9 @@ from tests.store.harness import Relay
 ROUTES = [{"match": "POST /v1/ai/jobs"}, {"match": "GET /public", "access": "public"}]
 ACCESS = {"assertion": True}
 
+#: Between two calls of a client: without it this process, not the proxies, is what is tested.
+PAUSE_SECONDS = 0.04
+
 
 class Verifier:
     """The verification of the documentation, over the key set at a URL."""
@@ -374,6 +377,7 @@ async def test_replaced_workers_that_wait_for_verifiers_fail_no_request(configur
         async def calling() -> None:
             while not is_over.is_set():
                 outcomes.append(await site.call(key["secret"]))
+                await asyncio.sleep(PAUSE_SECONDS)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(3):
@@ -438,7 +442,12 @@ async def test_the_admin_listener_serves_the_key_set_without_a_token(configure: 
         assert await kids() == []
         async with site.serving():
             assertion = await assertion_of(site, key["secret"])
-            assert await kids() == list(await rows(dsn))
+
+            async def is_published() -> bool:
+                return await kids() == list(await rows(dsn))
+
+            # The set that was read before the start of the proxy is served for half a second.
+            await until(is_published, seconds=1.0)
             assert (await asyncio.to_thread(Verifier(url).claims_of, assertion))["sub"] == "u_42"
             async with session.get(f"http://127.0.0.1:{site.ops_port}/jwks.json") as response:
                 assert response.headers["Content-Type"] == "application/jwk-set+json"
@@ -474,6 +483,7 @@ async def test_a_rolling_restart_fails_no_request_at_an_upstream_that_verifies(c
             while not is_over.is_set():
                 number = random.choice([one for one, is_up in enumerate(serving) if is_up])
                 outcomes.append(await fleet.sites[number].call(key["secret"]))
+                await asyncio.sleep(PAUSE_SECONDS)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(4):

@@ -27,7 +27,8 @@ set -e
 cut -d' ' -f5 /proc/self/mountinfo | while read -r mounted; do
     case "$mounted" in /proc*|/sys*|/dev*) ;; *) mount -o remount,bind,ro "$mounted" 2>/dev/null || true ;; esac
 done
-mount -t tmpfs -o ro none /dev/shm
+mount --bind /dev/shm /dev/shm
+mount -o remount,bind,ro /dev/shm
 for directory in / /tmp /var/tmp /dev/shm "$HOME" "$PWD"; do
     if touch "$directory/keyproxy-writable" 2>/dev/null; then exit 99; fi
 done

@@ -16,6 +16,9 @@ from tests.wire.test_long import HANDSHAKE, SWITCH
 
 POOL = 8
 
+#: A request that its client has abandoned is not over for the proxy: it would wait for it at the end of the test.
+NO_DRAINING = {"drain_seconds": 0.1}
+
 
 async def compute(message: Message, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
     """Respond to some requests immediately, and never to others."""
@@ -40,7 +43,7 @@ def hold(path: str, secret: str) -> bytes:
 async def test_all_keys_of_a_user_together_leave_connections_to_other_users(
     configure: Configure, dsn: str, path: str
 ) -> None:
-    site = configure(dsn, upstream={"connections_max": POOL})
+    site = configure(dsn, upstream={"connections_max": POOL}, listen=NO_DRAINING)
     site.upstream.answering = compute
     secrets = [(await site.key())["secret"] for _ in range(3)]
     other = (await site.key("u_other"))["secret"]
@@ -62,7 +65,7 @@ async def test_all_keys_of_a_user_together_leave_connections_to_other_users(
 
 
 async def test_test_requests_have_a_pool_of_their_own_which_is_shared_as_well(configure: Configure, dsn: str) -> None:
-    site = configure(dsn, upstream={"connections_max": POOL})
+    site = configure(dsn, upstream={"connections_max": POOL}, listen=NO_DRAINING)
     site.upstream.answering = compute
     text, test_url = site.config.read_text(encoding="utf-8"), f'test_url = "http://127.0.0.1:{site.upstream.port}"'
     site.config.write_text(text.replace("[upstream]\n", f"[upstream]\n{test_url}\n"), encoding="utf-8")

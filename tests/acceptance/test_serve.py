@@ -68,6 +68,28 @@ async def test_a_change_by_any_sql_client_takes_effect_within_a_second(
     await connection.close()
 
 
+async def test_requests_import_no_module(configure: Configure, dsn: str) -> None:
+    """An import takes longer than a hundred requests, which all would wait for it."""
+    routes = [
+        {"match": "POST /v1/ai/chat/completions", "tokens": "openai"},
+        {"match": "POST /v1/ai/jobs", "scopes": ["jobs:write"]},
+    ]
+    site = configure(dsn, routes=routes)
+    site.environment["PYTHONPROFILEIMPORTTIME"] = "1"
+    key, other = await site.key(scopes=["jobs:write"]), await site.key("u_43")
+    async with site.serving() as process:
+        await site.until_ready(process)
+        await site.until_logged("proxy on")
+        assert b"import time:" in b"".join(site.printed)
+        already = len(b"".join(site.printed))
+        assert await site.call(key["secret"]) == (200, "")
+        assert await site.call(key["secret"], path="/v1/ai/chat/completions") == (200, "")
+        assert await site.call(other["secret"]) == (403, "insufficient_scope")
+        assert await site.call("kp_unknown") == (401, "api_key_invalid")
+        assert await site.call(key["secret"], "GET", "/v1/ai/jobs") == (403, "route_not_allowed")
+    assert b"import time:" not in b"".join(site.printed)[already:]
+
+
 async def test_an_unknown_key_works_within_a_second_of_its_creation(site: Site, dsn: str) -> None:
     key = await site.key()
     connection = await asyncpg.connect(dsn)

@@ -32,6 +32,9 @@ from tests.webhook_receiver import SECRET, Receiver, right_signature
 
 PERCENTAGES = [80, 100]
 
+#: How many alerts a process sends at a time.
+BATCH = 20
+
 
 def terms(receiver: Receiver) -> AlertSettings:
     """The configuration for a receiver."""
@@ -286,14 +289,24 @@ async def test_an_admin_process_that_is_killed_while_sending_is_followed_by_the_
     assert len(set(receiver.ids)) == 1
 
 
-async def test_two_admin_processes_deliver_each_alert_once(
+async def test_two_admin_processes_that_send_at_once_deliver_each_alert_once(
     spender: Spender, receiver: Receiver, tmp_path: Path, dsn: str, sql: Any
 ) -> None:
-    users = [f"u_{number}" for number in range(8)]
+    users = [f"u_{number}" for number in range(2 * BATCH + 5)]
+    for user in users:
+        await spender.spend(window_of(user), 85)
+    both = asyncio.Event()
+
+    async def respond() -> None:
+        # More than one process sends at a time: so both do.
+        if len(receiver.got) > BATCH:
+            both.set()
+        await both.wait()
+
+    receiver.on_request = respond
     admin = Admin(tmp_path, dsn, receiver)
-    async with admin.running(), admin.running():
-        for user in users:
-            await spender.spend(window_of(user), 85)
+    async with contextlib.AsyncExitStack() as stack:
+        await asyncio.gather(*(stack.enter_async_context(admin.running()) for _ in range(2)))
         await _until_delivered(sql, len(users))
     assert sorted(one["data"]["pool_id"] for one in receiver.received) == sorted(users)
     assert len(set(receiver.ids)) == len(users)

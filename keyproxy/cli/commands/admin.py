@@ -26,6 +26,7 @@ from keyproxy.cli.options import (
 from keyproxy.cli.output import print_message, print_result, require_stdout, showing_secret
 from keyproxy.cli.parameters import duration
 from keyproxy.config.loader import ConfigError
+from keyproxy.platform import garbage
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.postgres.database import Database
 
@@ -57,9 +58,10 @@ def admin_group(context: click.Context, config_path: Path | None) -> None:
 
 def _serve(config_path: Path | None) -> None:
     # These imports take longer than any other command runs.
-    from keyproxy.admin.app import Admin, RefusedToStart
-    from keyproxy.admin.authentication import TokenFileError
-    from keyproxy.wire.tls import TlsError
+    with garbage.importing():
+        from keyproxy.admin.app import Admin, RefusedToStart
+        from keyproxy.admin.authentication import TokenFileError
+        from keyproxy.wire.tls import TlsError
 
     loaded = load(config_path, is_serving=True)
     settings = loaded.settings

@@ -19,7 +19,7 @@ from keyproxy.cli.output import Failure
 from keyproxy.config import loader
 from keyproxy.config.loader import ConfigError
 from keyproxy.config.schema import Settings
-from keyproxy.platform import sockets
+from keyproxy.platform import garbage, sockets
 
 _log = logging.getLogger(__name__)
 
@@ -34,8 +34,9 @@ def serve_command(config_path: Path | None, owner: int | None, ops_fd: int | Non
     Access log on stdout, everything else on stderr. SIGTERM drains and stops it, as `keyproxy drain` does. SIGHUP
     reloads the configuration: all of it is applied, or none.
     """
-    from keyproxy.process import control_channel, run, supervisor
-    from keyproxy.process.reload import ReloadError, check_resources
+    with garbage.importing():
+        from keyproxy.process import control_channel, run, supervisor
+        from keyproxy.process.reload import ReloadError, check_resources
 
     supervisor_end: socket.socket | None = None
     if owner is not None:

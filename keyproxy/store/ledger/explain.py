@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 from keyproxy.auth import authorization
 from keyproxy.config import schema
@@ -42,7 +42,7 @@ from keyproxy.store.ledger.body_reservation import BodyReservation, RequestUrl, 
 from keyproxy.store.ledger.explained_access import ExplainedAccess, OwnerReader, StatedValues
 from keyproxy.store.ledger.ledger import Ledger
 from keyproxy.store.ledger.postgres_backend import WindowState
-from keyproxy.store.ledger.select_backend import ledger_backend
+from keyproxy.store.ledger.select_backend import WindowReader, ledger_backend
 from keyproxy.store.postgres.database import Database
 
 _TOKENS: Final = (*TOKENS, TOKEN_RATE, TOKENS_PER_REQUEST)
@@ -50,14 +50,6 @@ _SPEND: Final = (*SPEND, SPEND_PER_REQUEST)
 
 #: A route that needs no scope.
 _ANY_ROUTE: Final = Route("")
-
-
-class WindowReader(Protocol):
-    """A source of the current state of windows."""
-
-    async def windows(self, windows: Sequence[Window]) -> Sequence[WindowState | None]:
-        """The current state of windows, in their order; None for a window that was never used."""
-        ...
 
 
 class Question(NamedTuple):

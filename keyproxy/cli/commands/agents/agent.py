@@ -7,6 +7,7 @@ from typing import Final
 import click
 
 from keyproxy.auth.names import is_agent
+from keyproxy.cli.command_table import CommandTable
 from keyproxy.cli.context import PAGE, Call, all_pages, chosen_plan, plan_arguments, takes_call
 from keyproxy.cli.parameters import roles
 from keyproxy.store.directory.agents.agents import AGENT_ID_RULE
@@ -27,7 +28,14 @@ _user_option = click.option(
 )
 
 
-@click.group("agent")
+_TOKEN_COMMANDS: Final = {
+    "explain": "keyproxy.cli.commands.agents.token:agent_explain",
+    "revoke": "keyproxy.cli.commands.agents.token:agent_revoke",
+    "token": "keyproxy.cli.commands.agents.token:agent_token",
+}
+
+
+@click.group("agent", cls=CommandTable, places=_TOKEN_COMMANDS)
 def agent_group() -> None:
     """Manage agents and their tokens.
 

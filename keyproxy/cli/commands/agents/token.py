@@ -134,6 +134,3 @@ def agent_explain(call: Call, token_id: str, method: str, path: str, **options: 
     """
     question = question_of(method, path, **options)
     print_explanation(call, question, call.run_usage(lambda usage: usage.explained_token(token_id, question)))
-
-
-TOKEN_COMMANDS: Final = (agent_token, agent_explain, agent_revoke)

@@ -288,6 +288,3 @@ def _read(
         except Invalid as error:
             report.problems.append((place, masked(str(error))))
     return keys, report
-
-
-BULK_COMMANDS: Final = (key_revoke_all, key_issue_many, key_import)

@@ -133,6 +133,3 @@ def _hex_digest(text: str) -> bytes:
         return bytes.fromhex(text)
     except ValueError as error:
         raise click.BadParameter("a digest is 64 hexadecimal digits") from error
-
-
-LEAK_COMMANDS: Final = (key_report_leaked, key_whose)

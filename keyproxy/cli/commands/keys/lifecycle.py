@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Final
 
 import click
 
+from keyproxy.cli.command_table import CommandTable
 from keyproxy.cli.context import (
     KEY_COLUMNS,
     PAGE,
@@ -26,7 +28,21 @@ from keyproxy.store.directory.keys import ORDERS, STATES
 _id_argument = click.argument("key_id", metavar="ID")
 
 
-@click.group("key")
+_FURTHER_COMMANDS: Final = {
+    "explain": "keyproxy.cli.commands.keys.explain:key_explain",
+    "import": "keyproxy.cli.commands.keys.bulk:key_import",
+    "issue-many": "keyproxy.cli.commands.keys.bulk:key_issue_many",
+    "origins": "keyproxy.cli.commands.keys.suspension:key_origins",
+    "remind": "keyproxy.cli.commands.keys.remind:key_remind",
+    "report-leaked": "keyproxy.cli.commands.keys.leaks:key_report_leaked",
+    "resume": "keyproxy.cli.commands.keys.suspension:key_resume",
+    "revoke-all": "keyproxy.cli.commands.keys.bulk:key_revoke_all",
+    "suspend": "keyproxy.cli.commands.keys.suspension:key_suspend",
+    "whose": "keyproxy.cli.commands.keys.leaks:key_whose",
+}
+
+
+@click.group("key", cls=CommandTable, places=_FURTHER_COMMANDS)
 def key_group() -> None:
     """Manage API keys. A key's secret is shown once, when it is created."""
 
