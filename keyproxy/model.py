@@ -199,8 +199,8 @@ class Ending(enum.Enum):
 COMPLETED: Final = Ending.COMPLETED
 
 
-#: A decision may need an identity, a body, its reading, ownership, an earlier charge, a lease, a consent, a credential of
-#: the upstream and an approval; a fetched value may be evicted before its use.
+#: A decision may need an identity, a body, its reading, ownership, an earlier charge, a lease, consents, an upstream
+#: credential, an approval and a compressed body; a fetched value may be evicted before its use.
 _ROUNDS_MAX: Final = 12
 
 _Decision = TypeVar("_Decision")

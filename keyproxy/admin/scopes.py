@@ -28,6 +28,8 @@ class Scope(enum.StrEnum):
     AUDIT_READ = "audit:read"
     USAGE_READ = "usage:read"
     LEAKS_WRITE = "leaks:write"
+    PROVIDERS_READ = "providers:read"
+    PROVIDERS_WRITE = "providers:write"
     METRICS_READ = "metrics:read"
 
 
@@ -47,6 +49,8 @@ DESCRIPTIONS: Final = {
     Scope.AUDIT_READ: "reads the audit log",
     Scope.USAGE_READ: "reads usage, the state of limits, and explanations of requests",
     Scope.LEAKS_WRITE: "reports leaked keys and agent tokens",
+    Scope.PROVIDERS_READ: "reads provider keys, without their secrets",
+    Scope.PROVIDERS_WRITE: "adds, rotates, revokes, deletes and reseals provider keys",
     Scope.METRICS_READ: "reads the metrics of the admin process",
 }
 

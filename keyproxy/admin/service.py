@@ -28,6 +28,7 @@ from keyproxy.admin.resources import (
     keys,
     plans,
     prompts,
+    provider_keys,
     tenants,
     usage,
 )
@@ -55,6 +56,7 @@ from keyproxy.store.directory.idempotent_requests import (
     StoredResponse,
     respond_once,
 )
+from keyproxy.store.directory.provider_keys.provider_keys import SecretHandler
 from keyproxy.store.postgres.database import (
     Database,
     JoinedTransaction,
@@ -74,6 +76,7 @@ ENDPOINTS: Final = (
     *plans.ENDPOINTS,
     *access.ENDPOINTS,
     *prompts.ENDPOINTS,
+    *provider_keys.ENDPOINTS,
     *usage.ENDPOINTS,
     *explain.ENDPOINTS,
     *credit.ENDPOINTS,
@@ -106,6 +109,7 @@ class Service:
     access: Access
     config: ApiConfig
     mint: SigningMint
+    secrets: SecretHandler
     now_mono: Callable[[], float]
 
     async def respond(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
@@ -205,6 +209,7 @@ class _ValidRequest:
             tenant_id=self.token["tenant"],
             mint=service.mint,
             approvals=service.config.settings.approvals,
+            secrets=service.secrets,
         )
         return ApiRequest(
             directory,

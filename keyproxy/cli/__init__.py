@@ -29,6 +29,7 @@ from keyproxy.cli.commands.migrate import migrate_command
 from keyproxy.cli.commands.plan import plan_group
 from keyproxy.cli.commands.process import drain_command, health_command
 from keyproxy.cli.commands.prompt import prompt_group
+from keyproxy.cli.commands.providers.provider_key import provider_key_group
 from keyproxy.cli.commands.serve import demo_command, serve_command
 from keyproxy.cli.commands.tenant import tenant_group
 from keyproxy.cli.commands.usage import usage_group
@@ -85,6 +86,7 @@ for _command in (
     role_group,
     owned_group,
     prompt_group,
+    provider_key_group,
     audit_group,
     usage_group,
     completion_command,

@@ -111,6 +111,18 @@ class Call:
 
         return self.run_in_store(minted)
 
+    def run_with_secrets(self, work: Callable[[DirectoryOperations], Awaitable[_T]]) -> _T:
+        """As `run`, for operations that seal the secrets of providers."""
+        if self.admin_url is not None:
+            return self.run(work)
+        # The libraries for ciphers take longer to load than a command runs.
+        from keyproxy.process.providers.operator_secrets import OperatorSecrets
+
+        settings = self.settings()
+        key_format = KeyFormat(settings.keys.prefix, accepts_foreign=settings.keys.accept_foreign)
+        secrets = OperatorSecrets(settings)
+        return self.run_in_store(lambda database: work(Directory(database, key_format, actor(), secrets=secrets)))
+
     def run_usage(self, work: Callable[[UsageOperations], Awaitable[_T]]) -> _T:
         """As `run`, for queries of usage and limits."""
         url = self.admin_url

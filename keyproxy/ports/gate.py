@@ -7,6 +7,7 @@ from keyproxy.http_messages import ResponseHead
 from keyproxy.model import Identity
 from keyproxy.mypyc_compat import mypyc_attr
 from keyproxy.ports.exchange import Exchange
+from keyproxy.ports.tools import UpstreamCredential
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -37,6 +38,10 @@ class Gate:
 
     def meter(self, exchange: Exchange, response: ResponseHead) -> Meter | None:
         """The meter that reads the response to a request on a metered route; None for one that uses no tokens."""
+        raise NotImplementedError
+
+    def credential_refused(self, exchange: Exchange, credential: UpstreamCredential, now_mono: float) -> None:
+        """The upstream has responded with 401 to a request with this credential."""
         raise NotImplementedError
 
     def watch(self, exchange: Exchange) -> None:

@@ -31,7 +31,7 @@ from keyproxy.ports.gate import Assertions
 from keyproxy.ports.identities import Identities
 from keyproxy.ports.ledger import Claims, Ledger
 from keyproxy.ports.tenant_records import OwnedIds, PromptTemplates
-from keyproxy.ports.tools import Approvals
+from keyproxy.ports.tools import Approvals, UpstreamCredentials
 from keyproxy.wire.context import ServerTerms
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.parsing.head_cache import ResponseReader
@@ -49,6 +49,7 @@ def build_gateway(
     claims: Claims,
     approvals: Approvals,
     mint: AgentTokenMint,
+    upstream_credentials: UpstreamCredentials,
     patterns: PatternMatcher | None = None,
     now: Callable[[], Moment] = clock.now,
 ) -> Gateway:
@@ -67,6 +68,7 @@ def build_gateway(
         tool_calls=ToolCalls(tool_rules(settings, routes), approvals, _key_format(settings)),
         mint=mint,
         mint_rules=settings.access.mint_rules(),
+        upstream_credentials=upstream_credentials,
         now=now,
         usage_wait_seconds=settings.tokens.usage_wait_seconds,
     )

@@ -16,6 +16,7 @@ from keyproxy.cli.remote.remote_keys import (
     RemoteLeakedKeys,
     key_fields,
 )
+from keyproxy.cli.remote.remote_provider_keys import RemoteProviderKeys
 from keyproxy.store.directory.directory import AuditFilter, Credit, Entity, EntityPage, KeyWish
 
 
@@ -216,6 +217,7 @@ class RemoteDirectory:
         self.roles = RemoteRoles(client)
         self.owned = RemoteOwnedIds(client)
         self.prompts = RemotePromptTemplates(client)
+        self.provider_keys = RemoteProviderKeys(client)
         self.credits = RemoteCredits(client)
         self.audit = RemoteAudit(client)
 

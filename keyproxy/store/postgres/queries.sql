@@ -150,6 +150,84 @@ SELECT w.kind, w.id, w.tenant_id,
        ), false) AS owns_any
 FROM unnest($1::text[], $2::text[], $3::text[]) AS w (kind, id, tenant_id);
 
+-- name: provider_keys_of
+-- The keys of the providers $1 and tenants $2, in pairs; an empty tenant: the shared ones. One row for each pair.
+-- Needs: provider_keys (tenant_id, provider), provider_keys (provider) where shared.
+SELECT w.provider, w.tenant_id, coalesce(k.keys, '[]') AS keys
+FROM unnest($1::text[], $2::text[]) AS w (provider, tenant_id)
+CROSS JOIN LATERAL (
+    SELECT json_agg(json_build_object(
+               'id', p.id, 'is_test', p.is_test, 'sealed', encode(p.sealed, 'hex'), 'sealed_with', p.sealed_with,
+               'starts', extract(epoch FROM p.starts_at)::float8, 'ends', extract(epoch FROM p.ends_at)::float8,
+               'is_revoked', p.revoked_at IS NOT NULL
+           )) AS keys
+    FROM (
+        SELECT o.* FROM keyproxy.provider_keys AS o
+        WHERE w.tenant_id <> '' AND o.tenant_id = w.tenant_id AND o.provider = w.provider
+        UNION ALL
+        SELECT s.* FROM keyproxy.provider_keys AS s
+        WHERE w.tenant_id = '' AND s.tenant_id IS NULL AND s.provider = w.provider
+    ) AS p
+) AS k;
+
+-- name: provider_key
+SELECT p.*, CASE
+           WHEN p.revoked_at IS NOT NULL THEN 'revoked'
+           WHEN p.ends_at <= now() THEN 'ended'
+           WHEN p.starts_at > now() THEN 'scheduled'
+           WHEN p.ends_at IS NOT NULL THEN 'ending'
+           ELSE 'active'
+       END AS state
+FROM keyproxy.provider_keys AS p
+WHERE p.id = $1;
+
+-- name: hold_provider_key
+-- Locks the row until the transaction ends.
+SELECT p.id FROM keyproxy.provider_keys AS p WHERE p.id = $1 FOR NO KEY UPDATE;
+
+-- name: provider_keys
+-- In the order of their ids, after $1, at most $2; only those of the provider $3 and the tenant $4, if not null.
+-- Needs: provider_keys (id).
+SELECT p.*, CASE
+           WHEN p.revoked_at IS NOT NULL THEN 'revoked'
+           WHEN p.ends_at <= now() THEN 'ended'
+           WHEN p.starts_at > now() THEN 'scheduled'
+           WHEN p.ends_at IS NOT NULL THEN 'ending'
+           ELSE 'active'
+       END AS state
+FROM keyproxy.provider_keys AS p
+WHERE p.id > $1 AND ($3::text IS NULL OR p.provider = $3) AND ($4::text IS NULL OR p.tenant_id = $4)
+ORDER BY p.id
+LIMIT $2;
+
+-- name: add_provider_key
+-- $8: the status of the response to a check, null if there was none.
+INSERT INTO keyproxy.provider_keys
+    (id, provider, tenant_id, is_test, sealed, sealed_with, hint, check_status, checked_at)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, CASE WHEN $8::integer IS NOT NULL THEN now() END);
+
+-- name: end_provider_key
+-- Let a row end after $2, unless it ends before.
+UPDATE keyproxy.provider_keys AS p SET ends_at = least(p.ends_at, now() + $2::interval) WHERE p.id = $1
+RETURNING p.ends_at;
+
+-- name: revoke_provider_key
+UPDATE keyproxy.provider_keys AS p SET revoked_at = now() WHERE p.id = $1 AND p.revoked_at IS NULL;
+
+-- name: delete_provider_key
+DELETE FROM keyproxy.provider_keys AS p WHERE p.id = $1;
+
+-- name: provider_keys_to_reseal
+-- Rows after $2 that another key than $1 has sealed, at most $3, locked. Needs: provider_keys (id).
+SELECT p.*, '' AS state FROM keyproxy.provider_keys AS p
+WHERE p.sealed_with <> $1 AND p.id > $2
+ORDER BY p.id
+LIMIT $3
+FOR NO KEY UPDATE;
+
+-- name: reseal_provider_key
+UPDATE keyproxy.provider_keys AS p SET sealed = $2, sealed_with = $3 WHERE p.id = $1;
+
 -- name: prompt_templates
 -- All templates of instructions; at most 10,000.
 SELECT t.digest, t.category, t.tenant_id FROM keyproxy.prompt_templates AS t;
