@@ -14,6 +14,8 @@ from keyproxy.cli.commands.access.role import role_group
 from keyproxy.cli.commands.admin import admin_group
 from keyproxy.cli.commands.agents.agent import agent_group
 from keyproxy.cli.commands.agents.token import TOKEN_COMMANDS
+from keyproxy.cli.commands.approvals.approval import approval_group
+from keyproxy.cli.commands.approvals.consent import consent_group
 from keyproxy.cli.commands.audit import audit_group
 from keyproxy.cli.commands.completion import completion_command
 from keyproxy.cli.commands.config import config_group
@@ -78,6 +80,8 @@ for _command in (
     user_group,
     key_group,
     agent_group,
+    approval_group,
+    consent_group,
     plan_group,
     role_group,
     owned_group,
