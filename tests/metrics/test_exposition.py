@@ -19,6 +19,7 @@ from keyproxy.admin.metrics_page import ADMIN_METRICS, AdminScrape, StoreFigures
 from keyproxy.admin.service import ENDPOINTS
 from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.config.schema import LedgerSettings, RouteRow
+from keyproxy.config.tools.anomaly_settings import SIGNALS
 from keyproxy.limits.allowance import Allowance, Bundle, Hold
 from keyproxy.limits.lease_sync import LeaseSync, Short
 from keyproxy.limits.lease_table import LeaseTable
@@ -84,6 +85,7 @@ def store(number: int) -> Store:
         owned_ids=SimpleNamespace(
             counts=SimpleNamespace(by_name=lambda: lookups), sizes=lambda: dict.fromkeys(("owned", "nothing"), number)
         ),
+        signals=SimpleNamespace(reported=dict.fromkeys(SIGNALS, number), dropped=number, withheld=number),
         database=SimpleNamespace(is_up=number > 1),
         feed=SimpleNamespace(lag_seconds=lambda: float(number)),
         signing_keys=SimpleNamespace(rejected=number, live=lambda: [None] * number),
