@@ -21,14 +21,15 @@ from keyproxy.ai.route_rules import RouteRules
 from keyproxy.auth import authorization, credentials
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.auth.minting import MintRules
-from keyproxy.decision import access_decision, identification, token_accounting
+from keyproxy.decision import access_decision, identification, token_accounting, tool_calls
 from keyproxy.decision.access_decision import StoreRecords
 from keyproxy.decision.payments import Payments
 from keyproxy.decision.serving import Serving
+from keyproxy.decision.tool_calls import ToolCalls
 from keyproxy.http import headers, idempotency_key
 from keyproxy.http.routes import RouteTable
 from keyproxy.http_messages import RequestHead, ResponseHead
-from keyproxy.limits.allowance import Allowance, Hold, Need
+from keyproxy.limits.allowance import Allowance, Need
 from keyproxy.model import Grant, Identity, Missing, Moment, Permit, PublicGrant, Route, TimeBudget
 from keyproxy.ports.agent_token_mint import AgentTokenMint
 from keyproxy.ports.exchange import Exchange
@@ -36,6 +37,7 @@ from keyproxy.ports.gate import Gate
 from keyproxy.ports.identities import Identities
 from keyproxy.ports.ledger import Claims, Ledger
 from keyproxy.ports.tenant_records import OwnedIds, PromptTemplates
+from keyproxy.ports.tools import UpstreamCredential, UpstreamCredentials
 from keyproxy.problem_spec import Blame
 from keyproxy.reasons import Reason, Refusal
 
@@ -57,8 +59,10 @@ class Gateway(Gate):
         routes: RouteTable,
         metering: Mapping[Route, RouteRules],
         access: Mapping[Route, AccessRules],
+        tool_calls: ToolCalls,
         mint: AgentTokenMint,
         mint_rules: MintRules,
+        upstream_credentials: UpstreamCredentials,
         now: Callable[[], Moment],
         usage_wait_seconds: float = 0.0,
     ) -> None:
@@ -71,9 +75,12 @@ class Gateway(Gate):
         self._ledger = ledger
         self._payments = Payments(ledger, claims)
         self._serving = Serving(mint, mint_rules)
+        self._upstream_credentials = upstream_credentials
         self._routes = routes
         self._metering = dict(metering)
         self._access = dict(access)
+        self._tool_calls = tool_calls
+        self._has_tools = tool_calls.has_rules
         self._now = now
         self._undecided: set[asyncio.Task[None]] = set()
 
@@ -126,6 +133,12 @@ class Gateway(Gate):
         if deduplicates and exchange.fingerprint is None:
             # The fingerprint covers the body as received: compute it before the body is read or changed.
             exchange.fingerprint = idempotency_key.fingerprint(identity, head, exchange.body)
+        if self._has_tools:
+            self._tool_calls.decide(exchange, head, grant, self._payments, now=now)
+        if grant.route.provider:
+            exchange.upstream_credential = self._upstream_credentials.choose(
+                grant.route.provider, identity.tenant_id, now, is_test=identity.is_test, is_first_lookup=is_first_lookup
+            )
         access = self._access.get(grant.route) if self._access else None
         judged = None if access is None else access_decision.begin(exchange, head, access)
         rules = self._metering.get(grant.route)
@@ -134,10 +147,18 @@ class Gateway(Gate):
         if judged is not None:
             self._read_judged(exchange, head, judged, allowance, now=now)
             access_decision.judge(exchange, head, judged, self._records(identity, now, is_first_lookup))
-        if allowance is None:
-            return Permit(grant)
-        need = Need(0, 0, route=grant.route.name) if allowance.has_selectors else None
-        return Permit(grant, self._payments.take(exchange, allowance, need, now))
+        if exchange.tool_call is not None:
+            self._tool_calls.require_claim(
+                exchange, head, grant, self._payments,
+                need=Need(0, 0, route=grant.route.name), now=now, is_first_lookup=is_first_lookup,
+            )  # fmt: skip
+        hold = None
+        if allowance is not None:
+            selecting = Need(0, 0, route=grant.route.name) if allowance.has_selectors else None
+            hold = self._payments.take(exchange, allowance, selecting, now)
+        if exchange.tool_call is not None:
+            self._tool_calls.name_upstream(exchange, head)
+        return Permit(grant, hold)
 
     def _decide_public(self, exchange: Exchange, head: RequestHead, route: Route) -> Permit:
         """Decide on a request that needs no key: reads neither credentials nor the store."""
@@ -201,11 +222,12 @@ class Gateway(Gate):
         if judged is not None:
             records = self._records(grant.identity, now, is_first_lookup)
             access_decision.judge(exchange, head, judged, records)
-        if allowance is None:
-            metered.reserve(None)
-            hold = None
-        else:
-            hold = self._reserve(exchange, metered, allowance, now)
+        need = self._need(metered, allowance, now)
+        if exchange.tool_call is not None:
+            self._tool_calls.require_claim(
+                exchange, head, grant, self._payments, need=need, now=now, is_first_lookup=is_first_lookup
+            )
+        hold = None if allowance is None else self._payments.take(exchange, allowance, need, now)
         token_accounting.fit(metered, hold)
         if hold is not None and hold.meters is not None and hold.covers > metered.tokens_reserved:
             hold = self._ledger.trim(hold, metered.tokens_reserved - (hold.paid or 0), metered.spend_reserved)
@@ -222,15 +244,17 @@ class Gateway(Gate):
     def _written(self, exchange: Exchange, head: RequestHead, permit: Permit) -> Permit:
         if exchange.metered is not None:
             token_accounting.finish_body(exchange, head, exchange.metered)
+        if exchange.tool_call is not None:
+            self._tool_calls.name_upstream(exchange, head)
         return permit
 
-    def _reserve(self, exchange: Exchange, metered: MeteredRequest, allowance: Allowance, now: Moment) -> Hold:
-        """Take what a request needs of all limits, or nothing."""
+    def _need(self, metered: MeteredRequest, allowance: Allowance | None, now: Moment) -> Need:
+        """What a request needs of all limits."""
         per_request = None
-        if metered.depends_on_plan:
+        if allowance is not None and metered.depends_on_plan:
             selecting = Need(0, 0, route=metered.rules.name, models=metered.models)
             per_request = self._ledger.per_request(allowance, now, selecting)[0]
-        return self._payments.take(exchange, allowance, metered.reserve(per_request), now)
+        return metered.reserve(per_request)
 
     def _check_limits(
         self, exchange: Exchange, head: RequestHead, metered: MeteredRequest, allowance: Allowance, *, now: Moment
@@ -292,9 +316,10 @@ class Gateway(Gate):
             identity = identification.reviewed(exchange, self._identities, now)
             if identity is None:
                 return
-            authorization.admit(identity, exchange.route, now)
+            grant = authorization.admit(identity, exchange.route, now)
             if exchange.judged is not None:
                 access_decision.review(exchange.judged, identity, self._records(identity, now, False))
+            tool_calls.review(exchange, grant)
         except Refusal as refusal:
             if refusal.reason.value.blame is Blame.CALLER:
                 exchange.refuse(refusal)
@@ -306,8 +331,10 @@ class Gateway(Gate):
             self._review(exchange)
 
     def settle(self, exchange: Exchange) -> None:
-        """Charge the exchange's hold if the upstream received any of the request, else release it."""
+        """Charge the exchange's hold if the upstream received any of the request, else release it and its approval."""
         self._payments.release_slots(exchange)
+        if exchange.tool_call is not None:
+            self._tool_calls.give_back(exchange)
         permit = exchange.permit
         if permit is None:
             return
@@ -325,6 +352,10 @@ class Gateway(Gate):
             metered.rules.dialect, metered.endpoint, response,
             choices=metered.choices, hides_usage=metered.asks_for_usage,
         )  # fmt: skip
+
+    def credential_refused(self, exchange: Exchange, credential: UpstreamCredential, now_mono: float) -> None:
+        """Prefer another credential for the next requests. This response is relayed: no request is sent twice."""
+        self._upstream_credentials.was_refused(credential, now_mono)
 
     def watch(self, exchange: Exchange) -> None:
         """After progress of a metered stream: extend its hold if it needs more, end it if the budget is exhausted."""

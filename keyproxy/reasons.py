@@ -328,8 +328,9 @@ class Refusal(Exception):
     `missing_scopes`: for the challenge of a 403. `limit` is the limit that was exceeded, with its state at that time;
     `applied` is every limit that applies to the request, and is part of the response too. `retry_after_seconds` defaults
     to the limit's reset; a budget that is spent has none, since no retry succeeds. `limit_reason`: why it refuses the
-    request. `members`: further members of the response, such as the id of an approval. Neither text may contain anything
-    from the request that was not checked for secrets: see docs/threat-model.md.
+    request. `members`: further members of the response, such as the id of an approval. `rpc_code`: the code of a JSON-RPC
+    error; None: by the reason. Neither text may contain anything from the request that was not checked for secrets: see
+    docs/threat-model.md.
     """
 
     def __init__(
@@ -346,6 +347,7 @@ class Refusal(Exception):
         applied: Sequence[LimitState] = (),
         limit_reason: LimitReason = LimitReason.NONE,
         members: Mapping[str, object] | None = None,
+        rpc_code: int | None = None,
     ) -> None:
         super().__init__(reason.code, detail)
         self.reason = reason
@@ -358,6 +360,7 @@ class Refusal(Exception):
         self.applied = applied or (() if limit is None else (limit,))
         self.limit_reason = limit_reason
         self.members = members
+        self.rpc_code = rpc_code
         self.retry_after_seconds = retry_after_seconds
         if retry_after_seconds is None and not (limit_reason is LimitReason.SPENT and _is_budget(limit)):
             self.retry_after_seconds = _wait(reason, limit)

@@ -19,6 +19,7 @@ from keyproxy.ai.requests.request_reading import BodyBounds
 from keyproxy.ai.reservation import TokenRules
 from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.ai.route_rules import RouteRules
+from keyproxy.ai.tools.tool_call import ToolClaim
 from keyproxy.auth import credentials, minting
 from keyproxy.auth.api_key import KeyFormat, SecretKey
 from keyproxy.auth.minting import MintedToken, MintParent, MintRequest, MintRules
@@ -30,7 +31,7 @@ from keyproxy.limits.lease_sync import LeaseSync, Short
 from keyproxy.limits.lease_table import LeaseTable
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
-from keyproxy.model import NEVER, AgentToken, Ending, Identity, KeyDigest, Missing, Moment
+from keyproxy.model import NEVER, AgentToken, Ending, Identity, KeyDigest, Missing, Moment, TimeBudget
 from keyproxy.platform import clock
 from keyproxy.ports.agent_token_mint import AgentTokenMint
 from keyproxy.ports.exchange import Exchange
@@ -38,6 +39,7 @@ from keyproxy.ports.gate import Recorder
 from keyproxy.ports.identities import Identities
 from keyproxy.ports.ledger import Ledger
 from keyproxy.ports.tenant_records import OwnedIds, PromptTemplates
+from keyproxy.ports.tools import ApprovalRequest, Approvals, UpstreamCredential, UpstreamCredentials
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.identities.delegated_rows import refused_delegation
 from keyproxy.wire.parsing.head_cache import RequestReader
@@ -171,6 +173,43 @@ class FakeIdentities(Identities):
         if self.is_down:
             raise Refusal(Reason.STORE_UNAVAILABLE)
         self.slow.discard(digest)
+
+
+class FakeUpstreamCredentials(UpstreamCredentials):
+    """Credentials in memory: those of each provider, the newest first. `slow` ones are missing until they were fetched.
+
+    `refused`: the credentials that the upstream has refused, in order.
+    """
+
+    def __init__(self) -> None:
+        self.table: dict[str, list[UpstreamCredential]] = {}
+        self.slow: set[str] = set()
+        self.asked: list[tuple[str, str, bool]] = []
+        self.refused: list[UpstreamCredential] = []
+
+    def choose(
+        self, provider: str, tenant_id: str, now: Moment, *, is_test: bool, is_first_lookup: bool = True
+    ) -> UpstreamCredential:
+        """See the port."""
+        self.asked.append((provider, tenant_id, is_test))
+        if provider in self.slow:
+
+            async def fetch(_patience: object) -> None:
+                self.slow.discard(provider)
+
+            raise Missing("provider keys", fetch)
+        found = self.table.get(provider, [])
+        for credential in found:
+            if credential.refused_until_mono_seconds <= now.mono_seconds:
+                return credential
+        if not found:
+            raise Refusal(Reason.UPSTREAM_CREDENTIAL_UNAVAILABLE, f"no secret of {provider}")
+        return found[0]
+
+    def was_refused(self, credential: UpstreamCredential, now_mono: float) -> None:
+        """See the port."""
+        self.refused.append(credential)
+        credential.refused_until_mono_seconds = now_mono + 60.0
 
 
 class FakeMint(AgentTokenMint):
@@ -354,6 +393,61 @@ class FakeLedger(Ledger):
         replies = self.reference.sync("fake", self._serial, lines)
         assert replies is not None
         self.lease_sync.apply(lines, replies, mono, valid_seconds=1000.0)
+
+
+class FakeApprovals(Approvals):
+    """Approvals and consents in memory. Consents in `slow` are missing until they were fetched; `is_down` refuses all.
+
+    A call without an approval is added to `pending`; `approve` approves it for one use.
+    """
+
+    def __init__(self) -> None:
+        self.consents: set[tuple[str, str]] = set()
+        self.slow: set[tuple[str, str]] = set()
+        self.pending: dict[bytes, ApprovalRequest] = {}
+        self.approved: set[bytes] = set()
+        self.claims: dict[bytes, bytes] = {}
+        self.is_down = False
+        self._number = 0
+
+    def has_consent(self, identity: Identity, tool: str, now: Moment, *, is_first_lookup: bool = True) -> bool:
+        """See the port."""
+        subject = (identity.user_id, tool)
+        if subject in self.slow:
+            if self.is_down:
+                raise Refusal(Reason.APPROVALS_UNAVAILABLE)
+            raise Missing("consents", lambda _patience: self._bring(subject))
+        return subject in self.consents
+
+    async def _bring(self, subject: tuple[str, str]) -> None:
+        if self.is_down:
+            raise Refusal(Reason.APPROVALS_UNAVAILABLE)
+        self.slow.discard(subject)
+
+    def approve(self) -> None:
+        """Approve all pending calls."""
+        self.approved |= set(self.pending)
+        self.pending.clear()
+
+    async def claim(self, request: ApprovalRequest, patience: TimeBudget) -> ToolClaim:
+        """See the port."""
+        if self.is_down:
+            raise Refusal(Reason.APPROVALS_UNAVAILABLE)
+        if request.digest not in self.approved:
+            self.pending[request.digest] = request
+            state = {"approval_id": "apr_pending", "approval_state": "pending"}
+            raise Refusal(Reason.APPROVAL_REQUIRED, members=state)
+        self.approved.discard(request.digest)
+        self._number += 1
+        value = self._number.to_bytes(16, "big")
+        self.claims[value] = request.digest
+        return ToolClaim(f"apr_{self._number:022d}", value)
+
+    def give_back(self, claim: ToolClaim) -> None:
+        """See the port."""
+        digest = self.claims.pop(claim.value, None)
+        if digest is not None:
+            self.approved.add(digest)
 
 
 class FakePromptTemplates(PromptTemplates):

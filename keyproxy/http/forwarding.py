@@ -74,6 +74,11 @@ class Forwarding:
         first = b"X-Forwarded-For: %b\r\n" % address if address else b""
         self._block = b"%b%bX-Forwarded-Proto: %b\r\n" % (certificate, first, self._scheme)
 
+    @property
+    def has_certificate(self) -> bool:
+        """Whether the peer has presented a certificate, which was verified."""
+        return bool(self._certificate)
+
     def block(self, head: RequestHead) -> bytes:
         """The fields as header lines."""
         if self._is_trusted and head.forwarded:

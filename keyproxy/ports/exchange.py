@@ -9,6 +9,7 @@ from keyproxy.ai.metered_request import MeteredRequest
 from keyproxy.ai.requests.inflation import ContentMemory
 from keyproxy.ai.responses.meter import Meter
 from keyproxy.ai.responses.token_use import TokenUse
+from keyproxy.ai.tools.mcp_message import McpReading
 from keyproxy.ai.tools.tool_call import ToolCall
 from keyproxy.auth.minting import MintRequest
 from keyproxy.http.forwarding import Forwarding
@@ -107,7 +108,11 @@ class Exchange:
     tool_call: ToolCall | None = None
     upstream_credential: UpstreamCredential | None = None
 
-    #: On MCP routes: the id of the JSON-RPC request as JSON text, once it was read; empty: unknown, or a notification.
+    #: The approval that a refused call waits for, or that was denied; empty: none.
+    approval_id: str = ""
+
+    #: On MCP routes: the message, and its id as JSON text, once it was read; empty: unknown, or a notification.
+    mcp: McpReading | None = None
     rpc_id: bytes = b""
 
     #: Whether it is admitted to mint an agent token, and what it asks for, once its body was read.

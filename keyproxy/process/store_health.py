@@ -15,6 +15,7 @@ def carry_over(before: Store, after: Store) -> None:
     now.counts, now.observe = was.counts, was.observe
     after.claims.counts = before.claims.counts
     after.usage.counts, after.usage.dropped = before.usage.counts, before.usage.dropped
+    after.approvals.continue_from(before.approvals)
     after.signals.reported = before.signals.reported
     after.signals.dropped, after.signals.withheld = before.signals.dropped, before.signals.withheld
     after.signing_keys.rejected = before.signing_keys.rejected

@@ -16,6 +16,8 @@ from keyproxy.ai.scanning.member_scope import NO_MEMBERS
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.access_settings import access_rules
 from keyproxy.config.schema import RouteRow, Settings
+from keyproxy.config.tools.tool_rules import tool_rules
+from keyproxy.decision.tool_calls import ToolCalls
 from keyproxy.gateway import Gateway
 from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.http.forwarding import TrustRule
@@ -29,6 +31,7 @@ from keyproxy.ports.gate import Assertions
 from keyproxy.ports.identities import Identities
 from keyproxy.ports.ledger import Claims, Ledger
 from keyproxy.ports.tenant_records import OwnedIds, PromptTemplates
+from keyproxy.ports.tools import Approvals, UpstreamCredentials
 from keyproxy.wire.context import ServerTerms
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.parsing.head_cache import ResponseReader
@@ -44,7 +47,9 @@ def build_gateway(
     templates: PromptTemplates,
     ledger: Ledger,
     claims: Claims,
+    approvals: Approvals,
     mint: AgentTokenMint,
+    upstream_credentials: UpstreamCredentials,
     patterns: PatternMatcher | None = None,
     now: Callable[[], Moment] = clock.now,
 ) -> Gateway:
@@ -60,8 +65,10 @@ def build_gateway(
         routes=routes,
         metering=build_metering(settings, routes, access),
         access=access,
+        tool_calls=ToolCalls(tool_rules(settings, routes), approvals, _key_format(settings)),
         mint=mint,
         mint_rules=settings.access.mint_rules(),
+        upstream_credentials=upstream_credentials,
         now=now,
         usage_wait_seconds=settings.tokens.usage_wait_seconds,
     )

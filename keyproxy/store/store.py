@@ -11,6 +11,9 @@ from keyproxy.model import Moment
 from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.agent_tokens.cleanup import AgentTokenCleanup
 from keyproxy.store.anomalies.signal_journal import SignalJournal
+from keyproxy.store.approvals.approval_store import ApprovalStore
+from keyproxy.store.approvals.cleanup import ApprovalCleanup
+from keyproxy.store.approvals.consent_cache import ConsentCache
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
 from keyproxy.store.identities.cache import FeedState, IdentityCache
@@ -25,6 +28,7 @@ from keyproxy.store.ledger.redis_backend import RedisLedger
 from keyproxy.store.ledger.select_backend import ledger_backend
 from keyproxy.store.postgres.database import Database, NotificationListener
 from keyproxy.store.prompt_templates import TemplateCache
+from keyproxy.store.provider_keys.cache import ProviderKeyCache
 from keyproxy.store.signing_keys import SigningKeyCache
 from keyproxy.store.usage.journal import UsageJournal
 
@@ -59,7 +63,10 @@ class Store:
         self._usage_database = Database(dsn, pool_size_max=1, statement_timeout_seconds=seconds, main=self.database)
         # Another one, because a mint may wait for a lock. Its connections are made at the first mint.
         self.minting_database = Database(dsn, pool_size_max=2, statement_timeout_seconds=seconds, main=self.database)
+        # Another one, because a claim may wait for a lock too. Its connections are made when a call needs an approval.
+        self._approvals_database = Database(dsn, pool_size_max=3, statement_timeout_seconds=seconds, main=self.database)
         self.agent_tokens = AgentTokenCleanup(self._usage_database)
+        self.approval_cleanup = ApprovalCleanup(self._usage_database)
         state = FeedState()
         self.usage = UsageJournal(
             self._usage_database,
@@ -84,12 +91,16 @@ class Store:
             verifier=self.signing_keys,
         )
         self.owned_ids = OwnedIdCache(self.database, cache, feed=state, look_ups_max=1, now=now)
+        consents = ConsentCache(self._approvals_database, self.database, cache, feed=state, now=now)
+        self.approvals = ApprovalStore(self._approvals_database, self.database, consents, now)
         self.templates = TemplateCache(self.database, cache, now)
+        self.provider_keys = ProviderKeyCache(self.database, cache, feed=state, look_ups_max=1, now=now)
         listener = NotificationListener(dsn, CHANNEL, shortage=self.database.shortage)
         reads_recalls = self.ledger.conversation if ledger.backend == "postgres" else None
         self.feed = ChangeFeed(
             self.database, listener, self.identities, state, now,
             owned=self.owned_ids, templates=self.templates, signing_keys=self.signing_keys, lease_holder=reads_recalls,
+            followers={"consent": consents, "provider_key": self.provider_keys},
         )  # fmt: skip
         self._follow_windows(backend)
 
@@ -105,6 +116,8 @@ class Store:
             self.templates.lasting,
             self.signing_keys.lasting,
             self.agent_tokens.lasting,
+            self.approvals.releases.lasting,
+            self.approval_cleanup.lasting,
             self.signals.lasting,
         )
 
@@ -119,6 +132,7 @@ class Store:
             self.usage.sweeping,
             self.feed.forgetting,
             self.agent_tokens.tending,
+            self.approval_cleanup.tending,
             self.signals.tending,
         )
 
@@ -127,7 +141,12 @@ class Store:
         self.feed.window_changed = partial(backend.refresh_soon, then=forget_refusals)
 
     def _share_outage(self, *, has_ledger: bool) -> None:
-        for part in (self._ledger_database, self._usage_database, self.minting_database):
+        for part in (
+            self._ledger_database,
+            self._usage_database,
+            self.minting_database,
+            self._approvals_database,
+        ):
             part.outage, part.is_main = self.database.outage, False
         self.usage.outage = self.claims.outage = self.database.outage
         if has_ledger:
@@ -139,6 +158,7 @@ class Store:
         await self._ledger_database.open()
         await self._usage_database.open()
         await self.minting_database.open()
+        await self._approvals_database.open()
         self.templates.start()
         self.signing_keys.start()
         self.feed.start()
@@ -147,6 +167,8 @@ class Store:
         self.last_used.start()
         self.usage.start()
         self.agent_tokens.start()
+        self.approvals.start()
+        self.approval_cleanup.start()
         self.signals.start()
 
     async def close(self) -> None:
@@ -157,6 +179,9 @@ class Store:
         await self._ledger_database.close()
         await self.usage.close()
         await self.agent_tokens.close()
+        await self.approval_cleanup.close()
+        await self.approvals.close()
+        await self._approvals_database.close()
         await self.signals.close()
         await self.minting_database.close()
         await self._usage_database.close()
@@ -166,6 +191,7 @@ class Store:
         await self.signing_keys.close()
         await self.identities.close()
         await self.owned_ids.close()
+        await self.provider_keys.close()
         await self.database.close()
 
     async def check_connection(self) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from keyproxy.http import headers
 from keyproxy.http.own_response import OwnResponse
 from keyproxy.http_messages import RequestHead, ResponseHead
 from keyproxy.model import COMPLETED, PUBLIC_OWNER, Ending, Permit
@@ -30,7 +29,7 @@ from keyproxy.wire.responses.response_writer import ResponseWriter
 from keyproxy.wire.upstream.connection import UpstreamConnection
 from keyproxy.wire.upstream.identity_assertion import unsigned_because
 from keyproxy.wire.upstream.pool import PoolUser, UpstreamPool
-from keyproxy.wire.upstream.retry import may_retry
+from keyproxy.wire.upstream.request_head import request_head
 from keyproxy.wire.usage_reads import NOT_REPORTED, REPORTED
 
 #: Body bytes buffered while there is no upstream connection to write them to; beyond that the client is not read.
@@ -40,6 +39,7 @@ _PENDING_BYTES_MAX: Final = 65_536
 _CLIENT_GONE_STATUS: Final = 499
 
 _CONTINUE: Final = 100
+_UNAUTHORIZED: Final = 401
 
 
 class Exchange(PoolUser):
@@ -242,9 +242,8 @@ class Exchange(PoolUser):
 
     def connected(self, upstream: UpstreamConnection) -> None:
         """Take an upstream connection, and write everything that is ready in one piece."""
-        head, permit = self.head, self.permit
-        assert head is not None  # noqa: S101 - for the type checker: forward() has seen both
-        assert permit is not None  # noqa: S101
+        permit = self.permit
+        assert permit is not None  # noqa: S101 - for the type checker: forward() has seen it
         now, assertions = self._server.clock(), self._server.assertions
         if self._connection_since_mono:
             self.connection_wait_seconds += now - self._connection_since_mono
@@ -255,10 +254,7 @@ class Exchange(PoolUser):
                 return
         self._phase = phases.EXCHANGE.step(self._phase, phases.REQUESTED)
         self._upstream, self.sent_mono = upstream, now
-        peer, signs = self._client.forwarding, assertions is not None
-        data = headers.build_upstream_head(
-            head, self.block, permit, request_id=self.request_id, forwarding=peer, host=upstream.host, is_signed=signs
-        )
+        data = request_head(self, permit, upstream.host, is_signed=assertions is not None)
         body, self.body = self.body, b""
         upstream.begin(self, data, body, now)
         self.resume_request()
@@ -279,6 +275,8 @@ class Exchange(PoolUser):
         self._phase = phases.EXCHANGE.step(self._phase, phases.RESPONDING)
         self.responded_mono = now
         self.status = response.line.status
+        if self.upstream_credential is not None and self.status == _UNAUTHORIZED:
+            self._gate.credential_refused(self, self.upstream_credential, now)
         lines = response_heads.client_lines(response, self, self._server, now)
         if self.metered is not None:
             self.meter = self._gate.meter(self, response)
@@ -315,7 +313,7 @@ class Exchange(PoolUser):
         upstream, self._upstream = self._upstream, None
         is_first = self._phase == phases.REQUESTED and not self._is_retry
         is_reused = upstream is not None and upstream.is_reused
-        if self.permit is not None and is_first and may_retry(self.head, refusal, is_reused=is_reused):
+        if self.permit is not None and is_first and self.may_retry(refusal, is_reused=is_reused):
             self._is_retry = True
             self._connection_since_mono = self.sent_mono
             self._go(self.permit)
@@ -391,7 +389,7 @@ class Exchange(PoolUser):
         self.body = b""
         if self._collector is not None:
             self._collector.leave()
-        if self.permit is not None or self.slots is not None:
+        if self.permit is not None or self.slots is not None or self.tool_call is not None:
             self._gate.settle(self)
         self._server.recorder.record(self)
         self._client.exchange_over(now, closes=closes, is_cut=resets and ending is Ending.CUT)

@@ -16,6 +16,7 @@ from keyproxy.ai.models import Model
 from keyproxy.config.schema import LedgerSettings, Listen, RouteRow, Settings
 from keyproxy.config.schema import Upstream as UpstreamSettings
 from keyproxy.config.token_settings import Tokens
+from keyproxy.config.tools.tool_settings import McpSettings, ToolRow
 from keyproxy.gateway import Gateway
 from keyproxy.http.routes import RouteTable
 from keyproxy.platform import clock, sockets
@@ -51,6 +52,8 @@ class Wire:
     owned_ids: fakes.FakeOwnedIds
     templates: fakes.FakePromptTemplates
     mint: fakes.FakeMint
+    approvals: fakes.FakeApprovals
+    upstream_credentials: fakes.FakeUpstreamCredentials
 
     def client(self) -> contextlib.AbstractAsyncContextManager[Client]:
         """A connection to the proxy."""
@@ -73,6 +76,8 @@ async def start() -> AsyncIterator[Start]:
             rows: Sequence[RouteRow] = (),
             models: Sequence[Model] = (),
             categories: Sequence[Category] = (),
+            tools: Sequence[ToolRow] = (),
+            mcp: McpSettings | None = None,
             serving: Upstream | None = None,
             routes: RouteTable | None = None,
             sweep_seconds: float = 0.1,
@@ -95,13 +100,17 @@ async def start() -> AsyncIterator[Start]:
                 routes=tuple(rows),
                 models=tuple(models),
                 categories=tuple(categories),
+                tools=tuple(tools),
+                mcp=mcp or McpSettings(),
             )
             table = settings.route_table() if rows else routes or RouteTable([])
             owned_ids, templates = fakes.FakeOwnedIds(), fakes.FakePromptTemplates()
-            mint = fakes.FakeMint(settings.access.mint_rules())
+            mint, approvals = fakes.FakeMint(settings.access.mint_rules()), fakes.FakeApprovals()
+            upstream_credentials = fakes.FakeUpstreamCredentials()
             gateway = build_gateway(
                 settings, table, identities=identities, owned_ids=owned_ids, templates=templates,
-                ledger=ledger, claims=claims, mint=mint, patterns=compile_patterns(categories),
+                ledger=ledger, claims=claims, approvals=approvals, mint=mint, patterns=compile_patterns(categories),
+                upstream_credentials=upstream_credentials,
             )  # fmt: skip
             deadlines = Deadlines(loop, clock.monotonic, period_seconds=sweep_seconds)
             deadlines.start()
@@ -124,7 +133,7 @@ async def start() -> AsyncIterator[Start]:
             address = sock.getsockname()
             return Wire(
                 address, far, identities, recorder, server, pool, gateway, ledger, charges, claims, owned_ids, templates,
-                mint,
+                mint, approvals, upstream_credentials,
             )  # fmt: skip
 
         yield starting

@@ -44,6 +44,7 @@ _RULES: Final = (
     (re.compile(r"api_keys_acts_for"), "acts_for is none or tenant"),
     (re.compile(r"window_credits_reason_check"), "a reason has 1 to 500 characters"),
     (re.compile(r"window_credits_bound"), "a limit and its credits together must stay from 0 to 10^15"),
+    (re.compile(r"approvals_reason_check"), "a reason has at most 500 characters"),
     (
         re.compile(r"api_keys_scopes_check|roles_scopes_check"),
         "a scope is one word such as jobs:write, without wildcards, and a key or role has at most 64 of them",
@@ -177,6 +178,8 @@ class DirectoryContext:
 def _refusal(error: StoreConflict, plan: str | None) -> DirectoryError | None:
     if _PLAN_REFERENCE.fullmatch(error.constraint) and plan is not None:
         return NotFound(f"there is no plan {plan!r}")
+    if error.constraint == "consents_bound":
+        return Conflict("the user has 64 live consents already: revoke one first")
     for pattern, sentence in _RULES:
         if pattern.fullmatch(error.constraint):
             return Invalid(sentence)

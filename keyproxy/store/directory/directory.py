@@ -10,12 +10,15 @@ Each kind of entity has its own object, and all share one context. The command l
 from __future__ import annotations
 
 from keyproxy.auth.api_key import KeyFormat
+from keyproxy.config.tools.tool_settings import ApprovalSettings
 from keyproxy.store.directory.access.owned_ids import OwnedIdStore
 from keyproxy.store.directory.access.prompts import PromptTemplateStore
 from keyproxy.store.directory.access.roles import RoleStore
 from keyproxy.store.directory.accounts import TenantStore, UserStore
 from keyproxy.store.directory.agents.agent_tokens import AgentTokenStore, OperatorMint
 from keyproxy.store.directory.agents.agents import AgentStore
+from keyproxy.store.directory.approvals.approvals import ApprovalDecisions, ApprovalFilter
+from keyproxy.store.directory.approvals.consents import ConsentFilter, ConsentStore
 from keyproxy.store.directory.audit import AuditFilter, AuditLog
 from keyproxy.store.directory.context import DirectoryContext
 from keyproxy.store.directory.credits import Credit, CreditStore
@@ -26,6 +29,7 @@ from keyproxy.store.directory.errors import (
     DirectoryError,
     Invalid,
     NotFound,
+    NotPermitted,
     Outdated,
     TooManyTokens,
 )
@@ -34,12 +38,15 @@ from keyproxy.store.directory.key_batches import KeyBatches, Revocation
 from keyproxy.store.directory.keys import KeyFilter, KeyStore
 from keyproxy.store.directory.leaked_keys import LeakedKeys
 from keyproxy.store.directory.plans import PlanStore
+from keyproxy.store.directory.provider_keys.provider_keys import ProviderKeyStore, SecretHandler
 from keyproxy.store.postgres.database import StatementRunner
 
 __all__ = [
     "Actor",
+    "ApprovalFilter",
     "AuditFilter",
     "Conflict",
+    "ConsentFilter",
     "Credit",
     "DelegationRefused",
     "Directory",
@@ -52,6 +59,7 @@ __all__ = [
     "KeyFilter",
     "KeyWish",
     "NotFound",
+    "NotPermitted",
     "Outdated",
     "Revocation",
     "TooManyTokens",
@@ -70,8 +78,13 @@ class Directory:
         *,
         tenant_id: str | None = None,
         mint: OperatorMint | None = None,
+        approvals: ApprovalSettings | None = None,
+        secrets: SecretHandler | None = None,
     ) -> None:
-        """`tenant_id`: the tenant that this directory is bound to; None: it is not bound. `mint`: for `agent_tokens`."""
+        """`tenant_id`: the tenant that this directory is bound to; None: it is not bound. `mint`: for `agent_tokens`.
+
+        `approvals`: for how long decisions on approvals are valid. `secrets`: for `provider_keys`.
+        """
         context = DirectoryContext(database, key_format, actor, tenant_id)
         self.tenants = TenantStore(context)
         self.users = UserStore(context)
@@ -81,9 +94,12 @@ class Directory:
         self.leaked_keys = LeakedKeys(context)
         self.agents = AgentStore(context)
         self.agent_tokens = AgentTokenStore(context, mint)
+        self.approvals = ApprovalDecisions(context, approvals or ApprovalSettings())
+        self.consents = ConsentStore(context)
         self.plans = PlanStore(context)
         self.roles = RoleStore(context)
         self.owned = OwnedIdStore(context)
         self.prompts = PromptTemplateStore(context)
+        self.provider_keys = ProviderKeyStore(context, secrets)
         self.credits = CreditStore(context)
         self.audit = AuditLog(context)

@@ -23,6 +23,7 @@ Entity = dict[str, Any]
 ACTS_FOR: Final = ("none", "tenant")
 ACTS_FOR_NONE: Final = "none"
 
+#: The length of the random part of an id.
 _ID_DIGITS: Final = 20
 _LIFE_MAX: Final = timedelta(days=36_525)
 
@@ -93,9 +94,9 @@ def new_key_id() -> str:
     return "key_" + random_digits()
 
 
-def random_digits() -> str:
+def random_digits(count: int = _ID_DIGITS) -> str:
     """The random part of a new id."""
-    return "".join(chr(secrets.choice(ALPHABET)) for _ in range(_ID_DIGITS))
+    return "".join(chr(secrets.choice(ALPHABET)) for _ in range(count))
 
 
 def lifetime(expires_in: timedelta | None) -> timedelta | None:
@@ -239,6 +240,61 @@ def _agent_token(row: Row) -> Entity:
     }
 
 
+def _approval(row: Row) -> Entity:
+    return {
+        "id": row["id"],
+        "state": row["state"],
+        "kind": row["kind"],
+        "tool": row["tool"],
+        "tenant": row["tenant_id"],
+        "user": row["user_id"],
+        "key": row["key_id"],
+        "agent": row["agent_id"],
+        "client": row["client"],
+        "summary": read_json(row["summary"]),
+        "call_digest": row["call_digest"].hex(),
+        "created_at": time_text(row["created_at"]),
+        "expires_at": time_text(row["expires_at"]),
+        "decided_at": time_text(row["decided_at"]),
+        "decided_by": row["decided_by"],
+        "reason": row["reason"],
+        "used_at": time_text(row["used_at"]),
+    }
+
+
+def _consent(row: Row) -> Entity:
+    return {
+        "id": row["id"],
+        "state": row["state"],
+        "user": row["user_id"],
+        "tenant": row["tenant_id"],
+        "tool": row["tool"],
+        "agent": row["agent_id"],
+        "granted_by": row["granted_by"],
+        "created_at": time_text(row["created_at"]),
+        "expires_at": time_text(row["expires_at"]),
+        "revoked_at": time_text(row["revoked_at"]),
+    }
+
+
+def _provider_key(row: Row) -> Entity:
+    return {
+        "id": row["id"],
+        "provider": row["provider"],
+        "tenant": row["tenant_id"],
+        "is_test": row["is_test"],
+        "state": row["state"],
+        "hint": row["hint"],
+        "sealed_with": row["sealed_with"],
+        "starts_at": time_text(row["starts_at"]),
+        "ends_at": time_text(row["ends_at"]),
+        "revoked_at": time_text(row["revoked_at"]),
+        "checked_at": time_text(row["checked_at"]),
+        "check_status": row["check_status"],
+        "created_at": time_text(row["created_at"]),
+    }
+
+
 #: Convert a row of each kind to an entity.
 ENTITIES: Final = {
     "tenant": _tenant,
@@ -250,6 +306,9 @@ ENTITIES: Final = {
     "template": _template,
     "agent": _agent,
     "agent_token": _agent_token,
+    "approval": _approval,
+    "consent": _consent,
+    "provider_key": _provider_key,
 }
 
 #: The fields of each kind that can be changed.

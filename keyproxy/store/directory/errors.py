@@ -19,6 +19,10 @@ class Conflict(DirectoryError):
     """Its state does not allow the operation: already revoked, in use, owned by another user or tenant."""
 
 
+class NotPermitted(DirectoryError):
+    """The actor may see it, but not decide on it."""
+
+
 class DelegationRefused(DirectoryError):
     """The agent token would exceed the authority of the key or user that it is for."""
 

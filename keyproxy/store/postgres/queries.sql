@@ -150,6 +150,84 @@ SELECT w.kind, w.id, w.tenant_id,
        ), false) AS owns_any
 FROM unnest($1::text[], $2::text[], $3::text[]) AS w (kind, id, tenant_id);
 
+-- name: provider_keys_of
+-- The keys of the providers $1 and tenants $2, in pairs; an empty tenant: the shared ones. One row for each pair.
+-- Needs: provider_keys (tenant_id, provider), provider_keys (provider) where shared.
+SELECT w.provider, w.tenant_id, coalesce(k.keys, '[]') AS keys
+FROM unnest($1::text[], $2::text[]) AS w (provider, tenant_id)
+CROSS JOIN LATERAL (
+    SELECT json_agg(json_build_object(
+               'id', p.id, 'is_test', p.is_test, 'sealed', encode(p.sealed, 'hex'), 'sealed_with', p.sealed_with,
+               'starts', extract(epoch FROM p.starts_at)::float8, 'ends', extract(epoch FROM p.ends_at)::float8,
+               'is_revoked', p.revoked_at IS NOT NULL
+           )) AS keys
+    FROM (
+        SELECT o.* FROM keyproxy.provider_keys AS o
+        WHERE w.tenant_id <> '' AND o.tenant_id = w.tenant_id AND o.provider = w.provider
+        UNION ALL
+        SELECT s.* FROM keyproxy.provider_keys AS s
+        WHERE w.tenant_id = '' AND s.tenant_id IS NULL AND s.provider = w.provider
+    ) AS p
+) AS k;
+
+-- name: provider_key
+SELECT p.*, CASE
+           WHEN p.revoked_at IS NOT NULL THEN 'revoked'
+           WHEN p.ends_at <= now() THEN 'ended'
+           WHEN p.starts_at > now() THEN 'scheduled'
+           WHEN p.ends_at IS NOT NULL THEN 'ending'
+           ELSE 'active'
+       END AS state
+FROM keyproxy.provider_keys AS p
+WHERE p.id = $1;
+
+-- name: hold_provider_key
+-- Locks the row until the transaction ends.
+SELECT p.id FROM keyproxy.provider_keys AS p WHERE p.id = $1 FOR NO KEY UPDATE;
+
+-- name: provider_keys
+-- In the order of their ids, after $1, at most $2; only those of the provider $3 and the tenant $4, if not null.
+-- Needs: provider_keys (id).
+SELECT p.*, CASE
+           WHEN p.revoked_at IS NOT NULL THEN 'revoked'
+           WHEN p.ends_at <= now() THEN 'ended'
+           WHEN p.starts_at > now() THEN 'scheduled'
+           WHEN p.ends_at IS NOT NULL THEN 'ending'
+           ELSE 'active'
+       END AS state
+FROM keyproxy.provider_keys AS p
+WHERE p.id > $1 AND ($3::text IS NULL OR p.provider = $3) AND ($4::text IS NULL OR p.tenant_id = $4)
+ORDER BY p.id
+LIMIT $2;
+
+-- name: add_provider_key
+-- $8: the status of the response to a check, null if there was none.
+INSERT INTO keyproxy.provider_keys
+    (id, provider, tenant_id, is_test, sealed, sealed_with, hint, check_status, checked_at)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, CASE WHEN $8::integer IS NOT NULL THEN now() END);
+
+-- name: end_provider_key
+-- Let a row end after $2, unless it ends before.
+UPDATE keyproxy.provider_keys AS p SET ends_at = least(p.ends_at, now() + $2::interval) WHERE p.id = $1
+RETURNING p.ends_at;
+
+-- name: revoke_provider_key
+UPDATE keyproxy.provider_keys AS p SET revoked_at = now() WHERE p.id = $1 AND p.revoked_at IS NULL;
+
+-- name: delete_provider_key
+DELETE FROM keyproxy.provider_keys AS p WHERE p.id = $1;
+
+-- name: provider_keys_to_reseal
+-- Rows after $2 that another key than $1 has sealed, at most $3, locked. Needs: provider_keys (id).
+SELECT p.*, '' AS state FROM keyproxy.provider_keys AS p
+WHERE p.sealed_with <> $1 AND p.id > $2
+ORDER BY p.id
+LIMIT $3
+FOR NO KEY UPDATE;
+
+-- name: reseal_provider_key
+UPDATE keyproxy.provider_keys AS p SET sealed = $2, sealed_with = $3 WHERE p.id = $1;
+
 -- name: prompt_templates
 -- All templates of instructions; at most 10,000.
 SELECT t.digest, t.category, t.tenant_id FROM keyproxy.prompt_templates AS t;
@@ -1544,3 +1622,173 @@ SELECT keyproxy.note_anomaly(
 
 -- name: tend_anomalies
 SELECT keyproxy.tend_anomalies($1::int) AS is_more;
+
+-- name: claim_approval
+-- Uses the approval of the call with the digest $2, or reports why it cannot be used, or asks for it: see the function.
+-- Needs: approvals (call_digest), approvals (claim), approvals (user_id, expires_at) of pending ones.
+SELECT c.outcome, c.approval_id, c.expires_at, c.waited_seconds
+FROM keyproxy.claim_approval($1, $2, $3, $4, $5, $6, $7, $8, $9::text::jsonb, $10, $11, $12, $13) AS c;
+
+-- name: release_approval
+-- Gives the approval back that the claim $1 uses; $2: the digest of the call if the reply to the claim was lost. See the
+-- function. Needs: approvals (claim), approvals (call_digest).
+SELECT r.outcome FROM keyproxy.release_approval($1, $2) AS r;
+
+-- name: tend_approvals
+-- Marks expired approvals, and deletes what ended a month ago, $1 of each at most: see the function.
+-- Needs: approvals (expires_at), consents (least(expires_at, revoked_at)), events (expires_at).
+SELECT keyproxy.tend_approvals($1) AS is_more;
+
+-- name: consents_of_users
+-- The live consents of the users $1, one row each, as a JSON array of tool, agent and expiry in Unix time. The number of users
+-- is hidden from the planner, so that it never considers the plan worth compiling. Needs: consents (user_id).
+SELECT w.user_id, coalesce((
+    SELECT jsonb_agg(jsonb_build_array(c.tool, c.agent_id, extract(epoch FROM c.expires_at)::float8))
+    FROM keyproxy.consents AS c
+    WHERE c.user_id = w.user_id AND c.revoked_at IS NULL AND c.expires_at > now()
+), '[]')::text AS consents
+FROM unnest((SELECT $1::text[])) AS w (user_id);
+
+-- name: approval
+-- Its state as of now: a row that has expired may not be marked yet. Needs: approvals (id).
+SELECT a.id, a.tenant_id, a.user_id, a.key_id, a.agent_id, a.kind, a.tool, a.call_digest, a.summary, a.client,
+       CASE WHEN a.state <> 'used' AND a.expires_at <= clock_timestamp() THEN 'expired' ELSE a.state END AS state,
+       a.created_at, a.expires_at, a.decided_at, a.decided_by, a.reason, a.used_at
+FROM keyproxy.approvals AS a
+WHERE a.id = $1;
+
+-- name: approvals_newest
+-- The newest first, made before the time $1 or then with an id below $2, at most $3. Of the state $4, the user $5, the tenant
+-- $6, if not null. Needs: approvals (created_at, id), (user_id, created_at, id), (tenant_id, created_at, id).
+SELECT a.id, a.tenant_id, a.user_id, a.key_id, a.agent_id, a.kind, a.tool, a.call_digest, a.summary, a.client, s.state,
+       a.created_at, a.expires_at, a.decided_at, a.decided_by, a.reason, a.used_at
+FROM keyproxy.approvals AS a
+CROSS JOIN LATERAL (
+    SELECT CASE WHEN a.state <> 'used' AND a.expires_at <= now() THEN 'expired' ELSE a.state END AS state
+) AS s
+WHERE (a.created_at, a.id) < ($1, $2)
+  AND ($4::text IS NULL OR s.state = $4) AND ($5::text IS NULL OR a.user_id = $5) AND ($6::text IS NULL OR a.tenant_id = $6)
+ORDER BY a.created_at DESC, a.id DESC
+LIMIT $3;
+
+-- name: hold_approval
+-- Locks the approval; its user first, in the order of claim_approval.
+WITH owner AS MATERIALIZED (
+    SELECT u.id
+    FROM keyproxy.approvals AS a
+    JOIN keyproxy.users AS u ON u.id = a.user_id
+    WHERE a.id = $1
+    FOR NO KEY UPDATE OF u
+)
+SELECT a.id
+FROM keyproxy.approvals AS a
+JOIN owner ON owner.id = a.user_id
+WHERE a.id = $1
+FOR NO KEY UPDATE OF a;
+
+-- name: decide_approval
+-- Gives the approval $1 the state $2, by $3 for the reason $4, for the next $5 seconds. No row if it is not in one of the
+-- states $6 or has expired.
+UPDATE keyproxy.approvals AS a
+SET state = $2, decided_by = $3, reason = nullif($4, ''), decided_at = clock_timestamp(),
+    expires_at = clock_timestamp() + make_interval(secs => $5::float8)
+WHERE a.id = $1 AND a.state = ANY ($6::text[]) AND a.expires_at > clock_timestamp()
+RETURNING a.id;
+
+-- name: grant_consent
+-- The consent $1 of the user $2 to the tool $3, for the agent $4 or any, by $5, for $6 seconds.
+INSERT INTO keyproxy.consents (id, user_id, tool, agent_id, granted_by, expires_at)
+VALUES ($1, $2, $3, $4, $5, now() + make_interval(secs => $6::float8));
+
+-- name: end_consents
+-- Revokes the live consents of the user $1 to the tool $2 for exactly the agent $3, null: any. Needs: consents (user_id).
+UPDATE keyproxy.consents AS c SET revoked_at = now()
+WHERE c.user_id = $1 AND c.tool = $2 AND c.agent_id IS NOT DISTINCT FROM $3
+  AND c.revoked_at IS NULL AND c.expires_at > now();
+
+-- name: consent
+-- Needs: consents (id), users (id).
+SELECT c.id, u.tenant_id, c.user_id, c.tool, c.agent_id, c.granted_by, c.created_at, c.expires_at, c.revoked_at,
+       CASE WHEN c.revoked_at IS NOT NULL THEN 'revoked' WHEN c.expires_at <= clock_timestamp() THEN 'expired'
+            ELSE 'live' END AS state
+FROM keyproxy.consents AS c
+JOIN keyproxy.users AS u ON u.id = c.user_id
+WHERE c.id = $1;
+
+-- name: consents_newest
+-- The newest first, made before the time $1 or then with an id below $2, at most $3. Of the state $4, the user $5, the tenant
+-- $6, the tool $7, if not null. Needs: consents (created_at, id), (user_id, created_at, id), users (id).
+SELECT c.id, u.tenant_id, c.user_id, c.tool, c.agent_id, c.granted_by, c.created_at, c.expires_at, c.revoked_at, s.state
+FROM keyproxy.consents AS c
+JOIN keyproxy.users AS u ON u.id = c.user_id
+CROSS JOIN LATERAL (
+    SELECT CASE WHEN c.revoked_at IS NOT NULL THEN 'revoked' WHEN c.expires_at <= now() THEN 'expired' ELSE 'live' END
+        AS state
+) AS s
+WHERE (c.created_at, c.id) < ($1, $2)
+  AND ($4::text IS NULL OR s.state = $4) AND ($5::text IS NULL OR c.user_id = $5) AND ($6::text IS NULL OR u.tenant_id = $6)
+  AND ($7::text IS NULL OR c.tool = $7)
+ORDER BY c.created_at DESC, c.id DESC
+LIMIT $3;
+
+-- name: hold_consent
+-- Locks the consent; its user first, in the order of grants.
+WITH owner AS MATERIALIZED (
+    SELECT u.id
+    FROM keyproxy.consents AS c
+    JOIN keyproxy.users AS u ON u.id = c.user_id
+    WHERE c.id = $1
+    FOR NO KEY UPDATE OF u
+)
+SELECT c.id
+FROM keyproxy.consents AS c
+JOIN owner ON owner.id = c.user_id
+WHERE c.id = $1
+FOR NO KEY UPDATE OF c;
+
+-- name: revoke_consent
+-- A consent that is revoked already keeps its time.
+UPDATE keyproxy.consents SET revoked_at = now() WHERE id = $1 AND revoked_at IS NULL;
+
+-- name: claim_events
+-- Claims at most $1 due events whose kind starts with $3; each goes to one caller, which has $2 to send it and record the
+-- outcome. Needs: events (next_at).
+WITH free AS (
+    SELECT e.id FROM keyproxy.events AS e
+    WHERE e.sent_at IS NULL AND e.given_up_at IS NULL AND e.next_at <= now() AND e.expires_at > now()
+      AND starts_with(e.kind, $3)
+    ORDER BY e.next_at, e.id
+    LIMIT $1
+    FOR NO KEY UPDATE SKIP LOCKED
+)
+UPDATE keyproxy.events AS e SET next_at = now() + $2::interval, attempts = e.attempts + 1
+FROM free
+WHERE e.id = free.id
+RETURNING e.id, e.kind, e.payload, e.created_at, e.attempts;
+
+-- name: event_sent
+UPDATE keyproxy.events SET sent_at = now(), given_up_at = NULL, last_error = NULL WHERE id = $1 AND sent_at IS NULL;
+
+-- name: event_failed
+-- Records that the attempt $2 of $1 failed for the reason $3; the next one is after $4, or never if that is null. Has
+-- no effect if a later attempt has begun.
+UPDATE keyproxy.events
+SET last_error = $3, next_at = now() + coalesce($4::interval, interval '0'),
+    given_up_at = CASE WHEN $4::interval IS NULL THEN now() END
+WHERE id = $1 AND attempts = $2 AND sent_at IS NULL AND given_up_at IS NULL;
+
+-- name: give_up_late_events
+-- Gives up events that have expired before a delivery and whose kind starts with $1, at most 1000. Needs: events (next_at).
+UPDATE keyproxy.events AS e SET given_up_at = now()
+WHERE e.id = ANY (ARRAY(
+    SELECT o.id FROM keyproxy.events AS o
+    WHERE o.sent_at IS NULL AND o.given_up_at IS NULL AND o.expires_at <= now() AND starts_with(o.kind, $1)
+    LIMIT 1000
+    FOR NO KEY UPDATE SKIP LOCKED
+))
+RETURNING e.id, e.kind, e.attempts, e.last_error;
+
+-- name: count_events_waiting
+-- Needs: events (next_at).
+SELECT count(*) AS waiting FROM keyproxy.events AS e
+WHERE e.sent_at IS NULL AND e.given_up_at IS NULL AND e.expires_at > now() AND starts_with(e.kind, $1);

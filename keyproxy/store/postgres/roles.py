@@ -43,6 +43,7 @@ RIGHTS: Final = {
     "consents": ("SELECT", _ALL),
     "events": ("SELECT, INSERT", _ALL),
     "signing_keys": ("SELECT, INSERT, UPDATE (ends_at)", _ALL),
+    "provider_keys": ("SELECT", _ALL),
     # Proxies only use two functions: see the migration that created the table.
     "foreign_hashes": ("", _ALL),
     "changes": ("SELECT, DELETE", "SELECT"),

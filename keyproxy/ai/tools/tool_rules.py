@@ -1,0 +1,100 @@
+"""Which credential may call which tool: the tools by name, how a route names them, and the judgement of one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from keyproxy.ai.tools.mcp_message import McpRules
+from keyproxy.ai.tools.tool import AGENT_CREDENTIAL, KEY_CREDENTIAL, NO_APPROVAL, Tool
+from keyproxy.model import Identity, Route
+from keyproxy.reasons import Reason, Refusal
+
+#: The values of `missing` in a refusal, in the order in which they are judged.
+MISSING_TOOL: Final = "tool"
+MISSING_CREDENTIAL: Final = "credential"
+MISSING_CERTIFICATE: Final = "client_certificate"
+MISSING_SCOPE: Final = "scope"
+
+#: As the caller's sentence names the kinds of credentials.
+_CREDENTIAL_NAMES: Final = {"key": "an API key", "agent": "an agent token", "oauth": "an OAuth token"}
+
+
+class ToolTable:
+    """All configured tools. `by_name`: by their label in records; `by_mcp`: by their name in `tools/call`."""
+
+    __slots__ = ("_lines", "approval_field", "by_mcp", "by_name")
+
+    def __init__(self, tools: Sequence[Tool], header_prefix: str = "X-Keyproxy-") -> None:
+        """`header_prefix`: of the lines that name the tool and the approval to the upstream."""
+        self.by_name: Final[dict[str, Tool]] = {tool.name: tool for tool in tools}
+        self.by_mcp: Final[dict[str, Tool]] = {tool.mcp: tool for tool in tools}
+        self._lines: Final = {tool: f"{header_prefix}Tool: {tool.name}\r\n".encode("ascii") for tool in tools}
+        #: The start of the header line that names the approval.
+        self.approval_field: Final = f"{header_prefix}Approval: ".encode("ascii")
+
+    def line(self, tool: Tool) -> bytes:
+        """The header line that names a tool to the upstream."""
+        return self._lines[tool]
+
+
+class ToolRules:
+    """How the calls of one route are judged.
+
+    `tool`: that all its requests call. `mcp`: how its messages are read, which name the tools; None: they are not of MCP.
+    `body_bytes_max`: of a call that is read whole.
+    """
+
+    __slots__ = ("body_bytes_max", "mcp", "table", "tool")
+
+    def __init__(self, table: ToolTable, *, tool: Tool | None, mcp: McpRules | None, body_bytes_max: int) -> None:
+        self.table: Final = table
+        self.tool: Final = tool
+        self.mcp: Final = mcp
+        self.body_bytes_max: Final = body_bytes_max
+
+    @property
+    def refuses_tunnels(self) -> bool:
+        """Whether a WebSocket handshake is refused: its frames are not read, so no approval can be bound to them."""
+        return self.mcp is not None or (self.tool is not None and self.tool.approval != NO_APPROVAL)
+
+
+def credential_kind(identity: Identity) -> str:
+    """The kind of credential behind an identity, as `credentials` of a tool names it."""
+    return KEY_CREDENTIAL if identity.agent_token is None else AGENT_CREDENTIAL
+
+
+def judge(tool: Tool | None, identity: Identity, route: Route, *, has_certificate: bool) -> None:
+    """Refuse a call of a tool unless the credential may make it. `tool`: None if it is not configured.
+
+    Raises a Refusal (TOOL_NOT_ALLOWED) with the first condition that fails as `missing`. The scopes of the route were
+    checked before; the challenge names them too, so that one new token suffices.
+    """
+    if tool is None:
+        raise _refused(MISSING_TOOL, "the tool is not configured", "No such tool is configured.")
+    if tool.credentials and credential_kind(identity) not in tool.credentials:
+        kinds = " or ".join([_CREDENTIAL_NAMES[kind] for kind in sorted(tool.credentials)])
+        raise _refused(MISSING_CREDENTIAL, f"tool {tool.name}", f"It needs {kinds}.")
+    if tool.needs_certificate and not has_certificate:
+        text = "It needs a client certificate on the connection of the call."
+        raise _refused(MISSING_CERTIFICATE, f"tool {tool.name}", text)
+    if not tool.scopes <= identity.scopes:
+        raise _without_scopes(tool, identity, route)
+
+
+def _refused(missing: str, detail: str, text: str) -> Refusal:
+    return Refusal(
+        Reason.TOOL_NOT_ALLOWED, f"{detail}; missing: {missing}", caller_text=text, members={"missing": missing}
+    )
+
+
+def _without_scopes(tool: Tool, identity: Identity, route: Route) -> Refusal:
+    missing = sorted(tool.scopes - identity.scopes)
+    named = ", ".join([f"'{scope}'" for scope in missing])
+    return Refusal(
+        Reason.TOOL_NOT_ALLOWED,
+        f"tool {tool.name}; missing: {MISSING_SCOPE}",
+        caller_text=f"Missing {'scope' if len(missing) == 1 else 'scopes'}: {named}.",
+        missing_scopes=sorted(route.scopes | tool.scopes),
+        members={"missing": MISSING_SCOPE},
+    )

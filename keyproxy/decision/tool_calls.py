@@ -1,0 +1,180 @@
+"""The tool that one exchange calls: find it, judge the credential, claim the approval that the call needs.
+
+    body read, where needed -> judged -> limits checked -> approval claimed -> limits taken -> forwarded
+
+`ai.tools.tool_rules` decides; this module passes it what it needs of the exchange. On plain HTTP routes the route names
+the tool, so that the credential is judged before the body is read; on MCP routes the body names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from keyproxy.ai.requests.request_facts import malformed
+from keyproxy.ai.tools import mcp_message, tool_rules
+from keyproxy.ai.tools.tool import CONSENT, NO_APPROVAL, Tool
+from keyproxy.ai.tools.tool_call import ToolCall
+from keyproxy.ai.tools.tool_rules import ToolRules
+from keyproxy.auth.api_key import KeyFormat
+from keyproxy.decision import mcp_requests
+from keyproxy.decision.approval_claims import ApprovalClaims
+from keyproxy.decision.payments import Payments
+from keyproxy.http_messages import RequestHead
+from keyproxy.limits.allowance import Need
+from keyproxy.model import Grant, Identity, Missing, Moment, Route
+from keyproxy.ports.exchange import Exchange
+from keyproxy.ports.tools import Approvals
+from keyproxy.reasons import Reason, Refusal
+
+_POST: Final = b"POST"
+#: The other methods of MCP over HTTP: GET opens a stream of messages, DELETE ends a session.
+_MCP_WITHOUT_MESSAGE: Final = frozenset({b"GET", b"DELETE"})
+
+
+class ToolCalls:
+    """Judges the calls of one gateway. `rules`: of the routes that call tools."""
+
+    def __init__(self, rules: Mapping[Route, ToolRules], approvals: Approvals, key_format: KeyFormat) -> None:
+        self._rules: Final = dict(rules)
+        self._approvals: Final = approvals
+        self._claims: Final = ApprovalClaims(approvals, key_format)
+        #: Whether any route calls tools.
+        self.has_rules: Final = bool(rules)
+
+    def decide(self, exchange: Exchange, head: RequestHead, grant: Grant, payments: Payments, *, now: Moment) -> None:
+        """Find and judge the tool that a request calls, and read the body where that or an approval needs it.
+
+        Raises Missing until the body has arrived and is read, a Refusal if the credential may not call the tool.
+        """
+        rules = self._rules.get(grant.route)
+        if rules is None:
+            return
+        payments.release_slots(exchange)
+        if head.fields.opens_tunnel and rules.refuses_tunnels:
+            raise malformed("This route accepts no WebSocket handshakes.")
+        if rules.mcp is not None:
+            self._decide_mcp(exchange, head, grant, payments, now=now)
+            return
+        tool = rules.tool
+        _judge(exchange, tool, grant)
+        if tool is not None and tool.approval != NO_APPROVAL:
+            self._read(exchange, head, grant, payments, now=now)
+
+    def _decide_mcp(
+        self, exchange: Exchange, head: RequestHead, grant: Grant, payments: Payments, *, now: Moment
+    ) -> None:
+        method = head.line.method
+        if method in _MCP_WITHOUT_MESSAGE:
+            if head.has_body:
+                # A server that takes the request for a POST, such as by an override, must not find a call in it.
+                raise malformed("Only POST has a body on this route.")
+            return
+        if method != _POST:
+            raise Refusal(Reason.ROUTE_NOT_ALLOWED, "a method that MCP does not use")
+        reading = exchange.mcp
+        if reading is None or reading.message is None:
+            self._read(exchange, head, grant, payments, now=now)
+            reading = exchange.mcp
+        message = None if reading is None else reading.message
+        if message is not None and message.tool is not None:
+            _judge(exchange, self._rules[grant.route].table.by_mcp.get(message.tool), grant)
+
+    def _read(self, exchange: Exchange, head: RequestHead, grant: Grant, payments: Payments, *, now: Moment) -> None:
+        """Read the body of a call. Raises Missing until it has arrived and is read, a Refusal if it is not accepted.
+
+        A request that exceeds a limit whatever its body is refused before that. It counts as concurrent meanwhile.
+        """
+        rules, allowance = self._rules[grant.route], grant.identity.allowance
+        need = Need(0, 0, route=grant.route.name)
+        if allowance is not None:
+            payments.check(exchange, allowance, need, now=now, asks=not exchange.is_complete)
+        try:
+            if rules.mcp is not None:
+                mcp_message.check_head(head)
+            _read_body(exchange, head, rules.body_bytes_max)
+            if rules.mcp is not None:
+                mcp_requests.read(exchange, head, rules.mcp)
+        except Missing:
+            if allowance is not None:
+                payments.take_slots(exchange, allowance, need, now)
+            raise
+
+    def require_claim(
+        self,
+        exchange: Exchange,
+        head: RequestHead,
+        grant: Grant,
+        payments: Payments,
+        *,
+        need: Need,
+        now: Moment,
+        is_first_lookup: bool,
+    ) -> None:
+        """Raise Missing until the approval that a call needs is claimed.
+
+        The limits are checked before, so that a request that they refuse neither uses an approval nor asks for one. They
+        are taken after it; what was claimed and not sent is given back. The request counts as concurrent meanwhile.
+        Raises a Refusal if a limit refuses the request, or consents cannot be queried now.
+        """
+        call, allowance = exchange.tool_call, grant.identity.allowance
+        if (
+            call is None
+            or call.claim is not None
+            or not self._needs_approval(call, grant.identity, now, is_first_lookup)
+        ):
+            return
+        if allowance is not None:
+            payments.check(exchange, allowance, need, now=now, asks=True)
+        claiming = self._claims.claiming(exchange, head, grant, call)
+        if allowance is not None:
+            payments.take_slots(exchange, allowance, need, now)
+        raise claiming
+
+    def _needs_approval(self, call: ToolCall, identity: Identity, now: Moment, is_first_lookup: bool) -> bool:
+        """Whether one call needs an approval of its own: a consent stands for it where one suffices."""
+        tool = call.tool
+        if tool.approval == CONSENT:
+            call.has_consent = self._approvals.has_consent(identity, tool.name, now, is_first_lookup=is_first_lookup)
+            return not call.has_consent
+        return tool.approval != NO_APPROVAL
+
+    def give_back(self, exchange: Exchange) -> None:
+        """When an exchange has ended: give back an approval that it has claimed, unless a byte of it was sent."""
+        self._claims.give_back(exchange)
+
+    def name_upstream(self, exchange: Exchange, head: RequestHead) -> None:
+        """Add the header lines that name the tool, and the approval if one was used, to what goes upstream."""
+        call, route = exchange.tool_call, exchange.route
+        if call is None or route is None:
+            return
+        table, claim = self._rules[route].table, call.claim
+        lines = (head.block if exchange.block is None else exchange.block) + table.line(call.tool)
+        if claim is not None:
+            lines += b"%b%b\r\n" % (table.approval_field, claim.approval_id.encode("ascii"))
+        exchange.block = lines
+
+
+def review(exchange: Exchange, grant: Grant) -> None:
+    """Judge the call of an exchange in flight again. Raises a Refusal. An approval that it has used stays used."""
+    if exchange.tool_call is not None:
+        _judge(exchange, exchange.tool_call.tool, grant)
+
+
+def _judge(exchange: Exchange, tool: Tool | None, grant: Grant) -> None:
+    if exchange.tool_call is None and tool is not None:
+        # For the records, also of a refusal.
+        exchange.tool_call = ToolCall(tool)
+    has_certificate = exchange.peer is not None and exchange.peer.has_certificate
+    tool_rules.judge(tool, grant.identity, grant.route, has_certificate=has_certificate)
+
+
+def _read_body(exchange: Exchange, head: RequestHead, bytes_max: int) -> None:
+    if max(len(exchange.body), head.content_length) > bytes_max:
+        raise _too_large(bytes_max)
+    if not exchange.is_complete:
+        raise Missing("body", lambda _patience: exchange.whole_body(_too_large(bytes_max), bytes_max=bytes_max))
+
+
+def _too_large(bytes_max: int) -> Refusal:
+    return Refusal(Reason.BODY_TOO_LARGE, caller_text=f"On this route the maximum is {bytes_max} bytes.")
