@@ -79,9 +79,8 @@ async def suspended(sql: Sql) -> list[str]:
 
 async def events(sql: Sql, kind: str = "key.anomaly") -> list[dict[str, Any]]:
     """The payloads of events."""
-    rows = await sql.fetch(
-        "SELECT payload::text AS payload FROM keyproxy.events WHERE kind = $1 ORDER BY created_at", kind
-    )
+    query = "SELECT payload::text AS payload FROM keyproxy.events WHERE kind = $1 ORDER BY created_at"
+    rows = await sql.fetch(query, kind)
     return [json.loads(row["payload"]) for row in rows]
 
 
@@ -312,8 +311,9 @@ async def test_burst_that_earlier_requests_explain_is_not_reported(
     journal: SignalJournal, sql: Sql, requests: int, *, is_reported: bool
 ) -> None:
     await sql.execute(
-        "INSERT INTO keyproxy.usage (day, tenant_id, user_id, key_id, is_test, route, model, requests, refusals, tokens_in,"
-        " tokens_out, tokens_estimated) VALUES (current_date, 'acme', 'u_42', 'key_1', false, 'r', '', $1, 0, 0, 0, 0)",
+        "INSERT INTO keyproxy.usage (day, tenant_id, user_id, key_id, is_test, route, model, requests, refusals,"
+        " tokens_in, tokens_out, tokens_estimated) VALUES (current_date, 'acme', 'u_42', 'key_1', false, 'r', '',"
+        " $1, 0, 0, 0, 0)",
         requests,
     )
     await reported(journal, signal(BURST, "", baseline=60))
