@@ -39,7 +39,7 @@ from keyproxy.ports.agent_token_mint import AgentTokenMint
 from keyproxy.ports.exchange import Exchange
 from keyproxy.ports.gate import Assertions
 from keyproxy.ports.tenant_records import OwnedIds, PromptTemplates
-from keyproxy.ports.tools import Approvals
+from keyproxy.ports.tools import Approvals, UpstreamCredentials
 from keyproxy.process.run import freeze_garbage
 from keyproxy.process.terms import build_gateway, build_terms
 from keyproxy.store.identities.cache import FeedState, IdentityCache
@@ -273,6 +273,7 @@ class Bench:
         self.gateway = build_gateway(
             settings, self.routes, identities=identities, owned_ids=OwnedIds(), templates=_Templates(),
             ledger=self.ledger, claims=claims, approvals=Approvals(), mint=cast("AgentTokenMint", None), now=clock.now,
+            upstream_credentials=UpstreamCredentials(),
         )  # fmt: skip
         deadlines = Deadlines(loop, clock.monotonic)
         pool = UpstreamPool(

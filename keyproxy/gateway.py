@@ -37,6 +37,7 @@ from keyproxy.ports.gate import Gate
 from keyproxy.ports.identities import Identities
 from keyproxy.ports.ledger import Claims, Ledger
 from keyproxy.ports.tenant_records import OwnedIds, PromptTemplates
+from keyproxy.ports.tools import UpstreamCredential, UpstreamCredentials
 from keyproxy.problem_spec import Blame
 from keyproxy.reasons import Reason, Refusal
 
@@ -61,6 +62,7 @@ class Gateway(Gate):
         tool_calls: ToolCalls,
         mint: AgentTokenMint,
         mint_rules: MintRules,
+        upstream_credentials: UpstreamCredentials,
         now: Callable[[], Moment],
         usage_wait_seconds: float = 0.0,
     ) -> None:
@@ -73,6 +75,7 @@ class Gateway(Gate):
         self._ledger = ledger
         self._payments = Payments(ledger, claims)
         self._serving = Serving(mint, mint_rules)
+        self._upstream_credentials = upstream_credentials
         self._routes = routes
         self._metering = dict(metering)
         self._access = dict(access)
@@ -132,6 +135,10 @@ class Gateway(Gate):
             exchange.fingerprint = idempotency_key.fingerprint(identity, head, exchange.body)
         if self._has_tools:
             self._tool_calls.decide(exchange, head, grant, self._payments, now=now)
+        if grant.route.provider:
+            exchange.upstream_credential = self._upstream_credentials.choose(
+                grant.route.provider, identity.tenant_id, now, is_test=identity.is_test, is_first_lookup=is_first_lookup
+            )
         access = self._access.get(grant.route) if self._access else None
         judged = None if access is None else access_decision.begin(exchange, head, access)
         rules = self._metering.get(grant.route)
@@ -324,8 +331,10 @@ class Gateway(Gate):
             self._review(exchange)
 
     def settle(self, exchange: Exchange) -> None:
-        """Charge the exchange's hold if the upstream received any of the request, else release it."""
+        """Charge the exchange's hold if the upstream received any of the request, else release it and its approval."""
         self._payments.release_slots(exchange)
+        if exchange.tool_call is not None:
+            self._tool_calls.give_back(exchange)
         permit = exchange.permit
         if permit is None:
             return
@@ -343,6 +352,10 @@ class Gateway(Gate):
             metered.rules.dialect, metered.endpoint, response,
             choices=metered.choices, hides_usage=metered.asks_for_usage,
         )  # fmt: skip
+
+    def credential_refused(self, exchange: Exchange, credential: UpstreamCredential, now_mono: float) -> None:
+        """Prefer another credential for the next requests. This response is relayed: no request is sent twice."""
+        self._upstream_credentials.was_refused(credential, now_mono)
 
     def watch(self, exchange: Exchange) -> None:
         """After progress of a metered stream: extend its hold if it needs more, end it if the budget is exhausted."""

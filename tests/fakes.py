@@ -39,7 +39,7 @@ from keyproxy.ports.gate import Recorder
 from keyproxy.ports.identities import Identities
 from keyproxy.ports.ledger import Ledger
 from keyproxy.ports.tenant_records import OwnedIds, PromptTemplates
-from keyproxy.ports.tools import ApprovalRequest, Approvals
+from keyproxy.ports.tools import ApprovalRequest, Approvals, UpstreamCredential, UpstreamCredentials
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.identities.delegated_rows import refused_delegation
 from keyproxy.wire.parsing.head_cache import RequestReader
@@ -173,6 +173,43 @@ class FakeIdentities(Identities):
         if self.is_down:
             raise Refusal(Reason.STORE_UNAVAILABLE)
         self.slow.discard(digest)
+
+
+class FakeUpstreamCredentials(UpstreamCredentials):
+    """Credentials in memory: those of each provider, the newest first. `slow` ones are missing until they were fetched.
+
+    `refused`: the credentials that the upstream has refused, in order.
+    """
+
+    def __init__(self) -> None:
+        self.table: dict[str, list[UpstreamCredential]] = {}
+        self.slow: set[str] = set()
+        self.asked: list[tuple[str, str, bool]] = []
+        self.refused: list[UpstreamCredential] = []
+
+    def choose(
+        self, provider: str, tenant_id: str, now: Moment, *, is_test: bool, is_first_lookup: bool = True
+    ) -> UpstreamCredential:
+        """See the port."""
+        self.asked.append((provider, tenant_id, is_test))
+        if provider in self.slow:
+
+            async def fetch(_patience: object) -> None:
+                self.slow.discard(provider)
+
+            raise Missing("provider keys", fetch)
+        found = self.table.get(provider, [])
+        for credential in found:
+            if credential.refused_until_mono_seconds <= now.mono_seconds:
+                return credential
+        if not found:
+            raise Refusal(Reason.UPSTREAM_CREDENTIAL_UNAVAILABLE, f"no secret of {provider}")
+        return found[0]
+
+    def was_refused(self, credential: UpstreamCredential, now_mono: float) -> None:
+        """See the port."""
+        self.refused.append(credential)
+        credential.refused_until_mono_seconds = now_mono + 60.0
 
 
 class FakeMint(AgentTokenMint):
@@ -492,7 +529,7 @@ class FakeRecorder(Recorder):
                 exchange.bytes_in,
                 exchange.bytes_out,
                 exchange.policy,
-                b"" if exchange.peer is None else exchange.peer.client_address(head),
+                b"" if exchange.peer is None else exchange.peer.recorded_address(head),
                 exchange.sent_mono - exchange.started_mono if exchange.sent_mono else 0.0,
                 exchange.body_wait_seconds,
                 exchange.connection_wait_seconds,

@@ -18,7 +18,20 @@ from keyproxy.admin import request_parsing
 from keyproxy.admin.authentication import Access
 from keyproxy.admin.endpoints import ApiConfig, ApiRequest, ApiResponse, ApiStream, Endpoint, needs
 from keyproxy.admin.problems import Problem, Refused
-from keyproxy.admin.resources import access, agents, credit, explain, importing, keys, plans, prompts, tenants, usage
+from keyproxy.admin.resources import (
+    access,
+    agents,
+    approvals,
+    credit,
+    explain,
+    importing,
+    keys,
+    plans,
+    prompts,
+    provider_keys,
+    tenants,
+    usage,
+)
 from keyproxy.admin.scopes import Scope, allows
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.store.directory.agents.operator_mint import SigningMint
@@ -43,6 +56,7 @@ from keyproxy.store.directory.idempotent_requests import (
     StoredResponse,
     respond_once,
 )
+from keyproxy.store.directory.provider_keys.provider_keys import SecretHandler
 from keyproxy.store.postgres.database import (
     Database,
     JoinedTransaction,
@@ -57,10 +71,12 @@ ENDPOINTS: Final = (
     *tenants.ENDPOINTS,
     *keys.ENDPOINTS,
     *agents.ENDPOINTS,
+    *approvals.ENDPOINTS,
     *importing.ENDPOINTS,
     *plans.ENDPOINTS,
     *access.ENDPOINTS,
     *prompts.ENDPOINTS,
+    *provider_keys.ENDPOINTS,
     *usage.ENDPOINTS,
     *explain.ENDPOINTS,
     *credit.ENDPOINTS,
@@ -93,6 +109,7 @@ class Service:
     access: Access
     config: ApiConfig
     mint: SigningMint
+    secrets: SecretHandler
     now_mono: Callable[[], float]
 
     async def respond(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
@@ -185,7 +202,15 @@ class _ValidRequest:
     actor: Actor
 
     def in_transaction(self, service: Service, joined: StatementRunner) -> ApiRequest:
-        directory = Directory(joined, service.key_format, self.actor, tenant_id=self.token["tenant"], mint=service.mint)
+        directory = Directory(
+            joined,
+            service.key_format,
+            self.actor,
+            tenant_id=self.token["tenant"],
+            mint=service.mint,
+            secrets=service.secrets,
+            approvals=service.config.settings.approvals,
+        )
         return ApiRequest(
             directory,
             service.database,

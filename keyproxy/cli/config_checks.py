@@ -1,4 +1,4 @@
-"""The checks of `keyproxy config check` beyond the configuration itself: certificates, patterns, routes and the database.
+"""The checks of `keyproxy config check` beyond the configuration itself: files, patterns, routes and the database.
 
 Each check returns sentences; all of them run, so that one call reports every problem.
 """
@@ -18,6 +18,7 @@ from keyproxy.config.route_review import shadowed
 from keyproxy.config.schema import Settings
 from keyproxy.platform.sockets import conflicts
 from keyproxy.process.patterns.re2_matcher import PatternError, compile_patterns
+from keyproxy.process.providers.proxy_providers import file_problems
 from keyproxy.store.embedded.embedded_postgres import EmbeddedError
 from keyproxy.store.postgres import migrations
 from keyproxy.store.postgres.database import StoreUnavailable
@@ -34,6 +35,7 @@ def problems(loaded: loader.Config, *, offline: bool) -> list[str]:
     """Return a sentence for each problem."""
     settings = loaded.settings
     found = [*conflicts(settings), *_certificates(settings), *_patterns(settings), *shadowed(settings.routes)]
+    found += file_problems(settings)
     return found if offline else [*found, *_database(loaded)]
 
 

@@ -185,6 +185,14 @@ def without_limits(block: bytes) -> bytes:
     return b"".join([line + b"\r\n" for line in lines if not states_limits(line.partition(b":")[0])])
 
 
+def without_field(block: bytes, name: bytes) -> bytes:
+    """The header lines without those of this name, which is in canonical form, whatever their spelling."""
+    if name not in canonical(block):
+        return block
+    lines = block.split(b"\r\n")[:-1]
+    return b"".join([line + b"\r\n" for line in lines if canonical(line.partition(b":")[0]) != name])
+
+
 def sane_request_id(value: bytes) -> bool:
     """Whether a client's X-Request-Id may be kept."""
     return _SANE_REQUEST_ID.fullmatch(value) is not None
@@ -221,10 +229,12 @@ def build_upstream_head(
     forwarding: Forwarding,
     host: bytes,
     is_signed: bool = False,
+    credential: bytes = b"",
 ) -> bytes:
     """The head that goes upstream. `host` is used if an HTTP/1.0 client sent none.
 
     `block`: the header lines to forward; None: those of `head`. `is_signed`: with the assertion of the identity.
+    `credential`: the header line of the upstream's credential; `block` has no such line.
     """
     fields, grant = head.fields, permit.grant
     return b"".join(
@@ -234,6 +244,7 @@ def build_upstream_head(
             head.block if block is None else block,
             b"" if isinstance(grant, PublicGrant) else grant.identity.header_block,
             grant.identity.assertion.line if is_signed and not isinstance(grant, PublicGrant) else b"",
+            credential,
             forwarding.block(head),
             b"X-Request-Id: ",
             request_id,

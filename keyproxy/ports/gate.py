@@ -7,6 +7,7 @@ from keyproxy.http_messages import ResponseHead
 from keyproxy.model import Identity
 from keyproxy.mypyc_compat import mypyc_attr
 from keyproxy.ports.exchange import Exchange
+from keyproxy.ports.tools import UpstreamCredential
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -39,12 +40,16 @@ class Gate:
         """The meter that reads the response to a request on a metered route; None for one that uses no tokens."""
         raise NotImplementedError
 
+    def credential_refused(self, exchange: Exchange, credential: UpstreamCredential, now_mono: float) -> None:
+        """The upstream has responded with 401 to a request with this credential."""
+        raise NotImplementedError
+
     def watch(self, exchange: Exchange) -> None:
         """After progress of a metered stream: ensure that its hold suffices."""
         raise NotImplementedError
 
     def settle(self, exchange: Exchange) -> None:
-        """When an exchange with a permit or slots has ended: charge or release what it holds. Called exactly once."""
+        """When an exchange with a permit, slots or a tool call has ended: charge or release what it holds. Once."""
         raise NotImplementedError
 
 

@@ -49,14 +49,20 @@ class Approvals:
 
 
 class UpstreamCredential:
-    """The credential of one upstream, as header line. `number` differs from that of any other one in this process."""
+    """The credential of one upstream, as header line. `number` differs from that of any other one in this process.
 
-    __slots__ = ("line", "number", "provider")
+    `replaces`: the name of the client's lines that it replaces, in canonical form; empty if none of them is forwarded.
+    `refused_until_mono_seconds`: until then another credential is preferred, because the upstream has refused this one.
+    """
 
-    def __init__(self, provider: str, number: int, line: bytes) -> None:
+    __slots__ = ("line", "number", "provider", "refused_until_mono_seconds", "replaces")
+
+    def __init__(self, provider: str, number: int, line: bytes, replaces: bytes = b"") -> None:
         self.provider = provider
         self.number = number
         self.line = line
+        self.replaces = replaces
+        self.refused_until_mono_seconds = 0.0
 
     def __repr__(self) -> str:
         return f"UpstreamCredential({self.provider!r}, {self.number})"

@@ -17,6 +17,7 @@ from typing import Final
 
 from keyproxy.ai.categories import TEMPLATE
 from keyproxy.config.schema import Listen, Settings
+from keyproxy.decision.anomalies.watcher import Watcher, terms_of
 from keyproxy.gateway import Gateway
 from keyproxy.metrics.access_log import AccessLog, LabelledExchange
 from keyproxy.metrics.exposition import CONTENT_TYPE, Catalogue
@@ -26,7 +27,9 @@ from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
 from keyproxy.process.ops_listener import Check, OpsListener, Verdict, gathered
 from keyproxy.process.patterns.re2_matcher import PatternError, compile_patterns
-from keyproxy.process.proxy_metrics import PROXY_METRICS, ROUND_TRIP_BOUNDS, Scrape
+from keyproxy.process.providers.proxy_providers import ProxyProviders
+from keyproxy.process.providers.watched_file import WatchedFileError
+from keyproxy.process.proxy_metrics import APPROVAL_WAIT_BOUNDS, PROXY_METRICS, ROUND_TRIP_BOUNDS, Scrape
 from keyproxy.process.reload import PreparedConfig, ReloadError, new_socket, new_store, new_tls
 from keyproxy.process.signing.proxy_signing import ProxySigning
 from keyproxy.process.store_health import carry_over, check_housekeeping, check_ledger, check_reaping
@@ -53,20 +56,26 @@ _UNDECIDED_SECONDS: Final = 10.0
 #: How long a stop waits for tokens that are being minted for clients that have left.
 _MINTING_SECONDS: Final = 3.0
 
+#: A resource of a configuration cannot be used.
+_UNUSABLE: Final = (sockets.BindError, TlsError, PatternError, WatchedFileError)
+
 
 class Proxy:
     """A running data plane: the proxied port and the ops listener over one store."""
 
     def __init__(self, settings: Settings, dsn: str, *, access_log_fd: int, keys: Sequence[SigningKey]) -> None:
-        """`keys`: to sign with, the oldest first. Raises TlsError, PatternError."""
+        """`keys`: to sign with, the oldest first. Raises TlsError, PatternError, WatchedFileError."""
         self._settings = settings
         self._dsn = dsn
         self._loop = asyncio.get_running_loop()
         self._deadlines = Deadlines(self._loop, clock.monotonic)
         self.store = new_store(settings, dsn)
         self.signing = ProxySigning(keys, self.store.signing_keys)
+        self.providers = ProxyProviders()
+        self.providers.prepare(settings)
         self._patterns = compile_patterns(settings.categories)
         self._access_log = AccessLog(access_log_fd, wall_offset=clock.wall_offset)
+        self._watcher = Watcher(clock.now)
         self._recorder = Recorder(None, self._note_usage)
         self._log_as(settings)
         self.upstreams = self._upstreams(settings)
@@ -83,6 +92,8 @@ class Proxy:
         )
         self._ledger_round_trips = Histogram(ROUND_TRIP_BOUNDS)
         self.store.ledger.conversation.observe = self._ledger_round_trips.observe
+        self._approval_waits = Histogram(APPROVAL_WAIT_BOUNDS)
+        self.store.approvals.observe_wait = self._approval_waits.observe
         self._catalogue = Catalogue(PROXY_METRICS, self._scrape)
         self._ops = self._ops_listener()
         #: The control socket of this process; None: its supervisor has it, or there is none.
@@ -102,6 +113,8 @@ class Proxy:
             await self.store.open()
             stack.push_async_callback(self.signing.end)
             self.signing.start()
+            stack.push_async_callback(self.providers.close)
+            self.providers.start()
             self._deadlines.start()
             stack.callback(self._deadlines.stop)
             stack.push_async_callback(self._close_pools)
@@ -126,8 +139,9 @@ class Proxy:
                 tls = new_tls(settings)
                 upstreams = self.upstreams if settings.upstream == was.upstream else self._upstreams(settings)
                 patterns = compile_patterns(settings.categories)
+                self.providers.prepare(settings)
                 store = await self._store_for(settings, dsn)
-            except (sockets.BindError, TlsError, PatternError, StoreUnavailable, StoreConflict) as error:
+            except (*_UNUSABLE, StoreUnavailable, StoreConflict) as error:
                 raise ReloadError(str(error)) from error
             undo.pop_all()
         return PreparedConfig(settings, dsn, proxy, ops, tls, upstreams, store, patterns)
@@ -178,9 +192,14 @@ class Proxy:
         store.approvals.rules = settings.approvals
         # Records keep the names of configured models, and of a bounded number of others.
         store.usage.model_names = ModelNames([model.name for model in settings.models])
+        store.signals.terms = settings.anomalies
+        self._watcher.change(
+            terms_of(settings.anomalies.watch, [model.name for model in settings.models]), store.signals
+        )
         gateway = build_gateway(
             settings, routes, identities=store.identities, owned_ids=store.owned_ids, templates=store.templates,
             ledger=store.ledger, claims=store.claims, approvals=store.approvals, patterns=self._patterns,
+            upstream_credentials=self.providers.credentials(settings, store.provider_keys),
             mint=TokenMinter(
                 store.minting_database, rules=settings.access.mint_rules, signing_key=self.signing.ring.usable,
                 now=clock.now,
@@ -212,8 +231,11 @@ class Proxy:
             routes=self._settings.routes,
             models=[model.name for model in self._settings.models],
             categories=[category.name for category in self._settings.categories],
+            tools=self._settings.tools,
             ledger_round_trips=self._ledger_round_trips,
+            approval_waits=self._approval_waits,
             signing=self.signing,
+            providers=self.providers,
         )
 
     # -- reloading and closing
@@ -283,6 +305,8 @@ class Proxy:
 
     def _note_usage(self, rows: Sequence[LabelledExchange]) -> None:
         self.store.usage.take(rows)
+        if self._watcher.is_watching:
+            self._watcher.take(rows)
 
     # -- metrics and checks
 

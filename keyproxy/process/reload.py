@@ -10,6 +10,8 @@ from typing import NamedTuple
 from keyproxy.config.schema import Listen, Ops, Settings
 from keyproxy.platform import clock, sockets
 from keyproxy.process.patterns.re2_matcher import PatternError, Re2Matcher, compile_patterns
+from keyproxy.process.providers.proxy_providers import ProxyProviders
+from keyproxy.process.providers.watched_file import WatchedFileError
 from keyproxy.store.store import Store
 from keyproxy.wire.tls import TlsError, server_context, upstream_context
 from keyproxy.wire.upstream.pool import Upstreams
@@ -66,14 +68,20 @@ def new_tls(settings: Settings) -> ssl.SSLContext | None:
     listen = settings.listen
     if not listen.tls_certificate_file:
         return None
-    return server_context(listen.tls_certificate_file, listen.tls_key_file, listen.tls_client_ca_file)
+    return server_context(
+        listen.tls_certificate_file,
+        listen.tls_key_file,
+        listen.tls_client_ca_file,
+        requires_client_certificates=settings.requires_client_certificates,
+    )
 
 
 def check_resources(settings: Settings) -> None:
-    """Check that the TLS files and the patterns of the configuration can be loaded. Raises ReloadError."""
+    """Check that the files and the patterns of the configuration can be loaded. Raises ReloadError."""
     try:
         new_tls(settings)
         upstream_context(settings.upstream)
         compile_patterns(settings.categories)
-    except (TlsError, PatternError) as error:
+        ProxyProviders().prepare(settings)
+    except (TlsError, PatternError, WatchedFileError) as error:
         raise ReloadError(str(error)) from error

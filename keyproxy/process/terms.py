@@ -31,7 +31,7 @@ from keyproxy.ports.gate import Assertions
 from keyproxy.ports.identities import Identities
 from keyproxy.ports.ledger import Claims, Ledger
 from keyproxy.ports.tenant_records import OwnedIds, PromptTemplates
-from keyproxy.ports.tools import Approvals
+from keyproxy.ports.tools import Approvals, UpstreamCredentials
 from keyproxy.wire.context import ServerTerms
 from keyproxy.wire.deadlines import Deadlines
 from keyproxy.wire.parsing.head_cache import ResponseReader
@@ -49,6 +49,7 @@ def build_gateway(
     claims: Claims,
     approvals: Approvals,
     mint: AgentTokenMint,
+    upstream_credentials: UpstreamCredentials,
     patterns: PatternMatcher | None = None,
     now: Callable[[], Moment] = clock.now,
 ) -> Gateway:
@@ -64,9 +65,10 @@ def build_gateway(
         routes=routes,
         metering=build_metering(settings, routes, access),
         access=access,
-        tool_calls=ToolCalls(tool_rules(settings, routes), approvals),
+        tool_calls=ToolCalls(tool_rules(settings, routes), approvals, _key_format(settings)),
         mint=mint,
         mint_rules=settings.access.mint_rules(),
+        upstream_credentials=upstream_credentials,
         now=now,
         usage_wait_seconds=settings.tokens.usage_wait_seconds,
     )
@@ -140,7 +142,7 @@ def build_terms(
         problems=ErrorRenderer(
             invalid_key_status=settings.errors.invalid_key_status, spent_status=settings.errors.spent_status
         ),
-        trust=TrustRule(settings.listen.trusted_proxies, prefix),
+        trust=TrustRule(settings.listen.trusted_proxies, prefix, recorded=settings.log.client_address),
         tls=tls,
         assertions=assertions,
     )

@@ -10,6 +10,7 @@ from keyproxy.config import schema
 from keyproxy.model import Moment
 from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.agent_tokens.cleanup import AgentTokenCleanup
+from keyproxy.store.anomalies.signal_journal import SignalJournal
 from keyproxy.store.approvals.approval_store import ApprovalStore
 from keyproxy.store.approvals.cleanup import ApprovalCleanup
 from keyproxy.store.approvals.consent_cache import ConsentCache
@@ -27,6 +28,7 @@ from keyproxy.store.ledger.redis_backend import RedisLedger
 from keyproxy.store.ledger.select_backend import ledger_backend
 from keyproxy.store.postgres.database import Database, NotificationListener
 from keyproxy.store.prompt_templates import TemplateCache
+from keyproxy.store.provider_keys.cache import ProviderKeyCache
 from keyproxy.store.signing_keys import SigningKeyCache
 from keyproxy.store.usage.journal import UsageJournal
 
@@ -73,6 +75,7 @@ class Store:
             settle_seconds=ledger.settle_seconds,
             server_ahead_seconds=state.ahead_seconds,
         )
+        self.signals = SignalJournal(self._usage_database)
         self._share_outage(has_ledger=ledger.backend == "postgres")
         self.last_used = LastUsed(self.database)
         self.signing_keys = SigningKeyCache(self.database, ACCEPTS_NONE, now)
@@ -91,12 +94,13 @@ class Store:
         consents = ConsentCache(self._approvals_database, self.database, cache, feed=state, now=now)
         self.approvals = ApprovalStore(self._approvals_database, self.database, consents, now)
         self.templates = TemplateCache(self.database, cache, now)
+        self.provider_keys = ProviderKeyCache(self.database, cache, feed=state, look_ups_max=1, now=now)
         listener = NotificationListener(dsn, CHANNEL, shortage=self.database.shortage)
         reads_recalls = self.ledger.conversation if ledger.backend == "postgres" else None
         self.feed = ChangeFeed(
             self.database, listener, self.identities, state, now,
             owned=self.owned_ids, templates=self.templates, signing_keys=self.signing_keys, lease_holder=reads_recalls,
-            followers={"consent": consents},
+            followers={"consent": consents, "provider_key": self.provider_keys},
         )  # fmt: skip
         self._follow_windows(backend)
 
@@ -114,6 +118,7 @@ class Store:
             self.agent_tokens.lasting,
             self.approvals.releases.lasting,
             self.approval_cleanup.lasting,
+            self.signals.lasting,
         )
 
     @property
@@ -128,6 +133,7 @@ class Store:
             self.feed.forgetting,
             self.agent_tokens.tending,
             self.approval_cleanup.tending,
+            self.signals.tending,
         )
 
     def _follow_windows(self, backend: PostgresLedger | RedisLedger) -> None:
@@ -163,6 +169,7 @@ class Store:
         self.agent_tokens.start()
         self.approvals.start()
         self.approval_cleanup.start()
+        self.signals.start()
 
     async def close(self) -> None:
         """Flush what is pending and close all connections."""
@@ -175,6 +182,7 @@ class Store:
         await self.approval_cleanup.close()
         await self.approvals.close()
         await self._approvals_database.close()
+        await self.signals.close()
         await self.minting_database.close()
         await self._usage_database.close()
         await self.last_used.close()
@@ -183,6 +191,7 @@ class Store:
         await self.signing_keys.close()
         await self.identities.close()
         await self.owned_ids.close()
+        await self.provider_keys.close()
         await self.database.close()
 
     async def check_connection(self) -> None:

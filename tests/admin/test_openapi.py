@@ -15,7 +15,7 @@ from schemathesis import GenerationMode
 from schemathesis.core.result import Ok
 from schemathesis.specs.openapi import checks
 
-from keyproxy.admin import openapi
+from keyproxy.admin.reference import openapi
 from keyproxy.admin.service import ENDPOINTS
 from tests.admin.conftest import FILE_TOKEN, Api
 
@@ -42,9 +42,10 @@ async def _things(api: Api) -> dict[str, str]:
     await api.user("u_2", "other")
     await api.done("PUT", "/v1/plans/basic", {"limits": {"rate": 1.5}})
     await api.done("PUT", f"/v1/prompts/{DIGEST}", {"category": "code"})
+    await api.database.fetch("add_provider_key", "pvk_1", "openai", None, False, b"x" * 40, "k1", "", None)
     return {
         "/v1/tenants": "acme", "/v1/users": "u_1", "/v1/keys": key, "/v1/plans": "basic", "/v1/prompts": DIGEST,
-        "/v1/agent-tokens": token["id"],
+        "/v1/agent-tokens": token["id"], "/v1/provider-keys": "pvk_1",
     }  # fmt: skip
 
 

@@ -53,6 +53,7 @@ class Wire:
     templates: fakes.FakePromptTemplates
     mint: fakes.FakeMint
     approvals: fakes.FakeApprovals
+    upstream_credentials: fakes.FakeUpstreamCredentials
 
     def client(self) -> contextlib.AbstractAsyncContextManager[Client]:
         """A connection to the proxy."""
@@ -105,9 +106,11 @@ async def start() -> AsyncIterator[Start]:
             table = settings.route_table() if rows else routes or RouteTable([])
             owned_ids, templates = fakes.FakeOwnedIds(), fakes.FakePromptTemplates()
             mint, approvals = fakes.FakeMint(settings.access.mint_rules()), fakes.FakeApprovals()
+            upstream_credentials = fakes.FakeUpstreamCredentials()
             gateway = build_gateway(
                 settings, table, identities=identities, owned_ids=owned_ids, templates=templates,
                 ledger=ledger, claims=claims, approvals=approvals, mint=mint, patterns=compile_patterns(categories),
+                upstream_credentials=upstream_credentials,
             )  # fmt: skip
             deadlines = Deadlines(loop, clock.monotonic, period_seconds=sweep_seconds)
             deadlines.start()
@@ -130,7 +133,7 @@ async def start() -> AsyncIterator[Start]:
             address = sock.getsockname()
             return Wire(
                 address, far, identities, recorder, server, pool, gateway, ledger, charges, claims, owned_ids, templates,
-                mint, approvals,
+                mint, approvals, upstream_credentials,
             )  # fmt: skip
 
         yield starting

@@ -34,6 +34,7 @@ async def test_request_ids_do_not_repeat_after_a_reload(wire: Wire) -> None:
                 gateway = build_gateway(
                     settings, routes, identities=wire.identities, owned_ids=wire.owned_ids, templates=wire.templates,
                     ledger=wire.ledger, claims=wire.claims, approvals=wire.approvals, mint=wire.mint,
+                    upstream_credentials=wire.upstream_credentials,
                 )  # fmt: skip
                 terms = build_terms(settings, routes, gateway, wire.server.upstreams, tls=None)
                 wire.server.change(terms, None)

@@ -8,6 +8,7 @@ from typing import Any
 
 from keyproxy.cli.remote.admin_client import AdminClient, ListById
 from keyproxy.cli.remote.remote_agents import RemoteAgents, RemoteAgentTokens
+from keyproxy.cli.remote.remote_approvals import RemoteApprovals, RemoteConsents
 from keyproxy.cli.remote.remote_keys import (
     RemoteKeyBatches,
     RemoteKeyImporter,
@@ -15,6 +16,7 @@ from keyproxy.cli.remote.remote_keys import (
     RemoteLeakedKeys,
     key_fields,
 )
+from keyproxy.cli.remote.remote_provider_keys import RemoteProviderKeys
 from keyproxy.store.directory.directory import AuditFilter, Credit, Entity, EntityPage, KeyWish
 
 
@@ -209,10 +211,13 @@ class RemoteDirectory:
         self.leaked_keys = RemoteLeakedKeys(client)
         self.agents = RemoteAgents(client)
         self.agent_tokens = RemoteAgentTokens(client)
+        self.approvals = RemoteApprovals(client)
+        self.consents = RemoteConsents(client)
         self.plans = RemotePlans(client)
         self.roles = RemoteRoles(client)
         self.owned = RemoteOwnedIds(client)
         self.prompts = RemotePromptTemplates(client)
+        self.provider_keys = RemoteProviderKeys(client)
         self.credits = RemoteCredits(client)
         self.audit = RemoteAudit(client)
 

@@ -38,6 +38,7 @@ from keyproxy.store.directory.key_batches import KeyBatches, Revocation
 from keyproxy.store.directory.keys import KeyFilter, KeyStore
 from keyproxy.store.directory.leaked_keys import LeakedKeys
 from keyproxy.store.directory.plans import PlanStore
+from keyproxy.store.directory.provider_keys.provider_keys import ProviderKeyStore, SecretHandler
 from keyproxy.store.postgres.database import StatementRunner
 
 __all__ = [
@@ -78,10 +79,11 @@ class Directory:
         tenant_id: str | None = None,
         mint: OperatorMint | None = None,
         approvals: ApprovalSettings | None = None,
+        secrets: SecretHandler | None = None,
     ) -> None:
         """`tenant_id`: the tenant that this directory is bound to; None: it is not bound. `mint`: for `agent_tokens`.
 
-        `approvals`: for how long decisions on approvals are valid.
+        `approvals`: for how long decisions on approvals are valid. `secrets`: for `provider_keys`.
         """
         context = DirectoryContext(database, key_format, actor, tenant_id)
         self.tenants = TenantStore(context)
@@ -98,5 +100,6 @@ class Directory:
         self.roles = RoleStore(context)
         self.owned = OwnedIdStore(context)
         self.prompts = PromptTemplateStore(context)
+        self.provider_keys = ProviderKeyStore(context, secrets)
         self.credits = CreditStore(context)
         self.audit = AuditLog(context)

@@ -154,6 +154,8 @@ def _key(row: Row) -> Entity:
         "expires_at": time_text(row["expires_at"]),
         "revoked_at": time_text(row["revoked_at"]),
         "revoke_reason": row["revoke_reason"],
+        "suspended_at": time_text(row["suspended_at"]),
+        "suspend_reason": row["suspend_reason"],
         "replaces": row["replaces"],
         "replaced_by": row["replaced_by"],
         "last_used_at": time_text(row["last_used_at"]),
@@ -275,6 +277,24 @@ def _consent(row: Row) -> Entity:
     }
 
 
+def _provider_key(row: Row) -> Entity:
+    return {
+        "id": row["id"],
+        "provider": row["provider"],
+        "tenant": row["tenant_id"],
+        "is_test": row["is_test"],
+        "state": row["state"],
+        "hint": row["hint"],
+        "sealed_with": row["sealed_with"],
+        "starts_at": time_text(row["starts_at"]),
+        "ends_at": time_text(row["ends_at"]),
+        "revoked_at": time_text(row["revoked_at"]),
+        "checked_at": time_text(row["checked_at"]),
+        "check_status": row["check_status"],
+        "created_at": time_text(row["created_at"]),
+    }
+
+
 #: Convert a row of each kind to an entity.
 ENTITIES: Final = {
     "tenant": _tenant,
@@ -288,6 +308,7 @@ ENTITIES: Final = {
     "agent_token": _agent_token,
     "approval": _approval,
     "consent": _consent,
+    "provider_key": _provider_key,
 }
 
 #: The fields of each kind that can be changed.

@@ -13,6 +13,7 @@ SELECT
     k.acts_for = 'tenant' AS can_act,
     extract(epoch FROM k.expires_at)::float8 AS expires_wall_seconds,
     k.revoked_at IS NOT NULL AS is_revoked,
+    k.suspended_at IS NOT NULL AS is_suspended,
     u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL AS is_disabled,
     u.id AS user_id,
     t.id AS tenant_id,
@@ -49,6 +50,7 @@ SELECT
     coalesce(k.acts_for = 'tenant' AND u.tenant_id = t.id AND u.disabled_at IS NULL, false) AS may_act,
     extract(epoch FROM k.expires_at)::float8 AS expires_wall_seconds,
     k.revoked_at IS NOT NULL AS is_revoked,
+    k.suspended_at IS NOT NULL AS is_suspended,
     o.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL AS is_disabled,
     o.id AS owner_id,
     t.id AS tenant_id,
@@ -84,6 +86,7 @@ SELECT
     k.is_test,
     extract(epoch FROM least(k.expires_at, c.expires_at))::float8 AS expires_wall_seconds,
     k.revoked_at IS NOT NULL OR c.is_revoked AS is_revoked,
+    k.suspended_at IS NOT NULL AS is_suspended,
     u.disabled_at IS NOT NULL OR o.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL OR c.is_disabled AS is_disabled,
     c.is_intact AND CASE
         WHEN a.actor_user_id IS NULL THEN o.id = u.id
@@ -146,6 +149,84 @@ SELECT w.kind, w.id, w.tenant_id,
            SELECT true FROM keyproxy.owned AS o WHERE o.tenant_id = w.tenant_id AND o.kind = w.kind LIMIT 1
        ), false) AS owns_any
 FROM unnest($1::text[], $2::text[], $3::text[]) AS w (kind, id, tenant_id);
+
+-- name: provider_keys_of
+-- The keys of the providers $1 and tenants $2, in pairs; an empty tenant: the shared ones. One row for each pair.
+-- Needs: provider_keys (tenant_id, provider), provider_keys (provider) where shared.
+SELECT w.provider, w.tenant_id, coalesce(k.keys, '[]') AS keys
+FROM unnest($1::text[], $2::text[]) AS w (provider, tenant_id)
+CROSS JOIN LATERAL (
+    SELECT json_agg(json_build_object(
+               'id', p.id, 'is_test', p.is_test, 'sealed', encode(p.sealed, 'hex'), 'sealed_with', p.sealed_with,
+               'starts', extract(epoch FROM p.starts_at)::float8, 'ends', extract(epoch FROM p.ends_at)::float8,
+               'is_revoked', p.revoked_at IS NOT NULL
+           )) AS keys
+    FROM (
+        SELECT o.* FROM keyproxy.provider_keys AS o
+        WHERE w.tenant_id <> '' AND o.tenant_id = w.tenant_id AND o.provider = w.provider
+        UNION ALL
+        SELECT s.* FROM keyproxy.provider_keys AS s
+        WHERE w.tenant_id = '' AND s.tenant_id IS NULL AND s.provider = w.provider
+    ) AS p
+) AS k;
+
+-- name: provider_key
+SELECT p.*, CASE
+           WHEN p.revoked_at IS NOT NULL THEN 'revoked'
+           WHEN p.ends_at <= now() THEN 'ended'
+           WHEN p.starts_at > now() THEN 'scheduled'
+           WHEN p.ends_at IS NOT NULL THEN 'ending'
+           ELSE 'active'
+       END AS state
+FROM keyproxy.provider_keys AS p
+WHERE p.id = $1;
+
+-- name: hold_provider_key
+-- Locks the row until the transaction ends.
+SELECT p.id FROM keyproxy.provider_keys AS p WHERE p.id = $1 FOR NO KEY UPDATE;
+
+-- name: provider_keys
+-- In the order of their ids, after $1, at most $2; only those of the provider $3 and the tenant $4, if not null.
+-- Needs: provider_keys (id).
+SELECT p.*, CASE
+           WHEN p.revoked_at IS NOT NULL THEN 'revoked'
+           WHEN p.ends_at <= now() THEN 'ended'
+           WHEN p.starts_at > now() THEN 'scheduled'
+           WHEN p.ends_at IS NOT NULL THEN 'ending'
+           ELSE 'active'
+       END AS state
+FROM keyproxy.provider_keys AS p
+WHERE p.id > $1 AND ($3::text IS NULL OR p.provider = $3) AND ($4::text IS NULL OR p.tenant_id = $4)
+ORDER BY p.id
+LIMIT $2;
+
+-- name: add_provider_key
+-- $8: the status of the response to a check, null if there was none.
+INSERT INTO keyproxy.provider_keys
+    (id, provider, tenant_id, is_test, sealed, sealed_with, hint, check_status, checked_at)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, CASE WHEN $8::integer IS NOT NULL THEN now() END);
+
+-- name: end_provider_key
+-- Let a row end after $2, unless it ends before.
+UPDATE keyproxy.provider_keys AS p SET ends_at = least(p.ends_at, now() + $2::interval) WHERE p.id = $1
+RETURNING p.ends_at;
+
+-- name: revoke_provider_key
+UPDATE keyproxy.provider_keys AS p SET revoked_at = now() WHERE p.id = $1 AND p.revoked_at IS NULL;
+
+-- name: delete_provider_key
+DELETE FROM keyproxy.provider_keys AS p WHERE p.id = $1;
+
+-- name: provider_keys_to_reseal
+-- Rows after $2 that another key than $1 has sealed, at most $3, locked. Needs: provider_keys (id).
+SELECT p.*, '' AS state FROM keyproxy.provider_keys AS p
+WHERE p.sealed_with <> $1 AND p.id > $2
+ORDER BY p.id
+LIMIT $3
+FOR NO KEY UPDATE;
+
+-- name: reseal_provider_key
+UPDATE keyproxy.provider_keys AS p SET sealed = $2, sealed_with = $3 WHERE p.id = $1;
 
 -- name: prompt_templates
 -- All templates of instructions; at most 10,000.
@@ -456,10 +537,12 @@ SELECT id, tenant_id FROM keyproxy.users WHERE id = ANY($1::text[]) ORDER BY id 
 -- name: key
 -- Needs: api_keys (replaces).
 SELECT k.id, k.user_id, u.tenant_id, k.hint, k.name, k.scopes, k.roles, k.acts_for, k.is_test, k.plan_id, k.created_at,
-       k.expires_at, k.revoked_at, k.revoke_reason, k.replaces, s.id AS replaced_by, k.last_used_at,
+       k.expires_at, k.revoked_at, k.revoke_reason, k.suspended_at, k.suspend_reason, k.replaces, s.id AS replaced_by,
+       k.last_used_at,
        CASE WHEN k.revoked_at IS NOT NULL THEN 'revoked'
             WHEN k.expires_at <= now() THEN 'expired'
             WHEN u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL THEN 'disabled'
+            WHEN k.suspended_at IS NOT NULL THEN 'suspended'
             WHEN s.id IS NOT NULL THEN 'retiring'
             ELSE 'active' END AS state
 FROM keyproxy.api_keys AS k
@@ -476,10 +559,12 @@ WHERE k.id = $1;
 SELECT listed.*
 FROM (
     SELECT k.id, k.user_id, u.tenant_id, k.hint, k.name, k.scopes, k.roles, k.acts_for, k.is_test, k.plan_id, k.created_at,
-           k.expires_at, k.revoked_at, k.revoke_reason, k.replaces, s.id AS replaced_by, k.last_used_at,
+           k.expires_at, k.revoked_at, k.revoke_reason, k.suspended_at, k.suspend_reason, k.replaces, s.id AS replaced_by,
+       k.last_used_at,
            CASE WHEN k.revoked_at IS NOT NULL THEN 'revoked'
                 WHEN k.expires_at <= now() THEN 'expired'
                 WHEN u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL THEN 'disabled'
+                WHEN k.suspended_at IS NOT NULL THEN 'suspended'
                 WHEN s.id IS NOT NULL THEN 'retiring'
                 ELSE 'active' END AS state
     FROM keyproxy.api_keys AS k
@@ -509,10 +594,12 @@ FROM (
                                     WHEN 'expires' THEN coalesce(listed.expires_at, 'infinity') END AS at
     FROM (
         SELECT k.id, k.user_id, u.tenant_id, k.hint, k.name, k.scopes, k.roles, k.acts_for, k.is_test, k.plan_id, k.created_at,
-               k.expires_at, k.revoked_at, k.revoke_reason, k.replaces, s.id AS replaced_by, k.last_used_at,
+               k.expires_at, k.revoked_at, k.revoke_reason, k.suspended_at, k.suspend_reason, k.replaces, s.id AS replaced_by,
+       k.last_used_at,
                CASE WHEN k.revoked_at IS NOT NULL THEN 'revoked'
                     WHEN k.expires_at <= now() THEN 'expired'
                     WHEN u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL THEN 'disabled'
+                    WHEN k.suspended_at IS NOT NULL THEN 'suspended'
                     WHEN s.id IS NOT NULL THEN 'retiring'
                     ELSE 'active' END AS state
         FROM keyproxy.api_keys AS k
@@ -586,6 +673,17 @@ RETURNING expires_at;
 UPDATE keyproxy.api_keys
 SET revoked_at = now(), revoke_reason = nullif($2, '')
 WHERE id = $1 AND revoked_at IS NULL
+RETURNING id;
+
+-- name: suspend_key
+-- A key that is suspended already keeps its time and reason.
+UPDATE keyproxy.api_keys
+SET suspended_at = now(), suspend_reason = nullif($2, '')
+WHERE id = $1 AND suspended_at IS NULL
+RETURNING id;
+
+-- name: resume_key
+UPDATE keyproxy.api_keys SET suspended_at = NULL, suspend_reason = NULL WHERE id = $1 AND suspended_at IS NOT NULL
 RETURNING id;
 
 -- name: revoke_keys
@@ -1510,6 +1608,20 @@ FROM keyproxy.mint_agent_token($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12
 -- Deletes tokens and signing keys that ended a day ago, $1 of each at most: see the function.
 -- Needs: agent_tokens (expires_at), signing_keys (ends_at), windows (pool_kind, pool_id …).
 SELECT keyproxy.tend_agent_tokens($1) AS is_more;
+
+-- name: learn_habits
+-- Learns the habits $3 of the kinds $2 of the keys $1, with at most $4 networks of each key. `place`: counted from 1.
+-- Needs: key_habits (key_id, kind, value), api_keys (id).
+SELECT place, outcome FROM keyproxy.learn_habits($1::text[], $2::text[], $3::text[], $4::int);
+
+-- name: note_anomaly
+-- Reports the signal $1 of the key $2 or the network $3 with the value $4: see the migration that created the function.
+SELECT keyproxy.note_anomaly(
+    $1, $2, $3, $4, $5, $6::text::jsonb, $7::int, to_timestamp($8::float8), $9::bigint
+) AS outcome;
+
+-- name: tend_anomalies
+SELECT keyproxy.tend_anomalies($1::int) AS is_more;
 
 -- name: claim_approval
 -- Uses the approval of the call with the digest $2, or reports why it cannot be used, or asks for it: see the function.

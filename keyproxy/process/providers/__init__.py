@@ -1,0 +1,1 @@
+"""The credentials of upstreams: files that are watched, and the choice among secrets."""

@@ -1,0 +1,1 @@
+"""Provider keys, as operators handle them."""
