@@ -76,9 +76,12 @@ class ToolCalls:
         if reading is None or reading.message is None:
             self._read(exchange, head, grant, payments, now=now)
             reading = exchange.mcp
-        message = None if reading is None else reading.message
+        message, rules = None if reading is None else reading.message, self._rules[grant.route]
         if message is not None and message.tool is not None:
-            _judge(exchange, self._rules[grant.route].table.by_mcp.get(message.tool), grant)
+            _judge(exchange, rules.table.by_mcp.get(message.tool), grant)
+        elif message is not None and rules.filters_list and message.method == mcp_message.LIST:
+            allowed = tool_rules.callable_tools(rules.table, grant.identity, has_certificate=_has_certificate(exchange))
+            mcp_requests.filter_list(exchange, head, allowed)
 
     def _read(self, exchange: Exchange, head: RequestHead, grant: Grant, payments: Payments, *, now: Moment) -> None:
         """Read the body of a call. Raises Missing until it has arrived and is read, a Refusal if it is not accepted.
@@ -165,8 +168,11 @@ def _judge(exchange: Exchange, tool: Tool | None, grant: Grant) -> None:
     if exchange.tool_call is None and tool is not None:
         # For the records, also of a refusal.
         exchange.tool_call = ToolCall(tool)
-    has_certificate = exchange.peer is not None and exchange.peer.has_certificate
-    tool_rules.judge(tool, grant.identity, grant.route, has_certificate=has_certificate)
+    tool_rules.judge(tool, grant.identity, grant.route, has_certificate=_has_certificate(exchange))
+
+
+def _has_certificate(exchange: Exchange) -> bool:
+    return exchange.peer is not None and exchange.peer.has_certificate
 
 
 def _read_body(exchange: Exchange, head: RequestHead, bytes_max: int) -> None:

@@ -24,7 +24,7 @@ from keyproxy.wire import phases, usage_reads
 from keyproxy.wire.body_buffer import BodyBuffer, InflatedContent, owner_of
 from keyproxy.wire.client.exchange_owner import ExchangeOwner
 from keyproxy.wire.context import ServerContext
-from keyproxy.wire.responses import own_responses, response_heads, stream_cut
+from keyproxy.wire.responses import own_responses, response_begun, response_heads, stream_cut
 from keyproxy.wire.responses.response_writer import ResponseWriter
 from keyproxy.wire.upstream.connection import UpstreamConnection
 from keyproxy.wire.upstream.identity_assertion import unsigned_because
@@ -39,7 +39,6 @@ _PENDING_BYTES_MAX: Final = 65_536
 _CLIENT_GONE_STATUS: Final = 499
 
 _CONTINUE: Final = 100
-_UNAUTHORIZED: Final = 401
 
 
 class Exchange(PoolUser):
@@ -275,11 +274,8 @@ class Exchange(PoolUser):
         self._phase = phases.EXCHANGE.step(self._phase, phases.RESPONDING)
         self.responded_mono = now
         self.status = response.line.status
-        if self.upstream_credential is not None and self.status == _UNAUTHORIZED:
-            self._gate.credential_refused(self, self.upstream_credential, now)
+        response = response_begun.prepare(self, response, self._gate, now)
         lines = response_heads.client_lines(response, self, self._server, now)
-        if self.metered is not None:
-            self.meter = self._gate.meter(self, response)
         may_continue = head.fields.keeps_alive and self.is_complete and not self._server.is_draining
         self.response.begin(head, response, lines, may_continue=may_continue)
 
@@ -301,6 +297,10 @@ class Exchange(PoolUser):
             if self._has_left:
                 if meter.is_reported or is_last:
                     self._server.usage_reads.end(self, REPORTED if meter.is_reported else NOT_REPORTED)
+                return
+        if self.tool_list is not None:
+            content = self.tool_list.feed(content, is_last=is_last)
+            if not content and not is_last:
                 return
         self.bytes_out += len(content)
         response.write(content, is_last=is_last)

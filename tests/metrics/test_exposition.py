@@ -21,6 +21,7 @@ from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.ai.tools.tool import Tool
 from keyproxy.ai.tools.tool_call import ToolCall
 from keyproxy.config.schema import LedgerSettings, RouteRow
+from keyproxy.config.tools.anomaly_settings import SIGNALS
 from keyproxy.config.tools.tool_settings import ToolRow
 from keyproxy.limits.allowance import Allowance, Bundle, Hold
 from keyproxy.limits.lease_sync import LeaseSync, Short
@@ -90,6 +91,7 @@ def store(number: int) -> Store:
         owned_ids=SimpleNamespace(
             counts=SimpleNamespace(by_name=lambda: lookups), sizes=lambda: dict.fromkeys(("owned", "nothing"), number)
         ),
+        signals=SimpleNamespace(reported=dict.fromkeys(SIGNALS, number), dropped=number, withheld=number),
         database=SimpleNamespace(is_up=number > 1),
         feed=SimpleNamespace(lag_seconds=lambda: float(number)),
         signing_keys=SimpleNamespace(rejected=number, live=lambda: [None] * number),

@@ -11,7 +11,7 @@ import pytest
 from keyproxy.config.schema import RouteRow
 from keyproxy.config.tools.tool_settings import McpSettings, ToolRow
 from tests import fakes
-from tests.rawhttp import Message
+from tests.rawhttp import Message, answer_with
 from tests.wire.conftest import Start, Wire, request
 
 JSON = "Content-Type: application/json"
@@ -212,3 +212,106 @@ async def test_stream_of_a_server_is_relayed_as_it_arrives(start: Start, version
         arrived.set()
         await reader.readuntil(b"0\r\n\r\n")
     writer.close()
+
+
+LISTED = {
+    "tools": [{"name": "search", "n": 1.5}, {"name": "pay"}, {"name": "human"}, {"name": "unlisted"}, {"title": "x"}],
+    "nextCursor": "c",
+    "cacheScope": "public",
+    "ttlMs": 5,
+}
+FILTERED = {**LISTED, "tools": [{"name": "search", "n": 1.5}, {"name": "human"}], "cacheScope": "private"}
+
+
+async def listing(start: Start, content: bytes, media_type: str = "application/json", *lines: str) -> Message:
+    """The response to `tools/list` if the server sends this content."""
+    rows = [RouteRow("* /mcp", protocol="mcp", filter_tools_list=True)]
+    tools = [ToolRow("search"), ToolRow("pay", scopes=["pay:now"]), ToolRow("human", approval="human")]
+    wire = await start(rows=rows, tools=tools)
+    head = "\r\n".join([f"HTTP/1.1 200 OK\r\nContent-Type: {media_type}\r\nContent-Length: {len(content)}", *lines])
+    wire.upstream.answering = answer_with(head.encode() + b"\r\n\r\n" + content)
+    answer = await send(wire, body("", "tools/list"), JSON, "Accept-Encoding: gzip, br")
+    assert wire.upstream.requests[0].all("Accept-Encoding") == ["identity"]
+    return answer
+
+
+def listed(result: object = LISTED, **more: object) -> bytes:
+    return json.dumps({"jsonrpc": "2.0", "id": 7, "result": result, **more}).encode()
+
+
+async def test_list_loses_the_tools_that_the_credential_may_not_call(start: Start) -> None:
+    answer = await listing(start, listed())
+    assert answer.status == 200
+    assert json.loads(answer.body) == {"jsonrpc": "2.0", "id": 7, "result": FILTERED}
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+@pytest.mark.parametrize("start_of_stream", [b"", b"\xef\xbb\xbf", b": hello\n\n", b"id: 1\ndata:\n\n"])
+async def test_list_in_a_stream_is_filtered_and_its_other_events_are_not(
+    start: Start, end: bytes, start_of_stream: bytes
+) -> None:
+    progress = b'event: message\ndata: {"jsonrpc":"2.0","method":"notifications/progress"}\n\n'
+    stream = start_of_stream + progress + b"id: 2\ndata:" + listed().replace(b'"tools"', b'\ndata: "tools"') + b"\n\n"
+    answer = await listing(start, stream.replace(b"\n", end), "text/event-stream")
+    assert answer.status == 200
+    text = answer.body.replace(end, b"\n")
+    before, _, last = text.partition(progress)
+    assert before == start_of_stream.removeprefix(b"\xef\xbb\xbf")
+    assert last.startswith(b"id: 2\ndata: ")
+    assert json.loads(last.partition(b"data: ")[2]) == {"jsonrpc": "2.0", "id": 7, "result": FILTERED}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        listed({"tools": []}),
+        listed({"tools": [{"name": "search"}]}),
+        listed({}),
+        b'{"jsonrpc":"2.0","id":7,"error":{}}',
+    ],
+)
+async def test_response_without_such_a_tool_is_relayed_unchanged(start: Start, content: bytes) -> None:
+    assert (await listing(start, content)).body == content
+
+
+@pytest.mark.parametrize(
+    ("content", "media_type", "lines"),
+    [
+        (b"{", "application/json", []),
+        (listed({"tools": {}}), "application/json", []),
+        (listed(), "text/plain", []),
+        (listed(), "application/json", ["Content-Encoding: gzip"]),
+        (listed({"tools": [{"name": "pay", "d": "x" * 1_048_576}]}), "application/json", []),
+        (b"data: {\n\n", "text/event-stream", []),
+    ],
+)
+async def test_list_that_cannot_be_read_is_refused(
+    start: Start, content: bytes, media_type: str, lines: list[str]
+) -> None:
+    answer = await listing(start, content, media_type, *lines)
+    assert answer.status == 502
+    found = error(answer)
+    assert (found["id"], found["error"]["data"]["code"]) == (7, "upstream_invalid")
+
+
+async def test_list_that_ends_with_the_connection_is_filtered(start: Start) -> None:
+    rows = [RouteRow("* /mcp", protocol="mcp", filter_tools_list=True)]
+    wire = await start(rows=rows, tools=[ToolRow("search")])
+    for content, status in ((listed(), 200), (b"{", 502)):
+        wire.upstream.answering = answer_with(
+            b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n" + content, goes_on=False
+        )
+        answer = await send(wire, body("", "tools/list"))
+        assert answer.status == status
+        if status == 200:
+            assert [tool["name"] for tool in json.loads(answer.body)["result"]["tools"]] == ["search"]
+
+
+async def test_other_responses_of_the_route_are_not_filtered(start: Start) -> None:
+    rows = [RouteRow("* /mcp", protocol="mcp", filter_tools_list=True)]
+    wire = await start(rows=rows, tools=[ToolRow("search")])
+    content = listed()
+    wire.upstream.answering = answer_with(
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(content) + content
+    )
+    assert (await send(wire, body("", name="search"))).body == content

@@ -42,7 +42,7 @@ _BY_SUBJECT: Final[LookupQuery[KeySubject]] = LookupQuery(
 )
 
 
-class _Entry:
+class _CachedKeys:
     """The keys of one subject. Times are monotonic seconds. `is_changed`: must not be served before a lookup."""
 
     __slots__ = ("fresh_until", "is_changed", "is_distrusted", "keys", "stale_until")
@@ -70,7 +70,7 @@ class ProviderKeyCache:
         self._now = now
         self._keys: SealingKeys | None = None
         self._headers: dict[str, CredentialHeader] = {}
-        self._entries: collections.OrderedDict[KeySubject, _Entry] = collections.OrderedDict()
+        self._entries: collections.OrderedDict[KeySubject, _CachedKeys] = collections.OrderedDict()
         self._look_ups = LookupBatcher(database, _BY_SUBJECT, self._settle, look_ups_max=look_ups_max)
 
     def configure(self, keys: SealingKeys | None, headers: Mapping[str, CredentialHeader]) -> None:
@@ -179,7 +179,7 @@ class ProviderKeyCache:
         if len(self._entries) >= self._cache.entries_max:
             self._entries.popitem(last=False)
         mono = self._now().mono_seconds
-        self._entries[subject] = _Entry(keys, mono + self._cache.fresh_seconds, mono + self._cache.stale_seconds)
+        self._entries[subject] = _CachedKeys(keys, mono + self._cache.fresh_seconds, mono + self._cache.stale_seconds)
 
     # -- statistics and shutdown
 
