@@ -331,8 +331,10 @@ class Gateway(Gate):
             self._review(exchange)
 
     def settle(self, exchange: Exchange) -> None:
-        """Charge the exchange's hold if the upstream received any of the request, else release it."""
+        """Charge the exchange's hold if the upstream received any of the request, else release it and its approval."""
         self._payments.release_slots(exchange)
+        if exchange.tool_call is not None:
+            self._tool_calls.give_back(exchange)
         permit = exchange.permit
         if permit is None:
             return

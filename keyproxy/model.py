@@ -199,9 +199,9 @@ class Ending(enum.Enum):
 COMPLETED: Final = Ending.COMPLETED
 
 
-#: A decision may need an identity, a body, its reading, ownership, an earlier charge and a lease; a fetched value may be
-#: evicted before its use.
-_ROUNDS_MAX: Final = 8
+#: A decision may need an identity, a body, its reading, ownership, an earlier charge, a lease, consents, an upstream
+#: credential, an approval and a compressed body; a fetched value may be evicted before its use.
+_ROUNDS_MAX: Final = 12
 
 _Decision = TypeVar("_Decision")
 

@@ -529,7 +529,7 @@ class FakeRecorder(Recorder):
                 exchange.bytes_in,
                 exchange.bytes_out,
                 exchange.policy,
-                b"" if exchange.peer is None else exchange.peer.client_address(head),
+                b"" if exchange.peer is None else exchange.peer.recorded_address(head),
                 exchange.sent_mono - exchange.started_mono if exchange.sent_mono else 0.0,
                 exchange.body_wait_seconds,
                 exchange.connection_wait_seconds,

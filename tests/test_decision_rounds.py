@@ -60,7 +60,7 @@ async def test_nothing_is_decided_once_nothing_waits_for_it() -> None:
     assert await decision.missing("identity").fetch_and_decide(decision.decide, lambda: True) is None
 
 
-async def test_decision_that_never_ends_is_refused_after_8_rounds() -> None:
+async def test_decision_that_never_ends_is_refused_after_12_rounds() -> None:
     decision = Decision()
 
     def evicted() -> str:
@@ -69,4 +69,4 @@ async def test_decision_that_never_ends_is_refused_after_8_rounds() -> None:
     with pytest.raises(Refusal) as caught:
         await decision.missing("identity").fetch_and_decide(evicted, lambda: False)
     assert caught.value.reason is Reason.OVERLOADED
-    assert len(decision.fetched) == 8
+    assert len(decision.fetched) == 12

@@ -22,6 +22,9 @@ class Scope(enum.StrEnum):
     USERS_WRITE = "users:write"
     PLANS_WRITE = "plans:write"
     ACCESS_WRITE = "access:write"
+    APPROVALS_READ = "approvals:read"
+    APPROVALS_WRITE = "approvals:write"
+    APPROVALS_ADMIN = "approvals:admin"
     AUDIT_READ = "audit:read"
     USAGE_READ = "usage:read"
     LEAKS_WRITE = "leaks:write"
@@ -35,11 +38,14 @@ DESCRIPTIONS: Final = {
     Scope.ADMIN_WRITE: "grants all scopes",
     Scope.KEYS_READ: "reads tenants, users, keys, agents, plans, roles, owned ids and prompt templates",
     Scope.KEYS_WRITE: (
-        "issues, imports, changes, rotates, revokes and deletes keys; changes agents; mints and revokes tokens"
+        "issues, imports, changes, rotates, suspends, revokes and deletes keys; changes agents; mints and revokes tokens"
     ),
     Scope.USERS_WRITE: "creates users with their first key, changes and deletes them",
     Scope.PLANS_WRITE: "creates, changes and deletes plans, and credits windows",
     Scope.ACCESS_WRITE: "changes roles, owned ids and prompt templates",
+    Scope.APPROVALS_READ: "reads approvals of calls, and consents",
+    Scope.APPROVALS_WRITE: "decides on calls of kind consent and human, and grants and revokes consents",
+    Scope.APPROVALS_ADMIN: "decides on calls of kind admin too, on a token without tenant; includes approvals:write",
     Scope.AUDIT_READ: "reads the audit log",
     Scope.USAGE_READ: "reads usage, the state of limits, and explanations of requests",
     Scope.LEAKS_WRITE: "reports leaked keys and agent tokens",
@@ -82,5 +88,7 @@ def read(texts: Sequence[str]) -> Granted:
 def allows(held: Sequence[str], needed: Scope) -> bool:
     """Whether these scopes include the required one."""
     if needed in held or Scope.ADMIN_WRITE in held:
+        return True
+    if needed == Scope.APPROVALS_WRITE and Scope.APPROVALS_ADMIN in held:
         return True
     return needed.endswith(":read") and Scope.ADMIN_READ in held

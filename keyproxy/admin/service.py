@@ -21,6 +21,7 @@ from keyproxy.admin.problems import Problem, Refused
 from keyproxy.admin.resources import (
     access,
     agents,
+    approvals,
     credit,
     explain,
     importing,
@@ -70,6 +71,7 @@ ENDPOINTS: Final = (
     *tenants.ENDPOINTS,
     *keys.ENDPOINTS,
     *agents.ENDPOINTS,
+    *approvals.ENDPOINTS,
     *importing.ENDPOINTS,
     *plans.ENDPOINTS,
     *access.ENDPOINTS,
@@ -207,6 +209,7 @@ class _ValidRequest:
             tenant_id=self.token["tenant"],
             mint=service.mint,
             secrets=service.secrets,
+            approvals=service.config.settings.approvals,
         )
         return ApiRequest(
             directory,

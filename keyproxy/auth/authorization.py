@@ -1,4 +1,4 @@
-"""Decide whether an identity may use a route now: expired, revoked, disabled, scope, route. A Grant or a Refusal.
+"""Decide whether an identity may use a route now: revoked, expired, disabled, suspended, scope, route.
 
 Pure. The caller has presented a real key at this point, so the refusal may name the reason; a request without one never
 gets here and never reveals which routes exist.
@@ -6,20 +6,24 @@ gets here and never reveals which routes exist.
 
 from __future__ import annotations
 
+from typing import Final
+
 from keyproxy.model import Grant, Identity, Moment, Route
 from keyproxy.reasons import Reason, Refusal
+
+#: What no later event changes. An expired key is refused for its expiry rather than for anything else.
+_FINAL: Final = (Reason.KEY_REVOKED, Reason.KEY_INVALID)
 
 
 def admit(identity: Identity, route: Route | None, now: Moment) -> Grant:
     """Grant this identity the use of this route. Raises a Refusal."""
     standing = identity.standing
-    if standing is not None and standing is not Reason.DELEGATION_REFUSED:
+    if standing is not None and standing in _FINAL:
         raise Refusal(standing)
     # `expires_at` is the first instant at which the key no longer works.
     if now.wall_seconds >= identity.expires_wall_seconds:
         raise Refusal(Reason.KEY_EXPIRED)
     if standing is not None:
-        # A key that does not work on its own account is refused for that.
         raise Refusal(standing)
     if route is None:
         raise Refusal(Reason.ROUTE_NOT_ALLOWED)

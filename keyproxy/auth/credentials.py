@@ -91,6 +91,12 @@ def checked(head: RequestHead, key_format: KeyFormat) -> SecretKey:
     return key
 
 
+def shows_key(head: RequestHead, text: bytes, key_format: KeyFormat) -> bool:
+    """Whether a text contains the key of the request, in plain or as a password of Basic authentication, or any key in
+    our format."""
+    return key_format.is_within(text) or (bool(head.key_part) and _stands_in(text, head.key_part))
+
+
 def _presented(head: RequestHead) -> SecretKey:
     credentials = head.credentials
     if len(credentials) == 1:

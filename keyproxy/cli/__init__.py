@@ -14,6 +14,8 @@ from keyproxy.cli.commands.access.role import role_group
 from keyproxy.cli.commands.admin import admin_group
 from keyproxy.cli.commands.agents.agent import agent_group
 from keyproxy.cli.commands.agents.token import TOKEN_COMMANDS
+from keyproxy.cli.commands.approvals.approval import approval_group
+from keyproxy.cli.commands.approvals.consent import consent_group
 from keyproxy.cli.commands.audit import audit_group
 from keyproxy.cli.commands.completion import completion_command
 from keyproxy.cli.commands.config import config_group
@@ -22,6 +24,7 @@ from keyproxy.cli.commands.keys.explain import key_explain
 from keyproxy.cli.commands.keys.leaks import LEAK_COMMANDS
 from keyproxy.cli.commands.keys.lifecycle import key_group
 from keyproxy.cli.commands.keys.remind import key_remind
+from keyproxy.cli.commands.keys.suspension import key_origins, key_resume, key_suspend
 from keyproxy.cli.commands.migrate import migrate_command
 from keyproxy.cli.commands.plan import plan_group
 from keyproxy.cli.commands.process import drain_command, health_command
@@ -59,6 +62,9 @@ for _key_command in (*BULK_COMMANDS, *LEAK_COMMANDS):
     key_group.add_command(_key_command)
 key_group.add_command(key_explain)
 key_group.add_command(key_remind)
+key_group.add_command(key_suspend)
+key_group.add_command(key_resume)
+key_group.add_command(key_origins)
 for _agent_command in TOKEN_COMMANDS:
     agent_group.add_command(_agent_command)
 
@@ -74,6 +80,8 @@ for _command in (
     user_group,
     key_group,
     agent_group,
+    approval_group,
+    consent_group,
     plan_group,
     role_group,
     owned_group,

@@ -28,7 +28,7 @@ from keyproxy.cli.output import Failure, print_message, print_result, require_st
 from keyproxy.config.route_review import scope_warnings
 from keyproxy.config.schema import Settings
 from keyproxy.platform import clock
-from keyproxy.store.directory.directory import Directory, Entity, KeyWish
+from keyproxy.store.directory.directory import Directory, Entity, EntityPage, KeyWish
 from keyproxy.store.directory.entities import ACTS_FOR_NONE
 from keyproxy.store.directory.interface import AS_CONFIGURED_THERE, DirectoryOperations
 from keyproxy.store.postgres.database import Database
@@ -88,9 +88,11 @@ class Call:
             from keyproxy.cli.remote.remote_directory import RemoteDirectory
 
             return self._run_remotely(url, lambda client: work(RemoteDirectory(client)))
-        keys = self.settings().keys
-        key_format = KeyFormat(keys.prefix, accepts_foreign=keys.accept_foreign)
-        return self.run_in_store(lambda database: work(Directory(database, key_format, actor())))
+        settings = self.settings()
+        key_format = KeyFormat(settings.keys.prefix, accepts_foreign=settings.keys.accept_foreign)
+        return self.run_in_store(
+            lambda database: work(Directory(database, key_format, actor(), approvals=settings.approvals))
+        )
 
     def run_to_mint(self, work: Callable[[DirectoryOperations], Awaitable[_T]]) -> _T:
         """As `run_for_secret`, for the minting of agent tokens."""
@@ -263,6 +265,17 @@ async def all_pages(page: Callable[[str], Awaitable[list[Entity]]]) -> list[Enti
     while rows := await page(found[-1]["id"] if found else ""):
         found += rows
     return found
+
+
+async def every_page(page: Callable[[str | None, int], Awaitable[EntityPage]]) -> list[Entity]:
+    """Return all pages of a list with cursors."""
+    found: list[Entity] = []
+    cursor: str | None = None
+    while True:
+        items, cursor = await page(cursor, PAGE)
+        found += items
+        if cursor is None:
+            return found
 
 
 def chosen_plan(plan: str | None, named: str | None, *, none: bool) -> str | None:

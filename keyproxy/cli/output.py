@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,6 +77,12 @@ def print_result(
         cells = [[_cell(row.get(name)) for name in columns] for row in result]
         for line in table.lines(cells, columns, terminal, units):
             click.echo(line)
+
+
+def print_document(value: object) -> None:
+    """Print a JSON value for people, indented."""
+    for line in json.dumps(value, ensure_ascii=False, indent=2).split("\n"):
+        click.echo(_visible(line))
 
 
 class Progress:

@@ -14,7 +14,9 @@ EMPTY: Final = "none"
 
 _GAP: Final = "  "
 _CUT: Final = "…"
-_PROSE: Final = frozenset({"name", "scopes", "roles", "detail", "last_error", "changed", "revoke_reason", "route"})
+_PROSE: Final = frozenset(
+    {"name", "scopes", "roles", "detail", "last_error", "changed", "revoke_reason", "suspend_reason", "route"}
+)
 _PROSE_CHARACTERS_MIN: Final = 8
 
 

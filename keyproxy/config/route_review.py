@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from keyproxy.ai.reservation import OFF
-from keyproxy.config.schema import RouteRow
+from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.http.path_patterns import parse_pattern
 
 
@@ -47,3 +47,15 @@ def cap_warnings(routes: Sequence[RouteRow]) -> list[str]:
         for number, row in enumerate(routes, start=1)
         if row.cap == OFF
     ]
+
+
+def certificate_warnings(settings: Settings) -> list[str]:
+    """Return a sentence if clients without a certificate are accepted only because a tool demands one itself."""
+    listen = settings.listen
+    if not listen.tls_client_ca_file or listen.tls_client_certificate or settings.requires_client_certificates:
+        return []
+    warning = (
+        "listen.tls_client_certificate: clients without a certificate are accepted, because a tool demands one itself;"
+        " set 'optional' to confirm this, or 'required'"
+    )
+    return [warning]

@@ -27,6 +27,7 @@ from keyproxy.config import (
 from keyproxy.config.categories import CategoryKeys
 from keyproxy.config.delegation_settings import AccessSettings
 from keyproxy.config.token_settings import Money, Tokens
+from keyproxy.config.tools import tool_contradictions
 from keyproxy.config.tools.anomaly_settings import AnomalySettings
 from keyproxy.config.tools.provider_settings import ProviderRow, SecretSettings
 from keyproxy.config.tools.tool_settings import ApprovalSettings, McpSettings, ToolRow
@@ -35,6 +36,9 @@ from keyproxy.config.value_types import OneOrMany, setting
 from keyproxy.http import error_responses
 from keyproxy.http.routes import RouteTable
 from keyproxy.model import AGENT_TOKENS, Route
+
+_REQUIRED: Final = "required"
+_OPTIONAL: Final = "optional"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,8 @@ class Listen:
     tls_certificate_file: str = setting("")
     tls_key_file: str = setting("")
     tls_client_ca_file: str = setting("")
+    #: Empty: "optional" if a tool demands a certificate itself, else "required".
+    tls_client_certificate: str = setting("", one_of("", _REQUIRED, _OPTIONAL))
     connections_max: int = setting(10_000, within(1))
     header_timeout_seconds: float = setting(10.0, within(0.05))
     body_idle_timeout_seconds: float = setting(30.0, within(0.05))
@@ -268,6 +274,12 @@ class Settings:
             "admin.address": self.admin.address,
         }
 
+    @property
+    def requires_client_certificates(self) -> bool:
+        """Whether every connection to the proxied port needs a certificate, if those of clients are verified."""
+        stated = self.listen.tls_client_certificate
+        return stated == _REQUIRED or not (stated or any(tool.client_certificate for tool in self.tools))
+
     def upstream_urls(self) -> dict[str, str]:
         """The configured upstreams, by configuration key."""
         urls = {"upstream.url": self.upstream.url, "upstream.test_url": self.upstream.test_url}
@@ -320,6 +332,10 @@ def cross_checks(settings: Settings) -> list[str]:
         wrong.append("admin.tls_key_file: is set without admin.tls_certificate_file")
     if settings.listen.tls_client_ca_file and not settings.listen.tls_certificate_file:
         wrong.append("listen.tls_client_ca_file: is set without listen.tls_certificate_file: mutual TLS needs TLS")
+    if settings.listen.tls_client_certificate and not settings.listen.tls_client_ca_file:
+        wrong.append(
+            "listen.tls_client_certificate: is set without listen.tls_client_ca_file, which verifies certificates"
+        )
     wrong += [
         f"{table}.webhook_secret: is required with {table}.webhook_url; generate one with"
         " `echo whsec_$(openssl rand -base64 32)`"
@@ -350,6 +366,7 @@ def cross_checks(settings: Settings) -> list[str]:
     )
     wrong += route_access.contradictions(settings.routes)
     wrong += route_serves.contradictions(settings.routes)
+    wrong += tool_contradictions.contradictions(settings)
     matches = [row.match for row in settings.routes]
     wrong += [
         f"routes: {match!r} is configured twice; the first one always wins"

@@ -1,34 +1,22 @@
-"""Read the MCP message of one exchange."""
+"""Read the MCP message of one exchange, whose body has arrived; and prepare the response to a list of tools."""
 
 from __future__ import annotations
 
-from keyproxy.ai.requests.request_facts import malformed
-from keyproxy.ai.tools.mcp_message import AT_ONCE_BYTES, McpMessage, McpReading, McpRules, check_head, too_large
+from keyproxy.ai.requests.forwarded_headers import for_metering
+from keyproxy.ai.tools.mcp_message import AT_ONCE_BYTES, McpMessage, McpReading, McpRules
+from keyproxy.ai.tools.tool_list_filter import ToolListFilter
 from keyproxy.http_messages import RequestHead
 from keyproxy.model import Missing
 from keyproxy.ports.exchange import Exchange
 
-_POST = b"POST"
 
+def read(exchange: Exchange, head: RequestHead, rules: McpRules) -> McpMessage:
+    """The message of an exchange whose body is complete.
 
-def read(exchange: Exchange, head: RequestHead, rules: McpRules) -> McpMessage | None:
-    """The message of an exchange; None for GET and DELETE, which have none and belong to sessions.
-
-    Raises Missing until the body has arrived and is read, a Refusal (REQUEST_MALFORMED, BODY_TOO_LARGE).
+    Raises Missing until a large one is read, a Refusal (REQUEST_MALFORMED, BODY_TOO_LARGE).
     """
-    if head.line.method != _POST:
-        if head.has_body:
-            raise malformed("Only POST has a body on this route.")
-        return None
     reading = exchange.mcp
     if reading is None:
-        check_head(head)
-        if head.content_length > rules.body_bytes_max:
-            raise too_large(rules)
-        if not exchange.is_complete:
-            raise Missing(
-                "body", lambda _patience: exchange.whole_body(too_large(rules), bytes_max=rules.body_bytes_max)
-            )
         reading = exchange.mcp = McpReading(head, exchange.body, rules)
         if len(exchange.body) <= AT_ONCE_BYTES:
             while not _advance(exchange, reading):
@@ -43,3 +31,11 @@ def _advance(exchange: Exchange, reading: McpReading) -> bool:
         return reading.advance()
     finally:
         exchange.rpc_id = reading.rpc_id
+
+
+def filter_list(exchange: Exchange, head: RequestHead, allowed: frozenset[str]) -> None:
+    """Let the response list only these tools, and request it in an encoding that can be read."""
+    if exchange.tool_list is None:
+        exchange.tool_list = ToolListFilter(allowed)
+        block = head.block if exchange.block is None else exchange.block
+        exchange.block = for_metering(block, accepts_codings=head.fields.accepts_codings)

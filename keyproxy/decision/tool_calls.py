@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from typing import Final
 
 from keyproxy.ai.requests.request_facts import malformed
-from keyproxy.ai.tools import tool_rules
+from keyproxy.ai.tools import mcp_message, tool_rules
 from keyproxy.ai.tools.tool import CONSENT, NO_APPROVAL, Tool
 from keyproxy.ai.tools.tool_call import ToolCall
 from keyproxy.ai.tools.tool_rules import ToolRules
+from keyproxy.auth.api_key import KeyFormat
 from keyproxy.decision import mcp_requests
+from keyproxy.decision.approval_claims import ApprovalClaims
 from keyproxy.decision.payments import Payments
 from keyproxy.http_messages import RequestHead
 from keyproxy.limits.allowance import Need
@@ -25,16 +27,18 @@ from keyproxy.ports.exchange import Exchange
 from keyproxy.ports.tools import Approvals
 from keyproxy.reasons import Reason, Refusal
 
-#: The methods of MCP over HTTP. POST has a message; GET opens a stream of messages, DELETE ends a session.
-_MCP_METHODS: Final = frozenset({b"POST", b"GET", b"DELETE"})
+_POST: Final = b"POST"
+#: The other methods of MCP over HTTP: GET opens a stream of messages, DELETE ends a session.
+_MCP_WITHOUT_MESSAGE: Final = frozenset({b"GET", b"DELETE"})
 
 
 class ToolCalls:
     """Judges the calls of one gateway. `rules`: of the routes that call tools."""
 
-    def __init__(self, rules: Mapping[Route, ToolRules], approvals: Approvals) -> None:
+    def __init__(self, rules: Mapping[Route, ToolRules], approvals: Approvals, key_format: KeyFormat) -> None:
         self._rules: Final = dict(rules)
         self._approvals: Final = approvals
+        self._claims: Final = ApprovalClaims(approvals, key_format)
         #: Whether any route calls tools.
         self.has_rules: Final = bool(rules)
 
@@ -60,15 +64,24 @@ class ToolCalls:
     def _decide_mcp(
         self, exchange: Exchange, head: RequestHead, grant: Grant, payments: Payments, *, now: Moment
     ) -> None:
-        if head.line.method not in _MCP_METHODS:
+        method = head.line.method
+        if method in _MCP_WITHOUT_MESSAGE:
+            if head.has_body:
+                # A server that takes the request for a POST, such as by an override, must not find a call in it.
+                raise malformed("Only POST has a body on this route.")
+            return
+        if method != _POST:
             raise Refusal(Reason.ROUTE_NOT_ALLOWED, "a method that MCP does not use")
         reading = exchange.mcp
         if reading is None or reading.message is None:
             self._read(exchange, head, grant, payments, now=now)
             reading = exchange.mcp
-        message = None if reading is None else reading.message
+        message, rules = None if reading is None else reading.message, self._rules[grant.route]
         if message is not None and message.tool is not None:
-            _judge(exchange, self._rules[grant.route].table.by_mcp.get(message.tool), grant)
+            _judge(exchange, rules.table.by_mcp.get(message.tool), grant)
+        elif message is not None and rules.filters_list and message.method == mcp_message.LIST:
+            allowed = tool_rules.callable_tools(rules.table, grant.identity, has_certificate=_has_certificate(exchange))
+            mcp_requests.filter_list(exchange, head, allowed)
 
     def _read(self, exchange: Exchange, head: RequestHead, grant: Grant, payments: Payments, *, now: Moment) -> None:
         """Read the body of a call. Raises Missing until it has arrived and is read, a Refusal if it is not accepted.
@@ -80,9 +93,10 @@ class ToolCalls:
         if allowance is not None:
             payments.check(exchange, allowance, need, now=now, asks=not exchange.is_complete)
         try:
-            if rules.mcp is None:
-                _read_body(exchange, head, rules.body_bytes_max)
-            else:
+            if rules.mcp is not None:
+                mcp_message.check_head(head)
+            _read_body(exchange, head, rules.body_bytes_max)
+            if rules.mcp is not None:
                 mcp_requests.read(exchange, head, rules.mcp)
         except Missing:
             if allowance is not None:
@@ -115,7 +129,7 @@ class ToolCalls:
             return
         if allowance is not None:
             payments.check(exchange, allowance, need, now=now, asks=True)
-        claiming = self._claiming(exchange, head, call)
+        claiming = self._claims.claiming(exchange, head, grant, call)
         if allowance is not None:
             payments.take_slots(exchange, allowance, need, now)
         raise claiming
@@ -128,10 +142,9 @@ class ToolCalls:
             return not call.has_consent
         return tool.approval != NO_APPROVAL
 
-    def _claiming(self, exchange: Exchange, head: RequestHead, call: ToolCall) -> Missing:
-        """The Missing whose fetch claims the approval of this call, and sets its claim."""
-        del exchange, head
-        raise Refusal(Reason.APPROVALS_UNAVAILABLE, f"no approval of {call.tool.name} can be claimed")
+    def give_back(self, exchange: Exchange) -> None:
+        """When an exchange has ended: give back an approval that it has claimed, unless a byte of it was sent."""
+        self._claims.give_back(exchange)
 
     def name_upstream(self, exchange: Exchange, head: RequestHead) -> None:
         """Add the header lines that name the tool, and the approval if one was used, to what goes upstream."""
@@ -155,8 +168,11 @@ def _judge(exchange: Exchange, tool: Tool | None, grant: Grant) -> None:
     if exchange.tool_call is None and tool is not None:
         # For the records, also of a refusal.
         exchange.tool_call = ToolCall(tool)
-    has_certificate = exchange.peer is not None and exchange.peer.has_certificate
-    tool_rules.judge(tool, grant.identity, grant.route, has_certificate=has_certificate)
+    tool_rules.judge(tool, grant.identity, grant.route, has_certificate=_has_certificate(exchange))
+
+
+def _has_certificate(exchange: Exchange) -> bool:
+    return exchange.peer is not None and exchange.peer.has_certificate
 
 
 def _read_body(exchange: Exchange, head: RequestHead, bytes_max: int) -> None:

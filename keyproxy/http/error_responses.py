@@ -27,9 +27,11 @@ _ALLOW: Final = "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 
 _PROBLEM: Final = "problem"
 
-ERROR_SHAPES: Final = (_PROBLEM, *error_shapes.SHAPES)
+ERROR_SHAPES: Final = (_PROBLEM, *error_shapes.SHAPES, error_shapes.MCP)
 
 _CHALLENGE: Final = 'Api-Key realm="keyproxy"'
+#: Of missing scopes, for clients of MCP. RFC 6750 section 3.
+_SCOPE_CHALLENGES: Final[Mapping[str, str]] = {error_shapes.MCP: "Bearer"}
 
 
 class ErrorRenderer:
@@ -49,8 +51,10 @@ class ErrorRenderer:
         """The HTTP status of one refusal. A window that is only reserved by requests in flight is always 429."""
         return refusal.reason.value.status if refusal.is_held else self.status(refusal.reason)
 
-    def render(self, refusal: Refusal, request_id: str, error_shape: str = "problem") -> OwnResponse:
-        """The response for one refusal in the route's error format."""
+    def render(
+        self, refusal: Refusal, request_id: str, error_shape: str = "problem", *, rpc_id: bytes = b""
+    ) -> OwnResponse:
+        """The response for one refusal in the route's error format. `rpc_id`: of a JSON-RPC request, empty: unknown."""
         status = self.status_of(refusal)
         media_type = problem_json.MEDIA_TYPE if error_shape == "problem" else "application/json"
         fields = [f"Content-Type: {media_type}", "Cache-Control: no-store"]
@@ -58,7 +62,8 @@ class ErrorRenderer:
             fields.append(f"WWW-Authenticate: {_CHALLENGE}")
         elif refusal.missing_scopes:
             missing = " ".join(refusal.missing_scopes)
-            fields.append(f'WWW-Authenticate: {_CHALLENGE}, error="insufficient_scope", scope="{missing}"')
+            challenge = _SCOPE_CHALLENGES.get(error_shape, f"{_CHALLENGE},")
+            fields.append(f'WWW-Authenticate: {challenge} error="insufficient_scope", scope="{missing}"')
         if status == http.HTTPStatus.METHOD_NOT_ALLOWED:
             fields.append(_ALLOW)
         type_field = error_shapes.error_type_field(error_shape, status)
@@ -78,29 +83,36 @@ class ErrorRenderer:
             status,
             http.HTTPStatus(status).phrase.encode("ascii"),
             block + limit_state.lines(refusal.applied),
-            self._body(refusal, request_id, error_shape),
+            self._body(refusal, request_id, error_shape, rpc_id),
         )
 
-    def last_event(self, refusal: Refusal, request_id: str, error_shape: str = "problem") -> bytes:
+    def last_event(
+        self, refusal: Refusal, request_id: str, error_shape: str = "problem", *, rpc_id: bytes = b""
+    ) -> bytes:
         """The server-sent event that ends a refused stream, in the route's error format.
 
         Must be sent at the start of an event. OpenAI's SDK raises on any data with an `error`, Anthropic's on an event
-        named `error`. No `[DONE]` follows, because the stream is incomplete.
+        named `error`. No `[DONE]` follows, because the stream is incomplete. MCP's messages have no name.
         """
-        body = self._body(refusal, request_id, error_shape)
-        return (b"data: %b\n\n" if error_shape == "openai" else b"event: error\ndata: %b\n\n") % body
+        body = self._body(refusal, request_id, error_shape, rpc_id)
+        is_unnamed = error_shape in ("openai", error_shapes.MCP)
+        return (b"data: %b\n\n" if is_unnamed else b"event: error\ndata: %b\n\n") % body
 
     def last_document(self, refusal: Refusal, request_id: str, error_shape: str = "problem") -> bytes:
         """The JSON document that ends a refused stream of another format, which frames it."""
         return self._body(refusal, request_id, error_shape)
 
-    def _body(self, refusal: Refusal, request_id: str, error_shape: str) -> bytes:
+    def _body(self, refusal: Refusal, request_id: str, error_shape: str, rpc_id: bytes = b"") -> bytes:
         spec = refusal.reason.value
         status = self.status_of(refusal)
         detail = refusal.caller_text if refusal.replaces_sentence else f"{spec.sentence} {refusal.caller_text}".rstrip()
         members = _members(refusal)
         if error_shape == _PROBLEM:
             return problem_json.problem_json(spec, request_id, status=status, detail=detail, members=members)
+        if error_shape == error_shapes.MCP:
+            problem = problem_json.problem_content(spec, request_id, status=status, detail=detail, members=members)
+            is_malformed = refusal.reason is Reason.REQUEST_MALFORMED
+            return error_shapes.rpc_error(problem, rpc_id=rpc_id, code=refusal.rpc_code, is_malformed=is_malformed)
         error = ErrorFacts(status, spec.code, detail, request_id, refusal.field, members)
         return json.dumps(error_shapes.error_content(error_shape, error)).encode("utf-8")
 

@@ -5,6 +5,7 @@ The members of `limit` describe the exceeded limit; each format has a place for 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
@@ -15,6 +16,14 @@ SHAPES: Final = ("openai", "anthropic", "gemini", "ollama", "bedrock")
 _DOMAIN: Final = "keyproxy"
 
 _SERVER_ERROR: Final = 500
+
+#: The format of routes with this protocol: an error response of JSON-RPC, with the problem as its data.
+MCP: Final = "mcp"
+
+#: The codes of JSON-RPC errors are this minus the status, outside of the range that JSON-RPC and MCP reserve.
+_RPC_BASE: Final = -31_000
+#: Of a malformed request. JSON-RPC 2.0 section 5.1.
+_RPC_INVALID: Final = -32_600
 
 _OPENAI_TYPES: Final = {
     401: "authentication_error", 402: "insufficient_quota", 403: "permission_error", 429: "rate_limit_error",
@@ -99,6 +108,19 @@ def retry_field(shape: str, seconds: int) -> str | None:
 def bedrock_stream_exception(status: int) -> str:
     """Return the `:exception-type` of the message that ends an event stream."""
     return _type(_BEDROCK_STREAM_TYPES, status, "validationException", "internalServerException")
+
+
+def rpc_error(problem: Mapping[str, object], *, rpc_id: bytes, code: int | None, is_malformed: bool) -> bytes:
+    """Return the error response to a JSON-RPC request. `rpc_id`: its id as JSON text; empty: it is not known.
+
+    `code`: None for the one of the problem's status, or of a malformed request.
+    """
+    if code is None:
+        status = problem["status"]
+        code = _RPC_INVALID if is_malformed or not isinstance(status, int) else _RPC_BASE - status
+    error = {"code": code, "message": problem["title"], "data": problem}
+    member = b'"id": %b, ' % rpc_id if rpc_id else b""
+    return b'{"jsonrpc": "2.0", %b"error": %b}' % (member, json.dumps(error).encode("utf-8"))
 
 
 def _gemini(error: ErrorFacts) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""The X-Forwarded-* fields, and which peers may set them."""
+"""The X-Forwarded-* fields, which peers may set them, and the client's address as it may be recorded."""
 
 from __future__ import annotations
 
@@ -10,14 +10,45 @@ from typing import Final
 from keyproxy.http.identity_headers import identity_block
 from keyproxy.http_messages import RequestHead
 
-#: A hop of X-Forwarded-For that may be an address, with or without a port.
+#: A hop of X-Forwarded-For that may be an address, with or without a port and a zone.
 _HOP = re.compile(
-    rb"\[?([0-9A-Fa-f]*:[0-9A-Fa-f:.]+)(?:\](?::[0-9]{1,5})?)?|([0-9]{1,3}(?:\.[0-9]{1,3}){3})(?::[0-9]{1,5})?"
+    rb"\[([0-9A-Fa-f]*:[0-9A-Fa-f:.]+)(?:%[0-9A-Za-z._~-]+)?\](?::[0-9]{1,5})?"
+    rb"|([0-9A-Fa-f]*:[0-9A-Fa-f:.]+)(?:%[0-9A-Za-z._~-]+)?"
+    rb"|([0-9]{1,3}(?:\.[0-9]{1,3}){3})(?::[0-9]{1,5})?"
 )
+
+#: How much of a client's address is recorded.
+FULL: Final = "full"
+NETWORK: Final = "network"
+NONE: Final = "none"
+
+#: The prefix lengths of the networks by which clients are distinguished, by the version of IP.
+_IPV4: Final = 4
+_NETWORK_BITS: Final = {_IPV4: 24, 6: 48}
 
 #: The number of hops that are cached, and their greatest length; then the cache is cleared.
 _REMEMBERED_MAX: Final = 2048
 _REMEMBERED_BYTES_MAX: Final = 48
+
+
+class Hop:
+    """A client or proxy by its address, empty if it is unknown.
+
+    `network`: its /24 or /48, by which clients are distinguished; empty if none may be recorded. `recorded`: what may be
+    recorded of the address. `is_trusted`: the X-Forwarded-* fields that it sends are trusted.
+    """
+
+    __slots__ = ("address", "is_trusted", "network", "recorded")
+
+    def __init__(self, address: bytes, network: bytes, recorded: bytes, *, is_trusted: bool) -> None:
+        self.address: Final = address
+        self.network: Final = network
+        self.recorded: Final = recorded
+        self.is_trusted: Final = is_trusted
+
+
+#: The peer of a unix socket, and a malformed hop.
+UNKNOWN: Final = Hop(b"", b"", b"", is_trusted=False)
 
 
 class Forwarding:
@@ -27,14 +58,15 @@ class Forwarding:
     fields and empty list elements are left out (RFC 9110 section 5.6.1).
     """
 
-    __slots__ = ("_address", "_block", "_certificate", "_is_trusted", "_rule", "_scheme")
+    __slots__ = ("_address", "_block", "_certificate", "_is_trusted", "_peer", "_rule", "_scheme")
 
     def __init__(
-        self, address: bytes, *, is_trusted: bool, is_tls: bool, certificate: bytes = b"", rule: TrustRule | None = None
+        self, peer: Hop, *, is_trusted: bool, is_tls: bool, certificate: bytes = b"", rule: TrustRule | None = None
     ) -> None:
-        """`address`: the peer's IP address, empty for a unix socket. `certificate`: a header line that names its
-        verified certificate, or empty. `rule`: which addresses in the X-Forwarded-For of a trusted peer are trusted."""
-        self._address = address
+        """`peer`: its address is empty for a unix socket. `certificate`: a header line that names its verified
+        certificate, or empty. `rule`: which addresses in the X-Forwarded-For of a trusted peer are trusted."""
+        self._peer = peer
+        self._address = address = peer.address
         self._is_trusted = is_trusted
         self._rule = rule
         self._scheme = b"https" if is_tls else b"http"
@@ -53,14 +85,15 @@ class Forwarding:
             return self._extended(head)
         return self._block + head.fields.host_block
 
-    def client_address(self, head: RequestHead | None) -> bytes:
-        """The client's IP address; empty for a unix socket's.
-
-        The address of the peer; behind trusted proxies the right-most untrusted address of X-Forwarded-For.
-        """
+    def client(self, head: RequestHead | None) -> Hop:
+        """The client, the peer or, behind trusted proxies, the right-most untrusted one of X-Forwarded-For."""
         if self._is_trusted and self._rule is not None and head is not None and head.forwarded:
-            return self._rule.client_address(head.forwarded, self._address)
-        return self._address
+            return self._rule.client(head.forwarded, self._peer)
+        return self._peer
+
+    def recorded_address(self, head: RequestHead | None) -> bytes:
+        """The client's address as it may be recorded: its IP address or its network; empty: none, or unknown."""
+        return self.client(head).recorded
 
     def _extended(self, head: RequestHead) -> bytes:
         fields = {b"x-forwarded-proto": self._scheme}
@@ -83,32 +116,35 @@ class Forwarding:
 class TrustRule:
     """The peers with X-Forwarded-* fields that are trusted: networks, and `unix` for the peers of a unix socket."""
 
-    def __init__(self, trusted_proxies: Sequence[str], header_prefix: str = "X-Keyproxy-") -> None:
-        """Raises ValueError for an entry that is neither a network nor `unix`."""
+    def __init__(
+        self, trusted_proxies: Sequence[str], header_prefix: str = "X-Keyproxy-", *, recorded: str = FULL
+    ) -> None:
+        """`recorded`: how much of a client's address is recorded. Raises ValueError for an entry that is neither a
+        network nor `unix`."""
         self._header_prefix = header_prefix
+        self._recorded = recorded
         self._trusts_unix = "unix" in trusted_proxies
         self._networks = [ipaddress.ip_network(entry) for entry in trusted_proxies if entry != "unix"]
-        #: Hops of X-Forwarded-For: the address, empty if invalid, and whether it is that of a trusted proxy.
-        self._hops: dict[bytes, tuple[bytes, bool]] = {}
+        self._hops: dict[bytes, Hop] = {}
 
-    def client_address(self, forwarded: Sequence[tuple[bytes, bytes]], peer: bytes) -> bytes:
-        """The client's address by the X-Forwarded-For of a trusted `peer`.
+    def client(self, forwarded: Sequence[tuple[bytes, bytes]], peer: Hop) -> Hop:
+        """The client by the X-Forwarded-For of a trusted `peer`.
 
         Read from the right: each hop was written by the one after it. Everything to the left of the first hop that is
         untrusted or invalid may be forged.
         """
         found = peer
         fields = [value for name, value in forwarded if name == b"x-forwarded-for"]
-        for hop in reversed(b",".join(fields).split(b",")):
-            address, is_trusted = self._hop(hop.strip(b" \t"))
-            if not address:
+        for element in reversed(b",".join(fields).split(b",")):
+            hop = self._hop(element.strip(b" \t"))
+            if not hop.address:
                 break
-            found = address
-            if not is_trusted:
+            found = hop
+            if not hop.is_trusted:
                 break
         return found
 
-    def _hop(self, text: bytes) -> tuple[bytes, bool]:
+    def _hop(self, text: bytes) -> Hop:
         known = self._hops.get(text)
         if known is None:
             if len(self._hops) >= _REMEMBERED_MAX:
@@ -118,16 +154,21 @@ class TrustRule:
                 self._hops[text] = known
         return known
 
-    def _parsed_hop(self, text: bytes) -> tuple[bytes, bool]:
+    def _parsed_hop(self, text: bytes) -> Hop:
         # Some proxies include the port: 192.0.2.1:8080, [2001:db8::1]:8080.
         match = _HOP.fullmatch(text)
+        if match is None:
+            return UNKNOWN
         try:
-            peer = _unmapped((match[1] or match[2]).decode("ascii")) if match is not None else None
+            return self._hop_of(_unmapped((match[1] or match[2] or match[3]).decode("ascii")))
         except ValueError:
-            peer = None
-        if peer is None:
-            return b"", False
-        return str(peer).encode("ascii"), any(peer in network for network in self._networks)
+            return UNKNOWN
+
+    def _hop_of(self, parsed: ipaddress.IPv4Address | ipaddress.IPv6Address) -> Hop:
+        address, network = str(parsed).encode("ascii"), _network_of(parsed)
+        recorded = {FULL: address, NETWORK: network}.get(self._recorded, b"")
+        is_trusted = any(parsed in one for one in self._networks)
+        return Hop(address, b"" if self._recorded == NONE else network, recorded, is_trusted=is_trusted)
 
     def forwarding(self, address: str, *, is_tls: bool, subject: str | None = None) -> Forwarding:
         """The Forwarding for a connection from this IP address; empty: from a unix socket.
@@ -137,12 +178,18 @@ class TrustRule:
         certificate = b""
         if subject is not None:
             certificate = identity_block(self._header_prefix, [("Client-Cert-Subject", subject)])
-        if not address:
-            return Forwarding(b"", is_trusted=self._trusts_unix, is_tls=is_tls, certificate=certificate, rule=self)
-        peer = _unmapped(address)
-        is_trusted = any(peer in network for network in self._networks)
-        where = str(peer).encode("ascii")
-        return Forwarding(where, is_trusted=is_trusted, is_tls=is_tls, certificate=certificate, rule=self)
+        peer = self._hop_of(_unmapped(address)) if address else UNKNOWN
+        is_trusted = peer.is_trusted if address else self._trusts_unix
+        return Forwarding(peer, is_trusted=is_trusted, is_tls=is_tls, certificate=certificate, rule=self)
+
+
+def _network_of(parsed: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bytes:
+    """The network of an address, its first 24 or 48 bits, as `192.0.2.0/24`."""
+    bits = _NETWORK_BITS[parsed.version]
+    beyond = parsed.max_prefixlen - bits
+    first = int(parsed) >> beyond << beyond
+    network = ipaddress.IPv4Address(first) if parsed.version == _IPV4 else ipaddress.IPv6Address(first)
+    return b"%b/%d" % (str(network).encode("ascii"), bits)
 
 
 def _unmapped(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:

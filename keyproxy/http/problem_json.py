@@ -11,11 +11,11 @@ from keyproxy.problem_spec import ProblemSpec
 MEDIA_TYPE: Final = "application/problem+json"
 
 
-def problem_json(
+def problem_content(
     spec: ProblemSpec, request_id: str, *, status: int, detail: str, members: Mapping[str, object]
-) -> bytes:
-    """The document for one occurrence of a problem. `status` may be configured; `members` are further members."""
-    content: dict[str, object] = {
+) -> dict[str, object]:
+    """The content for one occurrence of a problem. `status` may be configured; `members` are further members."""
+    return {
         "type": f"urn:keyproxy:problem:{spec.code}",
         "title": spec.title,
         "status": status,
@@ -24,4 +24,10 @@ def problem_json(
         "request_id": request_id,
         **members,
     }
-    return json.dumps(content).encode("utf-8")
+
+
+def problem_json(
+    spec: ProblemSpec, request_id: str, *, status: int, detail: str, members: Mapping[str, object]
+) -> bytes:
+    """The document for one occurrence of a problem, as in `problem_content`."""
+    return json.dumps(problem_content(spec, request_id, status=status, detail=detail, members=members)).encode("utf-8")

@@ -11,6 +11,7 @@ from keyproxy.ai.responses.meter import Meter
 from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.ai.tools.mcp_message import McpReading
 from keyproxy.ai.tools.tool_call import ToolCall
+from keyproxy.ai.tools.tool_list_filter import ToolListFilter
 from keyproxy.auth.minting import MintRequest
 from keyproxy.http.forwarding import Forwarding
 from keyproxy.http.idempotency_key import Fingerprint
@@ -108,9 +109,15 @@ class Exchange:
     tool_call: ToolCall | None = None
     upstream_credential: UpstreamCredential | None = None
 
+    #: The approval that a refused call waits for, or that was denied; empty: none.
+    approval_id: str = ""
+
     #: On MCP routes: the message, and its id as JSON text, once it was read; empty: unknown, or a notification.
     mcp: McpReading | None = None
     rpc_id: bytes = b""
+
+    #: What removes tools from the response to `tools/list`.
+    tool_list: ToolListFilter | None = None
 
     #: Whether it is admitted to mint an agent token, and what it asks for, once its body was read.
     is_minting: bool = False

@@ -49,7 +49,7 @@ class Gate:
         raise NotImplementedError
 
     def settle(self, exchange: Exchange) -> None:
-        """When an exchange with a permit or slots has ended: charge or release what it holds. Called exactly once."""
+        """When an exchange with a permit, slots or a tool call has ended: charge or release what it holds. Once."""
         raise NotImplementedError
 
 

@@ -68,7 +68,12 @@ def new_tls(settings: Settings) -> ssl.SSLContext | None:
     listen = settings.listen
     if not listen.tls_certificate_file:
         return None
-    return server_context(listen.tls_certificate_file, listen.tls_key_file, listen.tls_client_ca_file)
+    return server_context(
+        listen.tls_certificate_file,
+        listen.tls_key_file,
+        listen.tls_client_ca_file,
+        requires_client_certificates=settings.requires_client_certificates,
+    )
 
 
 def check_resources(settings: Settings) -> None:

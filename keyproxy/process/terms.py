@@ -65,7 +65,7 @@ def build_gateway(
         routes=routes,
         metering=build_metering(settings, routes, access),
         access=access,
-        tool_calls=ToolCalls(tool_rules(settings, routes), approvals),
+        tool_calls=ToolCalls(tool_rules(settings, routes), approvals, _key_format(settings)),
         mint=mint,
         mint_rules=settings.access.mint_rules(),
         upstream_credentials=upstream_credentials,
@@ -142,7 +142,7 @@ def build_terms(
         problems=ErrorRenderer(
             invalid_key_status=settings.errors.invalid_key_status, spent_status=settings.errors.spent_status
         ),
-        trust=TrustRule(settings.listen.trusted_proxies, prefix),
+        trust=TrustRule(settings.listen.trusted_proxies, prefix, recorded=settings.log.client_address),
         tls=tls,
         assertions=assertions,
     )

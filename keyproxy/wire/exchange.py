@@ -24,13 +24,12 @@ from keyproxy.wire import phases, usage_reads
 from keyproxy.wire.body_buffer import BodyBuffer, InflatedContent, owner_of
 from keyproxy.wire.client.exchange_owner import ExchangeOwner
 from keyproxy.wire.context import ServerContext
-from keyproxy.wire.responses import own_responses, response_heads, stream_cut
+from keyproxy.wire.responses import own_responses, response_begun, response_heads, stream_cut
 from keyproxy.wire.responses.response_writer import ResponseWriter
 from keyproxy.wire.upstream.connection import UpstreamConnection
 from keyproxy.wire.upstream.identity_assertion import unsigned_because
 from keyproxy.wire.upstream.pool import PoolUser, UpstreamPool
 from keyproxy.wire.upstream.request_head import request_head
-from keyproxy.wire.upstream.retry import may_retry
 from keyproxy.wire.usage_reads import NOT_REPORTED, REPORTED
 
 #: Body bytes buffered while there is no upstream connection to write them to; beyond that the client is not read.
@@ -40,7 +39,6 @@ _PENDING_BYTES_MAX: Final = 65_536
 _CLIENT_GONE_STATUS: Final = 499
 
 _CONTINUE: Final = 100
-_UNAUTHORIZED: Final = 401
 
 
 class Exchange(PoolUser):
@@ -276,11 +274,8 @@ class Exchange(PoolUser):
         self._phase = phases.EXCHANGE.step(self._phase, phases.RESPONDING)
         self.responded_mono = now
         self.status = response.line.status
-        if self.upstream_credential is not None and self.status == _UNAUTHORIZED:
-            self._gate.credential_refused(self, self.upstream_credential, now)
+        response = response_begun.prepare(self, response, self._gate, now)
         lines = response_heads.client_lines(response, self, self._server, now)
-        if self.metered is not None:
-            self.meter = self._gate.meter(self, response)
         may_continue = head.fields.keeps_alive and self.is_complete and not self._server.is_draining
         self.response.begin(head, response, lines, may_continue=may_continue)
 
@@ -303,6 +298,10 @@ class Exchange(PoolUser):
                 if meter.is_reported or is_last:
                     self._server.usage_reads.end(self, REPORTED if meter.is_reported else NOT_REPORTED)
                 return
+        if self.tool_list is not None:
+            content = self.tool_list.feed(content, is_last=is_last)
+            if not content and not is_last:
+                return
         self.bytes_out += len(content)
         response.write(content, is_last=is_last)
         if is_last:
@@ -314,7 +313,7 @@ class Exchange(PoolUser):
         upstream, self._upstream = self._upstream, None
         is_first = self._phase == phases.REQUESTED and not self._is_retry
         is_reused = upstream is not None and upstream.is_reused
-        if self.permit is not None and is_first and may_retry(self.head, refusal, is_reused=is_reused):
+        if self.permit is not None and is_first and self.may_retry(refusal, is_reused=is_reused):
             self._is_retry = True
             self._connection_since_mono = self.sent_mono
             self._go(self.permit)
@@ -390,7 +389,7 @@ class Exchange(PoolUser):
         self.body = b""
         if self._collector is not None:
             self._collector.leave()
-        if self.permit is not None or self.slots is not None:
+        if self.permit is not None or self.slots is not None or self.tool_call is not None:
             self._gate.settle(self)
         self._server.recorder.record(self)
         self._client.exchange_over(now, closes=closes, is_cut=resets and ending is Ending.CUT)

@@ -31,8 +31,13 @@ class TlsError(Exception):
     """A certificate, key or CA file that cannot be used. The message contains the file and the reason."""
 
 
-def server_context(certificate_file: str, key_file: str, client_ca_file: str = "") -> ssl.SSLContext:
-    """For the proxied port. `client_ca_file`: clients need a certificate from one of these CAs. Raises TlsError."""
+def server_context(
+    certificate_file: str, key_file: str, client_ca_file: str = "", *, requires_client_certificates: bool = True
+) -> ssl.SSLContext:
+    """For the proxied port. `client_ca_file`: verifies the certificates of clients. Raises TlsError.
+
+    Not `requires_client_certificates`: clients without one are accepted; those with an invalid one are not.
+    """
     context = _context(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # A client that offers only HTTP/2 gets an alert in the handshake, not a 400. OpenSSL's own callback for ALPN, as
@@ -41,7 +46,7 @@ def server_context(certificate_file: str, key_file: str, client_ca_file: str = "
     context.sni_callback = refuse_other_protocols
     show(context, certificate_file, key_file)
     if client_ca_file:
-        context.verify_mode = ssl.CERT_REQUIRED
+        context.verify_mode = ssl.CERT_REQUIRED if requires_client_certificates else ssl.CERT_OPTIONAL
         try:
             context.load_verify_locations(client_ca_file)
         except (OSError, ssl.SSLError) as error:

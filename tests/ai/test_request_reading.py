@@ -20,6 +20,7 @@ from keyproxy.ai.requests.request_reading import BodyBounds, ReadingRules, Reque
 from keyproxy.ai.scanning.json_bounds import JsonBounds, JsonError, TooDenseError
 from keyproxy.ai.scanning.member_meanings import MEANINGS
 from keyproxy.ai.scanning.member_scope import NO_SCOPE, MemberScope, scope_of
+from keyproxy.ai.scanning.request_parts import RequestParts
 from keyproxy.ai.scanning.request_scanner import RequestScanner
 from keyproxy.ai.text_estimate import TextEstimate
 from keyproxy.reasons import Reason, Refusal
@@ -391,7 +392,7 @@ PIECES = (
 
 
 def scanned(content: bytes) -> bool:
-    scanner = RequestScanner(content, OPENAI, JsonBounds(), has_image_arrays=False)
+    scanner = RequestScanner(content, OPENAI, JsonBounds(), RequestParts(content, has_image_arrays=False))
     try:
         while scanner.advance(1_000) <= 0:
             pass

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from keyproxy.ai.dialects.table import DIALECTS
 from keyproxy.ai.scanning.json_bounds import JsonBounds, JsonError, TooDenseError
 from keyproxy.ai.scanning.member_scope import AmbiguousNameError, scope_of
-from keyproxy.ai.scanning.request_parts import DoubledNameError
+from keyproxy.ai.scanning.request_parts import DoubledNameError, RequestParts
 from keyproxy.ai.scanning.request_scanner import WINDOW_BYTES, RequestScanner
 from tests.ai.requests_support import HELLO
 
@@ -55,15 +55,14 @@ def outcome(
     content: bytes, dialect: str, *, window: int = WINDOW_BYTES, bounds: JsonBounds | None = None, budget: int = 10**6
 ) -> object:
     """All that a scan finds, or its fault."""
-    scanner = RequestScanner(
-        content, SCOPES[dialect], bounds or JsonBounds(), has_image_arrays=dialect == "ollama", window_bytes=window
-    )
+    parts = RequestParts(content, has_image_arrays=dialect == "ollama")
+    scanner = RequestScanner(content, SCOPES[dialect], bounds or JsonBounds(), parts, window_bytes=window)
     try:
         while scanner.advance(budget) <= 0:
             pass
     except (JsonError, TooDenseError, AmbiguousNameError, DoubledNameError) as fault:
         return type(fault), str(fault)
-    parts, media = scanner.parts, scanner.parts.media
+    media = parts.media
     return (
         parts.values, parts.spans, parts.empty, parts.is_object, parts.opening, parts.prompts, parts.message_objects,
         parts.array_numbers, parts.has_tools, parts.text.estimate.quarters, media.reference, media.count.images,

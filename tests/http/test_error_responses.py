@@ -38,6 +38,8 @@ def error_object(answer: OwnResponse, shape: str) -> dict[str, Any]:
         (info,) = content["error"]["details"]
         members = {name: parsed(value) for name, value in info.get("metadata", {}).items()}
         return {"reset_seconds": None, **members, "code": info["reason"], "message": content["error"]["message"]}
+    if shape == "mcp":
+        return {**content["error"]["data"], "message": content["error"]["data"]["detail"]}
     error = content if shape in ("problem", "bedrock") else content["error"]
     assert isinstance(error, dict)
     return error
@@ -219,7 +221,43 @@ def test_last_event_of_an_aborted_stream_has_the_body_of_the_refusal(shape: str)
     refusal = Refusal(Reason.TOKEN_BUDGET_EXHAUSTED, limit=LimitState(TOKENS, 0, 10))
     event = ErrorRenderer().last_event(refusal, "r-1", shape)
     name, _, data = event.rpartition(b"data: ")
-    assert name == (b"" if shape == "openai" else b"event: error\n")
+    assert name == (b"" if shape in ("openai", "mcp") else b"event: error\n")
     assert data.endswith(b"\n\n")
     assert data.count(b"\n") == 2
     assert data.rstrip() == ErrorRenderer().render(refusal, "r-1", shape).body
+
+
+def rpc(refusal: Refusal, rpc_id: bytes = b"") -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(ErrorRenderer().render(refusal, "r-1", "mcp", rpc_id=rpc_id).body)
+    return content
+
+
+@pytest.mark.parametrize(("rpc_id", "value"), [(b"7", 7), (b'"a\\u00e9"', "aé")])
+def test_json_rpc_error_has_the_id_of_the_request_and_the_problem_as_its_data(rpc_id: bytes, value: object) -> None:
+    refusal = Refusal(Reason.APPROVAL_REQUIRED, members={"approval_id": "apr_1", "approval_state": "pending"})
+    problem = json.loads(ErrorRenderer().render(refusal, "r-1").body)
+    assert rpc(refusal, rpc_id) == {
+        "jsonrpc": "2.0",
+        "id": value,
+        "error": {"code": -31403, "message": "Approval required", "data": problem},
+    }
+    assert problem["approval_id"] == "apr_1"
+
+
+@each_reason
+def test_json_rpc_error_without_a_known_id_has_none_and_a_code_outside_the_reserved_range(reason: Reason) -> None:
+    content = rpc(Refusal(reason))
+    assert "id" not in content
+    malformed = reason is Reason.REQUEST_MALFORMED
+    assert content["error"]["code"] == (-32600 if malformed else -31000 - reason.value.status)
+
+
+def test_json_rpc_error_has_the_code_of_its_refusal() -> None:
+    assert rpc(Refusal(Reason.REQUEST_MALFORMED, rpc_code=-32700))["error"]["code"] == -32700
+
+
+def test_missing_scopes_of_a_tool_are_a_bearer_challenge_to_clients_of_mcp() -> None:
+    refusal = Refusal(Reason.TOOL_NOT_ALLOWED, missing_scopes=["a", "b"], members={"missing": "scope"})
+    headers = fields(ErrorRenderer().render(refusal, "r-1", "mcp"))
+    assert headers["WWW-Authenticate"] == 'Bearer error="insufficient_scope", scope="a b"'
+    assert headers["Content-Type"] == "application/json"

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from keyproxy.ai.responses.token_use import TokenUse
+from keyproxy.ai.tools.tool import Tool
+from keyproxy.ai.tools.tool_call import ToolCall, ToolClaim
 from keyproxy.config.schema import Log
 from keyproxy.http import headers
 from keyproxy.http.forwarding import TrustRule
@@ -111,6 +113,44 @@ def test_refused_head_has_its_method_and_path_and_never_a_key_or_a_query(
 ) -> None:
     line = line_of(logged, refused(f"{start} HTTP/1.1\r\nHost: a\r\n\r\n".encode()))
     assert (line["method"], line["path"]) == (method, path)
+
+
+# -- calls of tools
+
+
+def calling(claim: ToolClaim | None = None, **how: Any) -> Exchange:
+    """A request that calls a tool."""
+    one = ended(head_of(), **how)
+    one.tool_call = ToolCall(Tool("call_partner", "call_partner"))
+    one.tool_call.claim = claim
+    return one
+
+
+def test_a_line_has_the_tool_and_the_approval_that_the_call_used_or_waits_for(logged: Logged) -> None:
+    waits, denied = calling(reason=Reason.APPROVAL_REQUIRED), calling(reason=Reason.APPROVAL_DENIED)
+    waits.approval_id, denied.approval_id = "apr_1", "apr_2"
+    used = [calling(ToolClaim(name, b"v" * 16)) for name in ("apr_1", "apr_3", "apr_1")]
+    rows = [ended(head_of()), calling(), waits, denied, *used, calling()]
+    logged.log.write([row(one) for one in rows])
+    assert [(line["tool"], line["approval"]) for line in logged.lines()] == [
+        (None, None),
+        ("call_partner", None),
+        ("call_partner", "apr_1"),
+        ("call_partner", "apr_2"),
+        ("call_partner", "apr_1"),
+        ("call_partner", "apr_3"),
+        ("call_partner", "apr_1"),
+        ("call_partner", None),
+    ]
+
+
+def test_calls_of_two_tools_on_one_route_have_lines_of_their_own(logged: Logged) -> None:
+    head, names = head_of(), ("search", "run_shell", "search")
+    for name in names:
+        one = ended(head)
+        one.tool_call = ToolCall(Tool(name, name))
+        logged.log.write([row(one)])
+    assert [line["tool"] for line in logged.lines()] == list(names)
 
 
 # -- why a request was refused
@@ -216,6 +256,19 @@ def test_a_request_without_an_identity_has_neither_actor_nor_agent(logged: Logge
         ("10.0.0.1", ["2001:DB8:0::1"], "2001:db8::1"),
         ("10.0.0.1", ["[2001:db8::1]:4711"], "2001:db8::1"),
         ("10.0.0.1", ["[2001:db8::1]"], "2001:db8::1"),
+        ("10.0.0.1", ["fe80::1%eth0"], "fe80::1"),
+        ("10.0.0.1", ["[fe80::1%eth0]:4711"], "fe80::1"),
+        ("10.0.0.1", ["[::ffff:198.51.100.7]:4711"], "198.51.100.7"),
+        ("10.0.0.1", ["[2001:db8::1"], "10.0.0.1"),
+        ("10.0.0.1", ["2001:db8::1]"], "10.0.0.1"),
+        ("10.0.0.1", ["[198.51.100.7]"], "10.0.0.1"),
+        ("10.0.0.1", ["198.51.100.07"], "10.0.0.1"),
+        ("10.0.0.1", ["198.51.100.7, 10.0.0.2,, 10.0.0.3"], "10.0.0.3"),
+        ("10.0.0.1", ["198.51.100.7, unknown, 10.0.0.3"], "10.0.0.3"),
+        ("10.0.0.1", ["198.51.100.7", "10.0.0.2"], "198.51.100.7"),
+        ("10.0.0.1", ["10.0.0.4, 10.0.0.3"], "10.0.0.4"),
+        ("198.51.100.9", ["198.51.100.7"], "198.51.100.9"),
+        ("", ["malformed"], None),
         ("10.0.0.1", ["::ffff:198.51.100.7"], "198.51.100.7"),
         ("10.0.0.1", ['"198.51.100.7"'], "10.0.0.1"),
         ("10.0.0.1", ["999.1.1.1"], "10.0.0.1"),
@@ -234,6 +287,39 @@ def test_client_is_the_rightmost_untrusted_address(
     assert line_of(logged, one)["client"] == client
 
 
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("198.51.100.7", "198.51.100.0/24"),
+        ("::ffff:198.51.100.7", "198.51.100.0/24"),
+        ("2001:db8:1:2::7", "2001:db8:1::/48"),
+        ("fe80::1%eth0", "fe80::/48"),
+        ("", None),
+    ],
+)
+def test_log_has_only_the_network_of_a_client_if_so_configured(
+    logged: Logged, address: str, network: str | None
+) -> None:
+    one = ended()
+    one.peer = TrustRule([], recorded="network").forwarding(address, is_tls=False)
+    assert line_of(logged, one)["client"] == network
+
+
+@pytest.mark.parametrize(("recorded", "client"), [("network", "198.51.100.0/24"), ("none", None)])
+def test_setting_of_recorded_addresses_applies_behind_a_proxy_too(
+    logged: Logged, recorded: str, client: str | None
+) -> None:
+    one = ended(head_of("X-Forwarded-For: 198.51.100.7"))
+    one.peer = TrustRule(["10.0.0.1"], recorded=recorded).forwarding("10.0.0.1", is_tls=False)
+    assert line_of(logged, one)["client"] == client
+
+
+def test_log_has_no_client_address_if_so_configured(logged: Logged) -> None:
+    one = ended()
+    one.peer = TrustRule([], recorded="none").forwarding("198.51.100.7", is_tls=False)
+    assert line_of(logged, one)["client"] is None
+
+
 def test_client_of_an_unparsable_request_is_the_peer(logged: Logged) -> None:
     assert line_of(logged, ended(reason=Reason.REQUEST_MALFORMED))["client"] == "192.0.2.9"
 
@@ -243,7 +329,7 @@ def test_hop_cache_is_bounded() -> None:
     forwarding = rule.forwarding("10.0.0.1", is_tls=False)
     for number in range(5_000):
         address = f"198.51.{number // 250}.{number % 250}"
-        assert forwarding.client_address(head_of(f"X-Forwarded-For: {address}")) == address.encode()
+        assert forwarding.recorded_address(head_of(f"X-Forwarded-For: {address}")) == address.encode()
 
 
 @pytest.mark.parametrize(

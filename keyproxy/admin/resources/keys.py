@@ -19,6 +19,7 @@ from keyproxy.admin.schemas.request_models import (
     KeysIssue,
     KeysQuery,
     KeysRevoke,
+    KeySuspend,
     LeakReport,
     LeakText,
 )
@@ -119,6 +120,16 @@ async def _revoke(request: ApiRequest) -> ApiResponse:
     return ApiResponse(key, is_version_of=key)
 
 
+async def _suspend(request: ApiRequest) -> ApiResponse:
+    key = await request.directory.keys.suspend(request.path["id"], request.body.reason, if_match=request.if_match)
+    return ApiResponse(key, is_version_of=key)
+
+
+async def _resume(request: ApiRequest) -> ApiResponse:
+    key = await request.directory.keys.resume(request.path["id"], if_match=request.if_match)
+    return ApiResponse(key, is_version_of=key)
+
+
 async def _delete(request: ApiRequest) -> ApiResponse:
     return ApiResponse(await request.directory.keys.delete(request.path["id"], if_match=request.if_match))
 
@@ -190,6 +201,13 @@ ENDPOINTS: Final = (
     Endpoint("revoke_key", "Revoke a key permanently. Takes effect within a second.",
              Scope.KEYS_WRITE, _revoke, {200: Key}, body=KeyRevoke, may_be_empty=True, is_conditional=True,
              refuses=_NOT_THERE),
+    Endpoint("suspend_key",
+             "Suspend a key, and its agent tokens, until it is resumed. Takes effect within a second.",
+             Scope.KEYS_WRITE, _suspend, {200: Key}, body=KeySuspend, may_be_empty=True, is_conditional=True,
+             refuses=_NOT_THERE),
+    Endpoint("resume_key",
+             "Let a suspended key work again. For an hour, the signal that suspended it does not suspend it again.",
+             Scope.KEYS_WRITE, _resume, {200: Key}, is_conditional=True, refuses=_NOT_THERE),
     Endpoint("report_leaked_key", "For secret scanners: revoke a leaked key or agent token and return its owner. "
              "`known` is false if it does not exist.",
              Scope.LEAKS_WRITE, _leaked, {200: Leak}, body=LeakReport),

@@ -27,6 +27,7 @@ from keyproxy.store.usage.usage_queries import DIMENSIONS, NoSuchEventError, Usa
 from keyproxy.store.usage.usage_service import UsageService
 
 _USUAL_DAYS: Final = 30
+_ORIGIN_DAYS: Final = 7
 _LINES: Final = 500
 _NOT_THERE: Final = frozenset({Problem.NOT_FOUND})
 _BY: Final = rf"^({'|'.join(DIMENSIONS)})(,({'|'.join(DIMENSIONS)})){{0,{len(DIMENSIONS) - 1}}}$"
@@ -97,7 +98,10 @@ class Sums(ResponseModel):
 
 
 class Event(ResponseModel):
-    """One request. `user` is its principal; `actor_user_id` the owner of the key, if the key acts for that user."""
+    """One request. `user` is its principal; `actor_user_id` the owner of the key, if the key acts for that user.
+
+    `client`: the address of the client, or its network, as far as it is recorded.
+    """
 
     id: str
     time: str
@@ -121,10 +125,35 @@ class Event(ResponseModel):
     actor_user_id: str | None
     agent_id: str | None
     agent_token_id: str | None
+    client: str | None = None
     estimated: bool
     request_bytes: int
     response_bytes: int
     duration_seconds: float
+
+
+class OriginsQuery(RequestModel):
+    """Selects the time of requests."""
+
+    since: Annotated[Instant | None, Field(description="Start, inclusive. Without it: the last 7 days.")] = None
+
+
+class KeyOrigin(ResponseModel):
+    """What a client has used a key for. `client`: an address, or a network; null: it was not recorded."""
+
+    client: str | None
+    requests: int
+    refusals: int
+    tokens_in: int
+    tokens_out: int
+    first: str
+    last: str
+
+
+class KeyOrigins(ResponseModel):
+    """The clients of a key, the latest first."""
+
+    items: list[KeyOrigin]
 
 
 class Limit(ResponseModel):
@@ -206,6 +235,13 @@ def _wanted(request: ApiRequest) -> UsageFilter | None:
     return replace(wanted, tenant=bound) if query.tenant in (None, bound) else None
 
 
+async def _origins(request: ApiRequest) -> ApiResponse:
+    key = request.path["id"]
+    await request.directory.keys.get(key)  # 404 for tokens that may not see it
+    since = request.query.since or datetime.now(UTC) - timedelta(days=_ORIGIN_DAYS)
+    return ApiResponse({"items": await usage_service(request).origins(key, since)})
+
+
 async def _windows(request: ApiRequest) -> ApiResponse:
     user = request.path["id"]
     await request.directory.users.get(user)  # 404 for tokens that may not see it
@@ -226,6 +262,9 @@ ENDPOINTS: Final = (
              "Stream every request as lines of JSON, in the order of writing, up to now. To resume, set `after` to "
              "the last event's id. A response that ends without its last chunk is incomplete.",
              Scope.USAGE_READ, _events, {200: Event}, query=EventsQuery),
+    Endpoint("show_origins",
+             "Where a key was used: its requests, refusals and tokens by client, from the events that are kept.",
+             Scope.USAGE_READ, _origins, {200: KeyOrigins}, query=OriginsQuery, refuses=_NOT_THERE),
     Endpoint("show_limits", "The state of a user's and its tenant's limits.",
              Scope.USAGE_READ, _windows, {200: Windows}, query=WindowsQuery, refuses=_NOT_THERE),
 )  # fmt: skip

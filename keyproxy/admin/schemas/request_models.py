@@ -88,7 +88,7 @@ class KeysQuery(Paged):
     user: Id | None = None
     tenant: Id | None = None
     is_test: QueryBoolean | None = None
-    state: Literal["active", "retiring", "disabled", "expired", "revoked"] | None = None
+    state: Literal["active", "retiring", "suspended", "disabled", "expired", "revoked"] | None = None
     older_than_seconds: Annotated[QuerySeconds | None, Field(description="Issued longer ago than this.")] = None
     unused_seconds: Annotated[QuerySeconds | None, Field(description="Neither used nor issued within this time.")] = (
         None
@@ -107,14 +107,14 @@ class AuditQuery(RequestModel):
     entity: (
         Literal[
             "tenant", "user", "key", "plan", "token", "window", "role", "owned", "template", "agent", "agent_token",
-            "approval", "consent", "provider_key",
+            "approval", "consent", "provider_key", "network",
         ]
         | None
     ) = None  # fmt: skip
     entity_id: AuditedId | None = None
     tenant: Id | None = None
     actor: Text | None = None
-    action: Literal["insert", "update", "delete", "truncate", "window.credit"] | None = None
+    action: Literal["insert", "update", "delete", "truncate", "window.credit", "anomaly"] | None = None
     since: Annotated[Instant | None, Field(description="Start, inclusive.")] = None
     until: Annotated[Instant | None, Field(description="Before that.")] = None
 
@@ -240,6 +240,12 @@ class KeyRotate(RequestModel):
 
 class KeyRevoke(RequestModel):
     """The reason for a revocation."""
+
+    reason: Reason = ""
+
+
+class KeySuspend(RequestModel):
+    """The reason for a suspension."""
 
     reason: Reason = ""
 

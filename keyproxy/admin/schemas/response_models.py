@@ -55,7 +55,7 @@ class Key(ResponseModel):
     id: str
     user: str
     tenant: str
-    state: Literal["active", "retiring", "disabled", "expired", "revoked"]
+    state: Literal["active", "retiring", "suspended", "disabled", "expired", "revoked"]
     hint: str
     name: str
     scopes: list[str]
@@ -67,6 +67,8 @@ class Key(ResponseModel):
     expires_at: Time | None
     revoked_at: Time | None
     revoke_reason: str | None
+    suspended_at: Time | None
+    suspend_reason: str | None
     replaces: str | None
     replaced_by: str | None
     last_used_at: Time | None

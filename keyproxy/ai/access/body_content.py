@@ -66,6 +66,7 @@ class ContentReading:
         if bits is not None:
             self._inflation = Inflation(body, bits, bytes_max=bounds.bytes_max, ratio_max=bounds.inflate_ratio_max)
         self._scanner: RequestScanner | None = None
+        self._parts: RequestParts | None = None
         self._form: FormReading | None = None
 
     def advance(self) -> bool:
@@ -83,15 +84,15 @@ class ContentReading:
             if not self._is_json():
                 self.result = self._read_other()
                 return self.result is not None
-            scanner = self._scanner = RequestScanner(
-                self._content, self._rules.scope, self._rules.bounds.json, has_image_arrays=False
-            )
+            scope = self._rules.scope
+            parts = self._parts = RequestParts(self._content, has_image_arrays=False, instructions=scope.instructions)
+            scanner = self._scanner = RequestScanner(self._content, scope, self._rules.bounds.json, parts)
         try:
             if scanner.advance(budget) <= 0:
                 return False
         except (JsonError, TooDenseError, AmbiguousNameError, DoubledNameError) as fault:
             raise refusal_of(fault) from fault
-        self.result = BodyContent(self._content, scanner.parts)
+        self.result = BodyContent(self._content, self._parts)
         return True
 
     def _is_json(self) -> bool:

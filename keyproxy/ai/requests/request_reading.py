@@ -118,6 +118,7 @@ class RequestReading:
                 body, self.bits, bytes_max=bounds.bytes_max, ratio_max=bounds.inflate_ratio_max, memory=memory
             )
         self._scanner: RequestScanner | None = None
+        self._scanned: RequestParts | None = None
         self._plain: _PlainText | None = None
 
     def advance(self) -> bool:
@@ -132,8 +133,8 @@ class RequestReading:
                 return False
         if self._scanner is None and self._plain is None:
             self._begin()
-        if self._scanner is not None:
-            return self._scan(self._scanner, budget)
+        if self._scanner is not None and self._scanned is not None:
+            return self._scan(self._scanner, self._scanned, budget)
         return self._plain is not None and self._read_plain(self._plain, budget)
 
     def _begin(self) -> None:
@@ -143,27 +144,28 @@ class RequestReading:
         if first in (b"{", b"[") or (self._fields.is_json and first):
             if not self._fields.has_clear_type:
                 raise ambiguous_type()
-            self._scanner = RequestScanner(
-                content, rules.scope, rules.bounds.json, has_image_arrays=rules.dialect.has_image_arrays
-            )
+            scope, has_image_arrays = rules.scope, rules.dialect.has_image_arrays
+            parts = RequestParts(content, has_image_arrays=has_image_arrays, instructions=scope.instructions)
+            self._scanned, self._scanner = parts, RequestScanner(content, scope, rules.bounds.json, parts)
         else:
             self._plain = _PlainText(content)
 
-    def _scan(self, scanner: RequestScanner, budget: int) -> bool:
+    def _scan(self, scanner: RequestScanner, parts: RequestParts, budget: int) -> bool:
         try:
             if scanner.advance(budget) <= 0:
                 return False
         except JsonError as not_json:
             if not self._fields.is_json:
-                self._scanner, self._plain = None, _PlainText(self.content)
+                self._scanner = self._scanned = None
+                self._plain = _PlainText(self.content)
                 return False
             raise refusal_of(not_json) from not_json
         except (TooDenseError, AmbiguousNameError, DoubledNameError) as fault:
             raise refusal_of(fault) from fault
         rules = self._rules
-        self.parts = scanner.parts
+        self.parts = parts
         self.facts = facts_of(
-            scanner.parts, rules.dialect, self._endpoint,
+            parts, rules.dialect, self._endpoint,
             content_bytes=len(self.content), model_member=rules.model_member,
         )  # fmt: skip
         return True

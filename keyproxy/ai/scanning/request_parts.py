@@ -21,6 +21,7 @@ from keyproxy.ai.scanning.member_meanings import (
 from keyproxy.ai.scanning.member_scope import NO_SCOPE, MemberScope, Name
 from keyproxy.ai.scanning.open_frame import Frame
 from keyproxy.ai.scanning.pending_text import PendingText
+from keyproxy.ai.scanning.scan_events import ScanEvents
 from keyproxy.mypyc_compat import mypyc_attr
 
 #: A longer value of a member that counts is kept as this many bytes.
@@ -38,7 +39,7 @@ class DoubledNameError(Exception):
 
 
 @mypyc_attr(acyclic=True)
-class RequestParts:
+class RequestParts(ScanEvents):
     """The result of a scan.
 
     `values`: of the members that count, by their path: raw bytes of a number or literal, decoded text, or an empty
@@ -68,7 +69,6 @@ class RequestParts:
     # -- events of the scan
 
     def note_name(self, frame: Frame, known: Name, name: bytes) -> None:
-        """A member begins. `name`: decoded. Raises DoubledNameError."""
         frame.is_empty = False
         frame.meaning = known.meaning
         frame.slot = slot = known.slot
@@ -82,7 +82,6 @@ class RequestParts:
             self.text.add_decoded(name)
 
     def note_plain(self, frame: Frame, start: int, end: int) -> None:
-        """A number or literal is the value of the current member, or an element."""
         frame.is_empty = False
         slot = frame.slot
         if self.instructions is not None:
@@ -97,8 +96,10 @@ class RequestParts:
         elif not frame.is_object and _MINUS <= self.content[start] <= _NINE:
             self.array_numbers += 1
 
+    def note_numbers(self, count: int) -> None:
+        self.array_numbers += count
+
     def note_string(self, frame: Frame, start: int, end: int, text: bytes | None) -> None:
-        """A string is the value of the current member, or an element. `text`: it is short, and decoded."""
         frame.is_empty = False
         slot = frame.slot
         if slot is not None:
@@ -125,7 +126,6 @@ class RequestParts:
             self.text.add_decoded(text)
 
     def open_frame(self, parent: Frame | None, start: int, scope: MemberScope, *, is_object: bool) -> Frame:
-        """An array or object begins. `scope`: of the document."""
         if parent is None:
             frame = Frame(start, 0, NO_MEANING, None, is_object=is_object)
             frame.scope = scope if is_object else scope.each or NO_SCOPE
@@ -154,7 +154,6 @@ class RequestParts:
         return frame
 
     def close_frame(self, frame: Frame, parent: Frame | None, end: int) -> None:
-        """An array or object ends."""
         slot = frame.own_slot
         if self.instructions is not None:
             if slot is not None:
@@ -175,6 +174,12 @@ class RequestParts:
         part = frame.part
         if part is not None:
             self.media.end_part(frame, part, parent)
+
+    def pending_bytes(self) -> int:
+        return self.text.pending_bytes
+
+    def read_text(self, budget: int) -> int:
+        return self.text.read(budget)
 
     def _kept(self, start: int, end: int, text: bytes | None) -> str:
         """A string value of a member that counts. None that counts is so long: a longer one equals no other."""

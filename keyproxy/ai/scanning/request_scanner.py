@@ -28,7 +28,7 @@ from keyproxy.ai.scanning.json_grammar import (
 )
 from keyproxy.ai.scanning.member_scope import MemberScope
 from keyproxy.ai.scanning.open_frame import Frame
-from keyproxy.ai.scanning.request_parts import RequestParts
+from keyproxy.ai.scanning.scan_events import ScanEvents
 from keyproxy.mypyc_compat import i64, mypyc_attr
 
 #: Split at a time, which bounds the copies.
@@ -83,11 +83,11 @@ _AFTER_PLAIN: Final = b",]} \t\r\n"
 
 @mypyc_attr(acyclic=True)
 class RequestScanner:
-    """Scans one complete document. `advance` does a bounded part of the work; the result is `parts`."""
+    """Scans one complete document. `advance` does a bounded part of the work, and reports it to `events`."""
 
     __slots__ = (
-        "_at", "_content", "_cost", "_density", "_encoding", "_end", "_frame", "_open", "_scope", "_state",
-        "_string_start", "_window_bytes", "parts",
+        "_at", "_content", "_cost", "_density", "_encoding", "_end", "_events", "_frame", "_open", "_scope", "_state",
+        "_string_start", "_window_bytes",
     )  # fmt: skip
 
     def __init__(
@@ -95,11 +95,11 @@ class RequestScanner:
         content: bytes,
         scope: MemberScope,
         bounds: JsonBounds,
+        events: ScanEvents,
         *,
-        has_image_arrays: bool,
         window_bytes: int = WINDOW_BYTES,
     ) -> None:
-        self.parts: Final = RequestParts(content, has_image_arrays=has_image_arrays, instructions=scope.instructions)
+        self._events: Final = events
         self._content: Final = content
         self._scope: Final = scope
         self._open: Final[list[Frame]] = []
@@ -126,10 +126,10 @@ class RequestScanner:
             budget -= checked // _SCAN_SHARE
             if budget <= 0:
                 return 0
-        text = self.parts.text
+        events = self._events
         while budget > 0:
             if self._state == _AT_END:
-                return text.read(budget)
+                return events.read_text(budget)
             start, self._cost = self._at, 0
             if self._state == _IN_STRING:
                 self._read_string()
@@ -138,8 +138,8 @@ class RequestScanner:
                 if self._at == start:
                     self._step()
             budget -= self._cost + _TOKEN_COST + (self._at - start) // _SCAN_SHARE
-            if text.pending_bytes >= _MATCHED_BYTES:
-                budget = text.read(max(1, budget))
+            if events.pending_bytes() >= _MATCHED_BYTES:
+                budget = events.read_text(max(1, budget))
         return 0
 
     # -- whole tokens of a window
@@ -237,11 +237,11 @@ class RequestScanner:
         if state in (_AT_NAME, _AT_FIRST_NAME):
             if not self._has_colon(end + 1):
                 return False
-            self.parts.note_name(frame, frame.scope.name(string), string)
+            self._events.note_name(frame, frame.scope.name(string), string)
             self._state = _AFTER_NAME
         elif state in (_AT_VALUE, _AT_FIRST_ELEMENT):
             self._density.add_values(1)
-            self.parts.note_string(frame, start, end, string)
+            self._events.note_string(frame, start, end, string)
             self._state = _AFTER_VALUE
         else:
             return False
@@ -260,7 +260,7 @@ class RequestScanner:
             if run is not None and run.end() > at:
                 count = content.count(b",", at, run.end())
                 self._density.add_values(count)
-                self.parts.array_numbers += count
+                self._events.note_numbers(count)
                 frame.is_empty = False
                 # Numbers take about as long to match as text to estimate.
                 self._cost += run.end() - at
@@ -290,7 +290,7 @@ class RequestScanner:
             if not self._has_colon(self._at):
                 raise self._malformed(_FAULTS[_AFTER_NAME])
             name = decoded(content, match.start(1), match.end(1))
-            self.parts.note_name(frame, frame.scope.name(name), name)
+            self._events.note_name(frame, frame.scope.name(name), name)
             self._state = _AFTER_NAME
         elif byte == _QUOTE:
             self._at = self._string_start = at + 1
@@ -315,7 +315,7 @@ class RequestScanner:
         self._at = stop
         if stop < self._end and content[stop] == _QUOTE and frame is not None:
             self._density.add_values(1)
-            self.parts.note_string(frame, self._string_start, stop, None)
+            self._events.note_string(frame, self._string_start, stop, None)
             self._at = stop + 1
             self._state = _AFTER_VALUE
         elif stop == at:
@@ -334,21 +334,21 @@ class RequestScanner:
     def _plain(self, frame: Frame, start: int, end: int) -> None:
         self._density.add_values(1)
         self._cost += _TOKEN_COST
-        self.parts.note_plain(frame, start, end)
+        self._events.note_plain(frame, start, end)
         self._at = end
         self._state = _AFTER_VALUE
 
     def _open_container(self, *, is_object: bool) -> None:
         self._density.add_container(len(self._open) + 1)
         self._cost += _TOKEN_COST
-        frame = self._frame = self.parts.open_frame(self._frame, self._at, self._scope, is_object=is_object)
+        frame = self._frame = self._events.open_frame(self._frame, self._at, self._scope, is_object=is_object)
         self._open.append(frame)
         self._state = _AT_FIRST_NAME if is_object else _AT_FIRST_ELEMENT
 
     def _close(self, frame: Frame) -> None:
         self._open.pop()
         parent = self._frame = self._open[-1] if self._open else None
-        self.parts.close_frame(frame, parent, self._at + 1)
+        self._events.close_frame(frame, parent, self._at + 1)
         self._state = _AFTER_VALUE
         if parent is None:
             self._at += 1

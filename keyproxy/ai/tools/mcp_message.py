@@ -18,8 +18,8 @@ import orjson
 from keyproxy.ai.requests.request_facts import ambiguous_type, malformed
 from keyproxy.ai.requests.scan_faults import refusal_of
 from keyproxy.ai.scanning.json_bounds import JsonBounds, JsonError, TooDenseError
-from keyproxy.ai.scanning.json_grammar import decoded
 from keyproxy.ai.scanning.member_scope import NO_MEMBERS, AmbiguousNameError, MemberScope, scope_of_paths
+from keyproxy.ai.scanning.member_values import MemberValues
 from keyproxy.ai.scanning.request_parts import DoubledNameError
 from keyproxy.ai.scanning.request_scanner import RequestScanner
 from keyproxy.ai.tools.mcp_headers import McpHeaders, is_encoded_value, is_value, mcp_headers
@@ -129,7 +129,8 @@ class McpReading:
         self._head: Final = head
         self._body: Final = body
         self._rules: Final = rules
-        self._scanner: Final = RequestScanner(body, _SCOPE, rules.bounds, has_image_arrays=False)
+        self._members: Final = MemberValues(body)
+        self._scanner: Final = RequestScanner(body, _SCOPE, rules.bounds, self._members)
 
     def advance(self) -> bool:
         """Read the next portion; return whether the message is read. Raises a Refusal (REQUEST_MALFORMED)."""
@@ -146,13 +147,13 @@ class McpReading:
         return True
 
     def _read(self) -> McpMessage:
-        parts = self._scanner.parts
-        values = parts.values
-        if not parts.is_object:
+        members = self._members
+        values = members.values
+        if not members.is_object:
             raise malformed("The body must be one JSON object. A batch is not accepted.")
         if values.get("jsonrpc") != "2.0":
             raise malformed("'jsonrpc' must be \"2.0\".", "jsonrpc")
-        rpc_id = self._id()
+        rpc_id = _rpc_id(members, self._body)
         params = values.get("params", _NULL)
         if params != _NULL and not isinstance(params, dict):
             raise malformed("'params' must be an object.", "params")
@@ -164,38 +165,23 @@ class McpReading:
             self.rpc_id = rpc_id
             method = self._method()
             tool = self._tool(rpc_id) if method == CALL else None
-        version = _version(mcp_headers(self._head.block), self._text(_VERSION_MEMBER), self._rules)
+        headers = mcp_headers(self._head.block)
+        version = self._version(headers)
         if is_response and version in _STATELESS:
             raise malformed(f"Clients do not send responses in version {version}.")
-        self._check_headers(method, version, is_request=bool(self.rpc_id))
-        span = parts.spans["params"] if params != _NULL else (0, 0)
+        self._check_headers(headers, method, version)
+        span = members.spans["params"] if params != _NULL else (0, 0)
         return McpMessage(method, self.rpc_id, tool, version, content=self._body, params=span)
 
-    def _id(self) -> bytes:
-        """The id as JSON text; empty without one."""
-        parts = self._scanner.parts
-        value = parts.values.get("id")
-        if value is None:
-            return b""
-        is_known = (
-            len(value) <= _ID_CHARACTERS_MAX
-            if isinstance(value, str)
-            else isinstance(value, bytes) and _INTEGER.fullmatch(value) is not None
-        )
-        if not is_known:
-            raise malformed(f"'id' must be an integer, or a string of up to {_ID_CHARACTERS_MAX} characters.", "id")
-        start, end = parts.spans["id"]
-        return self._body[start:end]
-
     def _check_response(self, rpc_id: bytes) -> None:
-        values = self._scanner.parts.values
+        values = self._members.values
         if ("result" in values) == ("error" in values) or "params" in values:
             raise malformed("The body must be a request, a notification or a response.", "method")
         if not rpc_id:
             raise malformed("A response must have an 'id'.", "id")
 
     def _method(self) -> str:
-        values = self._scanner.parts.values
+        values = self._members.values
         method = values["method"]
         if not isinstance(method, str) or _METHOD.fullmatch(method) is None:
             raise malformed("'method' must be a string of up to 256 visible characters of ASCII.", "method")
@@ -208,7 +194,7 @@ class McpReading:
         return method
 
     def _tool(self, rpc_id: bytes) -> str:
-        values = self._scanner.parts.values
+        values = self._members.values
         if not rpc_id:
             raise malformed(f"'{CALL}' must have an 'id'.", "id")
         name = values.get("params.name")
@@ -220,13 +206,27 @@ class McpReading:
             raise malformed("'params.arguments' must be an object.", "params.arguments")
         return name
 
-    def _check_headers(self, method: str, version: str, *, is_request: bool) -> None:
+    def _version(self, headers: McpHeaders) -> str:
+        """The version of the message; empty if the client states none."""
+        field = headers.version
+        if _VERSION_MEMBER in self._members.values and not headers.has_versions:
+            # Before its support: a client that disagrees with itself has no version that could be supported.
+            stated = self._members.text(_VERSION_MEMBER)
+            if field is None or stated is None or not is_value(field, stated):
+                raise _mismatch("MCP-Protocol-Version", HEADER_MISMATCH)
+        if field is None:
+            return ""
+        version = field.decode("latin-1")
+        if headers.has_versions or version not in self._rules.versions:
+            raise _unsupported(field, self._rules)
+        return version
+
+    def _check_headers(self, headers: McpHeaders, method: str, version: str) -> None:
         """Raise a Refusal unless the header fields agree with the message."""
-        headers = mcp_headers(self._head.block)
-        # No version defines these fields for a notification.
-        is_required = is_request and version in _STATELESS
+        # No version defines these fields for a notification, which has no id.
+        is_required = version in _STATELESS and bool(self.rpc_id)
         code = HEADER_MISMATCH if version in _STATELESS else INVALID_REQUEST
-        if is_required and _VERSION_MEMBER not in self._scanner.parts.values:
+        if is_required and _VERSION_MEMBER not in self._members.values:
             raise _mismatch("MCP-Protocol-Version", code)
         if headers.has_methods or (is_required if headers.method is None else not is_value(headers.method, method)):
             raise _mismatch("Mcp-Method", code)
@@ -239,20 +239,9 @@ class McpReading:
             if is_required:
                 raise _mismatch("Mcp-Name", code)
             return
-        value = self._text(member)
+        value = self._members.text(member)
         if value is None or not is_encoded_value(headers.name, value):
             raise _mismatch("Mcp-Name", code)
-
-    def _text(self, path: str) -> str | None:
-        """The string at this path, however long; empty for another value, None without one."""
-        parts = self._scanner.parts
-        value = parts.values.get(path)
-        if value is None:
-            return None
-        if not isinstance(value, str):
-            return ""
-        start, end = parts.spans[path]
-        return decoded(self._body, start + 1, end - 1).decode("utf-8")
 
 
 def parse_mcp(head: RequestHead, body: bytes, rules: McpRules) -> McpMessage:
@@ -262,6 +251,23 @@ def parse_mcp(head: RequestHead, body: bytes, rules: McpRules) -> McpMessage:
         pass
     assert reading.message is not None  # noqa: S101 - for the type checker: it is read
     return reading.message
+
+
+def rpc_id_in(body: bytes) -> bytes:
+    """The id of the request in a complete body, for the response to one that is refused; empty if none is found.
+
+    A larger body is not read for it.
+    """
+    if len(body) > AT_ONCE_BYTES:
+        return b""
+    members = MemberValues(body)
+    scanner = RequestScanner(body, _SCOPE, JsonBounds(AT_ONCE_BYTES, AT_ONCE_BYTES, _DEPTH_MAX), members)
+    try:
+        while scanner.advance(_PORTION) <= 0:
+            pass
+        return _rpc_id(members, body) if isinstance(members.values.get("method"), str) else b""
+    except (JsonError, TooDenseError, AmbiguousNameError, DoubledNameError, Refusal):
+        return b""
 
 
 def check_head(head: RequestHead) -> None:
@@ -280,27 +286,32 @@ def too_large(rules: McpRules) -> Refusal:
     return Refusal(Reason.BODY_TOO_LARGE, f"a message of more than {rules.body_bytes_max} bytes")
 
 
-def _version(headers: McpHeaders, stated: str | None, rules: McpRules) -> str:
-    """The version of the message; empty if the client states none. `stated`: by the message itself."""
-    field = headers.version
-    if stated is not None and not headers.has_versions and (field is None or not is_value(field, stated)):
-        # Before its support: a client that disagrees with itself has no version that could be supported.
-        raise _mismatch("MCP-Protocol-Version", HEADER_MISMATCH)
-    if field is None:
-        return ""
-    version = field.decode("latin-1")
-    if headers.has_versions or version not in rules.versions:
-        sentence = "MCP-Protocol-Version must name one of the supported versions, once."
-        requested = version if _REQUESTED.fullmatch(field) else ""
-        raise Refusal(
-            Reason.REQUEST_MALFORMED,
-            sentence,
-            caller_text=sentence,
-            replaces_sentence=True,
-            members={"supported": list(rules.versions), "requested": requested},
-            rpc_code=UNSUPPORTED_VERSION,
-        )
-    return version
+def _rpc_id(members: MemberValues, body: bytes) -> bytes:
+    """The id as JSON text; empty without one. Raises a Refusal."""
+    value = members.values.get("id")
+    if value is None:
+        return b""
+    if isinstance(value, str):
+        is_valid = len(value) <= _ID_CHARACTERS_MAX
+    else:
+        is_valid = isinstance(value, bytes) and _INTEGER.fullmatch(value) is not None
+    if not is_valid:
+        raise malformed(f"'id' must be an integer, or a string of up to {_ID_CHARACTERS_MAX} characters.", "id")
+    start, end = members.spans["id"]
+    return body[start:end]
+
+
+def _unsupported(field: bytes, rules: McpRules) -> Refusal:
+    sentence = "MCP-Protocol-Version must name one of the supported versions, once."
+    requested = field.decode("ascii") if _REQUESTED.fullmatch(field) else ""
+    return Refusal(
+        Reason.REQUEST_MALFORMED,
+        sentence,
+        caller_text=sentence,
+        replaces_sentence=True,
+        members={"supported": list(rules.versions), "requested": requested},
+        rpc_code=UNSUPPORTED_VERSION,
+    )
 
 
 def _mismatch(field: str, code: int) -> Refusal:

@@ -42,13 +42,22 @@ class ToolRules:
     """How the calls of one route are judged.
 
     `tool`: that all its requests call. `mcp`: how its messages are read, which name the tools; None: they are not of MCP.
-    `body_bytes_max`: of a call that is read whole.
+    `body_bytes_max`: of a call that is read whole. `filters_list`: lists of tools omit those that may not be called.
     """
 
-    __slots__ = ("body_bytes_max", "mcp", "table", "tool")
+    __slots__ = ("body_bytes_max", "filters_list", "mcp", "table", "tool")
 
-    def __init__(self, table: ToolTable, *, tool: Tool | None, mcp: McpRules | None, body_bytes_max: int) -> None:
+    def __init__(
+        self,
+        table: ToolTable,
+        *,
+        tool: Tool | None,
+        mcp: McpRules | None,
+        body_bytes_max: int,
+        filters_list: bool = False,
+    ) -> None:
         self.table: Final = table
+        self.filters_list: Final = filters_list
         self.tool: Final = tool
         self.mcp: Final = mcp
         self.body_bytes_max: Final = body_bytes_max
@@ -70,16 +79,34 @@ def judge(tool: Tool | None, identity: Identity, route: Route, *, has_certificat
     Raises a Refusal (TOOL_NOT_ALLOWED) with the first condition that fails as `missing`. The scopes of the route were
     checked before; the challenge names them too, so that one new token suffices.
     """
+    missing = missing_for(tool, identity, has_certificate=has_certificate)
     if tool is None:
         raise _refused(MISSING_TOOL, "the tool is not configured", "No such tool is configured.")
-    if tool.credentials and credential_kind(identity) not in tool.credentials:
+    if missing == MISSING_CREDENTIAL:
         kinds = " or ".join([_CREDENTIAL_NAMES[kind] for kind in sorted(tool.credentials)])
-        raise _refused(MISSING_CREDENTIAL, f"tool {tool.name}", f"It needs {kinds}.")
-    if tool.needs_certificate and not has_certificate:
+        raise _refused(missing, f"tool {tool.name}", f"It needs {kinds}.")
+    if missing == MISSING_CERTIFICATE:
         text = "It needs a client certificate on the connection of the call."
-        raise _refused(MISSING_CERTIFICATE, f"tool {tool.name}", text)
-    if not tool.scopes <= identity.scopes:
+        raise _refused(missing, f"tool {tool.name}", text)
+    if missing == MISSING_SCOPE:
         raise _without_scopes(tool, identity, route)
+
+
+def missing_for(tool: Tool | None, identity: Identity, *, has_certificate: bool) -> str:
+    """The first condition that a call of this tool does not meet; empty if it meets all."""
+    if tool is None:
+        return MISSING_TOOL
+    if tool.credentials and credential_kind(identity) not in tool.credentials:
+        return MISSING_CREDENTIAL
+    if tool.needs_certificate and not has_certificate:
+        return MISSING_CERTIFICATE
+    return "" if tool.scopes <= identity.scopes else MISSING_SCOPE
+
+
+def callable_tools(table: ToolTable, identity: Identity, *, has_certificate: bool) -> frozenset[str]:
+    """The names in `tools/call` of all tools that the credential may call, with an approval where they need one."""
+    tools = table.by_mcp.items()
+    return frozenset([name for name, tool in tools if not missing_for(tool, identity, has_certificate=has_certificate)])
 
 
 def _refused(missing: str, detail: str, text: str) -> Refusal:

@@ -11,7 +11,7 @@ import orjson
 from keyproxy.cli.options import config_option, json_option, load
 from keyproxy.config import loader
 from keyproxy.config.access_settings import model_warnings
-from keyproxy.config.route_review import cap_warnings
+from keyproxy.config.route_review import cap_warnings, certificate_warnings
 
 
 @click.group("config", short_help="Check or show the configuration, or print an example.")
@@ -44,7 +44,9 @@ def check(config_path: Path | None, *, offline: bool) -> None:
         # Loading also finds address overlaps that need no name lookup.
         raise loader.ConfigError(list(dict.fromkeys(wrong)))
     if loaded is not None:
-        for warning in [*cap_warnings(loaded.settings.routes), *model_warnings(loaded.settings)]:
+        settings = loaded.settings
+        warnings = [*cap_warnings(settings.routes), *model_warnings(settings), *certificate_warnings(settings)]
+        for warning in warnings:
             click.echo(f"warning: {warning}", err=True)
     click.echo("ok")
 

@@ -30,7 +30,7 @@ _EVENT_COLUMNS: Final = (
     "id", "time", "request_id", "tenant", "user", "key", "mode", "route", "method", "status", "code", "tokens_in",
     "tokens_out", "estimated", "request_bytes", "response_bytes", "duration_seconds", "policy", "model",
     "tokens_cached", "tokens_cache_write", "tokens_reasoning", "cost_micros", "actor_user_id", "agent_id",
-    "agent_token_id",
+    "agent_token_id", "client",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from keyproxy.cli.remote.admin_client import AdminClient, ListById
 from keyproxy.cli.remote.remote_agents import RemoteAgents, RemoteAgentTokens
+from keyproxy.cli.remote.remote_approvals import RemoteApprovals, RemoteConsents
 from keyproxy.cli.remote.remote_keys import (
     RemoteKeyBatches,
     RemoteKeyImporter,
@@ -210,6 +211,8 @@ class RemoteDirectory:
         self.leaked_keys = RemoteLeakedKeys(client)
         self.agents = RemoteAgents(client)
         self.agent_tokens = RemoteAgentTokens(client)
+        self.approvals = RemoteApprovals(client)
+        self.consents = RemoteConsents(client)
         self.plans = RemotePlans(client)
         self.roles = RemoteRoles(client)
         self.owned = RemoteOwnedIds(client)

@@ -60,6 +60,12 @@ class RemoteKeys:
     async def revoke(self, key_id: str, reason: str) -> Entity:
         return await self._client.call("revoke_key", key_id, reason=reason)
 
+    async def suspend(self, key_id: str, reason: str) -> Entity:
+        return await self._client.call("suspend_key", key_id, reason=reason)
+
+    async def resume(self, key_id: str) -> Entity:
+        return await self._client.call("resume_key", key_id)
+
     async def delete(self, key_id: str) -> Entity:
         return await self._client.call("delete_key", key_id)
 

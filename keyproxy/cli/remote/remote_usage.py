@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from typing import Any, Final
 
 from keyproxy.cli.remote.admin_client import AdminClient
@@ -32,6 +33,12 @@ class RemoteUsage:
     def events(self, wanted: UsageFilter, after: str | None = None) -> AsyncIterator[dict[str, Any]]:
         return self._client.lines("export_usage", **_filters(wanted), after=after)
 
+    async def origins(self, key_id: str, since: datetime) -> list[dict[str, Any]]:
+        items: list[dict[str, Any]] = (await self._client.call("show_origins", key_id, since=since.isoformat()))[
+            "items"
+        ]
+        return items
+
     async def windows(self, user_id: str, *, is_test: bool) -> list[dict[str, Any]]:
         items: list[dict[str, Any]] = (await self._client.call("show_limits", user_id, is_test=is_test))["items"]
         return items
@@ -55,6 +62,10 @@ def _question_fields(question: Question) -> dict[str, Any]:
         fields["category"] = list(question.categories)
     if question.namespaces:
         fields["namespace"] = [f"{source}={value}" for source, value in question.namespaces]
+    if question.tool:
+        fields["tool"] = question.tool
+    if question.has_certificate:
+        fields["client_certificate"] = True
     if question.body is None:
         return fields
     try:

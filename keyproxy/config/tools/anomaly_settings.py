@@ -11,6 +11,9 @@ from keyproxy.config.value_types import setting
 
 SIGNALS: Final = ("new_model", "new_network", "velocity", "burst", "probing", "failures")
 
+#: A caller without the key raises these, or a caller with it by requests that are refused anyway.
+_NEVER_SUSPENDS: Final = ("probing", "failures")
+
 
 def _known_signals(value: list[str]) -> str | None:
     unknown = [signal for signal in value if signal not in SIGNALS]
@@ -28,3 +31,16 @@ class AnomalySettings:
     suspensions_per_hour_max: int = setting(20, within(0, 100_000))
     webhook_url: str = setting("", value_checks.webhook_url)
     webhook_secret: str = setting("", value_checks.webhook_secret, secret=True)
+
+
+def conflicts(anomalies: AnomalySettings) -> list[str]:
+    """The contradictions between keys of the table that are valid individually."""
+    wrong = [
+        f"anomalies.suspend: {signal!r} must not suspend: other clients than the key's own can raise it"
+        for signal in anomalies.suspend
+        if signal in _NEVER_SUSPENDS
+    ]
+    unwatched = [signal for signal in anomalies.suspend if signal not in anomalies.watch]
+    if unwatched:
+        wrong.append(f"anomalies.suspend: {unwatched[0]!r} must also be in anomalies.watch")
+    return wrong

@@ -27,11 +27,12 @@ ENTITIES: Final = (
     "template",
     "agent",
     "agent_token",
+    "network",
     "approval",
     "consent",
     "provider_key",
 )
-ACTIONS: Final = ("insert", "update", "delete", "truncate", "window.credit")
+ACTIONS: Final = ("insert", "update", "delete", "truncate", "window.credit", "anomaly")
 
 _ID_MAX: Final = 2**63 - 1
 _POLL_SECONDS: Final = 0.05

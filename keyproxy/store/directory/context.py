@@ -27,7 +27,7 @@ _RULES: Final = (
     (re.compile(r"tenants_id_check|users_id_check|api_keys_id_check"), _ID_RULE),
     (re.compile(r"plans_id_check"), _ID_RULE.replace(" | +", "")),
     (re.compile(r"\w+_name_check"), "a name has at most 200 characters"),
-    (re.compile(r"(api_keys|agent_tokens)_revoke_reason_check"), "a reason has at most 500 characters"),
+    (re.compile(r"(api_keys|agent_tokens)_(revoke|suspend)_reason_check"), "a reason has at most 500 characters"),
     (
         re.compile(r"roles_id_check|api_keys_roles|users_roles|tenants_roles|agents_roles_check"),
         "a role has at most 64 lower-case letters, digits, _ and -; a key, user, tenant or agent has at most 16 roles",

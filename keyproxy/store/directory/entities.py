@@ -154,6 +154,8 @@ def _key(row: Row) -> Entity:
         "expires_at": time_text(row["expires_at"]),
         "revoked_at": time_text(row["revoked_at"]),
         "revoke_reason": row["revoke_reason"],
+        "suspended_at": time_text(row["suspended_at"]),
+        "suspend_reason": row["suspend_reason"],
         "replaces": row["replaces"],
         "replaced_by": row["replaced_by"],
         "last_used_at": time_text(row["last_used_at"]),

@@ -1,4 +1,4 @@
-"""Keys: issue, list, change, rotate, revoke and delete them."""
+"""Keys: issue, list, change, rotate, suspend, resume, revoke and delete them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from keyproxy.store.directory.entities import (
 from keyproxy.store.directory.errors import Conflict, Invalid, NotFound
 from keyproxy.store.postgres.times import time_text
 
-STATES: Final = ("active", "retiring", "disabled", "expired", "revoked")
+STATES: Final = ("active", "retiring", "suspended", "disabled", "expired", "revoked")
 
 #: The times that keys can be ordered by, oldest first. A key that was never used comes first, one that never expires
 #: comes last.
@@ -145,6 +145,26 @@ class KeyStore:
         async with self._context.transaction() as transaction:
             await self._context.lock(transaction, "key", key_id, if_match)
             await transaction.fetch("revoke_key", key_id, reason)
+        return await self.get(key_id)
+
+    async def suspend(self, key_id: str, reason: str, *, if_match: str | None = None) -> Entity:
+        """Suspend a key until it is resumed. A suspended key stays unchanged.
+
+        Raises Conflict if it is revoked or has expired.
+        """
+        async with self._context.transaction() as transaction:
+            key = await self._context.lock(transaction, "key", key_id, if_match)
+            if key["state"] in ("revoked", "expired"):
+                end = "was revoked" if key["state"] == "revoked" else "has expired"
+                raise Conflict(f"key {key_id!r} {end}: it cannot be suspended")
+            await transaction.fetch("suspend_key", key_id, reason)
+        return await self.get(key_id)
+
+    async def resume(self, key_id: str, *, if_match: str | None = None) -> Entity:
+        """Let a suspended key work again. A key that is not suspended stays unchanged."""
+        async with self._context.transaction() as transaction:
+            await self._context.lock(transaction, "key", key_id, if_match)
+            await transaction.fetch("resume_key", key_id)
         return await self.get(key_id)
 
     async def delete(self, key_id: str, *, if_match: str | None = None) -> Entity:

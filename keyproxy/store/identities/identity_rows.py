@@ -62,7 +62,9 @@ def standing_of(row: Row) -> Reason | None:
     """The reason for refusing every request with the credential of this row, None if there is none."""
     if row["is_revoked"]:
         return Reason.KEY_REVOKED
-    return Reason.ACCOUNT_DISABLED if row["is_disabled"] else None
+    if row["is_disabled"]:
+        return Reason.ACCOUNT_DISABLED
+    return Reason.KEY_SUSPENDED if row["is_suspended"] else None
 
 
 def bounded_scopes(scopes: Sequence[str], name: str) -> Sequence[str]:

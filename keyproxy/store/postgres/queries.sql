@@ -13,6 +13,7 @@ SELECT
     k.acts_for = 'tenant' AS can_act,
     extract(epoch FROM k.expires_at)::float8 AS expires_wall_seconds,
     k.revoked_at IS NOT NULL AS is_revoked,
+    k.suspended_at IS NOT NULL AS is_suspended,
     u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL AS is_disabled,
     u.id AS user_id,
     t.id AS tenant_id,
@@ -49,6 +50,7 @@ SELECT
     coalesce(k.acts_for = 'tenant' AND u.tenant_id = t.id AND u.disabled_at IS NULL, false) AS may_act,
     extract(epoch FROM k.expires_at)::float8 AS expires_wall_seconds,
     k.revoked_at IS NOT NULL AS is_revoked,
+    k.suspended_at IS NOT NULL AS is_suspended,
     o.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL AS is_disabled,
     o.id AS owner_id,
     t.id AS tenant_id,
@@ -84,6 +86,7 @@ SELECT
     k.is_test,
     extract(epoch FROM least(k.expires_at, c.expires_at))::float8 AS expires_wall_seconds,
     k.revoked_at IS NOT NULL OR c.is_revoked AS is_revoked,
+    k.suspended_at IS NOT NULL AS is_suspended,
     u.disabled_at IS NOT NULL OR o.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL OR c.is_disabled AS is_disabled,
     c.is_intact AND CASE
         WHEN a.actor_user_id IS NULL THEN o.id = u.id
@@ -534,10 +537,12 @@ SELECT id, tenant_id FROM keyproxy.users WHERE id = ANY($1::text[]) ORDER BY id 
 -- name: key
 -- Needs: api_keys (replaces).
 SELECT k.id, k.user_id, u.tenant_id, k.hint, k.name, k.scopes, k.roles, k.acts_for, k.is_test, k.plan_id, k.created_at,
-       k.expires_at, k.revoked_at, k.revoke_reason, k.replaces, s.id AS replaced_by, k.last_used_at,
+       k.expires_at, k.revoked_at, k.revoke_reason, k.suspended_at, k.suspend_reason, k.replaces, s.id AS replaced_by,
+       k.last_used_at,
        CASE WHEN k.revoked_at IS NOT NULL THEN 'revoked'
             WHEN k.expires_at <= now() THEN 'expired'
             WHEN u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL THEN 'disabled'
+            WHEN k.suspended_at IS NOT NULL THEN 'suspended'
             WHEN s.id IS NOT NULL THEN 'retiring'
             ELSE 'active' END AS state
 FROM keyproxy.api_keys AS k
@@ -554,10 +559,12 @@ WHERE k.id = $1;
 SELECT listed.*
 FROM (
     SELECT k.id, k.user_id, u.tenant_id, k.hint, k.name, k.scopes, k.roles, k.acts_for, k.is_test, k.plan_id, k.created_at,
-           k.expires_at, k.revoked_at, k.revoke_reason, k.replaces, s.id AS replaced_by, k.last_used_at,
+           k.expires_at, k.revoked_at, k.revoke_reason, k.suspended_at, k.suspend_reason, k.replaces, s.id AS replaced_by,
+       k.last_used_at,
            CASE WHEN k.revoked_at IS NOT NULL THEN 'revoked'
                 WHEN k.expires_at <= now() THEN 'expired'
                 WHEN u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL THEN 'disabled'
+                WHEN k.suspended_at IS NOT NULL THEN 'suspended'
                 WHEN s.id IS NOT NULL THEN 'retiring'
                 ELSE 'active' END AS state
     FROM keyproxy.api_keys AS k
@@ -587,10 +594,12 @@ FROM (
                                     WHEN 'expires' THEN coalesce(listed.expires_at, 'infinity') END AS at
     FROM (
         SELECT k.id, k.user_id, u.tenant_id, k.hint, k.name, k.scopes, k.roles, k.acts_for, k.is_test, k.plan_id, k.created_at,
-               k.expires_at, k.revoked_at, k.revoke_reason, k.replaces, s.id AS replaced_by, k.last_used_at,
+               k.expires_at, k.revoked_at, k.revoke_reason, k.suspended_at, k.suspend_reason, k.replaces, s.id AS replaced_by,
+       k.last_used_at,
                CASE WHEN k.revoked_at IS NOT NULL THEN 'revoked'
                     WHEN k.expires_at <= now() THEN 'expired'
                     WHEN u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL THEN 'disabled'
+                    WHEN k.suspended_at IS NOT NULL THEN 'suspended'
                     WHEN s.id IS NOT NULL THEN 'retiring'
                     ELSE 'active' END AS state
         FROM keyproxy.api_keys AS k
@@ -664,6 +673,17 @@ RETURNING expires_at;
 UPDATE keyproxy.api_keys
 SET revoked_at = now(), revoke_reason = nullif($2, '')
 WHERE id = $1 AND revoked_at IS NULL
+RETURNING id;
+
+-- name: suspend_key
+-- A key that is suspended already keeps its time and reason.
+UPDATE keyproxy.api_keys
+SET suspended_at = now(), suspend_reason = nullif($2, '')
+WHERE id = $1 AND suspended_at IS NULL
+RETURNING id;
+
+-- name: resume_key
+UPDATE keyproxy.api_keys SET suspended_at = NULL, suspend_reason = NULL WHERE id = $1 AND suspended_at IS NOT NULL
 RETURNING id;
 
 -- name: revoke_keys
@@ -1588,6 +1608,20 @@ FROM keyproxy.mint_agent_token($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12
 -- Deletes tokens and signing keys that ended a day ago, $1 of each at most: see the function.
 -- Needs: agent_tokens (expires_at), signing_keys (ends_at), windows (pool_kind, pool_id …).
 SELECT keyproxy.tend_agent_tokens($1) AS is_more;
+
+-- name: learn_habits
+-- Learns the habits $3 of the kinds $2 of the keys $1, with at most $4 networks of each key. `place`: counted from 1.
+-- Needs: key_habits (key_id, kind, value), api_keys (id).
+SELECT place, outcome FROM keyproxy.learn_habits($1::text[], $2::text[], $3::text[], $4::int);
+
+-- name: note_anomaly
+-- Reports the signal $1 of the key $2 or the network $3 with the value $4: see the migration that created the function.
+SELECT keyproxy.note_anomaly(
+    $1, $2, $3, $4, $5, $6::text::jsonb, $7::int, to_timestamp($8::float8), $9::bigint
+) AS outcome;
+
+-- name: tend_anomalies
+SELECT keyproxy.tend_anomalies($1::int) AS is_more;
 
 -- name: claim_approval
 -- Uses the approval of the call with the digest $2, or reports why it cannot be used, or asks for it: see the function.

@@ -33,6 +33,10 @@ RIGHTS: Final = {
     "agents": ("SELECT", _ALL),
     # Proxies mint by a function, which checks the authority of the parent.
     "agent_tokens": ("SELECT", _ALL),
+    # Proxies learn habits; they report signals and suspend keys by functions.
+    "key_habits": ("SELECT, INSERT (key_id, kind, value)", _ALL),
+    "anomalies": ("", "SELECT"),
+    "key_suspensions": ("", "SELECT"),
     # Proxies claim approvals and give them back by functions; they decide nothing and grant nothing.
     "approvals": ("SELECT", "SELECT, UPDATE, DELETE"),
     "released_claims": ("", ""),
@@ -82,6 +86,9 @@ _FUNCTIONS: Final = {
         " integer, integer, boolean, text)"
     ): ("EXECUTE", "EXECUTE"),
     "tend_agent_tokens(integer)": ("EXECUTE", "EXECUTE"),
+    "suspend_key(text, text, text, integer)": ("EXECUTE", ""),
+    "note_anomaly(text, text, text, text, text, jsonb, integer, timestamp with time zone, bigint)": ("EXECUTE", ""),
+    "tend_anomalies(integer)": ("EXECUTE", "EXECUTE"),
     (
         "claim_approval(text, bytea, text, text, text, text, text, text, jsonb, text, bytea, double precision, integer)"
     ): ("EXECUTE", ""),

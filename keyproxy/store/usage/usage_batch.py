@@ -11,13 +11,17 @@ from keyproxy.model import Identity
 from keyproxy.ports.exchange import Exchange
 
 #: Cached common parts of events per group; the cache is cleared when it is full.
-_ALIKE_MAX: Final = 64
+_ALIKE_MAX: Final = 256
 
 #: Identities whose groups are cached per batch; the cache is cleared when it is full.
 _CACHED_MAX: Final = 10_000
 
 #: The place of the actor in the common part of an event: after the fields about models.
 _ACTOR_PLACE: Final = 14
+
+#: What the parts of events that are alike depend on: method, status, code, policy, client, and whether the fields about
+#: tokens stand between the two parts.
+_Alike = tuple[bytes, int, str, str, bytes, bool]
 
 _EPOCH_ORDINAL: Final = date(1970, 1, 1).toordinal()
 
@@ -38,7 +42,6 @@ class UsageGroup:
         "refusals",
         "requests",
         "route",
-        "tail",
         "tokens_in",
         "tokens_out",
     )  # fmt: skip
@@ -50,11 +53,8 @@ class UsageGroup:
         self.model = model
         self.requests = self.refusals = self.tokens_in = self.tokens_out = self.estimated = 0
         self.cached = self.cache_write = self.reasoning = self.cost_micros = 0
-        #: The part of an event that is the same for requests that are alike, by method, status, code, policy, and whether
-        #: the fields about tokens follow: then the tail is not included.
-        self.alike: dict[tuple[bytes, int, str, str, bool], bytes] = {}
-        #: The end of that part: the actor, the agent and the token, if there are any, and the closing bracket.
-        self.tail = _tail(identity)
+        #: The parts of an event that similar requests share; fields about tokens, if any, stand between them.
+        self.alike: dict[_Alike, tuple[bytes, bytes]] = {}
 
     def add(self, exchange: Exchange) -> None:
         """Add an exchange to the sums."""
@@ -75,12 +75,14 @@ class UsageGroup:
 
     def event(self, exchange: Exchange, code: str, wall_offset: float) -> tuple[object, ...]:
         """One event, in the order in which the view keyproxy.usage_events reads it."""
-        head, use, started = exchange.head, exchange.token_use, exchange.started_mono
-        key = (b"" if head is None else head.line.method, exchange.status, code, exchange.policy, use is not None)
-        common = self.alike.get(key) or self._alike(key)
+        head, use, started, peer = exchange.head, exchange.token_use, exchange.started_mono, exchange.peer
+        method = b"" if head is None else head.line.method
+        client = b"" if peer is None else peer.recorded_address(head)
+        key = (method, exchange.status, code, exchange.policy, client, use is not None)
+        common, tail = self.alike.get(key) or self._alike(key)
         if use is not None:
             common = b"%b,%d,%d,%d,%d%b" % (
-                common, use.cached, use.cache_write, use.reasoning, exchange.cost_micros, self.tail,
+                common, use.cached, use.cache_write, use.reasoning, exchange.cost_micros, tail,
             )  # fmt: skip
         return (
             int((started + wall_offset) * 1_000),
@@ -94,23 +96,25 @@ class UsageGroup:
             exchange.is_estimated,
         )
 
-    def _alike(self, key: tuple[bytes, int, str, str, bool]) -> bytes:
+    def _alike(self, key: _Alike) -> tuple[bytes, bytes]:
         # Clients can send any method, so this needs a bound.
         if len(self.alike) >= _ALIKE_MAX:
             self.alike.clear()
-        who, (method, status, code, policy, has_tokens) = self.identity, key
+        who, (method, status, code, policy, client, has_tokens) = self.identity, key
         common: list[object] = [who.tenant_id, who.user_id, who.key_id, who.mode, self.route, method.decode("ascii")]
         common += [status, code]
-        has_tail = len(self.tail) > 1
-        if policy or self.model or has_tokens or has_tail:
+        tail = _tail(who, client)
+        if policy or self.model or has_tokens or tail:
             common.append(policy or None)
         if self.model or has_tokens:
             common.append(self.model)
-        if has_tail and not has_tokens:
-            common += [None] * (_ACTOR_PLACE - len(common))
-        encoded = orjson.dumps(common)[:-1]
-        self.alike[key] = encoded = encoded if has_tokens else encoded + self.tail
-        return encoded
+        if has_tokens:
+            parts = orjson.dumps(common)[:-1], b"".join([b",", orjson.dumps(tail)[1:]]) if tail else b"]"
+        else:
+            padding = [None] * (_ACTOR_PLACE - len(common)) if tail else []
+            parts = orjson.dumps([*common, *padding, *tail]), b""
+        self.alike[key] = parts
+        return parts
 
 
 def _value(identity: Identity, route: str, model: str) -> tuple[str | None, ...]:
@@ -123,12 +127,14 @@ def _value(identity: Identity, route: str, model: str) -> tuple[str | None, ...]
     )  # fmt: skip
 
 
-def _tail(identity: Identity) -> bytes:
+def _tail(identity: Identity, client: bytes) -> list[str | None]:
+    """The end of the common part of an event: the actor, the agent, the token and the client, if there are any."""
     token = identity.agent_token
-    if token is None and identity.actor_user_id is None:
-        return b"]"
     agent_id, token_id = (None, None) if token is None else (token.agents[0], token.token_id)
-    return b"," + orjson.dumps([identity.actor_user_id, agent_id, token_id])[1:]
+    who = [identity.actor_user_id, agent_id, token_id]
+    if client:
+        return [*who, client.decode("ascii")]
+    return [] if token is None and identity.actor_user_id is None else who
 
 
 class UsageBatch:

@@ -7,15 +7,18 @@ are delivered at least once, each under an id that never changes; resuming after
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Any, Final
 
 import orjson
 
+from keyproxy.problem_spec import Blame
+from keyproxy.reasons import Reason
 from keyproxy.store.directory.errors import Invalid
 from keyproxy.store.postgres.database import Database, Row, StoreUnavailable
 from keyproxy.store.postgres.json_values import read_json
@@ -36,11 +39,19 @@ _HORIZON_SECONDS: Final = 10.0
 _LOOK_SECONDS: Final = 0.05
 _EVENT_ID = re.compile(r"([0-9a-f]{16}):(\d{1,18}):(\d{1,9})")
 
+#: Clients whose use of a key is summed one by one, and the name for all others together.
+ORIGINS_MAX: Final = 10_000
+_OTHER_CLIENTS: Final = "other"
+_ORIGIN_SUMS: Final = ("requests", "refusals", "tokens_in", "tokens_out")
+
+#: The codes of requests that were not sent upstream, but for those that were cut off in the middle of the response.
+_REFUSAL_CODES: Final = frozenset([reason.code for reason in Reason if reason.value.blame is not Blame.UPSTREAM])
+
 #: The fields of the third element of an event in keyproxy.usage_event_batches: those that many events share. It ends
-#: before what does not apply: the policy of a limit that refused, models and tokens, the actor, the agent.
+#: before what does not apply: the policy of a limit that refused, models and tokens, the actor, the agent, the client.
 _ALIKE: Final = (
     "tenant", "user", "key", "mode", "route", "method", "status", "code", "policy", "model", "tokens_cached",
-    "tokens_cache_write", "tokens_reasoning", "cost_micros", "actor_user_id", "agent_id", "agent_token_id",
+    "tokens_cache_write", "tokens_reasoning", "cost_micros", "actor_user_id", "agent_id", "agent_token_id", "client",
 )  # fmt: skip
 
 
@@ -102,7 +113,7 @@ class UsageReader:
                 last["model"],
             )  # fmt: skip
 
-    async def events(self, wanted: UsageFilter, after: str | None = None) -> AsyncIterator[dict[str, Any]]:
+    async def events(self, wanted: UsageFilter, after: str | None = None) -> AsyncGenerator[dict[str, Any]]:
         """All events that have been written by now, in the order of writing; only those after the id `after`, if given.
 
         Raises NoSuchEventError.
@@ -121,6 +132,25 @@ class UsageReader:
                     if _is_wanted(event, wanted):
                         yield event
             start = rows[-1]["serial"]
+
+    async def origins(self, key_id: str, since: datetime) -> list[dict[str, Any]]:
+        """Where a key was used since then: the sums of the events that are kept, by client, the latest client first.
+
+        `client` None: it was not recorded. At most `ORIGINS_MAX` clients; the sums of all further ones are those of the
+        client `other`.
+        """
+        found: dict[str | None, dict[str, Any]] = {}
+        async with contextlib.aclosing(self.events(UsageFilter(key=key_id, since=since))) as events:
+            async for event in events:
+                client = event["client"]
+                if client not in found and len(found) >= ORIGINS_MAX:
+                    client = _OTHER_CLIENTS
+                origin = found.setdefault(
+                    client,
+                    {"client": client, **dict.fromkeys(_ORIGIN_SUMS, 0), "first": event["time"], "last": event["time"]},
+                )
+                _add_to_origin(origin, event)
+        return sorted(found.values(), key=lambda origin: str(origin["last"]), reverse=True)
 
     async def _place(self, event_id: str) -> tuple[int, int]:
         """The serial of the event's batch, and its place in that batch."""
@@ -142,6 +172,14 @@ class UsageReader:
             await asyncio.sleep(_LOOK_SECONDS)
         newest: int = row["newest"]
         return newest
+
+
+def _add_to_origin(origin: dict[str, Any], event: Mapping[str, Any]) -> None:
+    origin["refusals" if event["code"] in _REFUSAL_CODES else "requests"] += 1
+    origin["tokens_in"] += event["tokens_in"] or 0
+    origin["tokens_out"] += event["tokens_out"] or 0
+    origin["first"] = min(origin["first"], event["time"])
+    origin["last"] = max(origin["last"], event["time"])
 
 
 def _filters(wanted: UsageFilter) -> tuple[object, ...]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Protocol
 
 from keyproxy.config.schema import Settings
@@ -25,6 +26,7 @@ class UsageOperations(Protocol):
     async def sums(self, wanted: UsageFilter, by: Sequence[str], limit: int) -> list[dict[str, Any]]: ...
     def all_sums(self, wanted: UsageFilter) -> AsyncIterator[dict[str, Any]]: ...
     def events(self, wanted: UsageFilter, after: str | None = None) -> AsyncIterator[dict[str, Any]]: ...
+    async def origins(self, key_id: str, since: datetime) -> list[dict[str, Any]]: ...
     async def windows(self, user_id: str, *, is_test: bool) -> list[dict[str, Any]]: ...
     async def explained(self, key_id: str, question: Question) -> dict[str, Any]: ...
     async def explained_token(self, token_id: str, question: Question) -> dict[str, Any]: ...
@@ -66,7 +68,9 @@ class UsageService(UsageReader):
             "policy": None,
             "detail": None,
             "retry_after_seconds": None,
-            "missing_scope": None if refusal is None else min(refusal.missing_scopes, default=None),
+            "missing_scope": None
+            if refusal is None
+            else min(set(refusal.missing_scopes) - identity.scopes, default=None),
             **explanation.reservation,
             **_access(explanation),
             "limits": list(explanation.limits),

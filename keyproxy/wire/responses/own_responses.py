@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from keyproxy.ai.tools.mcp_message import rpc_id_in
+from keyproxy.http.error_shapes import MCP
 from keyproxy.http.own_response import OwnResponse
 from keyproxy.http.routes import ANY_ROUTE
 from keyproxy.ports.exchange import Exchange
@@ -14,7 +16,8 @@ from keyproxy.wire.responses.response_writer import ResponseWriter
 def send(refusal: Refusal, exchange: Exchange, response: ResponseWriter, server: ServerContext) -> bool:
     """Respond with a refusal in the format of the route. Return whether the connection closes after it."""
     shape = _error_shape(exchange, server)
-    rendered = server.problems.render(refusal, exchange.request_id.decode("ascii"), shape)
+    request_id = exchange.request_id.decode("ascii")
+    rendered = server.problems.render(refusal, request_id, shape, rpc_id=_rpc_id(exchange, shape))
     if exchange.permit is not None and not refusal.applied:
         rendered = rendered._replace(fields=rendered.fields + exchange.permit.limit_headers(server.clock()))
     closes = refusal.reason is Reason.REQUEST_MALFORMED
@@ -47,6 +50,17 @@ def note(refusal: Refusal, exchange: Exchange) -> None:
     exchange.limit_reason = refusal.limit_reason.value
     if refusal.limit is not None:
         exchange.policy = refusal.limit.policy.name
+    if refusal.members is not None:
+        approval_id = refusal.members.get("approval_id")
+        if isinstance(approval_id, str):
+            exchange.approval_id = approval_id
+
+
+def _rpc_id(exchange: Exchange, shape: str) -> bytes:
+    """The id for a JSON-RPC error. That of an identified client is found even if its message was not read."""
+    if exchange.rpc_id or shape != MCP or exchange.identity is None or not exchange.is_complete:
+        return exchange.rpc_id
+    return rpc_id_in(exchange.body)
 
 
 def _error_shape(exchange: Exchange, server: ServerContext) -> str:

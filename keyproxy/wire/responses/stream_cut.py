@@ -20,14 +20,14 @@ def send_error_event(refusal: Refusal, exchange: Exchange, response: ResponseWri
     meter = exchange.meter
     if exchange.route is None or meter is None or not meter.is_stream or not response.is_chunked:
         return False
-    event = _last_event(refusal, exchange.request_id.decode("ascii"), exchange.route.error_shape, meter, server)
+    event = _last_event(refusal, exchange, exchange.route.error_shape, meter, server)
     response.end_early((chunk(event) if event else b"") + LAST_CHUNK)
     return True
 
 
-def _last_event(refusal: Refusal, request_id: str, shape: str, meter: Meter, server: ServerContext) -> bytes:
-    problems = server.problems
+def _last_event(refusal: Refusal, exchange: Exchange, shape: str, meter: Meter, server: ServerContext) -> bytes:
+    problems, request_id = server.problems, exchange.request_id.decode("ascii")
     if meter.format is StreamFormat.SSE:
-        return meter.cut(problems.last_event(refusal, request_id, shape))
+        return meter.cut(problems.last_event(refusal, request_id, shape, rpc_id=exchange.rpc_id))
     exception = bedrock_stream_exception(problems.status_of(refusal))
     return meter.cut(problems.last_document(refusal, request_id, shape), exception=exception)

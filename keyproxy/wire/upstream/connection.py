@@ -124,7 +124,10 @@ class UpstreamConnection(asyncio.Protocol):
         is_whole = exc is None and self._stream.ends_with_connection()
         if is_whole and (exchange.is_tunnel or was_closed(self._tls)):
             self._stream.keeps_alive = False
-            exchange.response_arrived(b"", self._clock(), is_last=True)
+            try:
+                exchange.response_arrived(b"", self._clock(), is_last=True)
+            except Refusal as refusal:
+                self._fail(refusal)
         else:
             self.exchange = None
             where = "in the middle of its response" if exchange.has_response else "without a response"

@@ -31,6 +31,11 @@ class UpstreamUser(exchange.Exchange):
         """Whether the request may be sent again without harm."""
         return retry.is_idempotent(self.head)
 
+    def may_retry(self, refusal: Refusal, *, is_reused: bool) -> bool:
+        """Whether the request may be sent again, on another connection. One that has used an approval is sent once."""
+        has_claim = self.tool_call is not None and self.tool_call.claim is not None
+        return not has_claim and retry.may_retry(self.head, refusal, is_reused=is_reused)
+
     def upstream_lost(self, refusal: Refusal) -> None:
         """No connection was available, or the upstream failed before its response was complete."""
         raise NotImplementedError

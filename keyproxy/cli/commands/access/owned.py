@@ -6,10 +6,8 @@ from typing import Final
 
 import click
 
-from keyproxy.cli.context import PAGE, Call, takes_call
+from keyproxy.cli.context import Call, every_page, takes_call
 from keyproxy.cli.parameters import role
-from keyproxy.store.directory.directory import Entity
-from keyproxy.store.directory.interface import DirectoryOperations
 
 _COLUMNS: Final = ("kind", "id", "tenant", "created_at")
 
@@ -74,15 +72,9 @@ def owned_show(call: Call, kind: str, object_id: str) -> None:
 @takes_call
 def owned_list(call: Call, kind: str | None, tenant_id: str | None) -> None:
     """List owned ids."""
-
-    async def work(directory: DirectoryOperations) -> list[Entity]:
-        found: list[Entity] = []
-        cursor: str | None = None
-        while True:
-            page = await directory.owned.list_page(cursor, PAGE, kind=kind, tenant_id=tenant_id)
-            found += page.items
-            cursor = page.next
-            if cursor is None:
-                return found
-
-    call.print_result(call.run(work), _COLUMNS)
+    rows = call.run(
+        lambda directory: every_page(
+            lambda cursor, limit: directory.owned.list_page(cursor, limit, kind=kind, tenant_id=tenant_id)
+        )
+    )
+    call.print_result(rows, _COLUMNS)

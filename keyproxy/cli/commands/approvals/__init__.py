@@ -1,0 +1,1 @@
+"""keyproxy approval and keyproxy consent."""
