@@ -139,6 +139,13 @@ async def test_challenge_names_all_scopes_of_route_and_tool(start: Start) -> Non
         assert 'error="insufficient_scope", scope="data:read mcp:use"' in str(answer.one("WWW-Authenticate"))
 
 
+async def test_key_without_scopes_of_route_and_tool_learns_of_all_of_them_at_once(start: Start) -> None:
+    wire = await calling(start, "read", scopes=frozenset(), row={"scopes": ["mcp:use"]})
+    answer = await ask(wire)
+    assert (answer.status, problem(answer)["code"]) == (403, "insufficient_scope")
+    assert 'scope="data:read mcp:use"' in str(answer.one("WWW-Authenticate"))
+
+
 @pytest.mark.parametrize("method", ["initialize", "ping", "tools/list", "resources/read", "notifications/initialized"])
 async def test_messages_that_call_no_tool_need_only_the_scopes_of_the_route(start: Start, method: str) -> None:
     wire = await calling(start, scopes=frozenset({"mcp:use"}), mcp_scopes=["mcp:use"])
