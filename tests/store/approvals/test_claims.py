@@ -103,8 +103,8 @@ async def test_repeated_claim_has_the_same_outcome_and_uses_nothing_more(owner: 
 
 async def test_claim_for_a_user_that_is_gone_or_of_another_tenant_makes_no_row(owner: Sql) -> None:
     await add_user(owner, "u_9", "other")
-    for changes in ({"user": "u_1"}, {"user": "u_9"}, {"tenant": "other"}, {"tenant": "none"}):
-        assert (await claim(owner, **changes))["outcome"] == "gone"
+    for tenant, user in (("acme", "u_1"), ("acme", "u_9"), ("other", "u_42"), ("none", "u_42")):
+        assert (await claim(owner, tenant=tenant, user=user))["outcome"] == "gone"
     assert await owner.fetchval("SELECT count(*) FROM keyproxy.approvals") == 0
 
 

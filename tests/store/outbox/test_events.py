@@ -102,8 +102,8 @@ async def test_expired_event_is_not_sent_and_abandoned(queue: EventQueue, sql: S
     await sql.execute("UPDATE keyproxy.events SET expires_at = now()")
     assert await queue.claim(9) == []
     assert await queue.prepare() == [
-        Abandoned(f"event {tried} (approval.requested)", "expired; refused"),
-        Abandoned("1 events", "expired before an attempt"),
+        Abandoned(f"event {tried} (approval.requested)", "expired; refused", "approval.requested"),
+        Abandoned("1 events (approval.requested)", "expired before an attempt", "approval.requested"),
     ]
     assert await queue.prepare() == []
 

@@ -251,17 +251,13 @@ async def test_proxies_claim_and_give_back_approvals_that_only_the_admin_side_de
     assert await claims(b"b" * 16) == "used"
     assert (await as_proxy.fetch("release_approval", b"b" * 16, bytes(32)))[0]["outcome"] == "released"
     assert (await decisions.deny(f"apr_{0:022d}"))["state"] == "denied"
-    for statement in ("claim_approval", "release_approval"):
-        with pytest.raises(StoreUnavailable, match="permission denied"):
-            if statement == "claim_approval":
-                await as_admin.fetch(statement, next(ids), bytes(32), *arguments, bytes(16), 900.0, 20)
-            else:
-                await as_admin.fetch(statement, b"b" * 16, None)
+    with pytest.raises(StoreUnavailable, match="permission denied"):
+        await as_admin.fetch("claim_approval", next(ids), bytes(32), *arguments, bytes(16), 900.0, 20)
+    with pytest.raises(StoreUnavailable, match="permission denied"):
+        await as_admin.fetch("release_approval", b"b" * 16, None)
     for database in (as_proxy, as_admin):
         assert (await database.fetch("tend_approvals", 10))[0]["is_more"] is False
-    for database, approved in ((as_proxy, True), (as_admin, True)):
-        rows = await database.fetch("consents_of_users", ["u_42"])
-        assert bool(rows) is approved
+    assert len(await as_proxy.fetch("consents_of_users", ["u_42"])) == 1
     assert len(await as_admin.fetch("claim_events", 9, timedelta(seconds=60), "approval.")) == 3
 
 

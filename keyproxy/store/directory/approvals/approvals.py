@@ -80,7 +80,7 @@ class ApprovalDecisions:
                 )
             if approval["state"] == APPROVED:
                 return approval
-            approval = await self._decide(transaction, approval, APPROVED, reason, self.rules.use_seconds)
+            approval = await self._decide(transaction, approval, APPROVED, reason, seconds=self.rules.use_seconds)
             if consent_for is None:
                 return approval
             consent = await grant_in(
@@ -95,7 +95,7 @@ class ApprovalDecisions:
             approval = await self._hold(transaction, approval_id)
             if approval["state"] == DENIED:
                 return approval
-            return await self._decide(transaction, approval, DENIED, reason, self.rules.pending_seconds)
+            return await self._decide(transaction, approval, DENIED, reason, seconds=self.rules.pending_seconds)
 
     async def _hold(self, transaction: Transaction, approval_id: str) -> Entity:
         """Lock an approval that the actor may decide, and read it."""
@@ -105,7 +105,7 @@ class ApprovalDecisions:
         return approval
 
     async def _decide(
-        self, transaction: Transaction, approval: Entity, state: str, reason: str, seconds: int
+        self, transaction: Transaction, approval: Entity, state: str, reason: str, *, seconds: int
     ) -> Entity:
         decided_by, states = self._context.actor.name, list(_FROM[state])
         done = await transaction.fetch(
