@@ -192,6 +192,10 @@ class Upstream:
         finally:
             await self.stop()
 
+    async def start_again(self) -> None:
+        """Listen on the same port again."""
+        self._server = await asyncio.start_server(self._connection, "127.0.0.1", self.port, limit=_LINE_MAX)
+
     async def stop(self) -> None:
         """Stop listening, and close every connection."""
         if self._server is not None:

@@ -18,7 +18,7 @@ from keyproxy.admin.listener import AdminListener, traffic
 from keyproxy.admin.metrics_page import MetricsPage, Traffic
 from keyproxy.admin.service import Service
 from keyproxy.admin.throttle import Throttle
-from keyproxy.admin.webhook_sender import WebhookSender
+from keyproxy.admin.webhooks import Webhooks
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.schema import Settings
 from keyproxy.metrics.access_log import AccessLog
@@ -31,8 +31,6 @@ from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.agents.operator_mint import OperatorKey, SigningMint
 from keyproxy.store.directory.directory import Actor
-from keyproxy.store.outbox.limit_alerts import LimitAlertQueue
-from keyproxy.store.outbox.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database, StoreUnavailable
 from keyproxy.store.signing_keys import SigningKeyCache
 from keyproxy.wire.tls import TlsError, server_context, show
@@ -57,10 +55,7 @@ class Admin:
             statement_timeout_seconds=settings.store.statement_timeout_seconds,
         )
         self._throttle = Throttle()
-        self._reminders = ReminderQueue(self._database, lambda: self._settings.reminders.before_days)
-        self._reminding = WebhookSender(self._reminders)
-        self._alerts = LimitAlertQueue(self._database, lambda: self._settings.alerts.percentages)
-        self._alerting = WebhookSender(self._alerts, "alerts of limits")
+        self._webhooks = Webhooks(self._database, lambda: self._settings)
         self._signing_keys = SigningKeyCache(self._database, ACCEPTS_NONE, clock.now)
         self._operator_key = OperatorKey(self._signing_keys, clock.now)
         self._service = self._made(settings)
@@ -110,19 +105,16 @@ class Admin:
             systemd.notify("READY=1")
             async with asyncio.TaskGroup() as group:
                 changing = group.create_task(self._change_on(again, listener, read_again))
-                reminding = group.create_task(self._reminding.run(lambda: self._settings.reminders))
-                alerting = group.create_task(self._alerting.run(lambda: self._settings.alerts))
+                sending = group.create_task(self._webhooks.run())
                 await stop.wait()
-                await cancel_all([changing, reminding, alerting])
+                await cancel_all([changing, sending])
             systemd.notify("STOPPING=1")
         _log.info("stopped")
 
     def _metrics_page(self, counted: Traffic) -> MetricsPage:
-        now_mono = clock.monotonic
         return MetricsPage(
-            self._reminders, self._reminding, self._alerts,
-            now_mono=now_mono, traffic=counted, minted=lambda: self._operator_key.minted,
-        )  # fmt: skip
+            self._webhooks, now_mono=clock.monotonic, traffic=counted, minted=lambda: self._operator_key.minted
+        )
 
     def _warn_of_unencrypted_tokens(self) -> None:
         # Only a warning: a TLS proxy in front, a pod or a container requires this setup.

@@ -15,11 +15,11 @@ from typing import Any, Final
 import orjson
 from aiohttp import hdrs, web
 
-from keyproxy.admin import docs_page, openapi
 from keyproxy.admin.connections import BOUNDS, AdminConnections, Bounds
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.metrics_page import Traffic
 from keyproxy.admin.problems import Problem, Refused, problem_response
+from keyproxy.admin.reference import docs_page, openapi
 from keyproxy.admin.request_parsing import BODY_BYTES_MAX
 from keyproxy.admin.scopes import Scope
 from keyproxy.admin.service import ENDPOINTS, TOKEN_ID, Service

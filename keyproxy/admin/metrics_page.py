@@ -14,12 +14,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from keyproxy.admin.webhook_sender import WebhookSender
+from keyproxy.admin.webhooks import Webhooks
 from keyproxy.metrics.delegation_counts import ADMIN
 from keyproxy.metrics.exposition import BUILD_INFO, Catalogue
 from keyproxy.metrics.metric import Combine, Metric, MetricKind
-from keyproxy.store.outbox.limit_alerts import LimitAlertQueue
-from keyproxy.store.outbox.reminders import ReminderQueue
 from keyproxy.store.postgres.database import StoreUnavailable
 
 _WITHIN_DAYS: Final = (1, 7, 30)
@@ -77,6 +75,8 @@ class AdminScrape(NamedTuple):
     reminders: Mapping[str, int]
     #: Delivered alerts of limits by percentage.
     alerts: Mapping[str, int]
+    #: Messages to webhooks by kind and result.
+    webhooks: Mapping[tuple[str, ...], int]
     traffic: Traffic
     #: How many agent tokens were minted.
     minted: int
@@ -126,6 +126,9 @@ ADMIN_METRICS: Final[tuple[Metric[AdminScrape], ...]] = (
            ("result",), lambda scrape: scrape.reminders, SUM),
     Metric("keyproxy_limit_alerts_total", COUNTER, "Alerts of limits that were delivered, by percentage of the limit.",
            ("percentage",), lambda scrape: scrape.alerts, SUM),
+    Metric("keyproxy_webhook_deliveries_total", COUNTER,
+           "Messages to webhooks by kind and result: sent, failed (one attempt), given_up.",
+           ("kind", "result"), lambda scrape: scrape.webhooks, SUM),
     Metric("keyproxy_store_up", GAUGE, "Whether the last request to the store succeeded.",
            (), lambda scrape: scrape.figures is not None, MIN),
     BUILD_INFO,
@@ -137,18 +140,14 @@ class MetricsPage:
 
     def __init__(
         self,
-        reminders: ReminderQueue,
-        reminding: WebhookSender,
-        alerts: LimitAlertQueue,
+        webhooks: Webhooks,
         *,
         now_mono: Callable[[], float],
         traffic: Traffic,
         minted: Callable[[], int],
     ) -> None:
         """`minted`: how many agent tokens this process has minted."""
-        self._reminders = reminders
-        self._reminding = reminding
-        self._alerts = alerts
+        self._webhooks = webhooks
         self._now_mono = now_mono
         self._traffic = traffic
         self._minted = minted
@@ -166,11 +165,18 @@ class MetricsPage:
         return self._catalogue.render()
 
     def _scrape(self) -> AdminScrape:
-        reminders = dataclasses.asdict(self._reminding.total)
-        return AdminScrape(self._figures, reminders, self._alerts.delivered, self._traffic, self._minted())
+        webhooks = self._webhooks
+        return AdminScrape(
+            figures=self._figures,
+            reminders=dataclasses.asdict(webhooks.reminding.total),
+            alerts=webhooks.alerts.delivered,
+            webhooks=webhooks.results,
+            traffic=self._traffic,
+            minted=self._minted(),
+        )
 
     async def _queried(self) -> StoreFigures | None:
-        reminders = self._reminders
+        reminders = self._webhooks.reminders
         try:
             return StoreFigures(
                 keys=await reminders.expiring(_WITHIN_DAYS),

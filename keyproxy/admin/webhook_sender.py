@@ -2,6 +2,8 @@
 
 A message is claimed, sent and marked. If the sender dies in between or cannot mark it, it is sent again under the same
 id; see `store.outbox`. This allows one sender per admin process, and a cron job as well.
+
+A sender that has to be prompt looks for messages once a second, also while a slow receiver keeps earlier ones waiting.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Final, Protocol
@@ -18,6 +20,7 @@ import aiohttp
 
 from keyproxy.http import webhook_signature
 from keyproxy.platform import clock
+from keyproxy.platform.tasks import cancel_all
 from keyproxy.store.outbox.message import Abandoned, Message
 from keyproxy.store.postgres.database import StoreConflict, StoreUnavailable
 
@@ -25,6 +28,10 @@ _log = logging.getLogger(__name__)
 
 _LOOK_SECONDS: Final = 30.0
 _ATTEMPT_SECONDS: Final = 15.0
+
+#: A prompt sender looks this often, and has a turn of its own for every look within the longest attempt.
+PROMPT_LOOK_SECONDS: Final = 1.0
+PROMPT_TURNS_MAX: Final = 16
 _BATCH: Final = 20
 
 #: Attempts are made after 10 s, 1 min, 6 min, 36 min, 3.6 h, and then every 6 h: nine of them in 22 h.
@@ -86,39 +93,69 @@ class _Failed:
     is_final: bool = False
 
 
+#: The results of a message, as in Outcome. FAILED is one attempt.
+SENT: Final = "sent"
+FAILED: Final = "failed"
+GIVEN_UP: Final = "given_up"
+RESULTS: Final = (SENT, FAILED, GIVEN_UP)
+
+
 @dataclass(slots=True)
 class WebhookSender:
-    """Sends the messages of one outbox. `what`: their kind, for the log. `total`: the results since the start."""
+    """Sends the messages of one outbox. `what`: their kind, for the log. `total`: the results since the start.
+
+    It looks for messages every `look_seconds`, unless `turns_max` earlier turns are still sending.
+    """
 
     outbox: Outbox
     what: str = "reminders"
     attempt_seconds: float = _ATTEMPT_SECONDS
+    look_seconds: float = _LOOK_SECONDS
+    turns_max: int = 1
     total: Outcome = field(default_factory=Outcome)
+    _by_kind: dict[tuple[str, ...], int] = field(default_factory=dict, repr=False)
+    _is_failing: bool = field(default=False, repr=False)
+
+    @property
+    def results(self) -> Mapping[tuple[str, ...], int]:
+        """The results since the start, by kind of message and result."""
+        return self._by_kind
 
     async def run(self, webhook: Callable[[], Webhook]) -> None:
         """Send messages that are due until cancelled. `webhook` may change; nothing is sent while it has no URL."""
-        was_down = False
-        while True:
-            try:
-                if webhook().webhook_url:
-                    await self.turn(webhook())
-                was_down = False
-            except (StoreUnavailable, StoreConflict) as error:
-                if not was_down and not self.outbox.is_store_down:
-                    _log.warning("cannot send %s, will retry: %s", self.what, error)
-                was_down = True
-            except Exception:  # noqa: BLE001 - an outermost boundary: the admin API goes on
-                _log.exception("sending %s failed with an internal error", self.what)
-            await asyncio.sleep(_LOOK_SECONDS)
+        turns: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                if webhook().webhook_url and len(turns) < self.turns_max:
+                    turn = asyncio.create_task(self._guarded_turn(webhook()))
+                    turns.add(turn)
+                    turn.add_done_callback(turns.discard)
+                await asyncio.sleep(self.look_seconds)
+        finally:
+            await cancel_all(turns)
+
+    async def _guarded_turn(self, webhook: Webhook) -> None:
+        try:
+            await self.turn(webhook)
+            self._is_failing = False
+        except (StoreUnavailable, StoreConflict) as error:
+            if not self._is_failing and not self.outbox.is_store_down:
+                _log.warning("cannot send %s, will retry: %s", self.what, error)
+            self._is_failing = True
+        except Exception:  # noqa: BLE001 - an outermost boundary: the admin API goes on
+            _log.exception("sending %s failed with an internal error", self.what)
 
     async def turn(self, webhook: Webhook) -> Outcome:
         """Write messages that are due, and send those whose time has come. Raises StoreUnavailable, StoreConflict."""
         turn = Outcome()
-        for subject, why in await self.outbox.prepare():
-            self._note_given_up(subject, why, turn)
+        for abandoned in await self.outbox.prepare():
+            self._note_given_up(abandoned, turn)
+        claimed = await self.outbox.claim(_BATCH)
+        if not claimed:
+            return turn
         timeout = aiohttp.ClientTimeout(total=self.attempt_seconds)
         async with aiohttp.ClientSession(timeout=timeout, cookie_jar=aiohttp.DummyCookieJar()) as session:
-            while claimed := await self.outbox.claim(_BATCH):
+            while claimed:
                 sent_before = turn.sent
                 sending = (self._send(session, webhook, message, turn) for message in claimed)
                 # Send and mark each message even if marking another one fails.
@@ -127,6 +164,7 @@ class WebhookSender:
                         raise ended
                 if turn.sent == sent_before:
                     break  # if the receiver accepts none of a batch, the rest waits for the next round
+                claimed = await self.outbox.claim(_BATCH)
         return turn
 
     async def _send(self, session: aiohttp.ClientSession, webhook: Webhook, message: Message, turn: Outcome) -> None:
@@ -134,13 +172,15 @@ class WebhookSender:
         if failed is None:
             self.total.sent += 1
             turn.sent += 1
+            self._count(message.kind, SENT)
             await self.outbox.sent(message)
             return
         self.total.failed += 1
         turn.failed += 1
+        self._count(message.kind, FAILED)
         if failed.is_final or message.attempts >= _ATTEMPTS_MAX:
             await self.outbox.failed(message, failed.why, None)
-            self._note_given_up(message.subject, failed.why, turn)
+            self._note_given_up(Abandoned(message.subject, failed.why, message.kind), turn)
             return
         again_in = _delay(message.attempts)
         await self.outbox.failed(message, failed.why, again_in)
@@ -152,10 +192,19 @@ class WebhookSender:
             again_in.total_seconds(),
         )
 
-    def _note_given_up(self, subject: str, why: str, turn: Outcome) -> None:
+    def _note_given_up(self, abandoned: Abandoned, turn: Outcome) -> None:
         self.total.given_up += 1
         turn.given_up += 1
-        _log.error("%s abandoned: %s", subject, why)
+        self._count(abandoned.kind, GIVEN_UP)
+        _log.error("%s abandoned: %s", abandoned.subject, abandoned.why)
+
+    def _count(self, kind: str, result: str) -> None:
+        self._by_kind[kind, result] = self._by_kind.get((kind, result), 0) + 1
+
+
+def prompt_sender(outbox: Outbox, what: str) -> WebhookSender:
+    """A sender that first attempts each message within two seconds, however slow the receiver is."""
+    return WebhookSender(outbox, what, look_seconds=PROMPT_LOOK_SECONDS, turns_max=PROMPT_TURNS_MAX)
 
 
 async def _attempted(session: aiohttp.ClientSession, webhook: Webhook, message: Message) -> _Failed | None:

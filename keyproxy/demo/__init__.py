@@ -21,10 +21,11 @@ import aiohttp
 import click
 import uvloop
 
+from keyproxy.ai.tools.tool import MCP
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.schema import Listen, Ops, RouteRow, Settings, StoreSettings, Upstream
-from keyproxy.demo import authority, delegation
-from keyproxy.demo.compute import CHAT, COMPLETIONS, JOBS, Compute
+from keyproxy.demo import authority, delegation, tools
+from keyproxy.demo.compute import CHAT, COMPLETIONS, JOBS, MCP_PATH, Compute
 from keyproxy.demo.story import Stage, Story
 from keyproxy.model import AGENT_TOKENS
 from keyproxy.platform import sockets
@@ -93,7 +94,9 @@ async def _everything(dsn: str, home: Path) -> AsyncIterator[Story]:
                 RouteRow(f"POST {CHAT}", ["jobs:write"], tokens="openai"),
                 RouteRow(f"POST {delegation.TOKENS_PATH}", ["agents:mint"], serves=AGENT_TOKENS),
                 RouteRow(f"POST {authority.COLLECTIONS}/{{collection...}}", ["jobs:write"], binds=authority.BINDS),
+                RouteRow(f"* {MCP_PATH}", protocol=MCP),
             ),
+            tools=tools.TOOLS,
             models=authority.MODELS,
         )
         config_path = home / "demo.toml"

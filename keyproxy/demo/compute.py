@@ -1,10 +1,13 @@
-"""The compute server of the demo: returns the identity that it received, and counts the tokens that it processed."""
+"""The compute server of the demo: returns the identity that it received, and counts the tokens that it processed.
+
+It is an MCP server as well, whose tools return the call that they received.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Final
+from typing import Any, Final
 
 import orjson
 from aiohttp import web
@@ -13,6 +16,7 @@ from keyproxy.platform import sockets
 
 JOBS: Final = "/v1/ai/jobs"
 COMPLETIONS: Final = "/v1/ai/completions"
+MCP_PATH: Final = "/mcp"
 CHAT: Final = "/v1/chat/completions"
 IDENTITY: Final = ("X-Keyproxy-User", "X-Keyproxy-Tenant", "X-Keyproxy-Scope", "X-Keyproxy-Test")
 
@@ -33,6 +37,8 @@ class Compute:
         self.address = ""
         #: Processed tokens, by its own count.
         self.completions = self.tokens = 0
+        #: The tools that it has executed, in order.
+        self.executed: list[str] = []
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Compute]:
@@ -41,6 +47,7 @@ class Compute:
         application.router.add_post(JOBS, self._job)
         application.router.add_post(COMPLETIONS, self._completion)
         application.router.add_post(CHAT, self._completion)
+        application.router.add_post(MCP_PATH, self._message)
         runner = web.AppRunner(application, access_log=None)
         await runner.setup()
         sock = sockets.bind("127.0.0.1:0")
@@ -74,3 +81,28 @@ class Compute:
         model = request.headers.get("X-Keyproxy-Model")
         answer = {"model": model, "choices": [{"text": "…", "finish_reason": "length"}], "usage": usage}
         return web.Response(body=orjson.dumps(answer), content_type="application/json")
+
+    async def _message(self, request: web.Request) -> web.Response:
+        """An MCP server without sessions: https://modelcontextprotocol.io/specification/2025-11-25/basic/transports"""
+        message = await request.json()
+        if "id" not in message:
+            return web.Response(status=202)
+        reply: dict[str, Any] = {"jsonrpc": "2.0", "id": message["id"]}
+        match message["method"]:
+            case "initialize":
+                version = message["params"]["protocolVersion"]
+                server = {"name": "demo", "version": "1"}
+                reply["result"] = {"protocolVersion": version, "capabilities": {"tools": {}}, "serverInfo": server}
+            case "tools/call":
+                received = {
+                    "tool": request.headers.get("X-Keyproxy-Tool"),
+                    "approval": request.headers.get("X-Keyproxy-Approval"),
+                    "agent": request.headers.get("X-Keyproxy-Agent"),
+                    "arguments": message["params"]["arguments"],
+                }
+                self.executed.append(message["params"]["name"])
+                text = orjson.dumps(received).decode()
+                reply["result"] = {"content": [{"type": "text", "text": text}], "structuredContent": received}
+            case method:
+                reply["error"] = {"code": -32601, "message": f"there is no method {method}"}
+        return web.Response(body=orjson.dumps(reply), content_type="application/json")

@@ -18,8 +18,9 @@ import click
 
 from keyproxy.auth.api_key import ENTROPY_BYTES, KeyFormat
 from keyproxy.config.schema import Settings
-from keyproxy.demo import authority, budget, delegation, runaway
+from keyproxy.demo import authority, budget, delegation, runaway, tools
 from keyproxy.demo.compute import CHAT, COMPLETIONS, JOBS, UNBOUNDED_TOKENS, Compute
+from keyproxy.demo.tool_scene import ToolScene
 from keyproxy.store.directory.directory import Directory, KeyWish
 
 #: With X-Keyproxy-Key-Id.
@@ -86,6 +87,16 @@ class Story:
         await self._runaway(keys["dave"]["secret"])
         await self._authority(keys["alice"])
         await self._delegation(keys["worker"])
+        scene = ToolScene(
+            self._session,
+            self._url,
+            self._stage.compute,
+            self._stage.config_path,
+            self._directory,
+            self._begin,
+            self._judge,
+        )
+        await scene.play(keys["erin"]["secret"])
 
     def sum_up(self) -> None:
         """Print the result."""
@@ -103,12 +114,13 @@ class Story:
         headers = f"-H 'Authorization: Api-Key {self._key}' -H 'Content-Type: application/json'"
         click.echo(f'  curl -i {self._url}{JOBS} {headers} -d \'{{"job_id": "7"}}\'')
         click.echo(f"  curl {ops}/metrics\n  curl {ops}/readyz")
-        click.echo(f"  {own_command()} key list --config {shlex.quote(str(self._stage.config_path.absolute()))}")
+        for command in ("approval list --state pending", "key list"):
+            click.echo(f"  {own_command()} {command} --config {shlex.quote(str(self._stage.config_path.absolute()))}")
         if stays:
             click.echo("\nPress Ctrl-C to stop.")
 
     async def _provision(self) -> dict[str, dict[str, Any]]:
-        click.echo("\nTenant acme, its users alice, bob, carol, dave and a worker, and their keys")
+        click.echo("\nTenant acme, its users alice, bob, carol, dave, erin and a worker, and their keys")
         directory, week = self._directory, timedelta(days=7)
         await directory.tenants.create("acme", "Acme Ltd")
         both = ("jobs:read", "jobs:write")
@@ -122,6 +134,9 @@ class Story:
         dave = await directory.users.create(
             "u_dave", "acme", KeyWish("agent", ("jobs:write",), expires_in=week), plan="agent"
         )
+        erin = await directory.users.create(
+            "u_erin", "acme", KeyWish("assistant", (*tools.SCOPES, "agents:mint"), expires_in=week)
+        )
         await directory.users.create("u_worker", "acme", None)
         service = KeyWish("service", ("jobs:write", "agents:mint"), expires_in=week, acts_for="tenant")
         keys = {
@@ -132,6 +147,7 @@ class Story:
             "carol": carol["key"],
             "worker": await directory.keys.issue("u_worker", service),
             "dave": dave["key"],
+            "erin": erin["key"],
         }
         for key in keys.values():
             mode = "test" if key["is_test"] else "live"

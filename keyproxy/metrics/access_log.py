@@ -149,11 +149,24 @@ class AccessLog:
         line = exchange.refused_line if head is None else head.line
         if line is not None and line.holds_key:
             line = None
-        key = (line, exchange.identity, exchange.status, exchange.route, code, exchange.model, exchange.categories)
-        alike = self._alike.get(key)
+        call = exchange.tool_call
+        tool = None if call is None else call.tool.name
+        approval_id = exchange.approval_id if call is None or call.claim is None else call.claim.approval_id
+        key = (
+            line,
+            exchange.identity,
+            exchange.status,
+            exchange.route,
+            code,
+            exchange.model,
+            exchange.categories,
+            tool,
+        )
+        alike = None if approval_id else self._alike.get(key)
         if alike is None:
-            alike = _alike(line, exchange, labels=row[1:])
-            if head is not None or line is None:  # a refused line does not come again as this object
+            alike = _alike(line, exchange, approval_id or None, labels=row[1:])
+            # Neither a refused line, as this object, nor an approval comes again.
+            if not approval_id and (head is not None or line is None):
                 self._remember(key, alike)
         client = b"" if exchange.peer is None else exchange.peer.recorded_address(head)
         trace = b"" if head is None or not head.fields.has_traceparent else trace_id(head.block)
@@ -228,10 +241,12 @@ def _scrubbed(detail: str, head: RequestHead | None) -> str:
     return detail if len(detail) <= _DETAIL_CHARACTERS_MAX else detail[:_DETAIL_CHARACTERS_MAX] + "…"
 
 
-def _alike(line: RequestLine | None, exchange: Exchange, *, labels: tuple[str, str, str]) -> bytes:
+def _alike(
+    line: RequestLine | None, exchange: Exchange, approval_id: str | None, *, labels: tuple[str, str, str]
+) -> bytes:
     """The part of a log line that similar requests share, as JSON members."""
     route, mode, code = labels
-    identity, categories = exchange.identity, exchange.categories
+    identity, categories, call = exchange.identity, exchange.categories, exchange.tool_call
     token = None if identity is None else identity.agent_token
     path = "" if line is None else line.path.decode("ascii", "replace")
     content = {
@@ -250,6 +265,8 @@ def _alike(line: RequestLine | None, exchange: Exchange, *, labels: tuple[str, s
         "mode": mode,
         "model": exchange.model or None,
         "category": None if categories is None else sorted({name for name, _ in categories}),
+        "tool": None if call is None else call.tool.name,
+        "approval": approval_id,
     }
     return orjson.dumps(content)[1:-1] + b","
 

@@ -16,6 +16,7 @@ from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.metrics.access_log import AccessLog, LabelledExchange
 from keyproxy.metrics.delegation_counts import DelegationCounts
 from keyproxy.metrics.model_counts import ModelCounts
+from keyproxy.metrics.tool_counts import ToolCounts
 from keyproxy.model import COMPLETED, Ending
 from keyproxy.ports import gate
 from keyproxy.ports.exchange import Exchange
@@ -32,6 +33,7 @@ OVERHEAD_BOUNDS: Final[tuple[float, ...]] = (
 )  # fmt: skip
 
 _DELEGATION_REFUSED: Final = Reason.DELEGATION_REFUSED
+_TOOL_NOT_ALLOWED: Final = Reason.TOOL_NOT_ALLOWED
 _OK: Final = "ok"
 _CODES: Final = {
     COMPLETED: _OK,
@@ -122,6 +124,8 @@ class Recorder(gate.Recorder):
         self.models = ModelCounts()
         #: Requests of keys that act for users, refused delegation, and agent tokens.
         self.delegation = DelegationCounts()
+        #: Calls of tools.
+        self.tools = ToolCounts()
         #: Forwarded requests by the category of their prompt and its source.
         self.categories: dict[tuple[str, ...], int] = {}
         self._cells: dict[tuple[str, str, int, str, str], Cell] = {}
@@ -183,6 +187,8 @@ class Recorder(gate.Recorder):
                 or (identity is not None and identity.actor_user_id is not None)
             ):
                 self.delegation.add(exchange)
+            if exchange.tool_call is not None or reason is _TOOL_NOT_ALLOWED:
+                self.tools.add(exchange, outcome)
             cell = cells.get(labels)
             if cell is None:
                 cell = cells[labels] = Cell(*labels)

@@ -109,6 +109,9 @@ class Exchange:
     tool_call: ToolCall | None = None
     upstream_credential: UpstreamCredential | None = None
 
+    #: The approval that a refused call waits for, or that was denied; empty: none.
+    approval_id: str = ""
+
     #: On MCP routes: the message, and its id as JSON text, once it was read; empty: unknown, or a notification.
     mcp: McpReading | None = None
     rpc_id: bytes = b""

@@ -17,6 +17,7 @@ from typing import Final
 
 from keyproxy.ai.categories import TEMPLATE
 from keyproxy.config.schema import Listen, Settings
+from keyproxy.decision.anomalies.watcher import Watcher, terms_of
 from keyproxy.gateway import Gateway
 from keyproxy.metrics.access_log import AccessLog, LabelledExchange
 from keyproxy.metrics.exposition import CONTENT_TYPE, Catalogue
@@ -28,7 +29,7 @@ from keyproxy.process.ops_listener import Check, OpsListener, Verdict, gathered
 from keyproxy.process.patterns.re2_matcher import PatternError, compile_patterns
 from keyproxy.process.providers.proxy_providers import ProxyProviders
 from keyproxy.process.providers.watched_file import WatchedFileError
-from keyproxy.process.proxy_metrics import PROXY_METRICS, ROUND_TRIP_BOUNDS, Scrape
+from keyproxy.process.proxy_metrics import APPROVAL_WAIT_BOUNDS, PROXY_METRICS, ROUND_TRIP_BOUNDS, Scrape
 from keyproxy.process.reload import PreparedConfig, ReloadError, new_socket, new_store, new_tls
 from keyproxy.process.signing.proxy_signing import ProxySigning
 from keyproxy.process.store_health import carry_over, check_housekeeping, check_ledger, check_reaping
@@ -74,6 +75,7 @@ class Proxy:
         self.providers.prepare(settings)
         self._patterns = compile_patterns(settings.categories)
         self._access_log = AccessLog(access_log_fd, wall_offset=clock.wall_offset)
+        self._watcher = Watcher(clock.now)
         self._recorder = Recorder(None, self._note_usage)
         self._log_as(settings)
         self.upstreams = self._upstreams(settings)
@@ -90,6 +92,8 @@ class Proxy:
         )
         self._ledger_round_trips = Histogram(ROUND_TRIP_BOUNDS)
         self.store.ledger.conversation.observe = self._ledger_round_trips.observe
+        self._approval_waits = Histogram(APPROVAL_WAIT_BOUNDS)
+        self.store.approvals.observe_wait = self._approval_waits.observe
         self._catalogue = Catalogue(PROXY_METRICS, self._scrape)
         self._ops = self._ops_listener()
         #: The control socket of this process; None: its supervisor has it, or there is none.
@@ -188,6 +192,10 @@ class Proxy:
         store.approvals.rules = settings.approvals
         # Records keep the names of configured models, and of a bounded number of others.
         store.usage.model_names = ModelNames([model.name for model in settings.models])
+        store.signals.terms = settings.anomalies
+        self._watcher.change(
+            terms_of(settings.anomalies.watch, [model.name for model in settings.models]), store.signals
+        )
         gateway = build_gateway(
             settings, routes, identities=store.identities, owned_ids=store.owned_ids, templates=store.templates,
             ledger=store.ledger, claims=store.claims, approvals=store.approvals, patterns=self._patterns,
@@ -223,7 +231,9 @@ class Proxy:
             routes=self._settings.routes,
             models=[model.name for model in self._settings.models],
             categories=[category.name for category in self._settings.categories],
+            tools=self._settings.tools,
             ledger_round_trips=self._ledger_round_trips,
+            approval_waits=self._approval_waits,
             signing=self.signing,
             providers=self.providers,
         )
@@ -295,6 +305,8 @@ class Proxy:
 
     def _note_usage(self, rows: Sequence[LabelledExchange]) -> None:
         self.store.usage.take(rows)
+        if self._watcher.is_watching:
+            self._watcher.take(rows)
 
     # -- metrics and checks
 

@@ -12,11 +12,13 @@ from keyproxy.ai.categories import parse_category_source
 from keyproxy.ai.model_source import DIALECT, NONE
 from keyproxy.ai.models import OTHER
 from keyproxy.config.schema import RouteRow
+from keyproxy.config.tools.tool_settings import ToolRow
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.exposition import BUILD_INFO
 from keyproxy.metrics.metric import Combine, Metric, MetricKind
 from keyproxy.metrics.model_counts import ModelCount
 from keyproxy.metrics.recorder import Cell, Histogram, Recorder
+from keyproxy.metrics.tool_counts import approvals
 from keyproxy.model import NO_TOKENS
 from keyproxy.process.providers.proxy_providers import ProxyProviders
 from keyproxy.process.signing.proxy_signing import ProxySigning
@@ -30,6 +32,9 @@ SUM, MAX, MIN = Combine.SUM, Combine.MAX, Combine.MIN
 
 #: Bounds of the histogram of the ledger's round trips.
 ROUND_TRIP_BOUNDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+#: Bounds of the histogram of the time that decisions on approvals take.
+APPROVAL_WAIT_BOUNDS: Final = (1.0, 5.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 14400.0, 86400.0)
 
 #: Statuses by their first digit.
 STATUS_CLASSES: Final = ("1xx", "2xx", "3xx", "4xx", "5xx")
@@ -53,8 +58,12 @@ class Scrape(NamedTuple):
     models: Sequence[str]
     #: The names of the configured categories of prompts.
     categories: Sequence[str]
+    #: The configured tools.
+    tools: Sequence[ToolRow]
     #: The time from a message to the ledger to its response.
     ledger_round_trips: Histogram
+    #: The time from the request for an approval to its decision.
+    approval_waits: Histogram
     signing: ProxySigning
     providers: ProxyProviders
 
@@ -278,6 +287,15 @@ PROXY_METRICS: Final[tuple[Metric[Scrape], ...]] = (
     Metric("keyproxy_usage_reads_after_abort_total", COUNTER,
            "Streams read to their usage after the client had left, by outcome.",
            ("outcome",), lambda scrape: scrape.server.usage_reads.outcomes, SUM),
+    # Tools.
+    Metric("keyproxy_tool_calls_total", COUNTER, "Calls of tools that have ended, by outcome.",
+           ("tool", "outcome"), lambda scrape: scrape.recorder.tools.of(scrape.tools), SUM),
+    Metric("keyproxy_approvals_total", COUNTER,
+           "Approvals of calls that were asked for and used, and calls that were refused for want of one.",
+           ("kind", "state"), lambda scrape: approvals(scrape.store.approvals.outcomes, scrape.tools), SUM),
+    Metric("keyproxy_approval_wait_seconds", HISTOGRAM,
+           "Time from the request for an approval to its decision, of those that were used.",
+           (), lambda scrape: scrape.approval_waits, SUM),
     # The ledger.
     Metric("keyproxy_ledger_admissions_total", COUNTER, "Requests admitted under limits.",
            (), lambda scrape: scrape.store.ledger.counts.taken, SUM),
@@ -316,6 +334,13 @@ PROXY_METRICS: Final[tuple[Metric[Scrape], ...]] = (
            (), lambda scrape: scrape.store.usage.pending_events, SUM),
     Metric("keyproxy_usage_unwritten_seconds", GAUGE, "Age of the oldest usage that is not written yet.",
            (), lambda scrape: scrape.store.usage.unwritten_seconds(), MAX),
+    # Anomalies.
+    Metric("keyproxy_anomalies_total", COUNTER, "Signals that a key or network behaves unusually, by this process.",
+           ("kind",), lambda scrape: scrape.store.signals.reported, SUM),
+    Metric("keyproxy_anomalies_dropped_total", COUNTER, "Signals and habits of keys that were dropped.",
+           (), lambda scrape: scrape.store.signals.dropped, SUM),
+    Metric("keyproxy_suspensions_withheld_total", COUNTER, "Signals that did not suspend their key, which they may.",
+           (), lambda scrape: scrape.store.signals.withheld, SUM),
     # The process.
     Metric("keyproxy_access_log_dropped_total", COUNTER, "Access log lines that were dropped.",
            (), lambda scrape: scrape.access_log.dropped, SUM),

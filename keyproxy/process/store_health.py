@@ -16,6 +16,8 @@ def carry_over(before: Store, after: Store) -> None:
     after.claims.counts = before.claims.counts
     after.usage.counts, after.usage.dropped = before.usage.counts, before.usage.dropped
     after.approvals.continue_from(before.approvals)
+    after.signals.reported = before.signals.reported
+    after.signals.dropped, after.signals.withheld = before.signals.dropped, before.signals.withheld
     after.signing_keys.rejected = before.signing_keys.rejected
     for old, new in zip(before.lasting, after.lasting, strict=True):
         new.defects += old.defects

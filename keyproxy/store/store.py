@@ -10,6 +10,7 @@ from keyproxy.config import schema
 from keyproxy.model import Moment
 from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.agent_tokens.cleanup import AgentTokenCleanup
+from keyproxy.store.anomalies.signal_journal import SignalJournal
 from keyproxy.store.approvals.approval_store import ApprovalStore
 from keyproxy.store.approvals.cleanup import ApprovalCleanup
 from keyproxy.store.approvals.consent_cache import ConsentCache
@@ -74,6 +75,7 @@ class Store:
             settle_seconds=ledger.settle_seconds,
             server_ahead_seconds=state.ahead_seconds,
         )
+        self.signals = SignalJournal(self._usage_database)
         self._share_outage(has_ledger=ledger.backend == "postgres")
         self.last_used = LastUsed(self.database)
         self.signing_keys = SigningKeyCache(self.database, ACCEPTS_NONE, now)
@@ -116,6 +118,7 @@ class Store:
             self.agent_tokens.lasting,
             self.approvals.releases.lasting,
             self.approval_cleanup.lasting,
+            self.signals.lasting,
         )
 
     @property
@@ -130,6 +133,7 @@ class Store:
             self.feed.forgetting,
             self.agent_tokens.tending,
             self.approval_cleanup.tending,
+            self.signals.tending,
         )
 
     def _follow_windows(self, backend: PostgresLedger | RedisLedger) -> None:
@@ -165,6 +169,7 @@ class Store:
         self.agent_tokens.start()
         self.approvals.start()
         self.approval_cleanup.start()
+        self.signals.start()
 
     async def close(self) -> None:
         """Flush what is pending and close all connections."""
@@ -177,6 +182,7 @@ class Store:
         await self.approval_cleanup.close()
         await self.approvals.close()
         await self._approvals_database.close()
+        await self.signals.close()
         await self.minting_database.close()
         await self._usage_database.close()
         await self.last_used.close()

@@ -236,11 +236,11 @@ Configure = Callable[..., Site]
 
 @pytest.fixture
 async def configure(tmp_path: Path) -> AsyncIterator[Configure]:
-    """Make a site: `configure(dsn, cache={...}, routes=[...])`."""
+    """Make a site: `configure(dsn, cache={...}, routes=[...], tools=[...])`. Lists are arrays of tables."""
     async with contextlib.AsyncExitStack() as stack:
         upstream = await stack.enter_async_context(Upstream().serving())
 
-        def configuring(dsn: str, *, routes: list[dict[str, Any]] | None = None, **tables: dict[str, Any]) -> Site:
+        def configuring(dsn: str, **tables: dict[str, Any] | list[dict[str, Any]] | None) -> Site:
             proxy_port, ops_port = free_port(), free_port()
             content: dict[str, dict[str, Any]] = {
                 "listen": {"address": f"127.0.0.1:{proxy_port}"},
@@ -248,13 +248,16 @@ async def configure(tmp_path: Path) -> AsyncIterator[Configure]:
                 "upstream": {"url": f"http://127.0.0.1:{upstream.port}"},
                 "store": {"dsn": dsn},
             }
+            arrays = {table: rows for table, rows in tables.items() if isinstance(rows, list)}
             for table, values in tables.items():
-                content.setdefault(table, {}).update(values)
+                if isinstance(values, dict):
+                    content.setdefault(table, {}).update(values)
             lines = []
             for table, values in content.items():
                 lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
-            for row in routes or []:
-                lines += ["[[routes]]", *(f"{key} = {json.dumps(value)}" for key, value in row.items())]
+            for table, rows in arrays.items():
+                for row in rows:
+                    lines += [f"[[{table}]]", *(f"{key} = {json.dumps(value)}" for key, value in row.items())]
             config = tmp_path / "keyproxy.toml"
             config.write_text("\n".join(lines) + "\n", encoding="utf-8")
             return Site(config, clean_environment(tmp_path), proxy_port, ops_port, upstream, dsn)

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import pytest
 
@@ -24,6 +24,13 @@ _ISSUED = re.compile(r"\b(kp_live_\w+|key_\w+)")
 
 #: Takes the place of `keyproxy` on the path, so that the commands run as printed and with this test's sources.
 _PROGRAM = f'#!/bin/sh\nexec {sys.executable} -m keyproxy "$@"\n'
+
+
+#: Takes the place of the directory of secrets in configurations and commands.
+_SECRETS: Final = "/run/secrets"
+
+#: The beginning of a block that writes the secrets of the configuration, before the proxy starts.
+_WRITES_SECRET: Final = "printf "
 
 
 class Case(NamedTuple):
@@ -137,14 +144,30 @@ class Play:
         faults += [f"not received: {line}" for line in fields if not has_line(response, line)]
         if not exchange.forwarded and response.one("WWW-Authenticate") and not fields:
             faults.append("there is a challenge")
+        content = _content(response)
         if body:
-            content = json.loads(response.body)
             content.pop("request_id", None)
             if not is_as_shown(content, json.loads(body)):
                 faults.append(f"received {json.dumps(content)}")
-            elif "token" in content:
-                self._values |= {"TOKEN": content["token"], "TOKEN_ID": content["id"]}
+        if not faults:
+            self._keep(content)
         return faults + forwarding_faults(upstream.requests[before:], exchange)
+
+    def _keep(self, content: dict[str, Any]) -> None:
+        """Keep the token, and the id of the approval, that a response has."""
+        if "token" in content:
+            self._values |= {"TOKEN": content["token"], "TOKEN_ID": content["id"]}
+        problem = content.get("error", {}).get("data", {}) if "jsonrpc" in content else content
+        if "approval_id" in problem:
+            self._values["APPROVAL"] = problem["approval_id"]
+
+
+def _content(response: Message) -> dict[str, Any]:
+    try:
+        content = json.loads(response.body)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def forwarding_faults(requests: Sequence[Message], exchange: Exchange) -> list[str]:
@@ -155,7 +178,7 @@ def forwarding_faults(requests: Sequence[Message], exchange: Exchange) -> list[s
         return [f"it was forwarded {len(requests)} times"]
     (request,) = requests
     faults = [f"not forwarded: {line}" for line in exchange.forwarded if not has_line(request, line)]
-    if request.one("Authorization") is not None:
+    if request.one("Authorization") is not None and not any(line.startswith("Auth") for line in exchange.forwarded):
         faults.append("the key was forwarded")
     identity = [name for name, _ in request.headers if name.startswith("X-Keyproxy-")]
     if identity and not any(line.startswith("X-Keyproxy-") for line in exchange.forwarded):
@@ -184,9 +207,12 @@ async def play(case: Case, site: Site, directory: Path) -> None:
     program = directory / "keyproxy"
     program.write_text(_PROGRAM)
     program.chmod(0o755)
-    site.config.write_text(f"{site.config.read_text()}\n{case.configuration}")
+    configuration, *blocks = (text.replace(_SECRETS, str(directory)) for text in (case.configuration, *case.blocks))
+    site.config.write_text(f"{site.config.read_text()}\n{configuration}")
     performance = Play(site, directory)
+    if blocks[0].startswith(_WRITES_SECRET) and str(directory) in blocks[0]:
+        await performance.block(blocks.pop(0))
     async with site.serving() as process:
         await site.until_ready(process)
-        for block in case.blocks:
+        for block in blocks:
             await performance.block(block)

@@ -47,6 +47,22 @@ STEPS = {
         "3 x 200, 429 token_budget_exhausted (spent, token.tokens_total), x-should-retry: false",
     ],
     "The worker's key is revoked, and the agent's token dies with it": ["< 401 api_key_revoked"],
+    "erin's key calls a tool that reads: no approval is needed": ["< 200 the MCP server executed search"],
+    "The same key may not call a partner": ["< 403 tool_not_allowed, missing: credential"],
+    "erin's agent changes a contact, once erin has consented": [
+        "< 403 approval_required, apr_",
+        "$ keyproxy consent grant --user u_erin --tool crm.update",
+        "< 200 the MCP server executed crm.update",
+    ],
+    "The agent calls a partner: a person approves this call, and no other": [
+        "< 403 approval_required, apr_",
+        "$ keyproxy approval approve apr_",
+        "< 200 the MCP server executed call_partner, approved by apr_",
+    ],
+    "The agent runs code: an operator approves, and the audit log has every step": [
+        "< 200 the MCP server executed run_shell, approved by apr_",
+        "< in the audit log: pending, approved, used",
+    ],
 }
 
 
@@ -165,6 +181,13 @@ def test_the_delay_until_an_agent_token_dies_is_measured_and_within_a_second(pla
     assert float(delay) <= 1000.0
 
 
+def test_an_approved_call_is_executed_once_and_then_waits_for_another_approval(played: Output) -> None:
+    for tool in ("call_partner", "run_shell"):
+        step = played.out.partition(f"> POST /mcp   {tool}\n   < 403 approval_required")[2].partition("\n   ok")[0]
+        first, used, second = re.findall(r"apr_\w{22}(?= is pending|\n   < 403)", step)
+        assert (first == used, first == second) == (True, False)
+
+
 def test_the_output_names_the_commands_for_calls_metrics_and_health(played: Output) -> None:
     assert re.search(
         r"(?m)^ +curl -i http://127\.0\.0\.1:\d+/v1/ai/jobs -H 'Authorization: Api-Key kp_live_", played.out
@@ -244,7 +267,7 @@ async def _run_as_printed(stage: Stage, result: str) -> None:
     """Run every suggested command in a shell in another directory."""
     invitation = result.partition("Try it yourself:")[2]
     commands = [line.strip() for line in invitation.splitlines() if line.startswith("  ")]
-    assert len(commands) == 4
+    assert len(commands) == 5
     answers = []
     for command in commands:
         if command.startswith("curl ") and shutil.which("curl") is None:

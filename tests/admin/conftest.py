@@ -21,7 +21,7 @@ from keyproxy.admin.listener import AdminListener, traffic
 from keyproxy.admin.metrics_page import MetricsPage
 from keyproxy.admin.service import Service
 from keyproxy.admin.throttle import Throttle
-from keyproxy.admin.webhook_sender import WebhookSender
+from keyproxy.admin.webhooks import Webhooks
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.platform import clock
@@ -30,8 +30,6 @@ from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.agents.operator_mint import OperatorKey, SigningMint
 from keyproxy.store.directory.directory import Actor, Directory, Entity, KeyWish
-from keyproxy.store.outbox.limit_alerts import LimitAlertQueue
-from keyproxy.store.outbox.reminders import ReminderQueue
 from keyproxy.store.postgres.database import Database
 from keyproxy.store.signing_keys import SigningKeyCache
 from tests.webhook_receiver import Receiver, receiving
@@ -128,7 +126,7 @@ async def dsn(shared_dsn: str) -> str:
 @contextlib.asynccontextmanager
 async def serving(
     database: Database, *, routes: tuple[RouteRow, ...] = (), bounds: Bounds = BOUNDS,
-    alerts: LimitAlertQueue | None = None, settings: Settings | None = None,
+    webhooks: Webhooks | None = None, settings: Settings | None = None,
 ) -> AsyncIterator[Api]:  # fmt: skip
     """An admin API on its own port, over this database. `settings`: instead of `routes`."""
     key_format, now = KeyFormat(), [clock.monotonic()]
@@ -141,13 +139,12 @@ async def serving(
     secrets = OperatorSecrets(settings)
     service = Service(database, key_format, access, ApiConfig(90, settings), mint, secrets, lambda: now[0])
     log: list[Json] = []
-    reminders, alerts = ReminderQueue(database), alerts or LimitAlertQueue(database)
+    webhooks = webhooks or Webhooks(database, lambda: settings)
     counted = traffic()
     listener = AdminListener(
         service, traffic=counted,
         metrics=MetricsPage(
-            reminders, WebhookSender(reminders), alerts, now_mono=lambda: now[0], traffic=counted,
-            minted=lambda: operator_key.minted,
+            webhooks, now_mono=lambda: now[0], traffic=counted, minted=lambda: operator_key.minted,
         ).page,
         signing_keys=SigningKeyCache(database, ACCEPTS_NONE, clock.now),
         log_line=lambda line, _status: log.append(json.loads(line)), bounds=bounds,

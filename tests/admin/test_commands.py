@@ -87,6 +87,7 @@ async def key(api: Api) -> str:
         "tenant show nobody", "user show nobody", "key show key_x", "key explain key_x --path /",
         "agent list --user u_1", "agent list --user u_none", "agent show crawler --user u_1", "agent show x --user u_1",
         "key explain KEY --act-for u_1", "key explain KEY --act-for u_none --path /v1/ai/jobs", "agent explain TOKEN",
+        "key explain KEY --tool read", "key explain KEY --path /v1/ai/jobs --tool read --client-certificate",
         "agent explain TOKEN --path /v1/ai/jobs --tokens 5", f"agent explain agt_{'0' * 22}",
         "audit list --entity agent", "audit list --entity agent_token",
         "usage windows --user nobody", "usage export --events --after 0123456789abcdef:1:1",

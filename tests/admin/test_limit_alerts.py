@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 
-from keyproxy.admin.webhook_sender import Outcome, WebhookSender
-from keyproxy.config.schema import AlertSettings
+from keyproxy.admin.webhook_sender import RESULTS, Outcome, WebhookSender
+from keyproxy.admin.webhooks import Webhooks
+from keyproxy.config.schema import AlertSettings, Settings
 from keyproxy.limits.ledger_protocol import LeaseReport, Pool, Window
 from keyproxy.store.ledger.postgres_backend import PostgresLedger
 from keyproxy.store.outbox.limit_alerts import LimitAlertQueue
+from keyproxy.store.outbox.message import KINDS
 from keyproxy.store.postgres.database import Database
 from tests.acceptance.conftest import clean_environment
 from tests.admin.conftest import Api, serving
@@ -186,22 +188,29 @@ async def test_of_several_senders_at_once_one_sends_each(
     assert sorted(one["data"]["pool_id"] for one in receiver.received) == sorted(f"u_{n}" for n in range(12))
 
 
-async def test_the_metrics_count_delivered_alerts_by_percentage(
-    database: Database, spender: Spender, queue: LimitAlertQueue, sender: WebhookSender, receiver: Receiver
+async def test_the_metrics_count_delivered_alerts_by_percentage_and_all_messages_by_kind_and_result(
+    database: Database, spender: Spender, receiver: Receiver
 ) -> None:
-    async def counted(api: Api) -> list[str]:
+    async def counted(api: Api, name: str = "limit_alerts") -> list[str]:
         page = (await api.call("GET", "/metrics")).body.decode()
-        return [line for line in page.splitlines() if line.startswith("keyproxy_limit_alerts_total")]
+        return [line for line in page.splitlines() if line.startswith(f"keyproxy_{name}_total{{")]
 
-    async with serving(database, alerts=queue) as api:
+    webhooks = Webhooks(database, lambda: Settings(alerts=terms(receiver)))
+    async with serving(database, webhooks=webhooks) as api:
         assert await counted(api) == [f'keyproxy_limit_alerts_total{{percentage="{one}"}} 0.0' for one in (80, 100)]
         for user in ("u_1", "u_2"):
             await spender.spend(window_of(user), 85)
         receiver.statuses = [500]
-        await sender.turn(terms(receiver))
+        await webhooks.alerting.turn(terms(receiver))
         assert await counted(api) == [
             'keyproxy_limit_alerts_total{percentage="80"} 1.0',
             'keyproxy_limit_alerts_total{percentage="100"} 0.0',
+        ]
+        deliveries = await counted(api, "webhook_deliveries")
+        assert len(deliveries) == len(KINDS) * len(RESULTS)
+        assert [line for line in deliveries if not line.endswith(" 0.0")] == [
+            'keyproxy_webhook_deliveries_total{kind="limit.threshold",result="sent"} 1.0',
+            'keyproxy_webhook_deliveries_total{kind="limit.threshold",result="failed"} 1.0',
         ]
 
 

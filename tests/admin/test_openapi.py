@@ -15,7 +15,7 @@ from schemathesis import GenerationMode
 from schemathesis.core.result import Ok
 from schemathesis.specs.openapi import checks
 
-from keyproxy.admin import openapi
+from keyproxy.admin.reference import openapi
 from keyproxy.admin.service import ENDPOINTS
 from tests.admin.conftest import FILE_TOKEN, Api
 

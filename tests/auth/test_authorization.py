@@ -72,7 +72,11 @@ EXPIRED, STRIPPED = NOW.wall_seconds - 1, frozenset[str]()
     ("standing", "expires_wall_seconds", "route", "reason"),
     [
         (Reason.KEY_REVOKED, EXPIRED, None, Reason.KEY_REVOKED),
-        (Reason.ACCOUNT_DISABLED, EXPIRED, None, Reason.ACCOUNT_DISABLED),
+        (Reason.KEY_INVALID, EXPIRED, None, Reason.KEY_INVALID),
+        (Reason.ACCOUNT_DISABLED, EXPIRED, None, Reason.KEY_EXPIRED),
+        (Reason.KEY_SUSPENDED, EXPIRED, None, Reason.KEY_EXPIRED),
+        (Reason.ACCOUNT_DISABLED, NEVER, None, Reason.ACCOUNT_DISABLED),
+        (Reason.KEY_SUSPENDED, NEVER, None, Reason.KEY_SUSPENDED),
         (None, EXPIRED, None, Reason.KEY_EXPIRED),
         (None, NEVER, None, Reason.ROUTE_NOT_ALLOWED),
         (None, NEVER, Route("GET /a", frozenset({"x"})), Reason.SCOPE_INSUFFICIENT),

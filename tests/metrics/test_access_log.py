@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from keyproxy.ai.responses.token_use import TokenUse
+from keyproxy.ai.tools.tool import Tool
+from keyproxy.ai.tools.tool_call import ToolCall, ToolClaim
 from keyproxy.config.schema import Log
 from keyproxy.http import headers
 from keyproxy.http.forwarding import TrustRule
@@ -111,6 +113,44 @@ def test_refused_head_has_its_method_and_path_and_never_a_key_or_a_query(
 ) -> None:
     line = line_of(logged, refused(f"{start} HTTP/1.1\r\nHost: a\r\n\r\n".encode()))
     assert (line["method"], line["path"]) == (method, path)
+
+
+# -- calls of tools
+
+
+def calling(claim: ToolClaim | None = None, **how: Any) -> Exchange:
+    """A request that calls a tool."""
+    one = ended(head_of(), **how)
+    one.tool_call = ToolCall(Tool("call_partner", "call_partner"))
+    one.tool_call.claim = claim
+    return one
+
+
+def test_a_line_has_the_tool_and_the_approval_that_the_call_used_or_waits_for(logged: Logged) -> None:
+    waits, denied = calling(reason=Reason.APPROVAL_REQUIRED), calling(reason=Reason.APPROVAL_DENIED)
+    waits.approval_id, denied.approval_id = "apr_1", "apr_2"
+    used = [calling(ToolClaim(name, b"v" * 16)) for name in ("apr_1", "apr_3", "apr_1")]
+    rows = [ended(head_of()), calling(), waits, denied, *used, calling()]
+    logged.log.write([row(one) for one in rows])
+    assert [(line["tool"], line["approval"]) for line in logged.lines()] == [
+        (None, None),
+        ("call_partner", None),
+        ("call_partner", "apr_1"),
+        ("call_partner", "apr_2"),
+        ("call_partner", "apr_1"),
+        ("call_partner", "apr_3"),
+        ("call_partner", "apr_1"),
+        ("call_partner", None),
+    ]
+
+
+def test_calls_of_two_tools_on_one_route_have_lines_of_their_own(logged: Logged) -> None:
+    head, names = head_of(), ("search", "run_shell", "search")
+    for name in names:
+        one = ended(head)
+        one.tool_call = ToolCall(Tool(name, name))
+        logged.log.write([row(one)])
+    assert [line["tool"] for line in logged.lines()] == list(names)
 
 
 # -- why a request was refused

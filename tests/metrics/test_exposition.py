@@ -18,7 +18,11 @@ from keyproxy.admin.listener import traffic
 from keyproxy.admin.metrics_page import ADMIN_METRICS, AdminScrape, StoreFigures
 from keyproxy.admin.service import ENDPOINTS
 from keyproxy.ai.responses.token_use import TokenUse
+from keyproxy.ai.tools.tool import Tool
+from keyproxy.ai.tools.tool_call import ToolCall
 from keyproxy.config.schema import LedgerSettings, RouteRow
+from keyproxy.config.tools.anomaly_settings import SIGNALS
+from keyproxy.config.tools.tool_settings import ToolRow
 from keyproxy.limits.allowance import Allowance, Bundle, Hold
 from keyproxy.limits.lease_sync import LeaseSync, Short
 from keyproxy.limits.lease_table import LeaseTable
@@ -34,6 +38,7 @@ from keyproxy.platform import clock
 from keyproxy.ports.exchange import Exchange
 from keyproxy.process.providers.proxy_providers import ProxyProviders
 from keyproxy.process.proxy_metrics import (
+    APPROVAL_WAIT_BOUNDS,
     PROXY_METRICS,
     ROUND_TRIP_BOUNDS,
     STATUS_CLASSES,
@@ -77,6 +82,7 @@ def store(number: int) -> Store:
     figures = SimpleNamespace(
         ledger=ledger,
         usage=usage,
+        approvals=SimpleNamespace(outcomes={("admin", "pending"): number}),
         claims=SimpleNamespace(counts=dict.fromkeys(("repeats", "unasked"), number), pending=number),
         identities=SimpleNamespace(
             counts=SimpleNamespace(by_name=lambda: lookups),
@@ -85,6 +91,7 @@ def store(number: int) -> Store:
         owned_ids=SimpleNamespace(
             counts=SimpleNamespace(by_name=lambda: lookups), sizes=lambda: dict.fromkeys(("owned", "nothing"), number)
         ),
+        signals=SimpleNamespace(reported=dict.fromkeys(SIGNALS, number), dropped=number, withheld=number),
         database=SimpleNamespace(is_up=number > 1),
         feed=SimpleNamespace(lag_seconds=lambda: float(number)),
         signing_keys=SimpleNamespace(rejected=number, live=lambda: [None] * number),
@@ -124,6 +131,8 @@ def scrape(recorder: Recorder, number: int) -> Scrape:
     pool = SimpleNamespace(counts=lambda: dict.fromkeys(("idle", "busy"), number))
     ledger_round_trips = Histogram(ROUND_TRIP_BOUNDS)
     ledger_round_trips.observe(*[0.001] * number)
+    approval_waits = Histogram(APPROVAL_WAIT_BOUNDS)
+    approval_waits.observe(*[10.0] * number)
     return Scrape(
         recorder=recorder,
         cells=recorder.cells(),
@@ -134,7 +143,9 @@ def scrape(recorder: Recorder, number: int) -> Scrape:
         routes=[RouteRow("/plain"), RouteRow(TOKENS, tokens="openai", category=["template", "=chat", "=code"])],
         models=["gpt-4o"],
         categories=["chat", "code"],
+        tools=[ToolRow("search"), ToolRow("run_shell", approval="admin")],
         ledger_round_trips=ledger_round_trips,
+        approval_waits=approval_waits,
         signing=signing(number),
         providers=providers(number),
     )
@@ -164,6 +175,13 @@ def exchange(
         one.metered, one.cost_micros = fakes.metered_request(cap=4_096), 5
     for name, value in (seconds or {}).items():
         setattr(one, name, value)
+    return one
+
+
+def calling(tool: str | None, *, reason: Reason | None = None, ending: Ending | None = None) -> Exchange:
+    """An exchange that calls this tool; None: one that has no row."""
+    one = exchange(reason=reason, ending=ending)
+    one.tool_call = None if tool is None else ToolCall(Tool(tool, tool))
     return one
 
 
@@ -390,9 +408,37 @@ def test_overhead_is_the_time_of_the_proxy_alone(waits: dict[str, float], overhe
     assert series(text, "keyproxy_connection_wait_seconds_sum") == {(): waited}
 
 
+def test_calls_of_tools_start_at_0_and_are_counted_by_their_outcome() -> None:
+    before = series(page(), "keyproxy_tool_calls_total")
+    assert set(before.values()) == {0.0}
+    assert {tool for _, tool in before} == {"search", "run_shell", "other"}
+    text = page(
+        *[calling("search") for _ in range(2)],
+        calling("search", reason=Reason.RATE_LIMITED),
+        calling("search", ending=Ending.CLIENT_GONE),
+        calling("run_shell", reason=Reason.TOOL_NOT_ALLOWED),
+        calling("run_shell", reason=Reason.APPROVAL_REQUIRED),
+        calling("run_shell", reason=Reason.APPROVAL_DENIED),
+        calling(None, reason=Reason.TOOL_NOT_ALLOWED),
+        calling(None, reason=Reason.SCOPE_INSUFFICIENT),
+        calling(None),
+    )
+    after = series(text, "keyproxy_tool_calls_total")
+    assert before.keys() == after.keys()
+    assert {labels: count for labels, count in after.items() if count} == {
+        ("ok", "search"): 2.0,
+        ("refused", "search"): 1.0,
+        ("client_gone", "search"): 1.0,
+        ("tool_not_allowed", "run_shell"): 1.0,
+        ("approval_required", "run_shell"): 1.0,
+        ("approval_denied", "run_shell"): 1.0,
+        ("tool_not_allowed", "other"): 1.0,
+    }
+
+
 def test_requests_and_failed_logins_of_the_admin_api_are_counted_from_0_on() -> None:
     counted = traffic()
-    page_of_admin = Catalogue(ADMIN_METRICS, lambda: AdminScrape(None, {}, {}, counted, 0))
+    page_of_admin = Catalogue(ADMIN_METRICS, lambda: AdminScrape(None, {}, {}, {}, counted, 0))
     before = page_of_admin.render().decode()
     requests = series(before, "keyproxy_admin_requests_total")
     assert set(requests.values()) == {0.0}
@@ -433,15 +479,15 @@ def populated(number: int = 1) -> str:
         acting, minted = exchange(), exchange(status=201)
         acting.identity, minted.is_minting = ACTING, True
         refused = [exchange(reason=Reason.RATE_LIMITED), exchange(reason=Reason.DELEGATION_REFUSED)]
-        ended += [one, acting, minted, *refused]
+        ended += [one, acting, minted, *refused, calling("search")]
     return page(*ended, number=number)
 
 
 def admin_page() -> str:
     figures = StoreFigures({(1, False): 1}, {1: 1}, {"tok_1": 1.0}, 1)
-    return (
-        Catalogue(ADMIN_METRICS, lambda: AdminScrape(figures, {"sent": 1}, {"80": 1}, traffic(), 1)).render().decode()
-    )
+    deliveries: dict[tuple[str, ...], int] = {("limit.threshold", "sent"): 1}
+    scrape = AdminScrape(figures, {"sent": 1}, {"80": 1}, deliveries, traffic(), 1)
+    return Catalogue(ADMIN_METRICS, lambda: scrape).render().decode()
 
 
 def described(text: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:

@@ -186,6 +186,10 @@ class Relay:
         self._ends: set[_End] = set()
         self._connecting: set[asyncio.Task[None]] = set()
         self.is_frozen = False
+        #: Whether replies are lost: a connection is cut when the server replies to a statement.
+        self.loses_replies = False
+        #: Whether replies are held back for ever.
+        self.holds_replies = False
         #: How many connections it has accepted.
         self.accepted = 0
 
@@ -269,6 +273,7 @@ class _End(asyncio.Protocol):
     def __init__(self, relay: Relay, peer: _End | None = None) -> None:
         self._relay = relay
         self._peer = peer
+        self._is_of_server = peer is not None
         self._early: list[bytes] = []
         self._transport: asyncio.Transport | None = None
         self._is_cut = False
@@ -293,7 +298,11 @@ class _End(asyncio.Protocol):
         self._early.clear()
 
     def data_received(self, data: bytes) -> None:
-        if self._peer is None:
+        if self._is_of_server and self._relay.holds_replies:
+            return
+        if self._is_of_server and self._relay.loses_replies:
+            self.cut()
+        elif self._peer is None:
             self._early.append(data)
         else:
             self._peer.send(data)

@@ -19,6 +19,8 @@ from keyproxy.store.ledger.explain import Question
 _NOT_THERE: Final = frozenset({Problem.NOT_FOUND})
 _ACT_FOR: Final = "The user that the key acts for. Omitted: its owner's request."
 _CATEGORY: Final = "Categories that the request declares, or that its template has."
+_TOOL: Final = "Name of the tool that it calls, where the route does not name it."
+_CERTIFICATE: Final = "A verified certificate of the client is on its connection."
 _NAMESPACE: Final = "Values of bound sources that are not in the path, as SOURCE=VALUE."
 
 
@@ -35,6 +37,8 @@ class ExplainTokenQuery(RequestModel):
     model: Annotated[Selector, Field(description="The model.")] = ""
     category: Annotated[list[CategoryName], Field(description=_CATEGORY, max_length=64, default_factory=list)]
     namespace: Annotated[list[BoundValue], Field(description=_NAMESPACE, max_length=64, default_factory=list)]
+    tool: Annotated[Selector, Field(description=_TOOL)] = ""
+    client_certificate: Annotated[bool, Field(description=_CERTIFICATE)] = False
 
 
 class ExplainQuery(ExplainTokenQuery):
@@ -54,6 +58,8 @@ class ExplainTokenBody(RequestModel):
     model: Annotated[Selector, Field(description="Replaces the model that the body names.")] = ""
     category: Annotated[list[CategoryName], Field(description=_CATEGORY, max_length=64, default_factory=list)]
     namespace: Annotated[list[BoundValue], Field(description=_NAMESPACE, max_length=64, default_factory=list)]
+    tool: Annotated[Selector, Field(description=_TOOL)] = ""
+    client_certificate: Annotated[bool, Field(description=_CERTIFICATE)] = False
     body: Annotated[str, Field(max_length=1 << 20, description="The body, as text.")]
 
 
@@ -127,6 +133,9 @@ class Explained(ResponseModel):
     price: int | None
     money_unit: MoneyUnit
     missing_scope: Annotated[str | None, Field(description="The smallest scope that the refused request lacks.")]
+    tool: Annotated[str | None, Field(description="The tool that the request calls.")]
+    approval: Annotated[str | None, Field(description="What a call of the tool needs: none, consent, human or admin.")]
+    missing: Annotated[str | None, Field(description="What the credential lacks to call the tool.")]
     categories: list[JudgedCategory]
     binds: list[JudgedBind]
     limits: list[Limit]
@@ -144,6 +153,8 @@ def _question(asked: ExplainTokenQuery | ExplainTokenBody) -> Question:
         body=asked.body.encode("utf-8", "replace") if isinstance(asked, ExplainTokenBody) else None,
         categories=tuple(asked.category),
         namespaces=_bound_values(asked.namespace),
+        tool=asked.tool,
+        has_certificate=asked.client_certificate,
         act_for=asked.act_for if isinstance(asked, ExplainQuery | ExplainBody) else None,
     )  # fmt: skip
 

@@ -138,7 +138,7 @@ class OriginsQuery(RequestModel):
     since: Annotated[Instant | None, Field(description="Start, inclusive. Without it: the last 7 days.")] = None
 
 
-class Origin(ResponseModel):
+class KeyOrigin(ResponseModel):
     """What a client has used a key for. `client`: an address, or a network; null: it was not recorded."""
 
     client: str | None
@@ -150,10 +150,10 @@ class Origin(ResponseModel):
     last: str
 
 
-class Origins(ResponseModel):
+class KeyOrigins(ResponseModel):
     """The clients of a key, the latest first."""
 
-    items: list[Origin]
+    items: list[KeyOrigin]
 
 
 class Limit(ResponseModel):
@@ -264,7 +264,7 @@ ENDPOINTS: Final = (
              Scope.USAGE_READ, _events, {200: Event}, query=EventsQuery),
     Endpoint("show_origins",
              "Where a key was used: its requests, refusals and tokens by client, from the events that are kept.",
-             Scope.USAGE_READ, _origins, {200: Origins}, query=OriginsQuery, refuses=_NOT_THERE),
+             Scope.USAGE_READ, _origins, {200: KeyOrigins}, query=OriginsQuery, refuses=_NOT_THERE),
     Endpoint("show_limits", "The state of a user's and its tenant's limits.",
              Scope.USAGE_READ, _windows, {200: Windows}, query=WindowsQuery, refuses=_NOT_THERE),
 )  # fmt: skip

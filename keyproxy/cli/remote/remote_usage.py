@@ -62,6 +62,10 @@ def _question_fields(question: Question) -> dict[str, Any]:
         fields["category"] = list(question.categories)
     if question.namespaces:
         fields["namespace"] = [f"{source}={value}" for source, value in question.namespaces]
+    if question.tool:
+        fields["tool"] = question.tool
+    if question.has_certificate:
+        fields["client_certificate"] = True
     if question.body is None:
         return fields
     try:

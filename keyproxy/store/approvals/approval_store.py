@@ -13,7 +13,7 @@ import collections
 import logging
 import secrets
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from keyproxy.ai.tools.tool_call import ToolClaim
 from keyproxy.auth.base62 import base62
@@ -41,6 +41,13 @@ _UNAVAILABLE: Final = {
 }
 
 
+class _ClaimAttempt(NamedTuple):
+    """`approval_id`: of what is asked for if there is no approval. `claim`: the value that authorises giving back."""
+
+    approval_id: str
+    claim: bytes
+
+
 class ApprovalStore(Approvals):
     """Claims approvals and gives them back: see the module. `rules` may change."""
 
@@ -57,10 +64,11 @@ class ApprovalStore(Approvals):
         self.rules: ApprovalSettings = rules or ApprovalSettings()
         self.consents = consents
         self.releases = ReleaseQueue(database, now)
-        #: How many claims had each outcome, by the kind of approval.
-        self.outcomes: collections.Counter[tuple[str, str]] = collections.Counter()
-        #: Called with the kind and the seconds from the request for an approval to its decision, when it is used.
-        self.observe_wait: Callable[[str, float], None] = lambda _kind, _seconds: None
+        #: How many claims had each outcome, by the kind of approval. `pending`: those that asked for one, and not
+        #: their repetitions.
+        self.outcomes: collections.Counter[tuple[str, ...]] = collections.Counter()
+        #: Called with the seconds from the request for an approval to its decision, when it is used.
+        self.observe_wait: Callable[[float], None] = lambda _seconds: None
         self._database = database
         self._main = main
         self._now = now
@@ -74,20 +82,21 @@ class ApprovalStore(Approvals):
             raise self._unavailable(request, self._main.down_because)
         if self._claiming >= _CLAIMING_MAX:
             raise Refusal(Reason.OVERLOADED, f"{_CLAIMING_MAX} approvals are being claimed")
-        value = secrets.token_bytes(_CLAIM_BYTES)
+        attempt = _ClaimAttempt(_new_id(), secrets.token_bytes(_CLAIM_BYTES))
         self._claiming += 1
         try:
-            row = await self._replied(request, value, patience)
+            row = await self._replied(request, attempt, patience)
         finally:
             self._claiming -= 1
         if row["outcome"] in _UNAVAILABLE:
             raise self._unavailable(request, _UNAVAILABLE[row["outcome"]])
-        self.outcomes[request.kind, row["outcome"]] += 1
+        if row["outcome"] != "pending" or row["approval_id"] == attempt.approval_id:
+            self.outcomes[request.kind, row["outcome"]] += 1
         if row["outcome"] != "used":
             raise _refusal(row)
         if row["waited_seconds"] is not None:
-            self.observe_wait(request.kind, row["waited_seconds"])
-        return ToolClaim(row["approval_id"], value)
+            self.observe_wait(row["waited_seconds"])
+        return ToolClaim(row["approval_id"], attempt.claim)
 
     def give_back(self, claim: ToolClaim) -> None:
         self.releases.add(claim.value, f"approval {claim.approval_id}", within_seconds=self.rules.use_seconds)
@@ -107,13 +116,13 @@ class ApprovalStore(Approvals):
         await self.releases.close()
         await self.consents.close()
 
-    async def _replied(self, request: ApprovalRequest, value: bytes, patience: TimeBudget) -> Row:
+    async def _replied(self, request: ApprovalRequest, attempt: _ClaimAttempt, patience: TimeBudget) -> Row:
         """The reply to a claim. Without one, the claim is given back. Raises a Refusal."""
         began = self._now().mono_seconds
         row: Row | None = None
         try:
             async with asyncio.timeout(patience.seconds_left):
-                (row,) = await self._database.fetch("claim_approval", *self._arguments(request, value))
+                (row,) = await self._database.fetch("claim_approval", *self._arguments(request, attempt))
             return row
         except TimeoutError as error:
             raise self._unavailable(request, "timeout: the store did not respond in time") from error
@@ -127,19 +136,19 @@ class ApprovalStore(Approvals):
             # Also if the request was cancelled.
             if row is None:
                 self.releases.add(
-                    value,
+                    attempt.claim,
                     f"a claim of tool {request.tool}",
                     within_seconds=self.rules.use_seconds,
                     digest=request.digest,
                 )
 
-    def _arguments(self, request: ApprovalRequest, value: bytes) -> tuple[object, ...]:
+    def _arguments(self, request: ApprovalRequest, attempt: _ClaimAttempt) -> tuple[object, ...]:
         identity, rules = request.identity, self.rules
         agent = None if identity.agent_token is None else identity.agent_token.agents[0]
         return (
-            _new_id(), request.digest, identity.tenant_id, identity.user_id, identity.key_id, agent, request.kind,
-            request.tool, request.summary.decode("utf-8"), request.client, value, float(rules.pending_seconds),
-            rules.pending_max,
+            attempt.approval_id, request.digest, identity.tenant_id, identity.user_id, identity.key_id, agent,
+            request.kind, request.tool, request.summary.decode("utf-8"), request.client, attempt.claim,
+            float(rules.pending_seconds), rules.pending_max,
         )  # fmt: skip
 
     def _unavailable(self, request: ApprovalRequest, why: str) -> Refusal:

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from keyproxy.auth import authorization
 from keyproxy.config import schema
 from keyproxy.config.access_settings import access_rules
+from keyproxy.config.tools.tool_rules import tool_table
 from keyproxy.http import request_target
 from keyproxy.limits import gcra
 from keyproxy.limits.allowance import NO_SELECTION, Allowance, Hold, Need, applies, is_of_mode
@@ -35,6 +36,7 @@ from keyproxy.limits.ledger_protocol import (
 from keyproxy.limits.plan import PER_REQUEST, Limit, Plan
 from keyproxy.model import NO_TOKENS, Identity, Missing, Moment, Route
 from keyproxy.reasons import Reason, Refusal
+from keyproxy.store.approvals.explained_tool import CalledTool, ExplainedTool, called_tool, stated_tool
 from keyproxy.store.ledger.backend import REAP_PORTION
 from keyproxy.store.ledger.body_reservation import BodyReservation, RequestUrl, no_reservation, reservation_of
 from keyproxy.store.ledger.explained_access import ExplainedAccess, OwnerReader, StatedValues
@@ -65,7 +67,8 @@ class Question(NamedTuple):
     `spend`: what these may cost, in micro-units; None: the model has no price. `body`: read instead of both, on a route
     that counts tokens or judges what the body names; `model` then replaces the one that the request names.
     `categories`, `namespaces`: what the request would contain; see `StatedValues`. `act_for`: the user that the key acts
-    for; None: its owner's requests are explained.
+    for; None: its owner's requests are explained. `tool`: the name of the tool that it calls, where the route does not
+    name it. `has_certificate`: a verified certificate of the client is on its connection.
     """
 
     method: str
@@ -77,12 +80,15 @@ class Question(NamedTuple):
     categories: tuple[str, ...] = ()
     namespaces: tuple[tuple[str, str], ...] = ()
     act_for: str | None = None
+    tool: str = ""
+    has_certificate: bool = False
 
 
 class Explanation(NamedTuple):
     """The decision. `refusal` None: it would be forwarded. `limits`: the state of each, and whether it would refuse.
 
-    `reservation`: what a body reserves, as `BodyReservation.shown` returns it. `access`: see `ExplainedAccess.shown`.
+    `reservation`: what a body reserves, as `BodyReservation.shown` returns it. `access`: see `ExplainedAccess.shown` and
+    `ExplainedTool.shown`.
     """
 
     route: str | None
@@ -160,7 +166,7 @@ async def explain_identity(
     windows = ledger_backend(database, configured.ledger)
     try:
         if not question.path:
-            return await _explain_credential(identity, question, configured, windows, now=now)
+            return await _explain_credential(identity, question, configured, windows, owners=database, now=now)
         return await explain(identity, question, configured, windows, owners=database, now=now)
     finally:
         await windows.close()
@@ -172,20 +178,28 @@ async def _explain_credential(
     configured: schema.Settings,
     windows: WindowReader,
     *,
+    owners: OwnerReader,
     now: Callable[[], Moment],
 ) -> Explanation:
-    """The decision as far as it depends on no route: on the credential itself, and on its limits."""
+    """The decision as far as it depends on no route: on the credential itself, a tool, and its limits."""
     backend = DryBackend(windows, now)
     refusal, need = None, _need(question, None)
+    tool = _explained_tool(question, stated_tool(tool_table(configured), question.tool))
     try:
         authorization.admit(identity, _ANY_ROUTE, now())
+        tool.judge(identity, _ANY_ROUTE)
         if identity.allowance is not None:
             await _take(backend, identity.allowance, need, ledger=configured.ledger, now=now)
+        await tool.require_approval(owners, identity, now())
     except Refusal as error:
         refusal = error
     limits = await _limits(identity.allowance, backend, need, refusal)
     access = ExplainedAccess(None, StatedValues(b""), identity)
-    return Explanation(None, refusal, limits, no_reservation(), access.shown())
+    return Explanation(None, refusal, limits, no_reservation(), access.shown() | tool.shown())
+
+
+def _explained_tool(question: Question, called: CalledTool | None) -> ExplainedTool:
+    return ExplainedTool(called, has_certificate=question.has_certificate)
 
 
 async def explain(
@@ -201,20 +215,23 @@ async def explain(
     backend = DryBackend(windows, now)
     route, need, refusal, reservation, hold = None, None, None, None, None
     of_body: Refusal | None = None
-    access = ExplainedAccess(None, StatedValues(b""), identity)
+    access, tool = ExplainedAccess(None, StatedValues(b""), identity), _explained_tool(question, None)
     try:
         method = question.method.encode("ascii")
         table, path = configured.route_table(), question.path.encode("utf-8", "surrogateescape")
         target = request_target.judge(method, path, b"localhost", accepts_encoded_slash=table.forwards_encoded_slash)
         route = table.match(method, target.path)
         if route is not None and route.is_public:
-            return Explanation(route.name, None, [], no_reservation(), access.shown())
+            return Explanation(route.name, None, [], no_reservation(), access.shown() | tool.shown())
         try:
             reservation = _reservation(question, configured, route, identity.allowance)
         except Refusal as error:
             of_body = error
         need = _need(question, route) if reservation is None else reservation.need
         grant = authorization.admit(identity, route, now())
+        called = called_tool(tool_table(configured), grant.route, question.tool, question.body)
+        tool = _explained_tool(question, called)
+        tool.judge(identity, grant.route)
         # In the order of a proxy: it reads the body, judges the request, and then reserves for it.
         if of_body is not None and of_body.reason is not Reason.OUTPUT_MAXIMUM_REQUIRED:
             raise of_body
@@ -226,11 +243,12 @@ async def explain(
             raise of_body
         if identity.allowance is not None:
             hold = await _take(backend, identity.allowance, need, ledger=configured.ledger, now=now)
+        await tool.require_approval(owners, identity, now())
     except Refusal as error:
         refusal = error
     limits = await _limits(identity.allowance, backend, need, refusal)
     shown = no_reservation() if reservation is None else reservation.shown(hold)
-    return Explanation(None if route is None else route.name, refusal, limits, shown, access.shown())
+    return Explanation(None if route is None else route.name, refusal, limits, shown, access.shown() | tool.shown())
 
 
 def _reservation(

@@ -7,6 +7,7 @@ expires before it is delivered is abandoned. A notification on CHANNEL follows e
 
 from __future__ import annotations
 
+import collections
 from datetime import timedelta
 from typing import Final
 
@@ -40,14 +41,20 @@ class EventQueue:
     async def prepare(self) -> list[Abandoned]:
         """Abandon events that have expired."""
         rows = await self._database.fetch("give_up_late_events", self._kinds)
-        abandoned = [Abandoned(_subject(row), f"expired; {row['last_error'] or ''}") for row in rows if row["attempts"]]
-        untried = len(rows) - len(abandoned)
-        return [*abandoned, *([Abandoned(f"{untried} events", "expired before an attempt")] if untried else [])]
+        tried = [row for row in rows if row["attempts"]]
+        untried = collections.Counter(row["kind"] for row in rows if not row["attempts"])
+        return [
+            *(Abandoned(_subject(row), f"expired; {row['last_error'] or ''}", row["kind"]) for row in tried),
+            *(
+                Abandoned(f"{many} events ({kind})", "expired before an attempt", kind)
+                for kind, many in untried.items()
+            ),
+        ]
 
     async def claim(self, limit: int, lease: timedelta = CLAIM_LEASE) -> list[Message]:
         """Claim at most `limit` events to send now. No other sender gets them before the lease ends."""
         rows = await self._database.fetch("claim_events", limit, lease, self._kinds)
-        return [Message(row["id"], _subject(row), _content(row), row["attempts"]) for row in rows]
+        return [Message(row["id"], _subject(row), _content(row), row["attempts"], row["kind"]) for row in rows]
 
     async def sent(self, message: Message) -> None:
         """Mark an event as received."""

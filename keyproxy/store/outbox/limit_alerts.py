@@ -14,7 +14,7 @@ import orjson
 
 from keyproxy.limits.ledger_protocol import BUDGETS
 from keyproxy.limits.plan import TOTAL
-from keyproxy.store.outbox.message import CLAIM_LEASE, REASON_CHARACTERS_MAX, Abandoned, Message
+from keyproxy.store.outbox.message import CLAIM_LEASE, LIMIT_THRESHOLD, REASON_CHARACTERS_MAX, Abandoned, Message
 from keyproxy.store.postgres.database import Database, Row, StatementRunner
 from keyproxy.store.postgres.times import time_text
 
@@ -47,13 +47,15 @@ class LimitAlertQueue:
     async def prepare(self) -> list[Abandoned]:
         """Abandon alerts that are late. The ledger writes them, and each is kept as long as its window."""
         late: int = (await self._database.fetch("give_up_late_alerts", _LATE))[0]["alerts"]
-        return [Abandoned(f"{late} alerts", "not sent within 24 hours")] if late else []
+        return [Abandoned(f"{late} alerts", "not sent within 24 hours", LIMIT_THRESHOLD)] if late else []
 
     async def claim(self, limit: int, lease: timedelta = CLAIM_LEASE) -> list[Message]:
         """Claim at most `limit` alerts to send now. No other sender gets them before the lease ends."""
         rows = await self._database.fetch("claim_alerts", limit, lease)
         self._percentages = {row["message_id"]: row["percentage"] for row in rows}
-        return [Message(row["message_id"], _subject(row), _content(row), row["attempts"]) for row in rows]
+        return [
+            Message(row["message_id"], _subject(row), _content(row), row["attempts"], LIMIT_THRESHOLD) for row in rows
+        ]
 
     async def sent(self, message: Message) -> None:
         """Mark an alert as received."""
@@ -84,7 +86,7 @@ def _content(row: Row) -> bytes:
     is_budget = row["measure"] in BUDGETS
     return orjson.dumps(
         {
-            "type": "limit.threshold",
+            "type": LIMIT_THRESHOLD,
             "timestamp": time_text(row["created_at"]),
             "data": {
                 "pool_kind": row["pool_kind"],

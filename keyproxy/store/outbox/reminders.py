@@ -14,7 +14,14 @@ from typing import Any, Final
 
 import orjson
 
-from keyproxy.store.outbox.message import CLAIM_LEASE, REASON_CHARACTERS_MAX, Abandoned, Message
+from keyproxy.store.outbox.message import (
+    ADMIN_TOKEN_EXPIRING,
+    CLAIM_LEASE,
+    KEY_EXPIRING,
+    REASON_CHARACTERS_MAX,
+    Abandoned,
+    Message,
+)
 from keyproxy.store.postgres.database import Database, Row, StatementRunner
 from keyproxy.store.postgres.times import time_text
 
@@ -40,7 +47,7 @@ class ReminderQueue:
         """Write the reminders that are due, and abandon those whose subject has expired."""
         await self.write(self._before_days())
         rows = await self._database.fetch("give_up_late_reminders")
-        return [Abandoned(_subject(row), f"already expired; {row['last_error'] or ''}") for row in rows]
+        return [Abandoned(_subject(row), f"already expired; {row['last_error'] or ''}", _kind(row)) for row in rows]
 
     async def write(self, before_days: Sequence[int]) -> int:
         """Write the reminders that are due, and return their number. Several processes may do so at once."""
@@ -59,7 +66,7 @@ class ReminderQueue:
     async def claim(self, limit: int, lease: timedelta = CLAIM_LEASE) -> list[Message]:
         """Claim at most `limit` reminders to send now. No other sender gets them before the lease ends."""
         rows = await self._database.fetch("claim_reminders", limit, lease)
-        return [Message(row["id"], _subject(row), _content(row), row["attempts"]) for row in rows]
+        return [Message(row["id"], _subject(row), _content(row), row["attempts"], _kind(row)) for row in rows]
 
     async def sent(self, message: Message) -> None:
         """Mark a reminder as received."""
@@ -101,6 +108,10 @@ class ReminderQueue:
         return {row["id"]: row["expires_at"] for row in rows}
 
 
+def _kind(row: Row) -> str:
+    return KEY_EXPIRING if row["token_id"] is None else ADMIN_TOKEN_EXPIRING
+
+
 def _subject(row: Row) -> str:
     key, token = row["key_id"], row["token_id"]
     return f"reminder of key {key}" if token is None else f"reminder of admin token {token}"
@@ -115,7 +126,7 @@ def _content(row: Row) -> bytes:
         what = {"key": row["key_id"], "user": row["user_id"], "tenant": row["tenant_id"], "mode": mode}
     return orjson.dumps(
         {
-            "type": "key.expiring" if row["token_id"] is None else "admin_token.expiring",
+            "type": _kind(row),
             "timestamp": time_text(row["created_at"]),
             "data": {
                 **what,

@@ -68,7 +68,9 @@ class UsageService(UsageReader):
             "policy": None,
             "detail": None,
             "retry_after_seconds": None,
-            "missing_scope": None if refusal is None else min(refusal.missing_scopes, default=None),
+            "missing_scope": None
+            if refusal is None
+            else min(set(refusal.missing_scopes) - identity.scopes, default=None),
             **explanation.reservation,
             **_access(explanation),
             "limits": list(explanation.limits),

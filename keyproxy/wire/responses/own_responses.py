@@ -50,6 +50,10 @@ def note(refusal: Refusal, exchange: Exchange) -> None:
     exchange.limit_reason = refusal.limit_reason.value
     if refusal.limit is not None:
         exchange.policy = refusal.limit.policy.name
+    if refusal.members is not None:
+        approval_id = refusal.members.get("approval_id")
+        if isinstance(approval_id, str):
+            exchange.approval_id = approval_id
 
 
 def _rpc_id(exchange: Exchange, shape: str) -> bytes:

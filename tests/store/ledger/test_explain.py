@@ -16,6 +16,7 @@ from keyproxy.ai.categories import Category
 from keyproxy.ai.models import Model, price_of
 from keyproxy.config import schema
 from keyproxy.config.schema import RouteRow, Settings
+from keyproxy.config.tools.tool_settings import ToolRow
 from keyproxy.limits.allowance import Allowance
 from keyproxy.limits.budgets import budget_plan
 from keyproxy.limits.ledger_protocol import LeaseReport, Pool, Window
@@ -468,3 +469,74 @@ async def test_a_namespace_that_the_route_does_not_bind_is_an_error(database: Da
             await explain_key(
                 database, "key_1", Question("POST", "/c/acme/x", namespaces=namespaces), JUDGING, now=clock.now
             )
+
+
+TOOLS = (
+    ToolRow("read", scopes=["jobs:write"]),
+    ToolRow("crm.update", "update_contact", scopes=["data:write"]),
+    ToolRow("agents_only", credentials=["agent"]),
+    ToolRow("partner", client_certificate=True),
+    ToolRow("mail", approval="consent"),
+    ToolRow("transfer", approval="human"),
+)
+WITH_TOOLS = Settings(
+    routes=(
+        RouteRow("POST /mcp", scopes=["jobs:write"], protocol="mcp"),
+        RouteRow("POST /v1/mail", tool="mail"),
+        RouteRow("POST /v1/ai/jobs"),
+    ),
+    tools=TOOLS,
+    ledger=schema.LedgerSettings(lease_seconds=60.0),
+)
+
+
+async def explained_tool(database: Database, path: str, tool: str = "", **more: Any) -> tuple[str | None, Any, Any]:
+    """The code, and what the explanation has of the tool."""
+    question = Question("POST", path, tool=tool, **more)
+    found = (await explain_key(database, "key_1", question, WITH_TOOLS, now=clock.now))[1]
+    code = None if found.refusal is None else found.refusal.reason.code
+    return code, found.access["tool"], found.access["missing"]
+
+
+@pytest.mark.parametrize("path", ["/mcp", ""])
+async def test_tool_is_judged_as_a_proxy_judges_it(database: Database, sql: Sql, path: str) -> None:
+    await give(sql, "{}")
+    refused = "tool_not_allowed"
+    assert await explained_tool(database, path) == (None, None, None)
+    assert await explained_tool(database, path, "read") == (None, "read", None)
+    assert await explained_tool(database, path, "update_contact") == (refused, "crm.update", "scope")
+    assert await explained_tool(database, path, "agents_only") == (refused, "agents_only", "credential")
+    assert await explained_tool(database, path, "unknown") == (refused, None, "tool")
+    assert await explained_tool(database, path, "partner") == (refused, "partner", "client_certificate")
+    assert await explained_tool(database, path, "partner", has_certificate=True) == (None, "partner", None)
+
+
+async def test_call_that_needs_an_approval_is_explained_as_refused_unless_a_consent_suffices(
+    database: Database, sql: Sql
+) -> None:
+    await give(sql, "{}")
+    for path, tool in (("/mcp", "mail"), ("/mcp", "transfer"), ("/v1/mail", ""), ("/v1/mail", "mail")):
+        assert await explained_tool(database, path, tool) == ("approval_required", tool or "mail", None)
+    await sql.execute(
+        "INSERT INTO keyproxy.consents (id, user_id, tool, agent_id, granted_by, expires_at)"
+        " SELECT 'cns_' || lpad(n::text, 22, '0'), 'u_42', tool, NULL, 'cli:test', now() + interval '1 day'"
+        " FROM unnest(ARRAY['mail', 'transfer']) WITH ORDINALITY AS t (tool, n)"
+    )
+    assert await explained_tool(database, "/v1/mail") == (None, "mail", None)
+    assert await explained_tool(database, "/mcp", "transfer") == ("approval_required", "transfer", None)
+
+
+async def test_body_of_a_message_names_the_tool_by_its_name_in_the_protocol(database: Database, sql: Sql) -> None:
+    await give(sql, "{}")
+    for name, label in (("read", "read"), ("update_contact", "crm.update"), ("crm.update", None)):
+        body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": name}}).encode()
+        assert (await explained_tool(database, "/mcp", body=body))[1] == label
+    assert await explained_tool(database, "/mcp", body=b'{"method": "tools/list"}') == (None, None, None)
+    assert (await explained_tool(database, "/mcp", body=b"[]"))[0] == "request_malformed"
+
+
+async def test_tool_that_the_route_does_not_call_cannot_be_explained(database: Database, sql: Sql) -> None:
+    await give(sql, "{}")
+    for path in ("/v1/mail", "/v1/ai/jobs"):
+        with pytest.raises(Invalid, match="the route calls"):
+            await explained_tool(database, path, "read")

@@ -30,6 +30,7 @@ from keyproxy.store.usage.usage_queries import UsageFilter, UsageReader
 from tests import fakes
 from tests.contracts import LEASE_SECONDS, line, window
 from tests.server import as_role, may_log_in
+from tests.store.approvals.approval_rows import add_owner
 from tests.store.harness import Clock, Sql, add_key, add_user
 from tests.store.ledger.test_charge_dedup import claim
 from tests.store.ledger.test_window_credits import credit
@@ -166,6 +167,15 @@ async def _present(cache: IdentityCache, secret: SecretKey, clock: Clock) -> Ide
         "DELETE FROM keyproxy.agent_tokens",
         "UPDATE keyproxy.signing_keys SET jwk = '{}'",
         "DELETE FROM keyproxy.signing_keys",
+        "INSERT INTO keyproxy.approvals (id) VALUES ('apr_0000000000000000000001')",
+        "UPDATE keyproxy.approvals SET state = 'approved'",
+        "DELETE FROM keyproxy.approvals",
+        "SELECT * FROM keyproxy.released_claims",
+        "INSERT INTO keyproxy.consents (id) VALUES ('cns_0000000000000000000001')",
+        "UPDATE keyproxy.consents SET revoked_at = NULL",
+        "DELETE FROM keyproxy.consents",
+        "UPDATE keyproxy.events SET sent_at = now()",
+        "DELETE FROM keyproxy.events",
         "DELETE FROM keyproxy.limit_alerts",
         "UPDATE keyproxy.limit_alerts SET delivered_at = now()",
         "CREATE TABLE keyproxy.mine (x int)",
@@ -222,6 +232,56 @@ async def test_admin_side_can_use_the_whole_directory_and_is_in_the_audit_log(as
     rows = (await directory.audit.export(None, 99, horizon=await directory.audit.horizon())).items
     assert {row["actor"] for row in rows} == {"ann"}
     assert len(rows) >= 10
+
+
+async def test_proxies_claim_and_give_back_approvals_that_only_the_admin_side_decides(
+    as_proxy: Database, as_admin: Database, sql: Sql
+) -> None:
+    await add_owner(sql)
+    arguments = ("acme", "u_42", "key_1", None, "human", "pay", "{}", None)
+    ids = (f"apr_{number:022d}" for number in range(9))
+
+    async def claims(value: bytes) -> str:
+        (row,) = await as_proxy.fetch("claim_approval", next(ids), bytes(32), *arguments, value, 900.0, 20)
+        return str(row["outcome"])
+
+    assert await claims(b"a" * 16) == "pending"
+    decisions = Directory(as_admin, KeyFormat(), Actor("ann", "desk")).approvals
+    await decisions.approve(f"apr_{0:022d}")
+    assert await claims(b"b" * 16) == "used"
+    assert (await as_proxy.fetch("release_approval", b"b" * 16, bytes(32)))[0]["outcome"] == "released"
+    assert (await decisions.deny(f"apr_{0:022d}"))["state"] == "denied"
+    for statement in ("claim_approval", "release_approval"):
+        with pytest.raises(StoreUnavailable, match="permission denied"):
+            if statement == "claim_approval":
+                await as_admin.fetch(statement, next(ids), bytes(32), *arguments, bytes(16), 900.0, 20)
+            else:
+                await as_admin.fetch(statement, b"b" * 16, None)
+    for database in (as_proxy, as_admin):
+        assert (await database.fetch("tend_approvals", 10))[0]["is_more"] is False
+    for database, approved in ((as_proxy, True), (as_admin, True)):
+        rows = await database.fetch("consents_of_users", ["u_42"])
+        assert bool(rows) is approved
+    assert len(await as_admin.fetch("claim_events", 9, timedelta(seconds=60), "approval.")) == 3
+
+
+async def test_proxies_write_events_and_cannot_claim_them(as_proxy: Database, sql: Sql) -> None:
+    async with as_proxy.transaction() as transaction:
+        statement = "SELECT keyproxy.note_event('key.anomaly', '{}', now() + interval '1 day')"
+        await transaction._connection.execute(statement)
+    assert await sql.fetchval("SELECT kind FROM keyproxy.events") == "key.anomaly"
+    with pytest.raises(StoreUnavailable, match="permission denied"):
+        await as_proxy.fetch("claim_events", 9, timedelta(seconds=60), "key.")
+
+
+async def test_public_claims_gives_back_and_deletes_nothing(sql: Sql) -> None:
+    for function in ("claim_approval", "release_approval", "tend_approvals"):
+        acl = await sql.fetchval(
+            "SELECT proacl::text FROM pg_proc WHERE proname = $1 AND pronamespace = 'keyproxy'::regnamespace", function
+        )
+        assert acl is not None
+        assert not acl.startswith("{=X")
+        assert ",=X" not in acl
 
 
 async def test_existing_roles_get_missing_privileges_and_lose_excess_ones(dsn: str, prefix: str, sql: Sql) -> None:

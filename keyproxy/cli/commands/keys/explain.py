@@ -13,6 +13,7 @@ from keyproxy.limits.plan import LIMIT_MAX, SPEND
 from keyproxy.store.ledger.explain import Question
 
 _ACTORS: Final = ("actor", "agent", "agent_token", "actor_ceiling")
+_TOOL: Final = ("tool", "approval", "missing")
 _RESERVATION: Final = ("model", "input", "output", "cap", "price")
 #: Lists of an explanation, with their columns.
 _TABLES: Final = {
@@ -47,6 +48,12 @@ def question_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--category", "categories", multiple=True, metavar="NAME", help="Category of the prompt; repeatable."
         ),
+        click.option(
+            "--client-certificate", is_flag=True, help="A verified certificate of the client is on the connection."
+        ),
+        click.option(
+            "--tool", default="", metavar="NAME", help="Tool that it calls, where the route does not name it."
+        ),
         click.option("--model", default="", metavar="NAME", help="Model of the request; replaces the model in --body."),
         click.option(
             "--tokens", type=click.IntRange(0, LIMIT_MAX), metavar="N", help="Maximum tokens of prompt and response."
@@ -72,6 +79,8 @@ def question_of(
     categories: Sequence[str],
     namespaces: Sequence[str],
     body: BinaryIO | None,
+    tool: str = "",
+    client_certificate: bool = False,
     act_for: str | None = None,
 ) -> Question:
     """The question that the options ask. Raises UsageError."""
@@ -85,6 +94,8 @@ def question_of(
         categories=tuple(categories),
         namespaces=tuple([_namespace(one) for one in namespaces]),
         act_for=act_for,
+        tool=tool,
+        has_certificate=client_certificate,
     )  # fmt: skip
 
 
@@ -101,12 +112,13 @@ def key_explain(call: Call, key_id: str, method: str, path: str, **options: Any)
     of the reservation.
 
     On a route that judges models, categories or namespaces, pass what the request would contain. Values that are not
-    passed count as absent.
+    passed count as absent. On an MCP route, --tool or --body names the tool.
 
     \b
     keyproxy key explain key_… --method POST --path /v1/ai/jobs --tokens 2000
     keyproxy key explain key_… --path /v1/chat/completions --model gpt-4o --body request.json
     keyproxy key explain key_… --path /v1/search --namespace query:collection=acme/docs
+    keyproxy key explain key_… --path /mcp --tool update_contact
     keyproxy key explain key_… --act-for u_42 --path /v1/ai/jobs
     """
     question = question_of(method, path, **options)
@@ -144,8 +156,8 @@ def _namespace(text: str) -> tuple[str, str]:
 
 def _readable(explanation: Mapping[str, Any], money_unit: str) -> dict[str, Any]:
     """The explanation as people read it: money as decimals, and neither a reservation where no body was read, nor actors
-    where there are none."""
-    absent = [name for name in _ACTORS if explanation.get(name) is None]
+    or a tool where there are none."""
+    absent = [name for name in (*_ACTORS, *_TOOL) if explanation.get(name) is None]
     if explanation["input"] is None:
         absent += [name for name in _RESERVATION if explanation[name] is None]
     explanation = {name: value for name, value in explanation.items() if name not in absent}

@@ -309,6 +309,12 @@ BEGIN
             RETURN;
         END IF;
         EXIT WHEN attempt = 2;
+        -- At the bound without locks too, so that a caller that keeps asking cannot delay those who change the user.
+        IF (SELECT count(*) FROM keyproxy.approvals AS a
+            WHERE a.user_id = of_user AND a.state = 'pending' AND a.expires_at > clock_timestamp()) >= pending_max THEN
+            outcome := 'limit';
+            RETURN;
+        END IF;
         -- Another claim may make the row while this one waits for the locks, so it is looked up again.
         PERFORM FROM keyproxy.tenants AS t WHERE t.id = of_tenant FOR KEY SHARE;
         PERFORM FROM keyproxy.users AS u WHERE u.id = of_user AND u.tenant_id = of_tenant FOR NO KEY UPDATE;

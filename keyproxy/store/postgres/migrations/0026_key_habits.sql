@@ -212,7 +212,8 @@ BEGIN
         PERFORM keyproxy.note_event(
             'key.suspended',
             keyproxy.shown_key(NEW.id) || jsonb_build_object(
-                'reason', NEW.suspend_reason, 'by', keyproxy.actor(), 'suspended_at', NEW.suspended_at
+                'reason', NEW.suspend_reason, 'by', keyproxy.actor(),
+                'suspended_at', to_char(NEW.suspended_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
             ),
             clock_timestamp() + interval '24 hours'
         );
@@ -308,8 +309,9 @@ BEGIN
         END IF;
     END IF;
     shown := shown || jsonb_build_object(
-        'signal', of_kind, 'value', nullif(of_value, ''), 'client', of_client, 'observed', observed,
-        'suspended', outcome = 'suspended', 'at', right_now
+        'signal', of_kind, 'value', nullif(of_value, ''), 'network', of_network, 'client', of_client, 'observed', observed,
+        'suspended', outcome = 'suspended',
+        'at', to_char(right_now AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
     );
     INSERT INTO keyproxy.audit_log (actor, origin, action, entity, entity_id, tenant_id, after)
     VALUES (

@@ -1,0 +1,1 @@
+"""Approvals and consents in the store."""

@@ -1,0 +1,1 @@
+"""Outboxes in the store."""
