@@ -92,7 +92,8 @@ class _Rows:
     async def fetch(self, name: str, *arguments: Any) -> list[dict[str, object]]:
         row: dict[str, object] = {
             "key_id": "k", "scopes": ["jobs:write"], "key_scopes": ["jobs:write"], "is_test": False, "can_act": True,
-            "may_act": True, "expires_wall_seconds": None, "is_revoked": False, "is_disabled": False,
+            "may_act": True, "expires_wall_seconds": None, "is_revoked": False, "is_suspended": False,
+            "is_disabled": False,
             "owner_id": "u_worker", "user_id": "u_worker", "tenant_id": "acme", "key_pool": "k",
             "is_retiring": False, "key_limits": None, "user_limits": None, "tenant_limits": None,
         }  # fmt: skip

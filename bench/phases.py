@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Final, cast
+from typing import Final, NamedTuple, cast
 
 import uvloop
 
@@ -24,6 +24,8 @@ from keyproxy.ai.models import Model, price_of
 from keyproxy.auth import authorization, credentials
 from keyproxy.auth.api_key import KeyFormat, SecretKey
 from keyproxy.config import schema
+from keyproxy.config.tools.provider_settings import ProviderRow
+from keyproxy.config.tools.tool_settings import ToolRow
 from keyproxy.http import headers
 from keyproxy.http.headers import FieldNames
 from keyproxy.http_messages import RequestHead
@@ -137,6 +139,7 @@ class _OneKey:
             "can_act": False,
             "expires_wall_seconds": None,
             "is_revoked": False,
+            "is_suspended": False,
             "is_disabled": False,
             "user_id": "u_42",
             "tenant_id": "acme",
@@ -231,6 +234,17 @@ def grant(client: LedgerClient, limits: Allowance) -> None:
             client.lease_sync.apply(lines, replies, now, valid_seconds=86_400.0)
 
 
+class Calling(NamedTuple):
+    """Further routes, and what their tools and providers need."""
+
+    routes: tuple[schema.RouteRow, ...] = ()
+    tools: tuple[ToolRow, ...] = ()
+    providers: tuple[ProviderRow, ...] = ()
+    approvals: Approvals = Approvals()
+    credentials: UpstreamCredentials = UpstreamCredentials()
+    trusted_proxies: tuple[str, ...] = ()
+
+
 class Bench:
     """A proxy without sockets, whose requests are under one of PLANS."""
 
@@ -244,8 +258,10 @@ class Bench:
         judges: tuple[str, ...] = (),
         identities: IdentityCache | None = None,
         assertions: Assertions | None = None,
+        calling: Calling | None = None,
     ) -> None:
         """`judges`: of `model` and `category`, what the chat's route judges. `identities`: that know the key."""
+        calling = calling or Calling()
         self.names = FieldNames()
         identities = identities or known_key(loop, plan)
         self.identity = identities.known(SECRET.digest(), clock.now())
@@ -258,8 +274,12 @@ class Bench:
                 model="json:model" if "model" in judges else "",
                 prompt="openai" if "category" in judges else "", category=["template"] if "category" in judges else [],
             ),
+            *calling.routes,
         )  # fmt: skip
-        settings = schema.Settings(routes=rows, models=(MODEL,), categories=(CODE,))
+        settings = schema.Settings(
+            listen=schema.Listen(trusted_proxies=[*calling.trusted_proxies]), routes=rows, models=(MODEL,),
+            categories=(CODE,), tools=calling.tools, providers=calling.providers,
+        )  # fmt: skip
         self.routes = settings.route_table()
         # None of them is started, so that no database or ledger is contacted.
         self.ledger = Ledger(cast("LedgerBackend", None), schema.LedgerSettings(), clock.now)
@@ -272,8 +292,8 @@ class Bench:
         self.recorder = Recorder(self.log, lambda rows: self.usage.take(rows))
         self.gateway = build_gateway(
             settings, self.routes, identities=identities, owned_ids=OwnedIds(), templates=_Templates(),
-            ledger=self.ledger, claims=claims, approvals=Approvals(), mint=cast("AgentTokenMint", None), now=clock.now,
-            upstream_credentials=UpstreamCredentials(),
+            ledger=self.ledger, claims=claims, approvals=calling.approvals, mint=cast("AgentTokenMint", None),
+            now=clock.now, upstream_credentials=calling.credentials,
         )  # fmt: skip
         deadlines = Deadlines(loop, clock.monotonic)
         pool = UpstreamPool(
@@ -288,7 +308,7 @@ class Bench:
         self.upstream.connection_made(cast("asyncio.Transport", _Transport()))
         pool.release(self.upstream, clock.monotonic())
         self.server = ProxyServer(
-            build_terms(schema.Settings(), self.routes, self.gateway, Upstreams(pool), tls=None, assertions=assertions),
+            build_terms(settings, self.routes, self.gateway, Upstreams(pool), tls=None, assertions=assertions),
             recorder=self.recorder,
             deadlines=deadlines,
             clock=clock.monotonic,

@@ -133,8 +133,9 @@ class Route:
     `tokens`: the dialect of metered requests; NO_TOKENS: no metering. `deduplicates`: repeats of a request with an
     Idempotency-Key are charged once. `is_public`: requests need no key, and credentials are ignored.
     `forwards_encoded_slash`: paths may have `%2F` in the value of a placeholder. `serves`: what the proxy responds with
-    itself, such as AGENT_TOKENS; empty: requests are forwarded. `tool`: the name of the tool that its requests call;
-    `protocol`: "mcp" if the body names the tool; `provider`: whose credential goes upstream; each may be empty.
+    itself, such as AGENT_TOKENS; empty: requests are forwarded. `tool`: the name of the tool that its requests call, and
+    `tool_scopes` what that requires; `protocol`: "mcp" if the body names the tool; `provider`: whose credential goes
+    upstream; each may be empty.
     """
 
     name: str
@@ -148,6 +149,7 @@ class Route:
     tool: str = ""
     protocol: str = ""
     provider: str = ""
+    tool_scopes: frozenset[str] = frozenset()
 
 
 @mypyc_attr(acyclic=True)

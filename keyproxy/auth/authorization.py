@@ -28,7 +28,7 @@ def admit(identity: Identity, route: Route | None, now: Moment) -> Grant:
     if route is None:
         raise Refusal(Reason.ROUTE_NOT_ALLOWED)
     if not route.scopes <= identity.scopes:
-        raise _insufficient(sorted(route.scopes - identity.scopes))
+        raise _insufficient(sorted((route.scopes | route.tool_scopes) - identity.scopes))
     return Grant(identity, route)
 
 

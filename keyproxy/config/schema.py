@@ -287,6 +287,7 @@ class Settings:
 
     def route_table(self) -> RouteTable:
         """The compiled route table. Raises InvalidPatternError."""
+        scopes = {tool.name: frozenset(tool.scopes) for tool in self.tools}
         return RouteTable(
             [
                 (
@@ -298,6 +299,7 @@ class Settings:
                         forwards_encoded_slash=row.encoded_slash == route_access.FORWARD,
                         serves=row.serves,
                         tool=row.tool, protocol=row.protocol, provider=row.provider,
+                        tool_scopes=scopes.get(row.tool, frozenset()),
                     ),
                 )
                 for row in self.routes

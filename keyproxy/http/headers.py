@@ -102,6 +102,9 @@ _LIMIT_NAMES: Final = frozenset(
     }
 )  # fmt: skip
 
+#: For each byte, how CGI-like servers compare it in a name.
+_FOLDED: Final = bytes(range(256)).lower().replace(b"_", b"-").replace(b".", b"-")
+
 _NAME = re.compile(rb"[A-Za-z0-9._-]+")
 _EXACT_NAME = re.compile(rb"[A-Za-z0-9-]+")
 _REMEMBERED_MAX: Final = 2048
@@ -166,7 +169,7 @@ class FieldNames:
 
 def canonical(name: bytes) -> bytes:
     """A header name as CGI-like servers compare it: lower-case, `-` for `_` and `.`."""
-    return name.lower().replace(b"_", b"-").replace(b".", b"-")
+    return name.translate(_FOLDED)
 
 
 def states_limits(name: bytes) -> bool:

@@ -44,6 +44,13 @@ def readings_that_split(path: bytes) -> set[bytes]:
     return _folded({_ENCODED_SLASH.sub(b"/", one) for one in (path, _PARAMETERS.sub(b"", path))}, unquote_to_bytes)
 
 
+def all_readings(path: bytes) -> set[bytes]:
+    """Every reading of a path, with `%2F` or without."""
+    if not is_folded_by_some(path):
+        return {path}
+    return readings_that_keep(path) | readings_that_split(path) if has_encoded_slash(path) else readings(path)
+
+
 def has_unstable_segment(value: bytes) -> bool:
     """Whether a value, percent-decoded once, has an empty or dot segment, also one followed by a `;parameter`."""
     return any(segment.partition(b";")[0] in _UNSTABLE for segment in unquote_to_bytes(value).split(b"/"))

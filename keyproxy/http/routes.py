@@ -6,6 +6,9 @@ The proxy must match the path that the upstream will see. Some servers normalise
 `;matrix=parameters` removed), so such a path is matched both as sent and normalised, and refused if the two match
 different routes: a broad route further down must not expose what a narrow one above it protects.
 
+Frameworks also match paths without regard to case, or with a slash at the end. Where a route judges calls of tools, such
+a path is refused too if it does not match the same route as sent: a tool must not be called by another spelling.
+
 A path with `%2F` is refused before it is matched, unless a route forwards it. Then servers that keep it must read a path
 of that route, and those that take it for a slash a path of that route or of none.
 """
@@ -41,11 +44,15 @@ _REMEMBERED_BYTES_MAX: Final = 256
 
 
 class _Row(NamedTuple):
-    """A compiled route. `method` None: any. `values`: matches like `pattern`, with a group for each placeholder."""
+    """A compiled route. `method` None: any. `values`: matches like `pattern`, with a group for each placeholder.
+
+    `lenient`: as `pattern`, in any case and with slashes at the end.
+    """
 
     method: bytes | None
     pattern: re.Pattern[bytes]
     values: re.Pattern[bytes]
+    lenient: re.Pattern[bytes]
     route: Route
 
 
@@ -59,6 +66,7 @@ class RouteTable:
         self.has_public: Final = any(route.is_public for _, route in routes)
         self.forwards_encoded_slash: Final = any(route.forwards_encoded_slash for _, route in routes)
         self._compiled = [_compiled(pattern, route) for pattern, route in routes]
+        self._calling = [row for row in self._compiled if _calls_tools(row.route)]
         self._remembered: dict[tuple[bytes, bytes], Route | None] = {}
 
     def match(self, method: bytes, path: bytes) -> Route | None:
@@ -79,6 +87,8 @@ class RouteTable:
                 self._check_encoded_slash(method, path, row)
         elif path_readings.is_folded_by_some(path):
             self._check_readings(method, path_readings.readings(path), route)
+        if self._calling and route is not None:
+            self._check_calls(method, path, route)
         if len(self._remembered) >= _REMEMBERED_MAX:
             self._remembered.clear()
         if len(path) <= _REMEMBERED_BYTES_MAX:
@@ -111,7 +121,7 @@ class RouteTable:
 
     def _first(self, method: bytes, path: bytes) -> _Row | None:
         for row in self._compiled:
-            if (row.method is None or row.method == method) and row.pattern.fullmatch(path):
+            if _meets(row, method, row.pattern, path):
                 return row
         return None
 
@@ -123,6 +133,15 @@ class RouteTable:
             met = None if row is None else row.route
             if met is not route and not (may_meet_none and met is None):
                 raise _ambiguous("the path matches another route once it is normalised")
+
+    def _check_calls(self, method: bytes, path: bytes, route: Route) -> None:
+        """Raise a Refusal if a lenient server reads the path as one of a route that judges other tools."""
+        for reading in path_readings.all_readings(path):
+            if not any(_meets(row, method, row.lenient, reading) for row in self._calling):
+                continue
+            first = next(row for row in self._compiled if _meets(row, method, row.lenient, reading))
+            if _calls_tools(first.route) and not _judges_alike(first.route, route):
+                raise _ambiguous("the path matches a route of tools in another case, or without the slash at its end")
 
     def _check_encoded_slash(self, method: bytes, path: bytes, row: _Row) -> None:
         """Raise a Refusal unless every server reads the path as one of this route, or of none."""
@@ -137,7 +156,22 @@ class RouteTable:
 
 def _compiled(text: str, route: Route) -> _Row:
     pattern = parse_pattern(text)
-    return _Row(pattern.method, pattern.compiled(), pattern.compiled(captured=None), route)
+    exact = pattern.compiled()
+    lenient = re.compile(b"(?:%b)/*" % exact.pattern, exact.flags | re.IGNORECASE)
+    return _Row(pattern.method, exact, pattern.compiled(captured=None), lenient, route)
+
+
+def _meets(row: _Row, method: bytes, pattern: re.Pattern[bytes], path: bytes) -> bool:
+    return (row.method is None or row.method == method) and pattern.fullmatch(path) is not None
+
+
+def _calls_tools(route: Route) -> bool:
+    return bool(route.tool or route.protocol)
+
+
+def _judges_alike(one: Route, other: Route) -> bool:
+    """Whether both routes call the same tools."""
+    return one is other or (one.tool == other.tool and one.protocol == other.protocol)
 
 
 def _ambiguous(detail: str) -> Refusal:

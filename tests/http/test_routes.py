@@ -233,3 +233,55 @@ def test_a_method_that_a_route_names_is_served() -> None:
     assert RouteTable([]).methods() == KNOWN_METHODS
     assert RouteTable([("* /a", Route("a")), ("BREW /b", Route("b"))]).methods() == KNOWN_METHODS | {b"BREW"}
     assert not KNOWN_METHODS & {b"TRACE", b"CONNECT", b"BREW", b"get"}
+
+
+def calling(*rows: tuple[str, str]) -> RouteTable:
+    """Routes of a tool, or of MCP, or of none."""
+    return RouteTable(
+        [(match, Route(match, protocol="mcp") if tool == "mcp" else Route(match, tool=tool)) for match, tool in rows]
+    )
+
+
+MCP_AND_REST = (("* /mcp", "mcp"), ("POST /v1/{tenant}/pay", "pay"), ("* /{rest...}", ""))
+
+
+@pytest.mark.parametrize(
+    ("path", "route"),
+    [
+        (b"/mcp", "* /mcp"), (b"/v1/acme/pay", "POST /v1/{tenant}/pay"), (b"/v1/ACME/pay", "POST /v1/{tenant}/pay"),
+        (b"/mcp/", None), (b"/mcp//", None), (b"/MCP", None), (b"/Mcp/", None), (b"/m%63p/", None), (b"/%4Dcp", None),
+        (b"/mcp/;x", None), (b"/MCP;x", None), (b"//MCP", None), (b"/v1/acme/Pay", None), (b"/V1/acme/pay/", None),
+        (b"/mcps", "* /{rest...}"), (b"/mcp/x", "* /{rest...}"), (b"/x/mcp", "* /{rest...}"),
+        (b"/v1/acme/pays", "* /{rest...}"),
+    ],
+)  # fmt: skip
+def test_tool_is_not_called_by_another_spelling_of_its_path(path: bytes, route: str | None) -> None:
+    routes_ = calling(*MCP_AND_REST)
+    for _ in range(2):
+        if route is None:
+            with pytest.raises(Refusal) as refused:
+                routes_.match(b"POST", path)
+            assert refused.value.reason is Reason.REQUEST_MALFORMED
+        else:
+            found = routes_.match(b"POST", path)
+            assert found is not None
+            assert found.name == route
+
+
+def test_another_spelling_of_a_path_is_matched_where_no_broad_route_follows_or_its_own_route_judges_alike() -> None:
+    assert calling(*MCP_AND_REST[:2]).match(b"POST", b"/mcp/") is None
+    both = calling(("* /mcp", "mcp"), ("* /mcp/", "mcp"), ("* /{rest...}", ""))
+    found = both.match(b"POST", b"/mcp/")
+    assert found is not None
+    assert found.name == "* /mcp/"
+    first = calling(("POST /v1/List", ""), ("POST /v1/{tool}", "pay"), ("* /{rest...}", ""))
+    plain = first.match(b"POST", b"/v1/List")
+    assert plain is not None
+    assert plain.tool == ""
+
+
+def test_other_spellings_of_routes_that_call_no_tools_are_matched_as_before() -> None:
+    for path in (b"/JOBS", b"/jobs/"):
+        found = table("GET /jobs", "* /{rest...}").match(b"GET", path)
+        assert found is not None
+        assert found.name == "* /{rest...}"

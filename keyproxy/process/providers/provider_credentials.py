@@ -65,10 +65,10 @@ class ProviderCredentials(UpstreamCredentials):
             found = self._of_mode(provider, source, tenant_id, now, is_test=True)
             if found is None and self._lends_live:
                 found = self._of_mode(provider, source, tenant_id, now, is_test=False)
-        elif source.is_stored:
-            found = self._of_mode(provider, source, tenant_id, now, is_test=False)
         else:
-            found = None if source.live_file is None else source.live_file.credential(now.mono_seconds)
+            found = self._stored.find(provider, tenant_id, now, is_test=False) if source.is_stored else None
+            if found is None and source.live_file is not None:
+                found = source.live_file.credential(now.mono_seconds)
         if found is None:
             mode = "test" if is_test else "live"
             raise Refusal(Reason.UPSTREAM_CREDENTIAL_UNAVAILABLE, f"provider {provider}: no secret for {mode} requests")

@@ -71,6 +71,8 @@ class ProviderKeyCache:
         self._keys: SealingKeys | None = None
         self._headers: dict[str, CredentialHeader] = {}
         self._entries: collections.OrderedDict[KeySubject, _CachedKeys] = collections.OrderedDict()
+        #: The choices that hold for a while, by provider, tenant and mode, and until when.
+        self._chosen: dict[tuple[str, str, bool], tuple[UpstreamCredential, float]] = {}
         self._look_ups = LookupBatcher(database, _BY_SUBJECT, self._settle, look_ups_max=look_ups_max)
 
     def configure(self, keys: SealingKeys | None, headers: Mapping[str, CredentialHeader]) -> None:
@@ -78,6 +80,7 @@ class ProviderKeyCache:
         if dict(headers) != self._headers:
             # What is in memory has the lines of other headers.
             self._entries.clear()
+            self._chosen.clear()
             self._look_ups.all_changed()
         elif keys is not self._keys:
             # Rows that did not open may open now. Those that did are served on if the store is down.
@@ -90,29 +93,50 @@ class ProviderKeyCache:
         Raises Missing with the lookup, or a Refusal: if the tenant has rows and none is usable, there is no other one
         for it; likewise for the shared rows.
         """
+        chosen = self._chosen.get((provider, tenant_id, is_test))
+        mono = now.mono_seconds
+        if chosen is not None and mono < chosen[1] and chosen[0].refused_until_mono_seconds <= mono:
+            return chosen[0]
         # The rows have times of the server's clock.
         there = Moment(now.wall_seconds + self._feed.server_ahead_seconds, now.mono_seconds)
+        until = mono + self._cache.fresh_seconds
         for owner in (tenant_id, SHARED):
-            keys = self._keys_of(KeySubject(provider, owner), now, tenant_id)
-            found = keys.choose(there, is_test=is_test)
+            entry = self._entry_of(KeySubject(provider, owner), now, tenant_id)
+            until = min(until, entry.fresh_until)
+            found = entry.keys.choose(there, is_test=is_test)
             if found is not None:
-                return found
-            if keys.has_begun(there, is_test=is_test):
+                self._remember((provider, tenant_id, is_test), found.credential, min(until, mono + found.holds_seconds))
+                return found.credential
+            if entry.keys.has_begun(there, is_test=is_test):
                 whose = f"tenant {owner}" if owner else "all tenants"
                 raise _unavailable(f"provider {provider}: no stored key for {whose} is usable")
         return None
 
-    def _keys_of(self, subject: KeySubject, now: Moment, tenant_id: str) -> StoredKeys:
+    def _remember(self, request: tuple[str, str, bool], found: UpstreamCredential, until: float) -> None:
+        """Remember a choice until another one may be better, or a row has changed."""
+        if until > self._now().mono_seconds:
+            if len(self._chosen) >= self._cache.entries_max:
+                self._chosen.clear()
+            self._chosen[request] = found, until
+
+    def _forget_choices(self, subject: KeySubject) -> None:
+        """The rows of a subject have changed. The shared ones concern the requests of all tenants."""
+        if subject.tenant_id == SHARED:
+            self._chosen.clear()
+        for is_test in (False, True):
+            self._chosen.pop((subject.provider, subject.tenant_id, is_test), None)
+
+    def _entry_of(self, subject: KeySubject, now: Moment, tenant_id: str) -> _CachedKeys:
         entry, mono = self._entries.get(subject), now.mono_seconds
         if entry is not None and not entry.is_changed:
             if mono < entry.fresh_until:
-                return entry.keys
+                return entry
             if mono < entry.stale_until:
                 if self._database.is_down:
-                    return entry.keys
+                    return entry
                 if not entry.is_distrusted and mono < self._feed.current_until:
                     self._look_ups.enqueue(subject, is_known=True)
-                    return entry.keys
+                    return entry
         if self._database.is_down:
             raise _store_down(subject.provider, self._database.down_because)
         raise Missing("provider keys", lambda _patience: self._fetch(subject.provider, tenant_id))
@@ -129,6 +153,7 @@ class ProviderKeyCache:
         one = KeySubject(str(provider), str(tenant_id))
         if (entry := self._entries.get(one)) is not None:
             entry.is_changed = True
+        self._forget_choices(one)
         self._look_ups.subject_changed(one)
 
     def distrust_all(self) -> None:
@@ -136,12 +161,14 @@ class ProviderKeyCache:
         for entry in self._entries.values():
             entry.fresh_until = 0.0
             entry.is_distrusted = True
+        self._chosen.clear()
         self._look_ups.all_changed()
 
     def forget_all(self) -> None:
         """Any row may have changed: serve none before it is looked up, even while the store is down."""
         for entry in self._entries.values():
             entry.is_changed = True
+        self._chosen.clear()
         self._look_ups.all_changed()
 
     # -- the cold path
@@ -175,6 +202,7 @@ class ProviderKeyCache:
             keys=self._keys, header=self._headers.get(subject.provider),
         )  # fmt: skip
         self._entries.pop(subject, None)
+        self._forget_choices(subject)
         # Full: evict the entry that was looked up longest ago.
         if len(self._entries) >= self._cache.entries_max:
             self._entries.popitem(last=False)

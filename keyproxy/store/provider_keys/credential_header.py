@@ -13,7 +13,7 @@ SECRET_BYTES_MAX: Final = 8_192
 SECRET_RULE: Final = "a secret is one line of 1 to 8,192 visible ASCII characters"  # noqa: S105 - a sentence
 
 _PLACEHOLDER: Final = "{secret}"
-_NAME: Final = re.compile(r"[A-Za-z0-9-]{1,128}")
+_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _SECRET: Final = re.compile(rb"[!-~](?:[ -~]*[!-~])?")
 
 #: A shorter secret has no hint, which would reveal too much of it.
@@ -47,7 +47,7 @@ class CredentialHeader:
         if not found or _PLACEHOLDER in after:
             raise ValueError(f"the format must contain {_PLACEHOLDER} exactly once")
         if not _NAME.fullmatch(name):
-            raise ValueError("the header is not a name of letters, digits and -")
+            raise ValueError("the header is not a name of letters, digits, `.`, `_` and `-`")
         if not (value_format.isascii() and value_format.isprintable()) or value_format != value_format.strip():
             raise ValueError("the format is not visible ASCII without surrounding spaces")
         self._provider = provider

@@ -22,6 +22,13 @@ class KeySubject(NamedTuple):
     tenant_id: str
 
 
+class Choice(NamedTuple):
+    """The credential to use, and for how long no other one is better unless the upstream refuses it."""
+
+    credential: UpstreamCredential
+    holds_seconds: float
+
+
 class StoredKey:
     """One row. `credential` None: it does not open. `usable_until_wall_seconds` is in the past for a revoked row."""
 
@@ -73,21 +80,24 @@ class StoredKeys:
             for key in self._of_mode[is_test]
         )
 
-    def choose(self, now: Moment, *, is_test: bool) -> UpstreamCredential | None:
+    def choose(self, now: Moment, *, is_test: bool) -> Choice | None:
         """The newest usable key that the upstream has not just refused, else the newest usable one; None: none is.
 
         A key of another mode is never chosen.
         """
         newest: UpstreamCredential | None = None
         wall, mono = now.wall_seconds, now.mono_seconds
+        holds_seconds = math.inf
         for key in self._of_mode[is_test]:
-            found = key.credential
-            if found is None or not key.starts_wall_seconds <= wall < key.usable_until_wall_seconds:
+            found, starts, ends = key.credential, key.starts_wall_seconds, key.usable_until_wall_seconds
+            if found is None or not starts <= wall < ends:
+                if found is not None and wall < starts:
+                    holds_seconds = min(holds_seconds, starts - wall)
                 continue
             if found.refused_until_mono_seconds <= mono:
-                return found
+                return Choice(found, 0.0 if newest is not None else min(holds_seconds, ends - wall))
             newest = newest or found
-        return newest
+        return None if newest is None else Choice(newest, 0.0)
 
     def in_use_since_wall(self, now: Moment) -> float:
         """When the older one of the newest usable keys of both modes was started; infinite without any."""
