@@ -58,6 +58,7 @@ class ApprovalClaims:
             self._approvals.give_back(claim)
         else:
             call.claim = claim
+            call.caller = grant.identity
 
     async def _request(
         self, exchange: Exchange, head: RequestHead, grant: Grant, call: ToolCall

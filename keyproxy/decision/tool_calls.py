@@ -120,13 +120,15 @@ class ToolCalls:
         are taken after it; what was claimed and not sent is given back. The request counts as concurrent meanwhile.
         Raises a Refusal if a limit refuses the request, or consents cannot be queried now.
         """
-        call, allowance = exchange.tool_call, grant.identity.allowance
-        if (
-            call is None
-            or call.claim is not None
-            or not self._needs_approval(call, grant.identity, now, is_first_lookup)
-        ):
+        call, identity = exchange.tool_call, grant.identity
+        if call is None:
             return
+        if call.claim is not None:
+            _check_caller(call, identity)
+            return
+        if not self._needs_approval(call, identity, now, is_first_lookup):
+            return
+        allowance = identity.allowance
         if allowance is not None:
             payments.check(exchange, allowance, need, now=now, asks=True)
         claiming = self._claims.claiming(exchange, head, grant, call)
@@ -173,6 +175,13 @@ def _judge(exchange: Exchange, tool: Tool | None, grant: Grant) -> None:
 
 def _has_certificate(exchange: Exchange) -> bool:
     return exchange.peer is not None and exchange.peer.has_certificate
+
+
+def _check_caller(call: ToolCall, identity: Identity) -> None:
+    """Raise a Refusal if the credential has come to stand for another caller since the approval was claimed."""
+    caller = call.caller
+    if caller is None or caller.owner != identity.owner or caller.lineage != identity.lineage:
+        raise Refusal(Reason.KEY_INVALID, "the credential stands for another caller than when its approval was claimed")
 
 
 def _read_body(exchange: Exchange, head: RequestHead, bytes_max: int) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import trustme
 
+from keyproxy.ai.tools.tool_call import ToolClaim
 from keyproxy.config.schema import RouteRow
 from keyproxy.config.tools.tool_settings import McpSettings, ToolRow
-from keyproxy.model import AgentToken, Ending
+from keyproxy.model import AgentToken, Ending, TimeBudget
+from keyproxy.ports.tools import ApprovalRequest
 from keyproxy.reasons import Reason
 from keyproxy.wire import tls
 from tests import fakes
@@ -275,3 +277,21 @@ async def test_certificate_on_another_connection_does_not_count(start: Start, tm
     foreign.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "foreign.pem"))
     with pytest.raises((ssl.SSLError, ConnectionError, asyncio.IncompleteReadError)):
         await status("foreign.pem")
+
+
+async def test_approval_is_not_used_by_another_tenant_to_which_the_key_moves_meanwhile(start: Start) -> None:
+    wire = await calling(start, "transfer")
+    assert (await ask(wire)).status == 403
+    wire.approvals.approve()
+    claim = wire.approvals.claim
+
+    async def claim_and_move(request: ApprovalRequest, patience: TimeBudget) -> ToolClaim:
+        found = await claim(request, patience)
+        wire.identities.add(fakes.key(1), fakes.identity(tenant="umbrella", scopes=ALL_SCOPES))
+        return found
+
+    wire.approvals.claim = claim_and_move  # type: ignore[method-assign]
+    assert (await ask(wire)).status == 401
+    assert not wire.upstream.requests
+    await until(lambda: not wire.approvals.claims, "the approval is given back")
+    assert len(wire.approvals.approved) == 1

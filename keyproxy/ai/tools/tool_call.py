@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from keyproxy.ai.tools.tool import Tool
+from keyproxy.model import Identity
 
 
 class ToolClaim:
@@ -21,13 +22,14 @@ class ToolCall:
     """The tool that a request calls, and the approval that it uses.
 
     `digest`: the SHA-256 of the call, empty until it is needed. `claim`: None unless an approval was claimed, and after
-    it was given back. `has_consent`: the user has consented to this tool.
+    it was given back; `caller`: whose approval it is. `has_consent`: the user has consented to this tool.
     """
 
-    __slots__ = ("claim", "digest", "has_consent", "tool")
+    __slots__ = ("caller", "claim", "digest", "has_consent", "tool")
 
     def __init__(self, tool: Tool) -> None:
         self.tool: Final = tool
         self.digest = b""
         self.claim: ToolClaim | None = None
+        self.caller: Identity | None = None
         self.has_consent = False
