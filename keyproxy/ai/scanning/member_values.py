@@ -39,6 +39,11 @@ class MemberValues(ScanEvents):
         start, end = self.spans[path]
         return decoded(self._content, start + 1, end - 1).decode("utf-8")
 
+    def raw(self, path: str) -> bytes:
+        """The JSON text of the value at this path, which is present."""
+        start, end = self.spans[path]
+        return self._content[start:end]
+
     def note_name(self, frame: Frame, known: Name, name: bytes) -> None:
         frame.slot = slot = known.slot
         if slot is not None:

@@ -17,6 +17,7 @@ import orjson
 
 from keyproxy.ai.requests.request_facts import ambiguous_type, malformed
 from keyproxy.ai.requests.scan_faults import refusal_of
+from keyproxy.ai.scanning.compact_values import compact_values
 from keyproxy.ai.scanning.json_bounds import JsonBounds, JsonError, TooDenseError
 from keyproxy.ai.scanning.member_scope import NO_MEMBERS, AmbiguousNameError, MemberScope, scope_of_paths
 from keyproxy.ai.scanning.member_values import MemberValues
@@ -91,23 +92,20 @@ class McpMessage:
     called; None: the message calls none. `version`: as the client states it, empty if it does not.
     """
 
-    __slots__ = ("_content", "_params", "method", "rpc_id", "tool", "version")
+    __slots__ = ("_members", "method", "rpc_id", "tool", "version")
 
-    def __init__(
-        self, method: str, rpc_id: bytes, tool: str | None, version: str, *, content: bytes, params: tuple[int, int]
-    ) -> None:
+    def __init__(self, method: str, rpc_id: bytes, tool: str | None, version: str, *, members: MemberValues) -> None:
         self.method: Final = method
         self.rpc_id: Final = rpc_id
         self.tool: Final = tool
         self.version: Final = version
-        self._content: Final = content
-        self._params: Final = params
+        self._members: Final = members
 
     @property
     def params(self) -> bytes:
         """The JSON text of the parameters; empty without any."""
-        start, end = self._params
-        return self._content[start:end]
+        members = self._members
+        return members.raw("params") if isinstance(members.values.get("params"), dict) else b""
 
     def __repr__(self) -> str:
         return f"McpMessage({self.method!r}, {self.tool!r})"
@@ -129,7 +127,7 @@ class McpReading:
         self._head: Final = head
         self._body: Final = body
         self._rules: Final = rules
-        self._members: Final = MemberValues(body)
+        self._members = MemberValues(body)
         self._scanner: Final = RequestScanner(body, _SCOPE, rules.bounds, self._members)
 
     def advance(self) -> bool:
@@ -137,7 +135,10 @@ class McpReading:
         if self.message is not None:
             return True
         try:
-            if self._scanner.advance(_PORTION) <= 0:
+            compact = compact_values(self._body, _SCOPE, _DEPTH_MAX) if len(self._body) <= AT_ONCE_BYTES else None
+            if compact is not None:
+                self._members = compact
+            elif self._scanner.advance(_PORTION) <= 0:
                 return False
         except JsonError as fault:
             raise _coded(refusal_of(fault), NOT_JSON if _is_no_json(self._body) else INVALID_REQUEST) from None
@@ -153,7 +154,7 @@ class McpReading:
             raise malformed("The body must be one JSON object. A batch is not accepted.")
         if values.get("jsonrpc") != "2.0":
             raise malformed("'jsonrpc' must be \"2.0\".", "jsonrpc")
-        rpc_id = _rpc_id(members, self._body)
+        rpc_id = _rpc_id(members)
         params = values.get("params", _NULL)
         if params != _NULL and not isinstance(params, dict):
             raise malformed("'params' must be an object.", "params")
@@ -170,8 +171,7 @@ class McpReading:
         if is_response and version in _STATELESS:
             raise malformed(f"Clients do not send responses in version {version}.")
         self._check_headers(headers, method, version)
-        span = members.spans["params"] if params != _NULL else (0, 0)
-        return McpMessage(method, self.rpc_id, tool, version, content=self._body, params=span)
+        return McpMessage(method, self.rpc_id, tool, version, members=members)
 
     def _check_response(self, rpc_id: bytes) -> None:
         values = self._members.values
@@ -265,7 +265,7 @@ def rpc_id_in(body: bytes) -> bytes:
     try:
         while scanner.advance(_PORTION) <= 0:
             pass
-        return _rpc_id(members, body) if isinstance(members.values.get("method"), str) else b""
+        return _rpc_id(members) if isinstance(members.values.get("method"), str) else b""
     except (JsonError, TooDenseError, AmbiguousNameError, DoubledNameError, Refusal):
         return b""
 
@@ -286,7 +286,7 @@ def too_large(rules: McpRules) -> Refusal:
     return Refusal(Reason.BODY_TOO_LARGE, f"a message of more than {rules.body_bytes_max} bytes")
 
 
-def _rpc_id(members: MemberValues, body: bytes) -> bytes:
+def _rpc_id(members: MemberValues) -> bytes:
     """The id as JSON text; empty without one. Raises a Refusal."""
     value = members.values.get("id")
     if value is None:
@@ -297,8 +297,7 @@ def _rpc_id(members: MemberValues, body: bytes) -> bytes:
         is_valid = isinstance(value, bytes) and _INTEGER.fullmatch(value) is not None
     if not is_valid:
         raise malformed(f"'id' must be an integer, or a string of up to {_ID_CHARACTERS_MAX} characters.", "id")
-    start, end = members.spans["id"]
-    return body[start:end]
+    return members.raw("id")
 
 
 def _unsupported(field: bytes, rules: McpRules) -> Refusal:

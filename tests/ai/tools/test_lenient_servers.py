@@ -146,3 +146,23 @@ def test_no_header_names_another_call_than_the_message(name: str, value: str, ve
         assert value == method
     elif folded == "mcp-name" and method == "tools/call":
         assert value == "search"
+
+
+def outcome(body: bytes) -> object:
+    """What is read of a message, or why it is refused."""
+    try:
+        message = parse_mcp(head(), body, RULES)
+    except Refusal as refusal:
+        return refusal.detail, refusal.field, refusal.rpc_code
+    return message.method, message.tool, message.rpc_id, message.version, message.params
+
+
+@example(b'{"jsonrpc":"2.0","id":12345678901234567890123,"method":"ping"}')
+@example(b'{"jsonrpc":"2.0","id":-0,"method":"ping","params":{"n":1e3}}')
+@example(b'{"jsonrpc":"2.0","id":"a","method":"tools/call","params":{"name":"search","arguments":{"a":[1.50,[]]}}}')
+@example('{"jsonrpc":"2.0","id":"é","method":"ping","params":{"_meta":{"x":null}}}'.encode())
+@settings(max_examples=1_000, deadline=None)
+@given(bodies)
+def test_document_in_its_shortest_form_is_read_as_any_other(body: bytes) -> None:
+    # With a space it is scanned.
+    assert outcome(body) == outcome(b" " + body)
