@@ -8,6 +8,7 @@ import json
 import pytest
 
 from keyproxy.config.schema import RouteRow
+from keyproxy.config.tools.tool_settings import ToolRow
 from keyproxy.http.headers import without_field
 from keyproxy.ports.tools import UpstreamCredential
 from keyproxy.store.provider_keys.credential_header import CredentialHeader
@@ -116,6 +117,67 @@ async def test_credential_that_is_not_in_memory_is_fetched_first(start: Start) -
         await client.send(request(body=b"{}"))
         assert (await client.answer()).status == 200
     assert b"Authorization: Bearer sk-1\r\n" in lines(wire.upstream.requests[-1])
+
+
+async def test_missing_credential_neither_burns_an_approval_nor_asks_for_one(start: Start) -> None:
+    row = RouteRow("POST /pay", tool="transfer", provider="openai")
+    wire = await start(rows=[row], tools=[ToolRow("transfer", approval="human")])
+    async with wire.client() as client:
+        await client.send(request("POST", "/pay", body=b"{}"))
+        assert json.loads((await client.answer()).body)["code"] == "upstream_credential_unavailable"
+        assert not wire.approvals.pending
+        wire.upstream_credentials.table["openai"] = [bearer("sk-1")]
+        await client.send(request("POST", "/pay", body=b"{}"))
+        assert json.loads((await client.answer()).body)["code"] == "approval_required"
+        wire.approvals.approve()
+        wire.upstream_credentials.table.clear()
+        await client.send(request("POST", "/pay", body=b"{}"))
+        assert (await client.answer()).status == 503
+        assert wire.approvals.approved
+        wire.upstream_credentials.table["openai"] = [bearer("sk-1")]
+        await client.send(request("POST", "/pay", body=b"{}"))
+        assert (await client.answer()).status == 200
+    assert len(wire.upstream.requests) == 1
+    assert b"Authorization: Bearer sk-1\r\n" in lines(wire.upstream.requests[0])
+
+
+async def test_refused_tool_is_refused_before_a_credential_is_sought(start: Start) -> None:
+    row = RouteRow("POST /pay", tool="transfer", provider="openai")
+    wire = await start(rows=[row], tools=[ToolRow("transfer", scopes=["pay:now"])])
+    async with wire.client() as client:
+        await client.send(request("POST", "/pay", body=b"{}"))
+        assert json.loads((await client.answer()).body)["code"] == "tool_not_allowed"
+    assert wire.upstream_credentials.asked == []
+
+
+async def test_changed_body_of_a_metered_route_goes_upstream_with_the_credential_alone(start: Start) -> None:
+    row = RouteRow("POST /v1/chat/completions", tokens="openai", cap="insert", provider="azure")
+    wire = await start(rows=[row])
+    wire.upstream_credentials.table["azure"] = [CredentialHeader("azure", "api-key", "{secret}").credential(b"az-1")]
+    body = json.dumps({"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}).encode()
+    fields = ("Content-Type: application/json", "Api_Key: forged", "api-key: forged")
+    async with wire.client() as client:
+        await client.send(request("POST", "/v1/chat/completions", *fields, body=body))
+        assert (await client.answer()).status == 200
+    sent = wire.upstream.requests[-1]
+    assert sent.all("api-key") == ["az-1"]
+    assert b"forged" not in lines(sent)
+
+
+async def test_handshake_goes_upstream_with_the_credential(start: Start) -> None:
+    wire = await start(rows=[RouteRow("GET /live", provider="openai")])
+    wire.upstream_credentials.table["openai"] = [bearer("sk-1")]
+    async with wire.client() as client:
+        fields = (
+            "Connection: Upgrade",
+            "Upgrade: websocket",
+            "Sec-WebSocket-Version: 13",
+            f"Sec-WebSocket-Key: {'A' * 22}==",
+        )
+        await client.send(request("GET", "/live", *fields))
+        await client.answer(method="GET")
+    assert wire.upstream.heads[-1].all("Authorization") == ["Bearer sk-1"]
+    assert wire.upstream.heads[-1].one("Upgrade") == "websocket"
 
 
 @pytest.mark.parametrize(
