@@ -14,7 +14,7 @@ from typing import Final
 from keyproxy.ai.tools.call_digest import canonical_params, http_digest, mcp_digest
 from keyproxy.ai.tools.call_summary import CalledWith, call_summary
 from keyproxy.ai.tools.canonical_json import CanonicalJson
-from keyproxy.ai.tools.tool_call import ToolCall
+from keyproxy.ai.tools.tool_call import ToolCall, ToolClaim
 from keyproxy.auth import credentials
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.http_messages import RequestHead
@@ -36,7 +36,14 @@ class ApprovalClaims:
 
     def claiming(self, exchange: Exchange, head: RequestHead, grant: Grant, call: ToolCall) -> Missing:
         """The Missing whose fetch claims the approval of a call, whose body has arrived completely."""
-        return Missing("approval", lambda patience: self._claim(exchange, head, grant, call, patience))
+
+        async def claimed(patience: TimeBudget) -> None:
+            request = await self._request(exchange, head, grant, call)
+            if request is not None:
+                call.digest = request.digest
+                self._keep(exchange, call, await self._approvals.claim(request, patience))
+
+        return Missing("approval", claimed)
 
     def give_back(self, exchange: Exchange) -> None:
         """Give back what an exchange that has ended has claimed, unless a byte of it was sent."""
@@ -45,14 +52,7 @@ class ApprovalClaims:
             claim, call.claim = call.claim, None
             self._approvals.give_back(claim)
 
-    async def _claim(
-        self, exchange: Exchange, head: RequestHead, grant: Grant, call: ToolCall, patience: TimeBudget
-    ) -> None:
-        request = await self._request(exchange, head, grant, call)
-        if request is None:
-            return
-        call.digest = request.digest
-        claim = await self._approvals.claim(request, patience)
+    def _keep(self, exchange: Exchange, call: ToolCall, claim: ToolClaim) -> None:
         if exchange.is_over:
             # Its end has come before the claim, so nothing else gives it back.
             self._approvals.give_back(claim)

@@ -59,9 +59,9 @@ def test_json_is_nested_at_most_64_levels_deep() -> None:
         canonical(b"[" * 65 + b"]" * 65)
 
 
-def test_an_object_has_at_most_65536_members() -> None:
-    members = [b'"%d":0' % number for number in range(65_537)]
-    assert canonical(b"{" + b",".join(members[:-1]) + b"}").count(b":") == 65_536
+def test_an_object_has_at_most_16384_members() -> None:
+    members = [b'"%d":0' % number for number in range(16_385)]
+    assert canonical(b"{" + b",".join(members[:-1]) + b"}").count(b":") == 16_384
     with pytest.raises(Refusal):
         canonical(b"{" + b",".join(members) + b"}")
 

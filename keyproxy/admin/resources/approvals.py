@@ -95,7 +95,7 @@ class Approval(ResponseModel):
     used_at: Time | None
 
 
-class Approvals(Page):
+class ApprovalPage(Page):
     """Approvals, the newest first."""
 
     items: list[Approval]
@@ -122,7 +122,7 @@ class ApprovalDecided(Approval):
     consent: Consent | None = None
 
 
-class Consents(Page):
+class ConsentPage(Page):
     """Consents, the newest first."""
 
     items: list[Consent]
@@ -185,7 +185,7 @@ async def _revoke_consent(request: ApiRequest) -> ApiResponse:
 
 ENDPOINTS: Final = (
     Endpoint("list_approvals", "List approvals of calls, the newest first.",
-             Scope.APPROVALS_READ, _list_approvals, {200: Approvals}, query=ApprovalsQuery),
+             Scope.APPROVALS_READ, _list_approvals, {200: ApprovalPage}, query=ApprovalsQuery),
     Endpoint("show_approval", "One approval, with the summary of the call.",
              Scope.APPROVALS_READ, _show_approval, {200: Approval}, refuses=_NOT_THERE),
     Endpoint("approve_call",
@@ -199,7 +199,7 @@ ENDPOINTS: Final = (
              "tenant.",
              Scope.APPROVALS_WRITE, _deny, {200: Approval}, body=Denial, may_be_empty=True, refuses=_DECIDES),
     Endpoint("list_consents", "List consents, the newest first.",
-             Scope.APPROVALS_READ, _list_consents, {200: Consents}, query=ConsentsQuery),
+             Scope.APPROVALS_READ, _list_consents, {200: ConsentPage}, query=ConsentsQuery),
     Endpoint("show_consent", "One consent.",
              Scope.APPROVALS_READ, _show_consent, {200: Consent}, refuses=_NOT_THERE),
     Endpoint("grant_consent",

@@ -21,7 +21,7 @@ from keyproxy.reasons import Reason, Refusal
 _STEPS: Final = 2_000
 
 #: Sorting more members would delay other requests.
-_MEMBERS_MAX: Final = 65_536
+_MEMBERS_MAX: Final = 16_384
 _DEPTH_MAX: Final = 64
 
 #: The depth of a member of the outermost object.

@@ -50,7 +50,7 @@ def approval_list(call: Call, state: str | None, user_id: str | None, tenant_id:
     call.print_result(rows, _COLUMNS)
 
 
-@approval_group.command("show")
+@approval_group.command("show", short_help="Show one approval, with the call.")
 @_id_argument
 @takes_call
 def approval_show(call: Call, approval_id: str) -> None:
@@ -58,7 +58,7 @@ def approval_show(call: Call, approval_id: str) -> None:
     _print(call, call.run(lambda directory: directory.approvals.get(approval_id)))
 
 
-@approval_group.command("approve")
+@approval_group.command("approve", short_help="Approve a call, for one use.")
 @_id_argument
 @_reason_option
 @click.option(
@@ -80,7 +80,7 @@ def approval_approve(call: Call, approval_id: str, reason: str, consent_for: tim
     )
 
 
-@approval_group.command("deny")
+@approval_group.command("deny", short_help="Deny a call, or withdraw an approval.")
 @_id_argument
 @_reason_option
 @takes_call

@@ -25,7 +25,9 @@ def _agent(_context: click.Context, _parameter: click.Parameter, value: str | No
 
 @click.group("consent")
 def consent_group() -> None:
-    """Manage consents: which tools of kind consent a user lets agents call.
+    """Manage the consents of users to tools.
+
+    With a live consent, agents call a tool of kind consent for the user without an approval of each call.
 
     \b
     keyproxy consent grant --user u_42 --tool crm.update --agent crawler --expires-in 30d
