@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
 
+import orjson
 import uvloop
 
 from bench.phases import SECRET, Bench, Calling, known_key, timed
@@ -46,6 +47,7 @@ _TOOLS: Final = (
     ToolRow("update", scopes=["jobs:write"], approval=CONSENT),
 )
 _ROUTES: Final = (
+    schema.RouteRow("POST /v1/other", ["jobs:write"]),
     schema.RouteRow("POST /v1/search", ["jobs:write"], tool="search"),
     schema.RouteRow("POST /v1/update", ["jobs:write"], tool="update"),
     schema.RouteRow("POST /v1/chat", ["jobs:write"], provider="openai"),
@@ -96,8 +98,8 @@ def message(number: int) -> bytes:
     """The call of a tool by MCP."""
     params: dict[str, Any] = {"name": "search", "arguments": {"query": ""}}
     call = {"jsonrpc": "2.0", "id": 100_000 + number, "method": "tools/call", "params": params}
-    params["arguments"]["query"] = "x" * (_MESSAGE_BYTES - len(json.dumps(call)))
-    return json.dumps(call).encode()
+    params["arguments"]["query"] = "x" * (_MESSAGE_BYTES - len(orjson.dumps(call)))
+    return orjson.dumps(call)
 
 
 def requests() -> dict[str, list[bytes]]:
@@ -105,13 +107,13 @@ def requests() -> dict[str, list[bytes]]:
     numbers = range(_REQUESTS)
     forwarded = [b"X-Forwarded-For: 192.0.2.%d, 198.51.100.%d\r\n" % (n % 250, n // 4 % 250) for n in numbers]
     return {
-        "plain": [request("/v1/ai/jobs", n) for n in numbers],
-        "plain, 300 bytes": [request("/v1/ai/jobs", n, body=message(n)) for n in numbers],
+        "plain": [request("/v1/other", n) for n in numbers],
+        "plain, 300 bytes": [request("/v1/other", n, body=message(n)) for n in numbers],
         "tool route": [request("/v1/search", n) for n in numbers],
         "tool route, consent": [request("/v1/update", n) for n in numbers],
         "MCP call, 300 bytes": [request("/mcp", n, body=message(n)) for n in numbers],
         "credential of a provider": [request("/v1/chat", n) for n in numbers],
-        "X-Forwarded-For, changing": [request("/v1/ai/jobs", n, lines=forwarded[n]) for n in numbers],
+        "X-Forwarded-For, changing": [request("/v1/other", n, lines=forwarded[n]) for n in numbers],
     }
 
 
@@ -128,7 +130,7 @@ def costs(loop: asyncio.AbstractEventLoop, null: int, secret_file: Path, rounds:
         approvals=approvals, credentials=credentials,
     )  # fmt: skip
     identities = known_key(loop, None)
-    none = Bench(loop, null, identities=identities)
+    none = Bench(loop, null, identities=identities, calling=Calling(routes=_ROUTES[:1]))
     bench = Bench(loop, null, identities=identities, calling=calling)
     trusting = Bench(loop, null, identities=identities, calling=calling._replace(trusted_proxies=("127.0.0.1",)))
     try:
@@ -144,7 +146,7 @@ def costs(loop: asyncio.AbstractEventLoop, null: int, secret_file: Path, rounds:
     taken = timed(calls, none, bench, trusting, rounds=rounds)
     print("\na request                                   µs    added")
     for name, cost in taken.items():
-        base = taken["plain, 300 bytes"] if name.startswith("MCP") else taken["plain, no tools configured"]
+        base = taken["plain, 300 bytes"] if name.startswith("MCP") else taken["plain"]
         print(f"  {name:<40} {cost:7.2f} {cost - base:8.2f}")
     for one in (none, bench, trusting):
         one.close()

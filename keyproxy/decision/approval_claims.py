@@ -18,7 +18,7 @@ from keyproxy.ai.tools.tool_call import ToolCall, ToolClaim
 from keyproxy.auth import credentials
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.http_messages import RequestHead
-from keyproxy.model import Grant, Missing, TimeBudget
+from keyproxy.model import Grant, Identity, Missing, TimeBudget
 from keyproxy.ports.exchange import Exchange
 from keyproxy.ports.tools import ApprovalRequest, Approvals
 from keyproxy.reasons import Refusal
@@ -41,7 +41,7 @@ class ApprovalClaims:
             request = await self._request(exchange, head, grant, call)
             if request is not None:
                 call.digest = request.digest
-                self._keep(exchange, call, await self._approvals.claim(request, patience))
+                self._keep(exchange, call, await self._approvals.claim(request, patience), grant.identity)
 
         return Missing("approval", claimed)
 
@@ -52,13 +52,13 @@ class ApprovalClaims:
             claim, call.claim = call.claim, None
             self._approvals.give_back(claim)
 
-    def _keep(self, exchange: Exchange, call: ToolCall, claim: ToolClaim) -> None:
+    def _keep(self, exchange: Exchange, call: ToolCall, claim: ToolClaim, caller: Identity) -> None:
         if exchange.is_over:
             # Its end has come before the claim, so nothing else gives it back.
             self._approvals.give_back(claim)
         else:
             call.claim = claim
-            call.caller = grant.identity
+            call.caller = caller
 
     async def _request(
         self, exchange: Exchange, head: RequestHead, grant: Grant, call: ToolCall
