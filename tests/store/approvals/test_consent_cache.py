@@ -181,3 +181,14 @@ async def test_failed_lookup_is_unavailable_and_not_a_missing_consent(consents: 
     await consents.rig.relay.cut()
     assert await consents.resolve() is Reason.APPROVALS_UNAVAILABLE
     await consents.rig.relay.mend()
+
+
+async def test_number_of_users_in_memory_is_bounded(rig: Rig) -> None:
+    cache = ConsentCache(rig.door, rig.door, Cache(entries_max=2), feed=rig.state, now=rig.clock)
+    for user in ("u_1", "u_2", "u_3"):
+        with pytest.raises(Missing) as missing:
+            cache.has_consent(caller(user=user), "pay", rig.clock())
+        await missing.value.fetch_missing()
+        assert cache.has_consent(caller(user=user), "pay", rig.clock()) is False
+    assert len(cache) == 2
+    await cache.close()
