@@ -147,7 +147,7 @@ class Gateway(Gate):
         if judged is not None:
             self._read_judged(exchange, head, judged, allowance, now=now)
             access_decision.judge(exchange, head, judged, self._records(identity, now, is_first_lookup))
-        if exchange.tool_call is not None:
+        if exchange.tool_call is not None and exchange.tool_call.tool.has_approval:
             self._tool_calls.require_claim(
                 exchange, head, grant, self._payments,
                 need=Need(0, 0, route=grant.route.name), now=now, is_first_lookup=is_first_lookup,

@@ -208,8 +208,8 @@ class _ValidRequest:
             self.actor,
             tenant_id=self.token["tenant"],
             mint=service.mint,
-            secrets=service.secrets,
             approvals=service.config.settings.approvals,
+            secrets=service.secrets,
         )
         return ApiRequest(
             directory,

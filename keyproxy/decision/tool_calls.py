@@ -13,7 +13,7 @@ from typing import Final
 
 from keyproxy.ai.requests.request_facts import malformed
 from keyproxy.ai.tools import mcp_message, tool_rules
-from keyproxy.ai.tools.tool import CONSENT, NO_APPROVAL, Tool
+from keyproxy.ai.tools.tool import CONSENT, Tool
 from keyproxy.ai.tools.tool_call import ToolCall
 from keyproxy.ai.tools.tool_rules import ToolRules
 from keyproxy.auth.api_key import KeyFormat
@@ -50,15 +50,16 @@ class ToolCalls:
         rules = self._rules.get(grant.route)
         if rules is None:
             return
-        payments.release_slots(exchange)
-        if head.fields.opens_tunnel and rules.refuses_tunnels:
+        if exchange.slots is not None:
+            payments.release_slots(exchange)
+        if rules.refuses_tunnels and head.fields.opens_tunnel:
             raise malformed("This route accepts no WebSocket handshakes.")
         if rules.mcp is not None:
             self._decide_mcp(exchange, head, grant, payments, now=now)
             return
         tool = rules.tool
         _judge(exchange, tool, grant)
-        if tool is not None and tool.approval != NO_APPROVAL:
+        if tool is not None and tool.has_approval:
             self._read(exchange, head, grant, payments, now=now)
 
     def _decide_mcp(
@@ -89,6 +90,9 @@ class ToolCalls:
         A request that exceeds a limit whatever its body is refused before that. It counts as concurrent meanwhile.
         """
         rules, allowance = self._rules[grant.route], grant.identity.allowance
+        if exchange.is_complete and rules.mcp is None:
+            _read_body(exchange, head, rules.body_bytes_max)
+            return
         need = Need(0, 0, route=grant.route.name)
         if allowance is not None:
             payments.check(exchange, allowance, need, now=now, asks=not exchange.is_complete)
@@ -121,7 +125,7 @@ class ToolCalls:
         Raises a Refusal if a limit refuses the request, or consents cannot be queried now.
         """
         call, identity = exchange.tool_call, grant.identity
-        if call is None:
+        if call is None or not call.tool.has_approval:
             return
         if call.claim is not None:
             _check_caller(call, identity)
@@ -142,7 +146,7 @@ class ToolCalls:
         if tool.approval == CONSENT:
             call.has_consent = self._approvals.has_consent(identity, tool.name, now, is_first_lookup=is_first_lookup)
             return not call.has_consent
-        return tool.approval != NO_APPROVAL
+        return True
 
     def give_back(self, exchange: Exchange) -> None:
         """When an exchange has ended: give back an approval that it has claimed, unless a byte of it was sent."""
@@ -153,10 +157,10 @@ class ToolCalls:
         call, route = exchange.tool_call, exchange.route
         if call is None or route is None:
             return
-        table, claim = self._rules[route].table, call.claim
-        lines = (head.block if exchange.block is None else exchange.block) + table.line(call.tool)
+        claim = call.claim
+        lines = (head.block if exchange.block is None else exchange.block) + call.tool.line
         if claim is not None:
-            lines += b"%b%b\r\n" % (table.approval_field, claim.approval_id.encode("ascii"))
+            lines += b"%b%b\r\n" % (self._rules[route].approval_field, claim.approval_id.encode("ascii"))
         exchange.block = lines
 
 
@@ -170,7 +174,8 @@ def _judge(exchange: Exchange, tool: Tool | None, grant: Grant) -> None:
     if exchange.tool_call is None and tool is not None:
         # For the records, also of a refusal.
         exchange.tool_call = ToolCall(tool)
-    tool_rules.judge(tool, grant.identity, grant.route, has_certificate=_has_certificate(exchange))
+    has_certificate = tool is not None and tool.needs_certificate and _has_certificate(exchange)
+    tool_rules.judge(tool, grant.identity, grant.route, has_certificate=has_certificate)
 
 
 def _has_certificate(exchange: Exchange) -> bool:

@@ -55,11 +55,6 @@ class _Row(NamedTuple):
     lenient: re.Pattern[bytes]
     route: Route
 
-    @property
-    def calls_tools(self) -> bool:
-        """Whether its requests call tools."""
-        return bool(self.route.tool or self.route.protocol)
-
 
 class RouteTable:
     """Compiled routes. `match` never waits and keeps no state that a decision depends on."""
@@ -71,7 +66,7 @@ class RouteTable:
         self.has_public: Final = any(route.is_public for _, route in routes)
         self.forwards_encoded_slash: Final = any(route.forwards_encoded_slash for _, route in routes)
         self._compiled = [_compiled(pattern, route) for pattern, route in routes]
-        self._calling = [row for row in self._compiled if row.calls_tools]
+        self._calling = [row for row in self._compiled if _calls_tools(row.route)]
         self._remembered: dict[tuple[bytes, bytes], Route | None] = {}
 
     def match(self, method: bytes, path: bytes) -> Route | None:
@@ -145,7 +140,7 @@ class RouteTable:
             if not any(_meets(row, method, row.lenient, reading) for row in self._calling):
                 continue
             first = next(row for row in self._compiled if _meets(row, method, row.lenient, reading))
-            if first.calls_tools and not _judges_alike(first.route, route):
+            if _calls_tools(first.route) and not _judges_alike(first.route, route):
                 raise _ambiguous("the path matches a route of tools in another case, or without the slash at its end")
 
     def _check_encoded_slash(self, method: bytes, path: bytes, row: _Row) -> None:
@@ -168,6 +163,10 @@ def _compiled(text: str, route: Route) -> _Row:
 
 def _meets(row: _Row, method: bytes, pattern: re.Pattern[bytes], path: bytes) -> bool:
     return (row.method is None or row.method == method) and pattern.fullmatch(path) is not None
+
+
+def _calls_tools(route: Route) -> bool:
+    return bool(route.tool or route.protocol)
 
 
 def _judges_alike(one: Route, other: Route) -> bool:

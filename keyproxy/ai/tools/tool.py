@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 #: The values of `approval`. CONSENT: the user's consent, or an approval of one call; HUMAN, ADMIN: an approval of each
@@ -28,7 +28,8 @@ class Tool:
     """One row of `tools`. `name`: its label in records; `mcp`: its name in `tools/call`.
 
     All `scopes` are required. `credentials`: the accepted kinds, any if empty. `needs_certificate`: the client presents a
-    certificate on this connection, which was verified. `approval`: one of APPROVALS.
+    certificate on this connection, which was verified. `approval`: one of APPROVALS. `line`: the header line that names
+    it to the upstream. `has_approval`: its calls need one, or a consent.
     """
 
     name: str
@@ -37,3 +38,8 @@ class Tool:
     credentials: frozenset[str] = frozenset()
     needs_certificate: bool = False
     approval: str = NO_APPROVAL
+    line: bytes = b""
+    has_approval: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "has_approval", self.approval != NO_APPROVAL)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from keyproxy.ai.tools.mcp_message import McpRules
-from keyproxy.ai.tools.tool import AGENT_CREDENTIAL, KEY_CREDENTIAL, NO_APPROVAL, Tool
+from keyproxy.ai.tools.tool import AGENT_CREDENTIAL, KEY_CREDENTIAL, Tool
 from keyproxy.model import Identity, Route
 from keyproxy.reasons import Reason, Refusal
 
@@ -23,19 +23,11 @@ _CREDENTIAL_NAMES: Final = {"key": "an API key", "agent": "an agent token", "oau
 class ToolTable:
     """All configured tools. `by_name`: by their label in records; `by_mcp`: by their name in `tools/call`."""
 
-    __slots__ = ("_lines", "approval_field", "by_mcp", "by_name")
+    __slots__ = ("by_mcp", "by_name")
 
-    def __init__(self, tools: Sequence[Tool], header_prefix: str = "X-Keyproxy-") -> None:
-        """`header_prefix`: of the lines that name the tool and the approval to the upstream."""
+    def __init__(self, tools: Sequence[Tool]) -> None:
         self.by_name: Final[dict[str, Tool]] = {tool.name: tool for tool in tools}
         self.by_mcp: Final[dict[str, Tool]] = {tool.mcp: tool for tool in tools}
-        self._lines: Final = {tool: f"{header_prefix}Tool: {tool.name}\r\n".encode("ascii") for tool in tools}
-        #: The start of the header line that names the approval.
-        self.approval_field: Final = f"{header_prefix}Approval: ".encode("ascii")
-
-    def line(self, tool: Tool) -> bytes:
-        """The header line that names a tool to the upstream."""
-        return self._lines[tool]
 
 
 class ToolRules:
@@ -43,9 +35,11 @@ class ToolRules:
 
     `tool`: that all its requests call. `mcp`: how its messages are read, which name the tools; None: they are not of MCP.
     `body_bytes_max`: of a call that is read whole. `filters_list`: lists of tools omit those that may not be called.
+    `approval_field`: the start of the header line that names an approval to the upstream. `refuses_tunnels`: WebSocket
+    handshakes are refused, because no approval can be bound to frames, which are not read.
     """
 
-    __slots__ = ("body_bytes_max", "filters_list", "mcp", "table", "tool")
+    __slots__ = ("approval_field", "body_bytes_max", "filters_list", "mcp", "refuses_tunnels", "table", "tool")
 
     def __init__(
         self,
@@ -55,17 +49,15 @@ class ToolRules:
         mcp: McpRules | None,
         body_bytes_max: int,
         filters_list: bool = False,
+        approval_field: bytes = b"X-Keyproxy-Approval: ",
     ) -> None:
         self.table: Final = table
         self.filters_list: Final = filters_list
         self.tool: Final = tool
         self.mcp: Final = mcp
         self.body_bytes_max: Final = body_bytes_max
-
-    @property
-    def refuses_tunnels(self) -> bool:
-        """Whether a WebSocket handshake is refused: its frames are not read, so no approval can be bound to them."""
-        return self.mcp is not None or (self.tool is not None and self.tool.approval != NO_APPROVAL)
+        self.approval_field: Final = approval_field
+        self.refuses_tunnels: Final[bool] = mcp is not None or (tool is not None and tool.has_approval)
 
 
 def credential_kind(identity: Identity) -> str:
@@ -80,6 +72,8 @@ def judge(tool: Tool | None, identity: Identity, route: Route, *, has_certificat
     checked before; the challenge names them too, so that one new token suffices.
     """
     missing = missing_for(tool, identity, has_certificate=has_certificate)
+    if not missing:
+        return
     if tool is None:
         raise _refused(MISSING_TOOL, "the tool is not configured", "No such tool is configured.")
     if missing == MISSING_CREDENTIAL:
@@ -88,8 +82,7 @@ def judge(tool: Tool | None, identity: Identity, route: Route, *, has_certificat
     if missing == MISSING_CERTIFICATE:
         text = "It needs a client certificate on the connection of the call."
         raise _refused(missing, f"tool {tool.name}", text)
-    if missing == MISSING_SCOPE:
-        raise _without_scopes(tool, identity, route)
+    raise _without_scopes(tool, identity, route)
 
 
 def missing_for(tool: Tool | None, identity: Identity, *, has_certificate: bool) -> str:

@@ -12,7 +12,8 @@ from keyproxy.model import Route
 
 def tool_table(settings: Settings) -> ToolTable:
     """All configured tools."""
-    return ToolTable([row.tool() for row in settings.tools], settings.identity.header_prefix)
+    prefix = settings.identity.header_prefix
+    return ToolTable([row.tool(prefix) for row in settings.tools])
 
 
 def tool_rules(settings: Settings, routes: RouteTable) -> dict[Route, ToolRules]:
@@ -25,6 +26,7 @@ def tool_rules(settings: Settings, routes: RouteTable) -> dict[Route, ToolRules]
             tool=table.by_name[route.tool] if route.tool else None,
             mcp=mcp if route.protocol == MCP else None,
             body_bytes_max=bytes_max,
+            approval_field=f"{settings.identity.header_prefix}Approval: ".encode("ascii"),
             filters_list=row.filter_tools_list,
         )
         for row, (_, route) in zip(settings.routes, routes.rows, strict=True)

@@ -60,8 +60,8 @@ class ToolRow:
     client_certificate: bool = setting(False)
     approval: str = setting(NO_APPROVAL, one_of(*APPROVALS))
 
-    def tool(self) -> Tool:
-        """The tool of this row."""
+    def tool(self, header_prefix: str) -> Tool:
+        """The tool of this row. `header_prefix`: of the header that names it to the upstream."""
         return Tool(
             self.name,
             self.mcp or self.name,
@@ -69,4 +69,5 @@ class ToolRow:
             frozenset(self.credentials),
             self.client_certificate,
             self.approval,
+            f"{header_prefix}Tool: {self.name}\r\n".encode("ascii"),
         )

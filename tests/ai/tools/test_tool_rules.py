@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 
 from keyproxy.ai.tools.tool import Tool
-from keyproxy.ai.tools.tool_rules import ToolTable, judge
+from keyproxy.ai.tools.tool_rules import judge
+from keyproxy.config.tools.tool_settings import ToolRow
 from keyproxy.model import AgentToken, Identity, Route
 from keyproxy.reasons import Reason, Refusal
 from tests import fakes
@@ -81,5 +82,5 @@ def test_challenge_names_all_scopes_of_route_and_tool_and_the_sentence_those_tha
 
 
 def test_tool_is_named_upstream_by_its_label_under_the_configured_prefix() -> None:
-    tool = Tool("crm.update", "update_contact")
-    assert ToolTable([tool], "X-Acme-").line(tool) == b"X-Acme-Tool: crm.update\r\n"
+    tool = ToolRow("crm.update", "update_contact").tool("X-Acme-")
+    assert tool.line == b"X-Acme-Tool: crm.update\r\n"
