@@ -42,6 +42,8 @@ def _body(endpoint: Endpoint, tenant: str, user: str) -> object:
         "revoke_keys": {"user": user},
         "change_key": {"name": "changed"},
         "rotate_key": {},
+        "rotate_provider_key": {"secret": "sk-1"},
+        "add_provider_key": {"provider": "openai", "secret": "sk-1", "tenant": tenant},
         "revoke_key": {},
         "report_leaked_key": {"digest": "00" * 32},
         "report_leaked_text": {"text": "nothing"},
@@ -184,6 +186,8 @@ async def test_a_bound_token_sees_and_touches_its_tenant_alone_at_every_endpoint
     kind = endpoint.path.split("/")[2]
     things = {"tenants": "other", "users": "o_1", "keys": other.key_id, "plans": "basic", "prompts": "0f" * 32}
     things["agent-tokens"] = other.token_id
+    things["provider-keys"] = "pvk_1"
+    await api.database.fetch("add_provider_key", "pvk_1", "openai", "other", False, b"x" * 40, "k1", "", None)
     thing = things.get(kind, "thing")
     body = _body(endpoint, "other", "o_1")
     paths = [_path(endpoint, thing)]
