@@ -79,6 +79,11 @@ class Forwarding:
         """Whether the peer has presented a certificate, which was verified."""
         return bool(self._certificate)
 
+    @property
+    def is_trusted(self) -> bool:
+        """Whether requests of this connection may come from several clients."""
+        return self._is_trusted
+
     def block(self, head: RequestHead) -> bytes:
         """The fields as header lines."""
         if self._is_trusted and head.forwarded:

@@ -18,6 +18,7 @@ from keyproxy.ports.exchange import Exchange
 from keyproxy.ports.signals import MANY, Habit, Signal, Signals
 from keyproxy.reasons import Reason
 from tests import fakes
+from tests.metrics.test_access_log import head_of
 from tests.store.harness import Clock
 
 ROUTE = Route("POST /a")
@@ -239,3 +240,14 @@ def test_velocity_may_suspend_a_key_for_its_own_limit_only(
     (signal,) = signals.signals
     found: dict[str, Any] = {"value": signal.value, "may": signal.may_suspend, "since": signal.shared_since}
     assert found == {"value": f"{kind}.requests_per_day", "may": may_suspend, "since": float(DAY_START)}
+
+
+def test_every_client_behind_a_trusted_proxy_is_watched(watcher: Watcher, signals: FakeSignals) -> None:
+    peer = TrustRule(["10.0.0.1"]).forwarding("10.0.0.1", is_tls=False)
+    for number in (1, 1, 2):
+        row = ended()
+        row[0].peer, row[0].head = peer, head_of(f"X-Forwarded-For: 198.51.{number}.7")
+        watcher.take([row])
+        for habit in signals.habits:
+            habit.known.add(habit.value)
+    assert [value for _, _, value in values(signals)] == [b"198.51.1.0/24", b"198.51.2.0/24"]

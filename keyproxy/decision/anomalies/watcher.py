@@ -11,11 +11,12 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Final, NamedTuple
 
 from keyproxy.decision.anomalies.key_watch import KeyPace, KeyWatch, Occurrences
+from keyproxy.http.forwarding import Forwarding
 from keyproxy.http_messages import RequestHead
 from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.lease import Lease
 from keyproxy.limits.ledger_protocol import KEY_POOL
-from keyproxy.model import Moment
+from keyproxy.model import Identity, Moment
 from keyproxy.ports.exchange import Exchange
 from keyproxy.ports.signals import (
     BURST,
@@ -37,6 +38,7 @@ _Row = tuple[Exchange, str, str, str]
 #: Keys that are watched, and networks whose failures are counted; the ones that were seen least recently are forgotten.
 _KEYS_MAX: Final = 10_000
 _NETWORKS_MAX: Final = 1_024
+_SETTLED_MAX: Final = 4_096
 
 _HOUR_SECONDS: Final = 3_600.0
 _PERIOD_SECONDS: Final = 600.0
@@ -86,6 +88,8 @@ class Watcher:
 
     def _read(self, terms: WatchTerms) -> None:
         self.is_watching = bool(terms.signals)
+        #: The keys of connections with clients of one address, by model, whose habits are all stored.
+        self._settled: dict[tuple[Identity, Forwarding | None, str], KeyWatch] = {}
         self._models: dict[str, bytes] = {}
         if NEW_MODEL in terms.signals:
             self._models = {model: model.encode("utf-8") for model in terms.models}
@@ -98,11 +102,17 @@ class Watcher:
     def take(self, rows: Sequence[_Row]) -> None:
         """Examine ended requests. Never waits."""
         now = self._now()
-        keys = self._keys
+        keys, settled = self._keys, self._settled
         admitted: dict[str, Exchange] = {}
         for row in rows:
             exchange = row[0]
             identity = exchange.identity
+            if identity is not None and exchange.permit is not None:
+                known = settled.get((identity, exchange.peer, exchange.model))
+                if known is not None:
+                    known.count += 1
+                    admitted[identity.key_id] = exchange
+                    continue
             if identity is None:
                 if self._watches_failures and exchange.reason is Reason.KEY_INVALID:
                     self._count_failure(exchange, now)
@@ -115,19 +125,31 @@ class Watcher:
                 continue
             watch.count += 1
             admitted[key_id] = exchange
-            if self._models:
-                model = self._models.get(exchange.model)
-                if model is not None and model not in watch.known:
-                    self._learn(exchange, watch, key_id, kind=NEW_MODEL, value=model)
-            if self._watches_networks and exchange.peer is not None:
-                network = exchange.peer.client(exchange.head).network
-                if network and network not in watch.known and MANY not in watch.known:
-                    self._learn(exchange, watch, key_id, kind=NEW_NETWORK, value=network)
+            peer = exchange.peer
+            if self._knows_habits(exchange, watch, key_id) and (peer is None or not peer.is_trusted):
+                # Further requests of this connection with this key and model show nothing new.
+                if len(settled) >= _SETTLED_MAX:
+                    settled.clear()
+                settled[identity, peer, exchange.model] = watch
         if self._watches_bursts or self._watches_velocity:
             for key_id, exchange in admitted.items():
                 examined = keys.get(key_id)
                 if examined is not None:
                     self._examine(exchange, key_id, examined, now)
+
+    def _knows_habits(self, exchange: Exchange, watch: KeyWatch, key_id: str) -> bool:
+        """Whether what a key was used with is stored. Else learn it."""
+        is_known = True
+        model = self._models.get(exchange.model)
+        if model is not None and model not in watch.known:
+            self._learn(exchange, watch, key_id, kind=NEW_MODEL, value=model)
+            is_known = False
+        if self._watches_networks and exchange.peer is not None:
+            network = exchange.peer.client(exchange.head).network
+            if network and network not in watch.known and MANY not in watch.known:
+                self._learn(exchange, watch, key_id, kind=NEW_NETWORK, value=network)
+                is_known = False
+        return is_known
 
     def _watch(self, key_id: str, now_mono: float) -> KeyWatch:
         if len(self._keys) >= _KEYS_MAX:
@@ -135,6 +157,7 @@ class Watcher:
             for old in list(self._keys)[: _KEYS_MAX // 10]:
                 del self._keys[old]
             self._complete_since = now_mono
+            self._settled.clear()
         watch = self._keys[key_id] = KeyWatch()
         return watch
 

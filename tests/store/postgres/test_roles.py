@@ -13,7 +13,10 @@ import pytest
 
 from keyproxy.auth.api_key import KeyFormat, SecretKey
 from keyproxy.config.schema import Cache, Usage
+from keyproxy.config.tools.anomaly_settings import AnomalySettings
 from keyproxy.model import Identity, Missing
+from keyproxy.ports.signals import Habit, Signal
+from keyproxy.store.anomalies.signal_journal import SignalJournal
 from keyproxy.store.directory.directory import Actor, Directory, KeyWish, Revocation
 from keyproxy.store.directory.import_keys import read_key
 from keyproxy.store.identities.cache import FeedState, IdentityCache
@@ -358,3 +361,31 @@ async def test_proxies_write_and_delete_usage_and_the_admin_side_reads_it(
     assert [event["user"] async for event in reader.events(UsageFilter())] == ["u_42"]
     with pytest.raises(StoreUnavailable, match="permission denied"):
         await as_admin.fetch("record_usage", "x", 1, *([[]] * 16), None)
+
+
+async def test_proxies_learn_habits_and_suspend_keys_by_functions_and_resume_none(
+    as_proxy: Database, prefix: str, dsn: str, sql: Sql
+) -> None:
+    await add_user(sql)
+    await add_key(sql)
+    journal = SignalJournal(as_proxy)
+    journal.terms = AnomalySettings(watch=["new_model"], suspend=["new_model"])
+    known: set[bytes] = set()
+    journal.learn(Habit("key_1", "new_model", b"gpt-4o", None, known))
+    journal.report(Signal("new_model", "key_1", "", "o3", None, {}, may_suspend=True))
+    await journal.flush()
+    assert await journal.tend() is False
+    assert (known, journal.reported["new_model"], journal.dropped) == ({b"gpt-4o"}, 1, 0)
+    assert await sql.fetchval("SELECT suspended_at IS NOT NULL FROM keyproxy.api_keys") is True
+    assert await sql.fetchval("SELECT count(*) FROM keyproxy.events WHERE kind LIKE 'key.%'") == 2
+    client: Sql = await asyncpg.connect(as_role(dsn, f"{prefix}_proxy"))
+    for statement in (
+        "UPDATE keyproxy.api_keys SET suspended_at = NULL",
+        "UPDATE keyproxy.key_habits SET first_seen_at = now()",
+        "DELETE FROM keyproxy.key_habits",
+        "DELETE FROM keyproxy.key_suspensions",
+        "INSERT INTO keyproxy.anomalies VALUES ('burst', 'key_1', '', now())",
+    ):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await client.execute(statement)
+    await client.close()

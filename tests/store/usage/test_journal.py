@@ -14,6 +14,7 @@ import pytest
 
 from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.config.schema import Usage
+from keyproxy.http.forwarding import TrustRule
 from keyproxy.http_messages import RequestFields, RequestHead, RequestLine
 from keyproxy.model import AgentToken, Identity
 from keyproxy.ports.exchange import Exchange
@@ -333,6 +334,8 @@ async def test_event_describes_one_request(journal: UsageJournal, sql: Sql, cloc
     one = ended(fakes.identity(), use=TokenUse(7, 0), is_estimated=True)
     other = ended(fakes.identity("u_43", is_test=True), was_sent=False, reason=Reason.RATE_LIMITED)
     other.policy = "user.rate"
+    one.peer = TrustRule([]).forwarding("198.51.100.7", is_tls=False)
+    other.peer = TrustRule([], recorded="network").forwarding("2001:db8::7", is_tls=False)
     journal.take(rows(one, other))
     await journal.flush()
     found = [dict(row) for row in await sql.fetch("SELECT * FROM keyproxy.usage_events ORDER BY id")]
@@ -345,7 +348,9 @@ async def test_event_describes_one_request(journal: UsageJournal, sql: Sql, cloc
         "code": "ok", "tokens_in": 7, "tokens_out": 0, "estimated": True, "request_bytes": 10, "response_bytes": 20,
         "duration_seconds": 0.25, "policy": None, "model": "", "tokens_cached": 0, "tokens_cache_write": 0,
         "tokens_reasoning": 0, "cost_micros": 0, "actor_user_id": None, "agent_id": None, "agent_token_id": None,
+        "client": "198.51.100.7",
     }  # fmt: skip
+    assert (found[1]["client"], found[1]["policy"], found[1]["model"]) == ("2001:db8::/48", "user.rate", None)
     assert (found[1]["mode"], found[1]["code"], found[1]["tokens_in"]) == ("test", "rate_limited", None)
     assert found[1]["policy"] == "user.rate"
 
