@@ -42,22 +42,13 @@ class ToolRules:
     """How the calls of one route are judged.
 
     `tool`: that all its requests call. `mcp`: how its messages are read, which name the tools; None: they are not of MCP.
-    `body_bytes_max`: of a call that is read whole. `filters_list`: lists of tools omit those that may not be called.
+    `body_bytes_max`: of a call that is read whole.
     """
 
-    __slots__ = ("body_bytes_max", "filters_list", "mcp", "table", "tool")
+    __slots__ = ("body_bytes_max", "mcp", "table", "tool")
 
-    def __init__(
-        self,
-        table: ToolTable,
-        *,
-        tool: Tool | None,
-        mcp: McpRules | None,
-        body_bytes_max: int,
-        filters_list: bool = False,
-    ) -> None:
+    def __init__(self, table: ToolTable, *, tool: Tool | None, mcp: McpRules | None, body_bytes_max: int) -> None:
         self.table: Final = table
-        self.filters_list: Final = filters_list
         self.tool: Final = tool
         self.mcp: Final = mcp
         self.body_bytes_max: Final = body_bytes_max

@@ -25,8 +25,7 @@ def tool_rules(settings: Settings, routes: RouteTable) -> dict[Route, ToolRules]
             tool=table.by_name[route.tool] if route.tool else None,
             mcp=mcp if route.protocol == MCP else None,
             body_bytes_max=bytes_max,
-            filters_list=row.filter_tools_list,
         )
-        for row, (_, route) in zip(settings.routes, routes.rows, strict=True)
+        for _, route in routes.rows
         if route.tool or route.protocol
     }
