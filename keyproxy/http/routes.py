@@ -6,8 +6,10 @@ The proxy must match the path that the upstream will see. Some servers normalise
 `;matrix=parameters` removed), so such a path is matched both as sent and normalised, and refused if the two match
 different routes: a broad route further down must not expose what a narrow one above it protects.
 
-Frameworks also match paths without regard to case, or with a slash at the end. Where a route judges calls of tools, such
-a path is refused too if it does not match the same route as sent: a tool must not be called by another spelling.
+Frameworks also match paths without regard to case, with a slash or a format (`.json`) at the end, and HEAD like GET; an
+MCP server that is mounted at a path gets everything below it. Where a route judges calls of tools, such a path is refused
+too if it does not match the same route as sent: a tool must not be called by another spelling. A row above the route
+that names such a path exempts it.
 
 A path with `%2F` is refused before it is matched, unless a route forwards it. Then servers that keep it must read a path
 of that route, and those that take it for a slash a path of that route or of none.
@@ -20,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 from keyproxy.http import path_readings
-from keyproxy.http.path_patterns import parse_pattern
+from keyproxy.http.path_patterns import PathPattern, parse_pattern
 from keyproxy.model import Route
 from keyproxy.reasons import Reason, Refusal
 
@@ -46,7 +48,7 @@ _REMEMBERED_BYTES_MAX: Final = 256
 class _Row(NamedTuple):
     """A compiled route. `method` None: any. `values`: matches like `pattern`, with a group for each placeholder.
 
-    `lenient`: as `pattern`, in any case and with slashes at the end.
+    `lenient`: what servers that read leniently match, see `_lenient`.
     """
 
     method: bytes | None
@@ -137,11 +139,11 @@ class RouteTable:
     def _check_calls(self, method: bytes, path: bytes, route: Route) -> None:
         """Raise a Refusal if a lenient server reads the path as one of a route that judges other tools."""
         for reading in path_readings.all_readings(path):
-            if not any(_meets(row, method, row.lenient, reading) for row in self._calling):
+            if not any(_may_meet(row, method, reading) for row in self._calling):
                 continue
-            first = next(row for row in self._compiled if _meets(row, method, row.lenient, reading))
+            first = next(row for row in self._compiled if _may_meet(row, method, reading))
             if _calls_tools(first.route) and not _judges_alike(first.route, route):
-                raise _ambiguous("the path matches a route of tools in another case, or without the slash at its end")
+                raise _ambiguous("a server that reads leniently would take this for a request of a route of tools")
 
     def _check_encoded_slash(self, method: bytes, path: bytes, row: _Row) -> None:
         """Raise a Refusal unless every server reads the path as one of this route, or of none."""
@@ -156,13 +158,31 @@ class RouteTable:
 
 def _compiled(text: str, route: Route) -> _Row:
     pattern = parse_pattern(text)
-    exact = pattern.compiled()
-    lenient = re.compile(b"(?:%b)/*" % exact.pattern, exact.flags | re.IGNORECASE)
-    return _Row(pattern.method, exact, pattern.compiled(captured=None), lenient, route)
+    lenient = re.compile(_lenient(pattern, route), re.IGNORECASE | re.DOTALL)
+    return _Row(pattern.method, pattern.compiled(), pattern.compiled(captured=None), lenient, route)
+
+
+def _lenient(pattern: PathPattern, route: Route) -> bytes:
+    """An expression for the paths that a server could serve as this route's: in any case, with slashes at the end.
+
+    For routes of tools also without the slash at the end, with a format or what follows `?` or `#` after it, and for
+    MCP all below.
+    """
+    exact = pattern.compiled().pattern
+    base = exact.removesuffix(b".*").rstrip(b"/")
+    if not base or not _calls_tools(route):
+        return b"(?:%b)/*" % exact
+    more = rb"(?:[/ .?#].*)?" if route.protocol else rb"(?:[ .?#][^/]*)?/*"
+    return b"(?:%b|%b%b)" % (exact, base, more)
 
 
 def _meets(row: _Row, method: bytes, pattern: re.Pattern[bytes], path: bytes) -> bool:
     return (row.method is None or row.method == method) and pattern.fullmatch(path) is not None
+
+
+def _may_meet(row: _Row, method: bytes, path: bytes) -> bool:
+    """Whether a server that reads leniently could take a request for one of this row."""
+    return _meets(row, method, row.lenient, path) or (method == b"HEAD" and _meets(row, b"GET", row.lenient, path))
 
 
 def _calls_tools(route: Route) -> bool:

@@ -357,7 +357,8 @@ class Exchange(PoolUser):
             return
         owner = PUBLIC_OWNER if self.identity is None else self.identity.owner
         pool = self._pool = self._server.upstreams.for_owner(owner)
-        upstream = None if self._is_retry or self.is_tunnel_request else pool.take(owner, self.started_mono)
+        waits = self._is_retry or self.is_tunnel_request or self.has_claim
+        upstream = None if waits else pool.take(owner, self.started_mono)
         if upstream is not None:
             self.connected(upstream)
         else:

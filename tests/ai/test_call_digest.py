@@ -47,6 +47,9 @@ def callers() -> list[Identity]:
         dataclasses.replace(CALLER, is_test=True),
         dataclasses.replace(CALLER, agent_token=token),
         dataclasses.replace(CALLER, agent_token=dataclasses.replace(token, agents=("writer",))),
+        # Named by another agent that has minted its token.
+        dataclasses.replace(CALLER, agent_token=dataclasses.replace(token, agents=("cleaner", "writer"))),
+        dataclasses.replace(CALLER, agent_token=dataclasses.replace(token, agents=("writer", "cleaner"))),
         # Names that run together without their lengths.
         dataclasses.replace(CALLER, tenant_id="acmeu_4", user_id="2"),
     ]
@@ -71,6 +74,8 @@ def test_rotated_key_and_renewed_token_find_the_approval_of_the_call() -> None:
         assert of(who=dataclasses.replace(CALLER, key_id="key_second")) == of()
         agents = [dataclasses.replace(CALLER, agent_token=dataclasses.replace(token, token_id=i)) for i in ("a", "b")]
         assert of(who=agents[0]) == of(who=agents[1])
+        narrower = dataclasses.replace(CALLER, agent_token=dataclasses.replace(token, agents=("cleaner", "cleaner")))
+        assert of(who=narrower) == of(who=agents[0])
         unlisted = dataclasses.replace(CALLER, lineage="", key_id="key_first")
         assert of(who=unlisted) == of()
 

@@ -251,8 +251,11 @@ MCP_AND_REST = (("* /mcp", "mcp"), ("POST /v1/{tenant}/pay", "pay"), ("* /{rest.
         (b"/mcp", "* /mcp"), (b"/v1/acme/pay", "POST /v1/{tenant}/pay"), (b"/v1/ACME/pay", "POST /v1/{tenant}/pay"),
         (b"/mcp/", None), (b"/mcp//", None), (b"/MCP", None), (b"/Mcp/", None), (b"/m%63p/", None), (b"/%4Dcp", None),
         (b"/mcp/;x", None), (b"/MCP;x", None), (b"//MCP", None), (b"/v1/acme/Pay", None), (b"/V1/acme/pay/", None),
-        (b"/mcps", "* /{rest...}"), (b"/mcp/x", "* /{rest...}"), (b"/x/mcp", "* /{rest...}"),
-        (b"/v1/acme/pays", "* /{rest...}"),
+        (b"/v1/acme/pay.json", None), (b"/v1/acme/Pay.json/", None), (b"/v1/acme/pay.", None), (b"/v1/acme/pay%20", None),
+        (b"/v1/acme/pay%3Fx", None), (b"/v1/acme/pay%23x", None), (b"/v1/acme/pay%2Ejson", None), (b"/mcp.json", None),
+        (b"/mcp/x", None), (b"/MCP/x/y", None), (b"/mcp/x;y", None), (b"/mcp%20", None),
+        (b"/mcps", "* /{rest...}"), (b"/x/mcp", "* /{rest...}"), (b"/mcp-x/y", "* /{rest...}"),
+        (b"/v1/acme/pays", "* /{rest...}"), (b"/v1/acme/pay/x", "* /{rest...}"), (b"/v1/acme/pay.x/y", "* /{rest...}"),
     ],
 )  # fmt: skip
 def test_tool_is_not_called_by_another_spelling_of_its_path(path: bytes, route: str | None) -> None:
@@ -278,6 +281,46 @@ def test_another_spelling_of_a_path_is_matched_where_no_broad_route_follows_or_i
     plain = first.match(b"POST", b"/v1/List")
     assert plain is not None
     assert plain.tool == ""
+
+
+@pytest.mark.parametrize("match", ["* /mcp/", "* /mcp/{rest...}"])
+def test_mcp_server_at_a_path_with_a_slash_is_not_reached_without_it(match: str) -> None:
+    routes_ = calling((match, "mcp"), ("* /{rest...}", ""))
+    found = routes_.match(b"POST", b"/mcp/")
+    assert found is not None
+    assert found.protocol == "mcp"
+    for path in (b"/mcp", b"/MCP", b"/mcp.json"):
+        with pytest.raises(Refusal):
+            routes_.match(b"POST", path)
+
+
+def test_tool_that_is_called_with_get_is_not_called_with_head() -> None:
+    routes_ = calling(("GET /export", "export"), ("* /{rest...}", ""))
+    for path in (b"/export", b"/Export/"):
+        with pytest.raises(Refusal):
+            routes_.match(b"HEAD", path)
+    assert routes_.match(b"POST", b"/export") is not None
+    assert calling(("GET /export", "export")).match(b"HEAD", b"/export") is None
+
+
+def test_row_above_a_route_of_tools_exempts_a_path_that_resembles_it() -> None:
+    routes_ = calling(
+        ("GET /mcp/health", ""), ("GET /pay.csv", ""), ("HEAD /export", ""),
+        ("* /mcp", "mcp"), ("* /pay", "pay"), ("GET /export", "export"), ("* /{rest...}", ""),
+    )  # fmt: skip
+    for method, path in ((b"GET", b"/mcp/health"), (b"GET", b"/pay.csv"), (b"HEAD", b"/export")):
+        found = routes_.match(method, path)
+        assert found is not None
+        assert found.name == f"{method.decode()} {path.decode()}"
+    for method, path in ((b"POST", b"/mcp/health"), (b"POST", b"/pay.csv")):
+        with pytest.raises(Refusal):
+            routes_.match(method, path)
+
+
+def test_mcp_server_at_the_root_leaves_other_paths_to_their_routes() -> None:
+    found = calling(("* /", "mcp"), ("* /{rest...}", "")).match(b"POST", b"/jobs")
+    assert found is not None
+    assert not found.protocol
 
 
 def test_other_spellings_of_routes_that_call_no_tools_are_matched_as_before() -> None:

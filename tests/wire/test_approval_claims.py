@@ -18,7 +18,7 @@ from keyproxy.limits.plan import Plan
 from keyproxy.model import TimeBudget
 from keyproxy.ports.tools import ApprovalRequest
 from tests import fakes
-from tests.rawhttp import OK, Message, Upstream
+from tests.rawhttp import OK, Message, ResponseWriter, Upstream, answer_with
 from tests.waiting import until
 from tests.wire.conftest import Start, Wire, request
 
@@ -200,29 +200,40 @@ async def test_g3_client_that_leaves_during_the_claim_burns_no_approval(start: S
     assert not wire.upstream.requests
 
 
-@pytest.mark.parametrize("method", ["POST", "GET"])
-async def test_call_that_was_sent_has_used_its_approval_and_is_not_sent_again(start: Start, method: str) -> None:
-    is_first = True
-
-    async def close_the_second(*_: object) -> bool:
-        nonlocal is_first
-        writer = _[2]
-        if not is_first:
-            return False
-        is_first = False
-        writer.write(OK)  # type: ignore[attr-defined]
-        return True
-
-    wire = await begin(start, serving=Upstream(answering=close_the_second))
-    raw = request("GET", "/pay") if method == "GET" else PAY
+@pytest.mark.parametrize("raw", [PAY, request("GET", "/pay")], ids=["POST", "GET"])
+async def test_call_that_was_sent_has_used_its_approval_and_is_not_sent_again(start: Start, raw: bytes) -> None:
+    wire = await begin(start, serving=Upstream(answering=answer_with(b"", goes_on=False)))
     await approved(wire, raw)
-    # The connection that this leaves open is lost under the call: a request without approval would be repeated.
-    assert (await answer(wire, request("GET", "/other"))).status == 200
     lost = await answer(wire, raw)
     assert (lost.status, code(lost)) == (502, "upstream_unreachable")
-    assert len(wire.upstream.requests) == 2
+    assert len(wire.upstream.requests) == 1
     assert not wire.approvals.approved
     assert code(await answer(wire, raw)) == "approval_required"
+
+
+@pytest.mark.parametrize("raw", [PAY, called(), request("GET", "/pay")], ids=["http", "mcp", "without body"])
+async def test_g3_connection_that_the_upstream_closes_while_idle_burns_no_approval(start: Start, raw: bytes) -> None:
+    wire = await begin(start, serving=Upstream(answering=close_the_second_request()))
+    await approved(wire, raw)
+    # The connection that this leaves open takes no second request.
+    assert (await answer(wire, request("GET", "/other"))).status == 200
+    assert (await answer(wire, raw)).status == 200
+    assert wire.upstream.connections == 2
+    assert len(wire.upstream.requests) == 2
+
+
+def close_the_second_request() -> ResponseWriter:
+    """Serve one request per connection, and close it without a response when the next one has arrived."""
+    served: set[asyncio.StreamWriter] = set()
+
+    async def respond(_request: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        if writer in served:
+            return False
+        served.add(writer)
+        writer.write(OK)
+        return True
+
+    return respond
 
 
 async def test_idempotency_key_of_a_call_that_was_sent_brings_no_second_execution(start: Start) -> None:

@@ -67,7 +67,8 @@ def _begun(protocol: bytes, identity: Identity, route_name: str, tool: Tool) -> 
         identity.tenant_id,
         identity.user_id,
         identity.lineage or identity.key_id,
-        agents[0] if agents else "",
+        # An agent may give a token that it mints another agent's name, so those above it count. No name has a slash.
+        "/".join(dict.fromkeys(agents)),
         identity.mode,
         route_name,
         tool.name,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import select
 import ssl
 from collections.abc import Callable
 from typing import Final, cast
@@ -278,6 +279,20 @@ class UpstreamConnection(asyncio.Protocol):
         """Close immediately and discard unsent bytes."""
         if self._transport is not None:
             self._transport.abort()
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it was neither lent nor idle before, so that no timeout of the upstream may be closing it."""
+        return not self.is_reused and not self.idle_since
+
+    def was_closed_by_peer(self) -> bool:
+        """Whether it became readable while idle: the upstream has closed it, or sent unexpected bytes."""
+        fileno = self.fileno()
+        if fileno < 0:
+            return True  # below TLS, whose transport does not know yet
+        poll = select.poll()
+        poll.register(fileno, select.POLLIN)
+        return bool(poll.poll(0))
 
     @property
     def is_open(self) -> bool:

@@ -3,6 +3,9 @@
     lent + idle + connecting <= connections_max; an exchange waits only while all of them are lent or connecting, or its
     user holds as many as one user may.
 
+A request that has used an approval gets a new connection: the upstream may be closing one that was used before, and
+would cost the approval without having executed the call.
+
 `take` is the hot path and never waits. `wait` queues an exchange and, if the bound allows, starts to connect; whichever
 connection becomes free first, new or returned, goes to the next exchange in turn. The queue is bounded in length and
 time. While exchanges wait, those in flight are reviewed regularly: exchanges with a slow client are ended immediately,
@@ -15,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import select
 import ssl
 from collections.abc import Callable
 from typing import Final
@@ -86,6 +88,8 @@ class UpstreamPool(ConnectionOwner):
         self._turns: Turns[PoolUser] = Turns(settings.connections_max, settings.connections_per_user_max)
         #: Waiting exchanges that are handshakes for a tunnel.
         self._tunnels_waiting: set[PoolUser] = set()
+        #: Exchanges that have their place, and wait for a new connection in place of a used one.
+        self._renewing: dict[PoolUser, Owner] = {}
         self._expiry: asyncio.TimerHandle | None = None
         self._looking: asyncio.TimerHandle | None = None
         self._is_retired = False
@@ -140,6 +144,7 @@ class UpstreamPool(ConnectionOwner):
         """Remove an exchange that ended while it waited."""
         self._turns.leave(exchange)
         self._tunnels_waiting.discard(exchange)
+        self._end_renewal(exchange)
 
     def release(self, connection: UpstreamConnection, now: float) -> None:
         """Lend a freed connection to the next exchange in turn, or keep it idle."""
@@ -202,20 +207,28 @@ class UpstreamPool(ConnectionOwner):
         for connection in list(self._open):
             connection.abort()
 
-    def _connect(self) -> None:
-        task = self._loop.create_task(self._open_one())
+    def _connect(self, exchange: PoolUser | None = None) -> None:
+        """Open a connection: for this exchange, else for the next one in turn."""
+        task = self._loop.create_task(self._open_one(exchange))
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
 
-    async def _open_one(self) -> None:
+    async def _open_one(self, exchange: PoolUser | None) -> None:
         connection = UpstreamConnection(self, self._loop)
         refusal = await self._connector.open(lambda: connection)
+        owner = None if exchange is None else self._end_renewal(exchange)
         if refusal is not None:
             self._connect_failed(refusal)
+            if exchange is not None and owner is not None:
+                exchange.upstream_lost(refusal)
             return
         self._open.add(connection)
         self._deadlines.watch(connection)
-        self.release(connection, self.clock())
+        now = self.clock()
+        if exchange is not None and owner is not None:
+            self._give(connection, exchange, owner, now)
+        else:
+            self.release(connection, now)
 
     def _connect_failed(self, refusal: Refusal) -> None:
         # Without any open connection no waiting exchange can be served: waiting longer would not help.
@@ -254,7 +267,7 @@ class UpstreamPool(ConnectionOwner):
             connection = idle.pop()
             # A recently used connection is trusted; an older one is checked for a close.
             is_recent = now - connection.idle_since < _TRUSTED_IDLE_SECONDS
-            if connection.is_open and (is_recent or not _was_closed_by_peer(connection)):
+            if connection.is_open and (is_recent or not connection.was_closed_by_peer()):
                 return connection
             connection.abort()
         return None
@@ -265,11 +278,27 @@ class UpstreamPool(ConnectionOwner):
         if found is None:
             return False
         exchange, owner = found
+        self._tunnels_waiting.discard(exchange)
+        if exchange.has_claim and not connection.is_new:
+            connection.abort()
+            self._renewing[exchange] = owner
+            self._turns.take(owner, now)
+            self._connect(exchange)
+        else:
+            self._give(connection, exchange, owner, now)
+        return True
+
+    def _give(self, connection: UpstreamConnection, exchange: PoolUser, owner: Owner, now: float) -> None:
         connection.owner = owner
         self._turns.take(owner, now)
-        self._tunnels_waiting.discard(exchange)
         exchange.connected(connection)
-        return True
+
+    def _end_renewal(self, exchange: PoolUser) -> Owner | None:
+        """Free the place of an exchange that waits for a new connection; returns its user, None if it does not wait."""
+        owner = self._renewing.pop(exchange, None)
+        if owner is not None:
+            self._turns.give_back(owner)
+        return owner
 
     def _lend_idle(self, now: float) -> bool:
         """Lend an idle connection to the next exchange in turn; False if either is missing."""
@@ -288,7 +317,8 @@ class UpstreamPool(ConnectionOwner):
         """Serve waiting exchanges with idle connections, and new ones within the bound."""
         while self._lend_idle(now):
             pass
-        if len(self._connecting) < len(self._turns) and self._has_room() and self._turns.may_have_place(now):
+        connecting = len(self._connecting) - len(self._renewing)
+        if connecting < len(self._turns) and self._has_room() and self._turns.may_have_place(now):
             self._connect()
 
     def _has_room(self) -> bool:
@@ -344,16 +374,6 @@ class UpstreamPool(ConnectionOwner):
     def __repr__(self) -> str:
         counts = " ".join(f"{state}={count}" for state, count in self.counts().items())
         return f"<UpstreamPool {counts} waiting={len(self._turns)} max={self.settings.connections_max}>"
-
-
-def _was_closed_by_peer(connection: UpstreamConnection) -> bool:
-    """Whether an idle connection became readable: the upstream has closed it, or sent unexpected bytes."""
-    fileno = connection.fileno()
-    if fileno < 0:
-        return True  # below TLS, whose transport does not know yet
-    poll = select.poll()
-    poll.register(fileno, select.POLLIN)
-    return bool(poll.poll(0))
 
 
 class Upstreams:

@@ -31,10 +31,14 @@ class UpstreamUser(exchange.Exchange):
         """Whether the request may be sent again without harm."""
         return retry.is_idempotent(self.head)
 
+    @property
+    def has_claim(self) -> bool:
+        """Whether the request has used an approval, so that it is sent once, on a new connection."""
+        return self.tool_call is not None and self.tool_call.claim is not None
+
     def may_retry(self, refusal: Refusal, *, is_reused: bool) -> bool:
-        """Whether the request may be sent again, on another connection. One that has used an approval is sent once."""
-        has_claim = self.tool_call is not None and self.tool_call.claim is not None
-        return not has_claim and retry.may_retry(self.head, refusal, is_reused=is_reused)
+        """Whether the request may be sent again, on another connection."""
+        return not self.has_claim and retry.may_retry(self.head, refusal, is_reused=is_reused)
 
     def upstream_lost(self, refusal: Refusal) -> None:
         """No connection was available, or the upstream failed before its response was complete."""
