@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from keyproxy.ai.tools.tool_call import ToolClaim
 from keyproxy.model import Identity, Moment, TimeBudget
 from keyproxy.mypyc_compat import mypyc_attr
+
+#: How long another credential is preferred after the upstream has refused one.
+_REFUSED_SECONDS: Final = 60.0
+
+#: How long the response to a request that tries a credential is awaited before another request tries it.
+_TRIAL_SECONDS: Final = 10.0
+
+#: The first status of errors.
+_ERRORS: Final = 400
 
 
 class ApprovalRequest(NamedTuple):
@@ -55,7 +64,16 @@ class UpstreamCredential:
     `refused_until_mono_seconds`: until then another credential is preferred, because the upstream has refused this one.
     """
 
-    __slots__ = ("line", "number", "provider", "refused_until_mono_seconds", "replaces")
+    __slots__ = (
+        "_accepted_mono_seconds",
+        "_refused_since_mono_seconds",
+        "_tried_until_mono_seconds",
+        "line",
+        "number",
+        "provider",
+        "refused_until_mono_seconds",
+        "replaces",
+    )
 
     def __init__(self, provider: str, number: int, line: bytes, replaces: bytes = b"") -> None:
         self.provider = provider
@@ -63,6 +81,40 @@ class UpstreamCredential:
         self.line = line
         self.replaces = replaces
         self.refused_until_mono_seconds = 0.0
+        self._refused_since_mono_seconds = 0.0
+        #: When the last request that the upstream has accepted with this credential was sent.
+        self._accepted_mono_seconds = 0.0
+        #: Until then a response to a request with this credential is awaited.
+        self._tried_until_mono_seconds = 0.0
+
+    def note_sent(self, now_mono: float) -> None:
+        """A request with this credential is sent."""
+        self._tried_until_mono_seconds = now_mono + _TRIAL_SECONDS
+
+    def note_response(self, status: int, sent_mono: float) -> None:
+        """The upstream has responded, other than with 401, to a request that was sent then."""
+        self._tried_until_mono_seconds = 0.0
+        # Servers may reject an invalid request before they read its credential.
+        if status < _ERRORS:
+            self._accepted_mono_seconds = sent_mono
+
+    def was_refused(self, now_mono: float) -> None:
+        """The upstream has responded with 401: prefer another credential for a minute."""
+        if self.refused_until_mono_seconds <= now_mono:
+            self._refused_since_mono_seconds = now_mono
+        self.refused_until_mono_seconds = now_mono + _REFUSED_SECONDS
+
+    def can_replace(self, newer: UpstreamCredential, now_mono: float) -> bool:
+        """Whether to use this one while a newer one counts as refused.
+
+        Clients can provoke a 401, and this one may have been withdrawn since: until the upstream has accepted it, it is
+        tried by one request at a time, while the others are sent with the newer one.
+        """
+        if self.refused_until_mono_seconds > now_mono:
+            return False
+        if self._accepted_mono_seconds > newer._refused_since_mono_seconds:
+            return True
+        return self._tried_until_mono_seconds <= now_mono
 
     def __repr__(self) -> str:
         return f"UpstreamCredential({self.provider!r}, {self.number})"

@@ -148,6 +148,13 @@ class _Connection(web.RequestHandler):
         """The start of the current idle time."""
         return self._next_keepalive_close_time - self._keepalive_timeout
 
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """Respond to what is not HTTP. aiohttp's message quotes it, and it may contain a secret."""
+        text = message if message is None else "The request is not valid HTTP.\n"
+        return super().handle_error(request, status, exc, text)
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._all.open.add(self)
         super().connection_made(transport)

@@ -284,6 +284,8 @@ class Exchange(PoolUser):
         self.responded_mono = now
         self.status = response.line.status
         self.is_complete = False
+        if self.upstream_credential is not None:
+            self.upstream_credential.note_response(self.status, self.sent_mono)
         lines = response_heads.client_lines(response, self, self._server, now)
         self.response.begin_tunnel(response, lines)
         self._client.enter_tunnel()

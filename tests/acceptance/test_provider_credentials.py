@@ -44,11 +44,18 @@ class Ledger:
 
     accepted: set[str]
     seen: list[tuple[float, str, str]] = field(default_factory=list)
+    delay_seconds: float = 0.0
+    #: The id of a request that gets 401 with any secret.
+    provoking: str = ""
 
     async def __call__(self, request: Message, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         secret = (request.one("Authorization") or "").removeprefix("Bearer ")
         self.seen.append((time.monotonic(), request.one("X-Keyproxy-Tenant") or "", secret))
-        return await answer_with(OK if secret in self.accepted else UNAUTHORIZED)(request, reader, writer)
+        await asyncio.sleep(self.delay_seconds)
+        is_provoking = self.provoking != "" and request.one("X-Request-Id") == self.provoking
+        return await answer_with(OK if secret in self.accepted and not is_provoking else UNAUTHORIZED)(
+            request, reader, writer
+        )
 
     def secrets(self, since: float = 0.0) -> set[str]:
         """The secrets of the requests since then."""
@@ -152,6 +159,33 @@ async def test_secret_that_the_upstream_refuses_is_passed_over_for_the_one_befor
         assert 0.0 <= await filed.metric("keyproxy_provider_credential_age_seconds", provider="openai") < 600.0
         # Nothing was sent twice.
         assert len(ledger.seen) == 6
+
+
+async def test_caller_that_provokes_a_401_fails_at_most_one_request_of_others(filed: Site, secret_file: Path) -> None:
+    ledger = Ledger({FIRST, SECOND}, delay_seconds=0.2)
+    filed.upstream.answering = ledger
+    secret = (await filed.key())["secret"]
+    answers: collections.Counter[int] = collections.Counter()
+    async with filed.serving():
+        replace(secret_file, SECOND)
+        await filed.until_logged("new content is in use")
+        ledger.accepted = {SECOND}
+        began = time.monotonic()
+        load = [asyncio.create_task(_load([filed], secret, answers, began + 3.0)) for _ in range(10)]
+        await asyncio.sleep(0.5)
+        ledger.provoking = "provoked"
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(
+                f"http://127.0.0.1:{filed.proxy_port}/v1/ai/jobs",
+                data=b"{}",
+                headers={"X-Api-Key": secret, "X-Request-Id": "provoked"},
+            ) as response,
+        ):
+            assert response.status == 401
+        await asyncio.gather(*load)
+    assert answers[401] <= 1
+    assert answers[200] > 50
 
 
 async def test_unreadable_or_invalid_file_leaves_the_last_good_secret_in_use(filed: Site, secret_file: Path) -> None:

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
 
+import pytest
+
 from keyproxy.platform import sockets
 from keyproxy.process.http_connections import Bounds
 from keyproxy.process.ops_listener import Check, OpsListener, Verdict
@@ -58,3 +60,22 @@ async def test_a_silent_connection_ends_after_its_time() -> None:
     async with _serving(Bounds(idle_seconds=0.2)) as address, connect(address) as client:
         assert await _probe(client) == 200
         assert await client.ends(seconds=3) == b""
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET /livez HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer %b\x00\r\n\r\n",
+        b"GET /livez%b\x00 HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: a\r\nX%b : a\r\n\r\n",
+        b"POST /livez HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nConnection: close\r\n\r\na%b",
+        b"POST /livez HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n%b\r\n",
+        b"%b\r\n\r\n",
+    ],
+)
+async def test_response_to_what_is_not_http_does_not_quote_it(sent: bytes) -> None:
+    async with _serving(Bounds(idle_seconds=0.5)) as address, connect(address) as client:
+        await client.send(sent % b"sk-secret")
+        received = await client.ends(seconds=3)
+        assert received
+        assert b"sk-secret" not in received

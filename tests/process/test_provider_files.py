@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from keyproxy.ports.tools import UpstreamCredential, UpstreamCredentials
 from keyproxy.process.providers.provider_credentials import Provider, ProviderCredentials
 from keyproxy.process.providers.proxy_providers import ProxyProviders, file_problems
 from keyproxy.process.providers.secret_file import SecretFile
-from keyproxy.process.providers.watched_file import WatchedFileError
+from keyproxy.process.providers.watched_file import WatchedFile, WatchedFileError, examine_all
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.provider_keys.credential_header import CredentialHeader, hint, read_secret
 
@@ -124,6 +125,48 @@ async def test_watch_follows_links_that_are_switched(tmp_path: Path) -> None:
     other.rename(data)
     await providers.look()
     assert secret_of(choose(chooser)) == "two"
+
+
+async def test_file_that_is_being_written_in_place_is_used_once_it_is_complete(path: Path) -> None:
+    providers = ProxyProviders()
+    settings = Settings(providers=(ProviderRow("openai", secret_file=str(path)),))
+    providers.prepare(settings)
+    chooser = providers.credentials(settings, NoStore())  # type: ignore[arg-type]
+    content = "two" * 40
+    used = set()
+    with path.open("w") as writing:
+        for part in range(0, len(content), 12):
+            looking = asyncio.create_task(providers.look())
+            await asyncio.sleep(0.05)
+            writing.write(content[part : part + 12])
+            writing.flush()
+            await looking
+            used.add(secret_of(choose(chooser)))
+            if part == 36:
+                break
+        assert used == {"one"}
+        writing.write(content[48:])
+    await providers.look()
+    newest = choose(chooser)
+    assert secret_of(newest) == content
+    # The secret before is the last complete one.
+    newest.was_refused(0.0)
+    assert secret_of(choose(chooser)) == "one"
+
+
+async def test_file_that_never_stops_changing_is_used_after_some_examinations(path: Path) -> None:
+    one = WatchedFile(str(path), "a file", lambda _content, _modified: None)
+    one.load()
+    outcomes = []
+    for number in range(5):
+        path.write_text(f"{number}")
+        examining = asyncio.create_task(asyncio.to_thread(examine_all, [one]))
+        await asyncio.sleep(0.1)
+        path.write_text(f"{number}+")
+        outcomes += await examining
+    assert outcomes[:4] == [None] * 4
+    assert outcomes[4] is not None
+    assert outcomes[4].content == b"4+"
 
 
 def test_every_unusable_file_is_reported(tmp_path: Path, path: Path) -> None:
@@ -237,6 +280,38 @@ def test_refused_credential_is_marked_for_a_minute_and_counted(tmp_path: Path) -
     assert credential.refused_until_mono_seconds == 160.0
     one.was_refused(credential, 101.0)
     assert failures == {"openai": 2}
+
+
+def test_older_credential_is_tried_by_one_request_at_a_time_until_the_upstream_accepts_it(
+    file: SecretFile, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("keyproxy.platform.clock.monotonic", lambda: 0.0)
+    path.write_text("two")
+    settle(file)
+    newest = file.credential(0.0)
+    assert newest is not None
+    newest.was_refused(100.0)
+    older = file.credential(100.0)
+    assert older is not None
+    older.note_sent(100.0)
+    # All other requests are sent with the newest one: if clients provoked the 401, the older one may fail.
+    assert [secret_of(file.credential(at)) for at in (100.0, 105.0, 109.9, 110.0)] == ["two", "two", "two", "one"]
+    # An invalid request proves nothing, but the next one may try.
+    older.note_response(404, 100.0)
+    assert secret_of(file.credential(101.0)) == "one"
+    older.note_sent(101.0)
+    older.note_response(200, 101.0)
+    older.note_sent(102.0)
+    assert secret_of(file.credential(102.0)) == "one"
+    # Neither do late responses to requests with the newest one.
+    newest.was_refused(103.0)
+    assert secret_of(file.credential(103.0)) == "one"
+    older.was_refused(104.0)
+    assert secret_of(file.credential(104.0)) == "two"
+    # That it was accepted before another refusal does not count.
+    newest.was_refused(200.0)
+    older.note_sent(200.0)
+    assert secret_of(file.credential(200.0)) == "two"
 
 
 def test_age_is_that_of_the_oldest_secret_in_use(tmp_path: Path) -> None:

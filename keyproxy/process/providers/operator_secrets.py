@@ -99,6 +99,6 @@ class OperatorSecrets(SecretHandler):
 
 def _secret(text: str) -> bytes:
     try:
-        return read_secret(text.encode("utf-8", "surrogateescape"))
+        return read_secret(text.encode("utf-8", "surrogatepass"))
     except ValueError as error:
         raise Invalid(str(error)) from None

@@ -11,9 +11,6 @@ from keyproxy.ports.tools import UpstreamCredential, UpstreamCredentials
 from keyproxy.process.providers.secret_file import SecretFile
 from keyproxy.reasons import Reason, Refusal
 
-#: How long another credential is preferred after the upstream has refused one.
-_REFUSED_SECONDS: Final = 60.0
-
 
 class StoredCredentials(Protocol):
     """The credentials in the store."""
@@ -86,7 +83,7 @@ class ProviderCredentials(UpstreamCredentials):
 
     def was_refused(self, credential: UpstreamCredential, now_mono: float) -> None:
         """The upstream has responded with 401: prefer another credential for a minute."""
-        credential.refused_until_mono_seconds = now_mono + _REFUSED_SECONDS
+        credential.was_refused(now_mono)
         self._failures[credential.provider] = self._failures.get(credential.provider, 0) + 1
 
     def ages(self, wall: float) -> dict[str, float]:

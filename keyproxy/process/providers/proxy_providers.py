@@ -11,7 +11,7 @@ from keyproxy.config.tools.provider_settings import ProviderRow
 from keyproxy.platform import clock
 from keyproxy.process.providers.provider_credentials import Provider, ProviderCredentials
 from keyproxy.process.providers.secret_file import SecretFile
-from keyproxy.process.providers.watched_file import WatchedFile, WatchedFileError
+from keyproxy.process.providers.watched_file import WatchedFile, WatchedFileError, examine_all
 from keyproxy.signing.sealing import SealingKeys
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.provider_keys.cache import ProviderKeyCache
@@ -108,7 +108,7 @@ class ProxyProviders:
         watched += [key_file.file for key_file in self._key_files.values()]
         if not watched:
             return
-        sightings = await asyncio.to_thread(lambda: [one.examine() for one in watched])
+        sightings = await asyncio.to_thread(examine_all, watched)
         for file, sighting in zip(watched, sightings, strict=True):
             if sighting is not None:
                 file.settle(sighting)

@@ -32,7 +32,7 @@ class SecretFile:
         if newest is None or newest.refused_until_mono_seconds <= mono:
             return newest
         previous = self._previous
-        if previous is None or previous.refused_until_mono_seconds > mono or mono >= self._previous_until_mono:
+        if previous is None or mono >= self._previous_until_mono or not previous.can_replace(newest, mono):
             return newest
         return previous
 

@@ -2,6 +2,8 @@
 
 It is examined by its identity, size and times. A file that was modified less than two seconds before it was read is read
 again: within the granularity of file times, another change could leave no trace.
+
+Content that was modified just now is read twice, so that a file that is being written in place is not used half-written.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -19,6 +21,10 @@ _CONTENT_BYTES_MAX: Final = 1 << 20
 
 #: The coarsest granularity of file times, of FAT.
 _GRANULARITY_NS: Final = 2_000_000_000
+
+#: How long new content must stay unchanged, and how many examinations in a row may find it changing until it is used.
+_QUIET_SECONDS: Final = 0.2
+_POSTPONED_MAX: Final = 5
 
 _Stamp = tuple[int, int, int, int, int]
 
@@ -47,6 +53,7 @@ class WatchedFile:
         self._stamp: _Stamp | None = None
         self._content: bytes | None = None
         self._failing_because = ""
+        self._postponed = 0
 
     def load(self) -> None:
         """Read the file for the first time. Raises WatchedFileError."""
@@ -77,6 +84,17 @@ class WatchedFile:
         self._stamp = _stamp(found) if is_settled else None
         return Sighting(content, found.st_mtime_ns / 1e9)
 
+    def may_be_incomplete(self, sighting: Sighting) -> bool:
+        """Whether the content is new, and was modified just now."""
+        age_seconds = time.time() - sighting.modified_wall_seconds
+        return not sighting.because and sighting.content != self._content and age_seconds < _QUIET_SECONDS
+
+    def postpones(self, before: Sighting, after: Sighting | None) -> bool:
+        """Whether the content changes between two examinations, so that the next one decides."""
+        is_changing = after is not None and after.content != before.content
+        self._postponed = self._postponed + 1 if is_changing else 0
+        return is_changing and self._postponed < _POSTPONED_MAX
+
     def settle(self, sighting: Sighting) -> None:
         """Use what an examination has found. A failure leaves the content as it was."""
         because = sighting.because
@@ -92,6 +110,19 @@ class WatchedFile:
         elif self._failing_because and not because:
             _log.warning("%s: readable and valid again", self._what)
         self._failing_because = because
+
+
+def examine_all(files: Sequence[WatchedFile]) -> list[Sighting | None]:
+    """What to settle of each file, None for nothing. Blocks, so it runs in a thread."""
+    found = [file.examine() for file in files]
+    written = [n for n, sighting in enumerate(found) if sighting is not None and files[n].may_be_incomplete(sighting)]
+    if written:
+        time.sleep(_QUIET_SECONDS)
+    for number in written:
+        before, after = found[number], files[number].examine()
+        if before is not None:
+            found[number] = None if files[number].postpones(before, after) else after or before
+    return found
 
 
 def _stamp(found: os.stat_result) -> _Stamp:

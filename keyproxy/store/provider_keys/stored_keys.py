@@ -94,9 +94,12 @@ class StoredKeys:
                 if found is not None and wall < starts:
                     holds_seconds = min(holds_seconds, starts - wall)
                 continue
-            if found.refused_until_mono_seconds <= mono:
-                return Choice(found, 0.0 if newest is not None else min(holds_seconds, ends - wall))
-            newest = newest or found
+            if newest is None:
+                if found.refused_until_mono_seconds <= mono:
+                    return Choice(found, min(holds_seconds, ends - wall))
+                newest = found
+            elif found.can_replace(newest, mono):
+                return Choice(found, 0.0)
         return None if newest is None else Choice(newest, 0.0)
 
     def in_use_since_wall(self, now: Moment) -> float:

@@ -14,8 +14,12 @@ _UNAUTHORIZED: Final = 401
 
 def prepare(exchange: Exchange, response: ResponseHead, gate: Gate, now: float) -> ResponseHead:
     """Select what reads and edits the content; return the head for the client. Raises a Refusal (UPSTREAM_INVALID)."""
-    if exchange.upstream_credential is not None and response.line.status == _UNAUTHORIZED:
-        gate.credential_refused(exchange, exchange.upstream_credential, now)
+    credential = exchange.upstream_credential
+    if credential is not None:
+        if response.line.status == _UNAUTHORIZED:
+            gate.credential_refused(exchange, credential, now)
+        else:
+            credential.note_response(response.line.status, exchange.sent_mono)
     if exchange.metered is not None:
         exchange.meter = gate.meter(exchange, response)
     if exchange.tool_list is not None:

@@ -18,6 +18,7 @@ def request_head(exchange: Exchange, permit: Permit, host: bytes, *, is_signed: 
     line = b""
     if credential is not None:
         line = credential.line
+        credential.note_sent(exchange.sent_mono)
         if credential.replaces:
             block = headers.without_field(head.block if block is None else block, credential.replaces)
     return headers.build_upstream_head(
