@@ -211,9 +211,7 @@ def prompt_sender(outbox: Outbox, what: str) -> WebhookSender:
 
     Of more than PROMPT_BATCH new messages in a second, the rest waits for the next look.
     """
-    return WebhookSender(
-        outbox, what, look_seconds=PROMPT_LOOK_SECONDS, turns_max=PROMPT_TURNS_MAX, batch=PROMPT_BATCH
-    )
+    return WebhookSender(outbox, what, look_seconds=PROMPT_LOOK_SECONDS, turns_max=PROMPT_TURNS_MAX, batch=PROMPT_BATCH)
 
 
 async def _attempted(session: aiohttp.ClientSession, webhook: Webhook, message: Message) -> _Failed | None:
