@@ -22,10 +22,8 @@ _EVENTS: Final = b"text/event-stream"
 #: An empty line ends an event. https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
 _EVENT_END: Final = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r")
-
-#: In everything that may be a list, also if the name is written with escapes.
-_NAMES_TOOLS: Final = re.compile(rb'tools"|\\u00')
-
+#: Written anew, it has a quote.
+_ESCAPED_QUOTE: Final = b"\\u0022"
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 
@@ -93,10 +91,7 @@ class ToolListFilter:
         return b"\n".join([*others, b"data: " + filtered, b"", b""])
 
     def _document(self, content: bytes) -> bytes:
-        """One document; the same object if it has no list of tools.
-
-        A list is always written anew: of members with the same name, a client may read another one than the filter.
-        """
+        """One document; the same object if nothing of it has changed."""
         if not content.strip():
             return content
         try:
@@ -104,26 +99,40 @@ class ToolListFilter:
         except orjson.JSONDecodeError as error:
             raise _invalid("it is not JSON") from error
         messages = document if isinstance(document, list) else [document]
-        for message in messages:
-            self._filter(message)
-        return orjson.dumps(document) if _NAMES_TOOLS.search(content) else content
+        # Each of them is filtered: the results are changed in place.
+        has_changed = [self._filter(message) for message in messages]
+        written = orjson.dumps(document)
+        return written if any(has_changed) or _has_repeated_names(content, written) else content
 
-    def _filter(self, message: Any) -> None:
-        """Filter the list in a message."""
+    def _filter(self, message: Any) -> bool:
+        """Filter the list in a message; return whether the message has changed."""
         result = message.get("result") if isinstance(message, dict) else None
         if not isinstance(result, dict) or "tools" not in result:
-            return
+            return False
         tools = result["tools"]
         if not isinstance(tools, list):
             raise _invalid("its tools are not a list")
-        result["tools"] = [tool for tool in tools if self._is_allowed(tool)]
+        kept = [tool for tool in tools if self._is_allowed(tool)]
+        has_changed = len(kept) != len(tools)
+        if has_changed:
+            result["tools"] = kept
         if result.get("cacheScope") == "public":
             # The list depends on the credential now.
             result["cacheScope"] = "private"
+            has_changed = True
+        return has_changed
 
     def _is_allowed(self, tool: Any) -> bool:
         name = tool.get("name") if isinstance(tool, dict) else None
         return isinstance(name, str) and name in self._allowed
+
+
+def _has_repeated_names(content: bytes, written: bytes) -> bool:
+    """Whether a document may have members that were read over, of which a client may read the first.
+
+    They are missing from what was written anew, with the quotes of their names.
+    """
+    return written.count(b'"') != content.count(b'"') or _ESCAPED_QUOTE in content
 
 
 def _invalid(detail: str) -> Refusal:

@@ -70,6 +70,7 @@ def test_stream_is_filtered_alike_however_it_is_cut(
         b'{"id":1,"result":{"tool\\u0073":[{"name":"b"}],"tools":[{"name":"a"}]}}',
         b'{"id":1,"result":{"tools":[{"name":"b"}]},"result":{}}',
         b'{"id":1,"result":{"tools":[{"name":"b","name":"a"}]}}',
+        b'{"id":1,"note":"\\u0022\\u0022\\u0022\\u0022\\u0022\\u0022","result":{"tools":[{"name":"b"}],"tools":[]}}',
     ],
 )
 def test_tool_in_a_repeated_member_is_not_passed_on(response: bytes) -> None:
