@@ -32,6 +32,8 @@ _ATTEMPT_SECONDS: Final = 15.0
 #: A prompt sender looks this often, and has a turn of its own for every look within the longest attempt.
 PROMPT_LOOK_SECONDS: Final = 1.0
 PROMPT_TURNS_MAX: Final = 16
+#: What a turn of a prompt sender sends at once: more new messages in a second wait for the next look.
+PROMPT_BATCH: Final = 200
 _BATCH: Final = 20
 
 #: Attempts are made after 10 s, 1 min, 6 min, 36 min, 3.6 h, and then every 6 h: nine of them in 22 h.
@@ -112,6 +114,7 @@ class WebhookSender:
     attempt_seconds: float = _ATTEMPT_SECONDS
     look_seconds: float = _LOOK_SECONDS
     turns_max: int = 1
+    batch: int = _BATCH
     total: Outcome = field(default_factory=Outcome)
     _by_kind: dict[tuple[str, ...], int] = field(default_factory=dict, repr=False)
     _is_failing: bool = field(default=False, repr=False)
@@ -150,11 +153,12 @@ class WebhookSender:
         turn = Outcome()
         for abandoned in await self.outbox.prepare():
             self._note_given_up(abandoned, turn)
-        claimed = await self.outbox.claim(_BATCH)
+        claimed = await self.outbox.claim(self.batch)
         if not claimed:
             return turn
         timeout = aiohttp.ClientTimeout(total=self.attempt_seconds)
-        async with aiohttp.ClientSession(timeout=timeout, cookie_jar=aiohttp.DummyCookieJar()) as session:
+        jar, connector = aiohttp.DummyCookieJar(), aiohttp.TCPConnector(limit=self.batch)
+        async with aiohttp.ClientSession(timeout=timeout, cookie_jar=jar, connector=connector) as session:
             while claimed:
                 sent_before = turn.sent
                 sending = (self._send(session, webhook, message, turn) for message in claimed)
@@ -164,7 +168,7 @@ class WebhookSender:
                         raise ended
                 if turn.sent == sent_before:
                     break  # if the receiver accepts none of a batch, the rest waits for the next round
-                claimed = await self.outbox.claim(_BATCH)
+                claimed = await self.outbox.claim(self.batch)
         return turn
 
     async def _send(self, session: aiohttp.ClientSession, webhook: Webhook, message: Message, turn: Outcome) -> None:
@@ -203,8 +207,11 @@ class WebhookSender:
 
 
 def prompt_sender(outbox: Outbox, what: str) -> WebhookSender:
-    """A sender that first attempts each message within two seconds, however slow the receiver is."""
-    return WebhookSender(outbox, what, look_seconds=PROMPT_LOOK_SECONDS, turns_max=PROMPT_TURNS_MAX)
+    """A sender that first attempts each message within two seconds, however slow the receiver is.
+
+    Of more than PROMPT_BATCH new messages in a second, the rest waits for the next look.
+    """
+    return WebhookSender(outbox, what, look_seconds=PROMPT_LOOK_SECONDS, turns_max=PROMPT_TURNS_MAX, batch=PROMPT_BATCH)
 
 
 async def _attempted(session: aiohttp.ClientSession, webhook: Webhook, message: Message) -> _Failed | None:

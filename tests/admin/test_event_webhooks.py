@@ -126,6 +126,27 @@ async def test_a_receiver_that_does_not_respond_delays_no_first_attempt(
     assert len(set(receiver.ids)) == 4
 
 
+async def test_neither_a_burst_nor_retries_delay_first_attempts(
+    database: Database, note: Note, receiver: Receiver, sql: Any
+) -> None:
+    """The receiver fails, so that each event is attempted once, and those before it are due for a retry."""
+    receiver.statuses = [500] * 10_000
+    await sql.execute(
+        "INSERT INTO keyproxy.events (kind, payload, expires_at, next_at, attempts)"
+        " SELECT 'approval.requested', '{}', now() + interval '1 hour', now() - interval '1 hour', 1"
+        " FROM generate_series(1, 500)"
+    )
+    await sql.execute(
+        "INSERT INTO keyproxy.events (kind, payload, expires_at)"
+        " SELECT 'approval.requested', jsonb_build_object('new', n), now() + interval '1 hour'"
+        " FROM generate_series(1, 100) AS n"
+    )
+    began = time.monotonic()
+    async with sending(database, settings_for(receiver)):
+        await until(lambda: sum("new" in one["data"] for one in receiver.received) == 100, "each is attempted")
+        assert time.monotonic() - began < PROMPT_SECONDS
+
+
 async def test_each_webhook_gets_its_own_events_and_an_unset_one_leaves_them(
     database: Database, note: Note, receiver: Receiver, other: Receiver, sql: Any
 ) -> None:

@@ -154,6 +154,22 @@ def as_printed_by_postgresql(summary: bytes) -> bytes:
     return json.dumps(json.loads(summary, parse_float=plain), ensure_ascii=False).encode()
 
 
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [
+        ("0.1000000000000000055", "0.1000000000000000055"),
+        ("-1000000.00000000001", "-1000000.00000000001"),
+        ("1.23456789012345671e3", "1.23456789012345671e3"),
+        ("0.30000000000000004", 0.30000000000000004),
+        ("12345678901234567890123", 12345678901234567890123),
+        ("0.12345678901234", 0.12345678901234),
+        ("-12.5e3", -12.5e3),
+    ],
+)
+def test_no_number_is_shown_rounded(number: str, shown: object) -> None:
+    assert json.loads(written(b"[%b]" % number.encode()))["arguments"] == [shown]
+
+
 @pytest.mark.parametrize("number", ["1e400", "1e-400", "1E131072", "1" * 100, "-0.000e999"])
 def test_numbers_that_postgresql_would_expand_are_shown_as_strings(number: str) -> None:
     assert json.loads(written(b"[%b]" % number.encode()))["arguments"] in ([number], [f"{number[:64]}…"])

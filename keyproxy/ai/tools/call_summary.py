@@ -1,7 +1,8 @@
 """What the approver of a call sees of it: a JSON object without secrets, of bounded size.
 
 Whatever is longer is cut evenly: first long strings, then the end. The store keeps the object as `jsonb`, so it is
-written as PostgreSQL prints it, and a number that PostgreSQL would print in hundreds of digits is a string.
+written as PostgreSQL prints it. A number that PostgreSQL would print in hundreds of digits, or a reader would round, is
+a string.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Final, NamedTuple
 from urllib.parse import unquote_to_bytes
 
@@ -38,6 +40,8 @@ _SKIPPED_MAX: Final = 20_000
 #: What PostgreSQL may print of a number with an exponent of two digits.
 _EXPANDED_BYTES: Final = 100
 _NUMBER_BYTES_MAX: Final = 64
+#: A floating-point number keeps 15 digits of any number; of more digits it may be rounded.
+_EXACT_DIGITS: Final = 15
 
 _SECRET_NAME: Final = re.compile(
     r"password|passwd|passphrase|secret|token|authorization|apikey|credential|privatekey|accesskey"
@@ -141,6 +145,13 @@ def _masked_query(query: bytes, holds_key: HoldsKey) -> str:
     return "&".join(shown)
 
 
+def _is_rounded(number: str) -> bool:
+    """Whether readers that use floating-point numbers for fractions and exponents would show another number."""
+    if len(number) <= _EXACT_DIGITS or number.isdigit() or number[1:].isdigit():
+        return False
+    return Decimal(repr(float(number))) != Decimal(number)
+
+
 class _Written(NamedTuple):
     text: str
     is_cut: bool
@@ -240,7 +251,7 @@ class _ArgumentsWriter:
         assert match is not None  # noqa: S101 - for the type checker: the text is canonical JSON
         self._at = match.end()
         number = match.group()
-        if len(number) > _NUMBER_BYTES_MAX or _LONG_EXPONENT.search(number):
+        if len(number) > _NUMBER_BYTES_MAX or _LONG_EXPONENT.search(number) or _is_rounded(number.decode("ascii")):
             self._write_string(number.decode("ascii"))
             return
         expanded = _EXPANDED_BYTES if b"e" in number or b"E" in number else 0

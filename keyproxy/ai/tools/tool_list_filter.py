@@ -22,6 +22,8 @@ _EVENTS: Final = b"text/event-stream"
 #: An empty line ends an event. https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
 _EVENT_END: Final = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r")
+#: Written anew, it has a quote.
+_ESCAPED_QUOTE: Final = b"\\u0022"
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 
@@ -99,7 +101,8 @@ class ToolListFilter:
         messages = document if isinstance(document, list) else [document]
         # Each of them is filtered: the results are changed in place.
         has_changed = [self._filter(message) for message in messages]
-        return orjson.dumps(document) if any(has_changed) else content
+        written = orjson.dumps(document)
+        return written if any(has_changed) or _has_repeated_names(content, written) else content
 
     def _filter(self, message: Any) -> bool:
         """Filter the list in a message; return whether the message has changed."""
@@ -122,6 +125,14 @@ class ToolListFilter:
     def _is_allowed(self, tool: Any) -> bool:
         name = tool.get("name") if isinstance(tool, dict) else None
         return isinstance(name, str) and name in self._allowed
+
+
+def _has_repeated_names(content: bytes, written: bytes) -> bool:
+    """Whether a document may have members that were read over, of which a client may read the first.
+
+    They are missing from what was written anew, with the quotes of their names.
+    """
+    return written.count(b'"') != content.count(b'"') or _ESCAPED_QUOTE in content
 
 
 def _invalid(detail: str) -> Refusal:

@@ -1752,12 +1752,12 @@ UPDATE keyproxy.consents SET revoked_at = now() WHERE id = $1 AND revoked_at IS 
 
 -- name: claim_events
 -- Claims at most $1 due events whose kind starts with $3; each goes to one caller, which has $2 to send it and record the
--- outcome. Needs: events (next_at).
+-- outcome. First attempts come first, so that retries do not delay them. Needs: events (next_at).
 WITH free AS (
     SELECT e.id FROM keyproxy.events AS e
     WHERE e.sent_at IS NULL AND e.given_up_at IS NULL AND e.next_at <= now() AND e.expires_at > now()
       AND starts_with(e.kind, $3)
-    ORDER BY e.next_at, e.id
+    ORDER BY e.attempts > 0, e.next_at, e.id
     LIMIT $1
     FOR NO KEY UPDATE SKIP LOCKED
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,3 +61,26 @@ def test_stream_is_filtered_alike_however_it_is_cut(
     out += one.feed(stream[at:], is_last=True)
     assert data_of(out) == [expected for _, expected in parts if expected is not None]
     assert b'"b"' not in out
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        b'{"id":1,"result":{"tools":[{"name":"b"}],"tools":[{"name":"a"}]}}',
+        b'{"id":1,"result":{"tool\\u0073":[{"name":"b"}],"tools":[{"name":"a"}]}}',
+        b'{"id":1,"result":{"tools":[{"name":"b"}]},"result":{}}',
+        b'{"id":1,"result":{"tools":[{"name":"b","name":"a"}]}}',
+        b'{"id":1,"note":"\\u0022\\u0022\\u0022\\u0022\\u0022\\u0022","result":{"tools":[{"name":"b"}],"tools":[]}}',
+    ],
+)
+def test_tool_in_a_repeated_member_is_not_passed_on(response: bytes) -> None:
+    one = ToolListFilter(frozenset({"a"}))
+    one.begin(ResponseFields(media_type=b"application/json"))
+    assert b'"b"' not in one.feed(response, is_last=True)
+
+
+def test_other_messages_are_passed_on_unchanged() -> None:
+    one = ToolListFilter(frozenset({"a"}))
+    one.begin(ResponseFields(media_type=b"application/json"))
+    message = b'{ "id":1, "error": {"code":-32603, "data": 12345678901234567890123} }'
+    assert one.feed(message, is_last=True) == message
