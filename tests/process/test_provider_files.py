@@ -108,7 +108,7 @@ def test_invalid_content_is_logged_once_without_quoting_it(
 
 
 def test_each_invalid_content_is_logged(file: SecretFile, path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for content in ("a b", "a\nb"):
+    for content in ("a\nb", "a\nc"):
         path.write_text(content)
         for _ in range(2):
             settle(file)

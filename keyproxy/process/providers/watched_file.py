@@ -67,7 +67,7 @@ class WatchedFile:
             stamp = _stamp(Path(self.path).stat())
             if stamp == self._stamp:
                 return None
-            with Path(self.path).open("rb", opener=_open_without_waiting) as file:
+            with open(self.path, "rb", opener=_open_without_waiting) as file:
                 # Of the file that is open: another one may have replaced it.
                 found = os.fstat(file.fileno())
                 if not stat.S_ISREG(found.st_mode):
