@@ -74,6 +74,18 @@ async def key(api: Api) -> str:
 
 
 @pytest.mark.parametrize(
+    ("scope", "command"),
+    [("usage:read", "key origins KEY"), ("keys:write", "key suspend KEY --reason x"), ("keys:write", "key resume KEY")],
+)
+async def test_command_needs_only_the_scope_of_its_endpoint(
+    run: Run, api: Api, key: str, scope: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEYPROXY_ADMIN_TOKEN", await api.token(scope))
+    printed = await run(*command.replace("KEY", key).split(), by="api")
+    assert (printed.status, printed.err) == (0, "")
+
+
+@pytest.mark.parametrize(
     "command",
     [
         "tenant list", "tenant show acme", "user list", "user show u_1", "key list", "key show KEY", "plan list",
@@ -87,7 +99,7 @@ async def key(api: Api) -> str:
         "tenant show nobody", "user show nobody", "key show key_x", "key explain key_x --path /",
         "agent list --user u_1", "agent list --user u_none", "agent show crawler --user u_1", "agent show x --user u_1",
         "key explain KEY --act-for u_1", "key explain KEY --act-for u_none --path /v1/ai/jobs", "agent explain TOKEN",
-        "key explain KEY --tool read", "key explain KEY --path /v1/ai/jobs --tool read --client-certificate",
+        "key explain KEY --tool read", "key origins KEY", "key origins key_x", "key explain KEY --path /v1/ai/jobs --tool read --client-certificate",
         "agent explain TOKEN --path /v1/ai/jobs --tokens 5", f"agent explain agt_{'0' * 22}",
         "audit list --entity agent", "audit list --entity agent_token",
         "usage windows --user nobody", "usage export --events --after 0123456789abcdef:1:1",

@@ -108,6 +108,27 @@ def test_invalid_content_is_logged_once_without_quoting_it(
     assert secret_of(file.credential(0.0)) == "two"
 
 
+def test_each_invalid_content_is_logged(file: SecretFile, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for content in ("a\nb", "a\nc"):
+        path.write_text(content)
+        for _ in range(2):
+            settle(file)
+    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 2
+
+
+def test_named_pipe_in_place_of_a_file_does_not_stop_the_watch(file: SecretFile, path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+    settle(file)
+    assert secret_of(file.credential(0.0)) == "one"
+    with pytest.raises(WatchedFileError, match="not a regular file"):
+        SecretFile(str(path), "providers[1].secret_file", HEADER).file.load()
+    path.unlink()
+    path.write_text("two")
+    settle(file)
+    assert secret_of(file.credential(0.0)) == "two"
+
+
 async def test_watch_follows_links_that_are_switched(tmp_path: Path) -> None:
     # As Kubernetes updates a mounted secret.
     for name, content in (("v1", "one"), ("v2", "two")):

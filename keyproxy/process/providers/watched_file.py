@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ class WatchedFile:
         self._take = take
         self._stamp: _Stamp | None = None
         self._content: bytes | None = None
-        self._failing_because = ""
+        self._failure: tuple[str, bytes] | None = None
         self._postponed = 0
 
     def load(self) -> None:
@@ -73,9 +74,11 @@ class WatchedFile:
             stamp = _stamp(Path(self.path).stat())
             if stamp == self._stamp:
                 return None
-            with Path(self.path).open("rb") as file:
+            with open(self.path, "rb", opener=_open_without_waiting) as file:
                 # Of the file that is open: another one may have replaced it.
                 found = os.fstat(file.fileno())
+                if not stat.S_ISREG(found.st_mode):
+                    raise ValueError("not a regular file")
                 content = file.read(_CONTENT_BYTES_MAX + 1)
         except (OSError, ValueError) as error:
             self._stamp = None
@@ -105,11 +108,18 @@ class WatchedFile:
                 _log.info("%s: new content is in use", self._what)
             except ValueError as error:
                 because = str(error)
-        if because and because != self._failing_because:
+        failure = (because, sighting.content)
+        if because and failure != self._failure:
             _log.error("%s: the last good content stays in use: %s: %s", self._what, self.path, because)
-        elif self._failing_because and not because:
+        elif self._failure and not because:
             _log.warning("%s: readable and valid again", self._what)
-        self._failing_because = because
+        self._failure = failure if because else None
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Open a file as `open` does. A named pipe without a writer would block until one appears, and with it the
+    examination of all other files."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def examine_all(files: Sequence[WatchedFile]) -> list[Sighting | None]:

@@ -64,10 +64,11 @@ async def test_request_that_is_rolled_back_leaves_no_event(sql: Sql) -> None:
 async def test_claimed_event_has_its_id_and_content_and_goes_to_one_sender(queue: EventQueue, sql: Sql) -> None:
     events = {await add_event(sql) for _ in range(20)}
     claims = await asyncio.gather(*(queue.claim(5) for _ in range(6)))
-    ids = [message.id for claimed in claims for message in claimed]
+    messages = [message for claimed in claims for message in claimed]
+    ids = [message.id for message in messages]
     assert len(ids) == len(set(ids)) == 20
     assert set(ids) == events
-    content = json.loads(claims[0][0].content)
+    content = json.loads(messages[0].content)
     assert (content["type"], content["data"]) == ("approval.requested", {"n": 1})
     assert content["timestamp"].endswith("Z")
 
