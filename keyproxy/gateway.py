@@ -80,7 +80,7 @@ class Gateway(Gate):
         self._metering = dict(metering)
         self._access = dict(access)
         self._tool_calls = tool_calls
-        self._has_tools = tool_calls.has_rules
+        self._tool_rules = tool_calls.rules
         self._now = now
         self._undecided: set[asyncio.Task[None]] = set()
 
@@ -133,8 +133,9 @@ class Gateway(Gate):
         if deduplicates and exchange.fingerprint is None:
             # The fingerprint covers the body as received: compute it before the body is read or changed.
             exchange.fingerprint = idempotency_key.fingerprint(identity, head, exchange.body)
-        if self._has_tools:
-            self._tool_calls.decide(exchange, head, grant, self._payments, now=now)
+        calling = self._tool_rules.get(grant.route) if self._tool_rules else None
+        if calling is not None:
+            self._tool_calls.decide(exchange, head, grant, self._payments, rules=calling, now=now)
         if grant.route.provider:
             exchange.upstream_credential = self._upstream_credentials.choose(
                 grant.route.provider, identity.tenant_id, now, is_test=identity.is_test, is_first_lookup=is_first_lookup
@@ -156,8 +157,6 @@ class Gateway(Gate):
         if allowance is not None:
             selecting = Need(0, 0, route=grant.route.name) if allowance.has_selectors else None
             hold = self._payments.take(exchange, allowance, selecting, now)
-        if exchange.tool_call is not None:
-            self._tool_calls.name_upstream(exchange, head)
         return Permit(grant, hold)
 
     def _decide_public(self, exchange: Exchange, head: RequestHead, route: Route) -> Permit:
@@ -244,8 +243,6 @@ class Gateway(Gate):
     def _written(self, exchange: Exchange, head: RequestHead, permit: Permit) -> Permit:
         if exchange.metered is not None:
             token_accounting.finish_body(exchange, head, exchange.metered)
-        if exchange.tool_call is not None:
-            self._tool_calls.name_upstream(exchange, head)
         return permit
 
     def _need(self, metered: MeteredRequest, allowance: Allowance | None, now: Moment) -> Need:
@@ -333,8 +330,11 @@ class Gateway(Gate):
     def settle(self, exchange: Exchange) -> None:
         """Charge the exchange's hold if the upstream received any of the request, else release it and its approval."""
         self._payments.release_slots(exchange)
-        if exchange.tool_call is not None:
+        if exchange.tool_call is not None and exchange.tool_call.claim is not None:
             self._tool_calls.give_back(exchange)
+        if exchange.mcp is not None:
+            # What was read of the body is freed now, while it is in the processor's cache.
+            exchange.mcp = None
         permit = exchange.permit
         if permit is None:
             return

@@ -52,6 +52,27 @@ def test_interpreted_classes_extend_only_compiled_classes_that_allow_it(setup: M
     assert [one for one in extended if one[2] not in open_classes[one[1]]] == []
 
 
+def test_handlers_of_one_function_bind_exceptions_of_different_types_to_different_names(setup: ModuleType) -> None:
+    """mypyc gives a name one type in a function: the second handler would raise TypeError in the compiled build."""
+    found = [
+        (name, function.name)
+        for name in setup.compiled_modules(PACKAGE)
+        for function in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8")))
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) and _names_of_two_types(function)
+    ]
+    assert found == []
+
+
+def _names_of_two_types(function: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
+    bound = {
+        (node.name, ast.unparse(node.type))
+        for node in ast.walk(function)
+        if isinstance(node, ast.ExceptHandler) and node.name is not None and node.type is not None
+    }
+    names = [name for name, _ in bound]
+    return {name for name in names if names.count(name) > 1}
+
+
 def _name(path: Path) -> str:
     return str(path.relative_to(PACKAGE).with_suffix(""))
 

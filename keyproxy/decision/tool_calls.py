@@ -15,7 +15,7 @@ from keyproxy.ai.requests.request_facts import malformed
 from keyproxy.ai.tools import mcp_message, tool_rules
 from keyproxy.ai.tools.tool import CONSENT, Tool
 from keyproxy.ai.tools.tool_call import ToolCall
-from keyproxy.ai.tools.tool_rules import ToolRules
+from keyproxy.ai.tools.tool_rules import ToolRules, ToolTable
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.decision import mcp_requests
 from keyproxy.decision.approval_claims import ApprovalClaims
@@ -36,34 +36,33 @@ class ToolCalls:
     """Judges the calls of one gateway. `rules`: of the routes that call tools."""
 
     def __init__(self, rules: Mapping[Route, ToolRules], approvals: Approvals, key_format: KeyFormat) -> None:
-        self._rules: Final = dict(rules)
+        #: The rules of the routes that call tools.
+        self.rules: Final = dict(rules)
         self._approvals: Final = approvals
         self._claims: Final = ApprovalClaims(approvals, key_format)
-        #: Whether any route calls tools.
-        self.has_rules: Final = bool(rules)
 
-    def decide(self, exchange: Exchange, head: RequestHead, grant: Grant, payments: Payments, *, now: Moment) -> None:
+    def decide(
+        self, exchange: Exchange, head: RequestHead, grant: Grant, payments: Payments, *, rules: ToolRules, now: Moment
+    ) -> None:
         """Find and judge the tool that a request calls, and read the body where that or an approval needs it.
 
-        Raises Missing until the body has arrived and is read, a Refusal if the credential may not call the tool.
+        `rules`: of its route. Raises Missing until the body has arrived and is read, a Refusal if the credential may not
+        call the tool.
         """
-        rules = self._rules.get(grant.route)
-        if rules is None:
-            return
         if exchange.slots is not None:
             payments.release_slots(exchange)
         if rules.refuses_tunnels and head.fields.opens_tunnel:
             raise malformed("This route accepts no WebSocket handshakes.")
         if rules.mcp is not None:
-            self._decide_mcp(exchange, head, grant, payments, now=now)
+            self._decide_mcp(exchange, head, grant, payments, rules=rules, now=now)
             return
         tool = rules.tool
-        _judge(exchange, tool, grant)
+        _judge(exchange, tool, grant, rules.table)
         if tool is not None and tool.has_approval:
-            self._read(exchange, head, grant, payments, now=now)
+            _read(exchange, head, grant, payments, rules=rules, now=now)
 
     def _decide_mcp(
-        self, exchange: Exchange, head: RequestHead, grant: Grant, payments: Payments, *, now: Moment
+        self, exchange: Exchange, head: RequestHead, grant: Grant, payments: Payments, *, rules: ToolRules, now: Moment
     ) -> None:
         method = head.line.method
         if method in _MCP_WITHOUT_MESSAGE:
@@ -75,37 +74,14 @@ class ToolCalls:
             raise Refusal(Reason.ROUTE_NOT_ALLOWED, "a method that MCP does not use")
         reading = exchange.mcp
         if reading is None or reading.message is None:
-            self._read(exchange, head, grant, payments, now=now)
+            _read(exchange, head, grant, payments, rules=rules, now=now)
             reading = exchange.mcp
-        message, rules = None if reading is None else reading.message, self._rules[grant.route]
+        message = None if reading is None else reading.message
         if message is not None and message.tool is not None:
-            _judge(exchange, rules.table.by_mcp.get(message.tool), grant)
+            _judge(exchange, rules.table.by_mcp.get(message.tool), grant, rules.table)
         elif message is not None and grant.route.filters_tools_list and message.method == mcp_message.LIST:
             allowed = tool_rules.callable_tools(rules.table, grant.identity, has_certificate=_has_certificate(exchange))
             mcp_requests.filter_list(exchange, head, allowed)
-
-    def _read(self, exchange: Exchange, head: RequestHead, grant: Grant, payments: Payments, *, now: Moment) -> None:
-        """Read the body of a call. Raises Missing until it has arrived and is read, a Refusal if it is not accepted.
-
-        A request that exceeds a limit whatever its body is refused before that. It counts as concurrent meanwhile.
-        """
-        rules, allowance = self._rules[grant.route], grant.identity.allowance
-        if exchange.is_complete and rules.mcp is None:
-            _read_body(exchange, head, rules.body_bytes_max)
-            return
-        need = Need(0, 0, route=grant.route.name)
-        if allowance is not None:
-            payments.check(exchange, allowance, need, now=now, asks=not exchange.is_complete)
-        try:
-            if rules.mcp is not None:
-                mcp_message.check_head(head)
-            _read_body(exchange, head, rules.body_bytes_max)
-            if rules.mcp is not None:
-                mcp_requests.read(exchange, head, rules.mcp)
-        except Missing:
-            if allowance is not None:
-                payments.take_slots(exchange, allowance, need, now)
-            raise
 
     def require_claim(
         self,
@@ -129,6 +105,8 @@ class ToolCalls:
             return
         if call.claim is not None:
             _check_caller(call, identity)
+            field, approval_id = self.rules[grant.route].approval_field, call.claim.approval_id.encode("ascii")
+            call.lines = b"%b%b%b\r\n" % (call.tool.line, field, approval_id)
             return
         if not self._needs_approval(call, identity, now, is_first_lookup):
             return
@@ -152,17 +130,6 @@ class ToolCalls:
         """When an exchange has ended: give back an approval that it has claimed, unless a byte of it was sent."""
         self._claims.give_back(exchange)
 
-    def name_upstream(self, exchange: Exchange, head: RequestHead) -> None:
-        """Add the header lines that name the tool, and the approval if one was used, to what goes upstream."""
-        call, route = exchange.tool_call, exchange.route
-        if call is None or route is None:
-            return
-        claim = call.claim
-        lines = (head.block if exchange.block is None else exchange.block) + call.tool.line
-        if claim is not None:
-            lines += b"%b%b\r\n" % (self._rules[route].approval_field, claim.approval_id.encode("ascii"))
-        exchange.block = lines
-
 
 def review(exchange: Exchange, grant: Grant) -> None:
     """Judge the call of an exchange in flight again. Raises a Refusal. An approval that it has used stays used."""
@@ -170,10 +137,11 @@ def review(exchange: Exchange, grant: Grant) -> None:
         _judge(exchange, exchange.tool_call.tool, grant)
 
 
-def _judge(exchange: Exchange, tool: Tool | None, grant: Grant) -> None:
-    if exchange.tool_call is None and tool is not None:
+def _judge(exchange: Exchange, tool: Tool | None, grant: Grant, table: ToolTable | None = None) -> None:
+    """`table`: of the calls, for a request whose call is not known yet."""
+    if exchange.tool_call is None and tool is not None and table is not None:
         # For the records, also of a refusal.
-        exchange.tool_call = ToolCall(tool)
+        exchange.tool_call = table.call(tool)
     has_certificate = tool is not None and tool.needs_certificate and _has_certificate(exchange)
     tool_rules.judge(tool, grant.identity, grant.route, has_certificate=has_certificate)
 
@@ -187,6 +155,35 @@ def _check_caller(call: ToolCall, identity: Identity) -> None:
     caller = call.caller
     if caller is None or caller.owner != identity.owner or caller.lineage != identity.lineage:
         raise Refusal(Reason.KEY_INVALID, "the credential stands for another caller than when its approval was claimed")
+
+
+def _read(
+    exchange: Exchange, head: RequestHead, grant: Grant, payments: Payments, *, rules: ToolRules, now: Moment
+) -> None:
+    """Read the body of a call. Raises Missing until it has arrived and is read, a Refusal if it is not accepted.
+
+    A request that exceeds a limit whatever its body is refused before that. It counts as concurrent meanwhile.
+    """
+    allowance = grant.identity.allowance
+    if allowance is None or (exchange.is_complete and rules.mcp is None):
+        _read_content(exchange, head, rules)
+        return
+    need = Need(0, 0, route=grant.route.name)
+    payments.check(exchange, allowance, need, now=now, asks=not exchange.is_complete)
+    try:
+        _read_content(exchange, head, rules)
+    except Missing:
+        payments.take_slots(exchange, allowance, need, now)
+        raise
+
+
+def _read_content(exchange: Exchange, head: RequestHead, rules: ToolRules) -> None:
+    if rules.mcp is not None and not exchange.is_complete:
+        # Before the body is awaited; the message of a complete one is checked when it is read.
+        mcp_message.check_head(head)
+    _read_body(exchange, head, rules.body_bytes_max)
+    if rules.mcp is not None:
+        mcp_requests.read(exchange, head, rules.mcp)
 
 
 def _read_body(exchange: Exchange, head: RequestHead, bytes_max: int) -> None:

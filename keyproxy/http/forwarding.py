@@ -17,6 +17,10 @@ _HOP = re.compile(
     rb"|([0-9]{1,3}(?:\.[0-9]{1,3}){3})(?::[0-9]{1,5})?"
 )
 
+#: A list without empty elements, as nearly all proxies write it.
+_PLAIN_LIST = re.compile(rb"[^ \t,]+(?:, ?[^ \t,]+)*+")
+_FORWARDED_FOR: Final = b"x-forwarded-for"
+
 #: How much of a client's address is recorded.
 FULL: Final = "full"
 NETWORK: Final = "network"
@@ -58,7 +62,7 @@ class Forwarding:
     fields and empty list elements are left out (RFC 9110 section 5.6.1).
     """
 
-    __slots__ = ("_address", "_block", "_certificate", "_is_trusted", "_peer", "_rule", "_scheme")
+    __slots__ = ("_address", "_block", "_certificate", "_is_trusted", "_last", "_peer", "_rule", "_scheme")
 
     def __init__(
         self, peer: Hop, *, is_trusted: bool, is_tls: bool, certificate: bytes = b"", rule: TrustRule | None = None
@@ -73,6 +77,8 @@ class Forwarding:
         self._certificate = certificate
         first = b"X-Forwarded-For: %b\r\n" % address if address else b""
         self._block = b"%b%bX-Forwarded-Proto: %b\r\n" % (certificate, first, self._scheme)
+        #: What follows the addresses of a client's list.
+        self._last = b"%b%b\r\nX-Forwarded-Proto: %b\r\n" % (b", " if address else b"", address, self._scheme)
 
     @property
     def has_certificate(self) -> bool:
@@ -87,6 +93,9 @@ class Forwarding:
     def block(self, head: RequestHead) -> bytes:
         """The fields as header lines."""
         if self._is_trusted and head.forwarded:
+            name, value = head.forwarded[0]
+            if len(head.forwarded) == 1 and name == _FORWARDED_FOR and _PLAIN_LIST.fullmatch(value):
+                return b"%bX-Forwarded-For: %b%b%b" % (self._certificate, value, self._last, head.fields.host_block)
             return self._extended(head)
         return self._block + head.fields.host_block
 
@@ -106,7 +115,7 @@ class Forwarding:
             fields[b"x-forwarded-host"] = head.fields.host
         hops: list[bytes] = []
         for name, value in head.forwarded:
-            if name == b"x-forwarded-for":
+            if name == _FORWARDED_FOR:
                 hops += [one.strip(b" \t") for one in value.split(b",") if one.strip(b" \t")]
             elif value:
                 fields[name] = value
@@ -139,14 +148,17 @@ class TrustRule:
         untrusted or invalid may be forged.
         """
         found = peer
-        fields = [value for name, value in forwarded if name == b"x-forwarded-for"]
-        for element in reversed(b",".join(fields).split(b",")):
-            hop = self._hop(element.strip(b" \t"))
-            if not hop.address:
-                break
-            found = hop
-            if not hop.is_trusted:
-                break
+        for name, value in reversed(forwarded):
+            end = len(value) if name == _FORWARDED_FOR else -1
+            while end >= 0:
+                start = value.rfind(b",", 0, end) + 1
+                hop = self._hop(value[start:end].strip(b" \t"))
+                if not hop.address:
+                    return found
+                if not hop.is_trusted:
+                    return hop
+                found = hop
+                end = start - 1
         return found
 
     def _hop(self, text: bytes) -> Hop:

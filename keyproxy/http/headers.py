@@ -237,7 +237,7 @@ def build_upstream_head(
     """The head that goes upstream. `host` is used if an HTTP/1.0 client sent none.
 
     `block`: the header lines to forward; None: those of `head`. `is_signed`: with the assertion of the identity.
-    `credential`: the header line of the upstream's credential; `block` has no such line.
+    `credential`: the header line of the upstream's credential, after those that name a tool; `block` has no such lines.
     """
     fields, grant = head.fields, permit.grant
     return b"".join(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from keyproxy.mypyc_compat import mypyc_attr
 
@@ -18,17 +18,25 @@ FAILURES: Final = "failures"
 MANY: Final = b"many"
 
 
+class KnownValues(Protocol):
+    """The stored habits of a key."""
+
+    def add(self, value: bytes, /) -> None:
+        """Add one."""
+        ...
+
+
 class Habit(NamedTuple):
     """A model or network that a key was used with. `kind`: the signal that it raises if it is new to the key.
 
-    `known`: receives the value once it is stored, or MANY.
+    `known`: of the same kind; receives the value once it is stored, or MANY.
     """
 
     key_id: str
     kind: str
     value: bytes
     client: str | None
-    known: set[bytes]
+    known: KnownValues
 
 
 class Signal(NamedTuple):

@@ -44,6 +44,8 @@ _CONTINUE: Final = 100
 class Exchange(PoolUser):
     """A request and its response; implements what both connections and the gateway call."""
 
+    __slots__ = ("_client", "_gate", "_server", "response")
+
     _phase: int = phases.DECIDING
     _collector: BodyBuffer | None = None
     _upstream: UpstreamConnection | None = None

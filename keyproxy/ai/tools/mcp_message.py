@@ -128,24 +128,32 @@ class McpReading:
         self._body: Final = body
         self._rules: Final = rules
         self._members = MemberValues(body)
-        self._scanner: Final = RequestScanner(body, _SCOPE, rules.bounds, self._members)
+        self._scanner: RequestScanner | None = None
 
     def advance(self) -> bool:
         """Read the next portion; return whether the message is read. Raises a Refusal (REQUEST_MALFORMED)."""
         if self.message is not None:
             return True
         try:
-            compact = compact_values(self._body, _SCOPE, _DEPTH_MAX) if len(self._body) <= AT_ONCE_BYTES else None
-            if compact is not None:
-                self._members = compact
-            elif self._scanner.advance(_PORTION) <= 0:
+            if not self._read_members():
                 return False
         except JsonError as fault:
             raise _coded(refusal_of(fault), NOT_JSON if _is_no_json(self._body) else INVALID_REQUEST) from None
-        except (TooDenseError, AmbiguousNameError, DoubledNameError) as fault:
-            raise _coded(refusal_of(fault), INVALID_REQUEST) from None
+        except (TooDenseError, AmbiguousNameError, DoubledNameError) as doubt:
+            raise _coded(refusal_of(doubt), INVALID_REQUEST) from None
         self.message = self._read()
         return True
+
+    def _read_members(self) -> bool:
+        scanner = self._scanner
+        if scanner is None:
+            if len(self._body) <= AT_ONCE_BYTES:
+                compact = compact_values(self._body, _SCOPE, _DEPTH_MAX)
+                if compact is not None:
+                    self._members = compact
+                    return True
+            scanner = self._scanner = RequestScanner(self._body, _SCOPE, self._rules.bounds, self._members)
+        return scanner.advance(_PORTION) > 0
 
     def _read(self) -> McpMessage:
         members = self._members

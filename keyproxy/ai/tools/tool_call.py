@@ -22,10 +22,13 @@ class ToolCall:
     """The tool that a request calls, and the approval that it uses.
 
     `digest`: the SHA-256 of the call, empty until it is needed. `claim`: None unless an approval was claimed, and after
-    it was given back; `caller`: whose approval it is. `has_consent`: the user has consented to this tool.
+    it was given back; `caller`: whose approval it is. `has_consent`: the user has consented to this tool. `lines`: the
+    header lines that name the tool, and the approval if one was used, to the upstream.
+
+    Requests share the call of a tool without approvals, of which nothing changes.
     """
 
-    __slots__ = ("caller", "claim", "digest", "has_consent", "tool")
+    __slots__ = ("caller", "claim", "digest", "has_consent", "lines", "tool")
 
     def __init__(self, tool: Tool) -> None:
         self.tool: Final = tool
@@ -33,3 +36,4 @@ class ToolCall:
         self.claim: ToolClaim | None = None
         self.caller: Identity | None = None
         self.has_consent = False
+        self.lines = tool.line

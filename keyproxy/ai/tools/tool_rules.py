@@ -7,6 +7,7 @@ from typing import Final
 
 from keyproxy.ai.tools.mcp_message import McpRules
 from keyproxy.ai.tools.tool import AGENT_CREDENTIAL, KEY_CREDENTIAL, Tool
+from keyproxy.ai.tools.tool_call import ToolCall
 from keyproxy.model import Identity, Route
 from keyproxy.reasons import Reason, Refusal
 
@@ -23,11 +24,16 @@ _CREDENTIAL_NAMES: Final = {"key": "an API key", "agent": "an agent token", "oau
 class ToolTable:
     """All configured tools. `by_name`: by their label in records; `by_mcp`: by their name in `tools/call`."""
 
-    __slots__ = ("by_mcp", "by_name")
+    __slots__ = ("_shared", "by_mcp", "by_name")
 
     def __init__(self, tools: Sequence[Tool]) -> None:
         self.by_name: Final[dict[str, Tool]] = {tool.name: tool for tool in tools}
         self.by_mcp: Final[dict[str, Tool]] = {tool.mcp: tool for tool in tools}
+        self._shared: Final = {tool: ToolCall(tool) for tool in tools if not tool.has_approval}
+
+    def call(self, tool: Tool) -> ToolCall:
+        """The call of a tool by one request."""
+        return self._shared.get(tool) or ToolCall(tool)
 
 
 class ToolRules:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Final, NamedTuple
 
-from keyproxy.decision.anomalies.key_watch import KeyPace, KeyWatch, Occurrences
+from keyproxy.decision.anomalies.key_watch import KeyPace, KeyWatch, Occurrences, StoredHabits
 from keyproxy.http.forwarding import Forwarding
 from keyproxy.http_messages import RequestHead
 from keyproxy.limits.calendar_windows import span
@@ -141,13 +141,13 @@ class Watcher:
         """Whether what a key was used with is stored. Else learn it."""
         is_known = True
         model = self._models.get(exchange.model)
-        if model is not None and model not in watch.known:
-            self._learn(exchange, watch, key_id, kind=NEW_MODEL, value=model)
+        if model is not None and model not in watch.models:
+            self._learn(exchange, watch.models, key_id, kind=NEW_MODEL, value=model)
             is_known = False
         if self._watches_networks and exchange.peer is not None:
             network = exchange.peer.client(exchange.head).network
-            if network and network not in watch.known and MANY not in watch.known:
-                self._learn(exchange, watch, key_id, kind=NEW_NETWORK, value=network)
+            if network and network not in watch.networks and MANY not in watch.networks:
+                self._learn(exchange, watch.networks, key_id, kind=NEW_NETWORK, value=network)
                 is_known = False
         return is_known
 
@@ -161,8 +161,8 @@ class Watcher:
         watch = self._keys[key_id] = KeyWatch()
         return watch
 
-    def _learn(self, exchange: Exchange, watch: KeyWatch, key_id: str, *, kind: str, value: bytes) -> None:
-        self._signals.learn(Habit(key_id, kind, value, _client(exchange, exchange.head), watch.known))
+    def _learn(self, exchange: Exchange, known: StoredHabits, key_id: str, *, kind: str, value: bytes) -> None:
+        self._signals.learn(Habit(key_id, kind, value, _client(exchange, exchange.head), known))
 
     def _examine(self, exchange: Exchange, key_id: str, watch: KeyWatch, now: Moment) -> None:
         """Look at what the requests of a batch add up to."""

@@ -187,10 +187,10 @@ class UsageJournal:
             except StoreUnavailable as error:
                 self._note_failure(error)
                 return
-            except StoreConflict as error:
+            except StoreConflict as conflict:
                 # A retry would be rejected every time, and block all later batches.
                 requests = sum(group.requests + group.refusals for group in batch.groups)
-                _log.error("the store rejected the usage of %d requests, dropping it: %s", requests, error)
+                _log.error("the store rejected the usage of %d requests, dropping it: %s", requests, conflict)
                 self.dropped["requests"] += requests
                 self.dropped["events"] += batch.event_count
             else:

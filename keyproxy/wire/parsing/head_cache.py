@@ -213,7 +213,7 @@ class RequestReader(_Reader[RequestFields]):
         return head
 
     def _start_line(self, text: bytes) -> RequestLine | None:
-        """Return a request line that can be parsed on its own: any target in origin form."""
+        """Return a request line that can be parsed on its own: any target in origin form. It is cached."""
         match = _PLAIN_REQUEST_LINE.fullmatch(text)
         if match is None:
             return None
@@ -222,7 +222,17 @@ class RequestReader(_Reader[RequestFields]):
             going = request_target.judge(method, sent, None, accepts_encoded_slash=self.accepts_encoded_slash)
         except Refusal:
             return None
-        return request_line(method, going, int(minor), holds_key=self._holds_key(going.decoded))
+        line = request_line(method, going, int(minor), holds_key=self._holds_key(going.decoded))
+        self._remember_line(text, line)
+        return line
+
+    def _remember_line(self, text: bytes, line: RequestLine) -> None:
+        # A query is seldom repeated, and may contain secrets.
+        if b"?" in text or line.holds_key or len(text) > _LINE_BYTES_MAX:
+            return
+        if len(self._start_lines) >= _START_LINES_MAX:
+            self._start_lines.clear()
+        self._start_lines[text] = line
 
     def _parse(self, raw: bytes, judged: RequestLine | None = None) -> RequestHead:
         line, fields, parsed = parse_request(
@@ -230,12 +240,8 @@ class RequestReader(_Reader[RequestFields]):
             line=judged, accepts_encoded_slash=self.accepts_encoded_slash,
         )  # fmt: skip
         start, *lines = raw[:-4].split(CRLF)
-        if len(self._start_lines) >= _START_LINES_MAX:
-            self._start_lines.clear()
-        # A query is seldom repeated, and may contain secrets.
-        is_worth_it = b"?" not in start and not line.holds_key and len(start) <= _LINE_BYTES_MAX
-        if is_worth_it and _PLAIN_REQUEST_LINE.fullmatch(start):
-            self._start_lines[start] = line
+        if judged is None and _PLAIN_REQUEST_LINE.fullmatch(start):
+            self._remember_line(start, line)
         # Handshakes are parsed each time: their completeness depends on the method and on values.
         if not fields.opens_tunnel:
             self._remember(line.minor_version, fields, lines, parsed)

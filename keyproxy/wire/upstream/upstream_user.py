@@ -11,6 +11,9 @@ from keyproxy.wire.upstream import retry
 class UpstreamUser(exchange.Exchange):
     """An exchange, as seen by its upstream connection."""
 
+    # What every exchange sets. Objects share the layout of 30 further attributes; one with more needs a dict of its own.
+    __slots__ = ("body", "bytes_in", "head", "is_complete", "peer", "request_id", "started_mono")
+
     @property
     def is_tunnel_request(self) -> bool:
         """Whether the request is a WebSocket handshake."""

@@ -336,7 +336,7 @@ async def test_signals_are_dropped_while_the_store_is_down(database: Database, j
     one = habit()
     await learned(journal, one)
     await reported(journal, signal())
-    assert (journal.dropped, one.known) == (2, set())
+    assert (journal.dropped, one.known) == (2, set[bytes]())
 
 
 async def test_records_of_two_days_ago_are_deleted(journal: SignalJournal, sql: Sql) -> None:
