@@ -190,7 +190,7 @@ class McpReading:
         if method not in (CALL, LIST):
             meant = _BARE.get(_SEPARATORS.sub("", method.lower()))
             if meant is not None:
-                raise malformed(f"The method is '{meant}', spelled exactly.", "method")
+                raise malformed(f"The method must be spelled exactly '{meant}'.", "method")
         return method
 
     def _tool(self, rpc_id: bytes) -> str:
@@ -301,7 +301,7 @@ def _rpc_id(members: MemberValues) -> bytes:
 
 
 def _unsupported(field: bytes, rules: McpRules) -> Refusal:
-    sentence = "MCP-Protocol-Version must name one of the supported versions, once."
+    sentence = "MCP-Protocol-Version must appear once, with a supported version."
     requested = field.decode("ascii") if _REQUESTED.fullmatch(field) else ""
     return Refusal(
         Reason.REQUEST_MALFORMED,
@@ -314,7 +314,7 @@ def _unsupported(field: bytes, rules: McpRules) -> Refusal:
 
 
 def _mismatch(field: str, code: int) -> Refusal:
-    refusal = malformed(f"The header {field} must stand once, and agree with the message.")
+    refusal = malformed(f"The header {field} must appear once and agree with the message.")
     return _coded(refusal, code)
 
 

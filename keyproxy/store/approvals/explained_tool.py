@@ -17,9 +17,9 @@ from keyproxy.store.directory.errors import Invalid
 from keyproxy.store.ledger.explained_access import OwnerReader
 
 _APPROVALS: Final = {
-    CONSENT: "It needs a consent of the user, or an approval of this call.",
-    "human": "It needs an approval of this call.",
-    "admin": "It needs an approval of this call, by approvals:admin.",
+    CONSENT: "A consent of the user suffices too.",
+    "human": "Each call needs one of its own.",
+    "admin": "Each call needs one of its own, from an operator with approvals:admin.",
 }
 
 

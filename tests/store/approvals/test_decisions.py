@@ -90,7 +90,7 @@ async def test_denial_withdraws_an_unused_approval(directory: Directory, sql: Sq
 async def test_every_other_decision_is_a_conflict(directory: Directory, sql: Sql) -> None:
     denied = await ask(sql, b"1" * 32)
     await directory.approvals.deny(denied)
-    with pytest.raises(Conflict, match="is denied and cannot become approved"):
+    with pytest.raises(Conflict, match="is denied and cannot be approved"):
         await directory.approvals.approve(denied)
     used = await ask(sql, b"2" * 32)
     await directory.approvals.approve(used)

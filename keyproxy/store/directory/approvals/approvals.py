@@ -113,5 +113,5 @@ class ApprovalDecisions:
         )
         now = ENTITIES["approval"]((await transaction.fetch("approval", approval["id"]))[0])
         if not done:
-            raise Conflict(f"approval {approval['id']} is {now['state']} and cannot become {state}")
+            raise Conflict(f"approval {approval['id']} is {now['state']} and cannot be {state}")
         return now
