@@ -32,9 +32,8 @@ def scope_warnings(settings: Settings, scopes: Collection[str]) -> list[str]:
     routes = settings.routes
     if not routes:
         return []
-    required = {
-        scope for row in (*routes, *settings.models, *settings.categories, *settings.tools) for scope in row.scopes
-    }
+    rows = (*routes, *settings.models, *settings.categories, *settings.tools)
+    required = {scope for row in rows for scope in row.scopes}
     unknown = [f"no route requires the scope {scope!r}" for scope in scopes if scope not in required]
     if unknown or any(set(row.scopes) <= set(scopes) for row in routes):
         return unknown

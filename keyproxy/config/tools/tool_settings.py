@@ -75,7 +75,7 @@ class ToolRow:
 
 
 def consent_warnings(tools: Sequence[ToolRow], name: str) -> list[str]:
-    """Warnings about a consent to a tool: it has no effect unless the tool is configured and a consent suffices for it."""
+    """Warnings about a consent to a tool that is not configured, or for which a consent does not suffice."""
     tool = next((row for row in tools if row.name == name), None)
     if tool is None:
         return [f"no row of [[tools]] has the name {name!r}: the consent has no effect"]

@@ -42,7 +42,7 @@ class CredentialHeader:
     __slots__ = ("_after", "_before", "_name", "_provider", "_replaces")
 
     def __init__(self, provider: str, name: str, value_format: str) -> None:
-        """`value_format` contains `{secret}` once. Raises ValueError with the key of the configuration that is at fault."""
+        """`value_format` contains `{secret}` once. Raises ValueError, which starts with the key at fault."""
         before, found, after = value_format.partition(_PLACEHOLDER)
         if not found or _PLACEHOLDER in after:
             raise ValueError(f"format: must have exactly one {_PLACEHOLDER}")
