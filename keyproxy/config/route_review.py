@@ -32,8 +32,9 @@ def scope_warnings(settings: Settings, scopes: Collection[str]) -> list[str]:
     routes = settings.routes
     if not routes:
         return []
-    rows = (*routes, *settings.models, *settings.categories, *settings.tools)
-    required = {scope for row in rows for scope in row.scopes}
+    required = {scope for row in routes for scope in row.scopes}
+    required.update(*[model.scopes for model in settings.models], *[tool.scopes for tool in settings.tools])
+    required.update(*[category.scopes for category in settings.categories])
     unknown = [f"no route requires the scope {scope!r}" for scope in scopes if scope not in required]
     if unknown or any(set(row.scopes) <= set(scopes) for row in routes):
         return unknown

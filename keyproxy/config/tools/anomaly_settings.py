@@ -1,4 +1,4 @@
-"""Signals that a key behaves unlike itself: `[anomalies]`."""
+"""Signals of unusual use of a key: `[anomalies]`."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class ExplainedTool:
 
 
 def stated_tool(table: ToolTable, name: str) -> CalledTool | None:
-    """The tool that the question names, by its name in `tools/call` or its label; None without a name."""
+    """The tool with this name, by its name in `tools/call` or its label; None without a name."""
     return CalledTool(table.by_mcp.get(name) or table.by_name.get(name)) if name else None
 
 

@@ -32,7 +32,7 @@ def read_secret(content: bytes) -> bytes:
 
 
 def hint(secret: bytes) -> str:
-    """The last four characters, by which people tell secrets apart; empty for a short secret."""
+    """The last four characters, by which people distinguish secrets; empty for a short secret."""
     return secret[-_HINT_BYTES:].decode("ascii") if len(secret) >= _HINTED_BYTES_MIN else ""
 
 

@@ -1,4 +1,4 @@
-"""keyproxy consent: tools that users let agents call without an approval of each call."""
+"""keyproxy consent: users consent to tools, whose calls then need no approval each."""
 
 from __future__ import annotations
 
