@@ -93,7 +93,7 @@ async def test_denied_call_is_refused_and_an_approval_is_withdrawn(run: Run, api
 
 
 @BY
-async def test_approver_sees_the_call_without_what_a_terminal_would_interpret(run: Run, api: Api, by: str) -> None:
+async def test_approver_sees_the_call_without_control_characters(run: Run, api: Api, by: str) -> None:
     await api.user()
     shown = await run("approval", "show", await requested(api), by=by)
     assert shown.status == 0

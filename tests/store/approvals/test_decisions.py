@@ -275,7 +275,7 @@ async def test_bound_directory_grants_and_sees_consents_of_its_tenant_only(
     assert [one["id"] for one in (await bound.consents.list_page(None, 9)).items] == [own["id"]]
 
 
-async def test_deleted_user_takes_approvals_and_consents_along(directory: Directory, sql: Sql) -> None:
+async def test_deleting_a_user_deletes_its_approvals_and_consents(directory: Directory, sql: Sql) -> None:
     await ask(sql)
     await directory.consents.grant("u_42", "pay", expires_in=timedelta(days=1))
     await directory.users.delete("u_42")
