@@ -42,7 +42,7 @@ _UNAVAILABLE: Final = {
 
 
 class _ClaimAttempt(NamedTuple):
-    """`approval_id`: of the approval that is requested if there is none. `claim`: the value that authorises giving back."""
+    """`approval_id`: of the row that is requested if there is none. `claim`: the value that authorises giving back."""
 
     approval_id: str
     claim: bytes
