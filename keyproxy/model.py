@@ -149,6 +149,8 @@ class Route:
     tool: str = ""
     protocol: str = ""
     provider: str = ""
+    #: Whether lists of tools omit those that the credential may not call.
+    filters_tools_list: bool = False
     tool_scopes: frozenset[str] = frozenset()
 
 

@@ -299,6 +299,7 @@ class Settings:
                         forwards_encoded_slash=row.encoded_slash == route_access.FORWARD,
                         serves=row.serves,
                         tool=row.tool, protocol=row.protocol, provider=row.provider,
+                        filters_tools_list=row.filter_tools_list,
                         tool_scopes=scopes.get(row.tool, frozenset()),
                     ),
                 )

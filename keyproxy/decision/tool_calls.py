@@ -80,7 +80,7 @@ class ToolCalls:
         message, rules = None if reading is None else reading.message, self._rules[grant.route]
         if message is not None and message.tool is not None:
             _judge(exchange, rules.table.by_mcp.get(message.tool), grant)
-        elif message is not None and rules.filters_list and message.method == mcp_message.LIST:
+        elif message is not None and grant.route.filters_tools_list and message.method == mcp_message.LIST:
             allowed = tool_rules.callable_tools(rules.table, grant.identity, has_certificate=_has_certificate(exchange))
             mcp_requests.filter_list(exchange, head, allowed)
 

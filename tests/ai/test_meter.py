@@ -383,6 +383,8 @@ pieces_of_streams = st.sampled_from(
     st.booleans(),
 )
 @example(USAGE_CHUNK.replace(b"\n", b"\r\n") + DONE, list(range(200)), "openai", True)
+@example(delta("Hi") * 2 + b"\n" + USAGE_CHUNK, [], "openai", True)
+@example(delta("Hi") + b"\r\n\n\r\n\n" + USAGE_CHUNK, [], "openai", True)
 @example(b"\n" + USAGE_CHUNK[:-2] + b"\n\r\n\n", list(range(200)), "openai", True)
 def test_a_stream_is_read_and_passed_on_alike_whatever_the_pieces(
     body: bytes, places: list[int], kind: str, hides_usage: bool

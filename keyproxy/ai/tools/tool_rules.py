@@ -34,12 +34,12 @@ class ToolRules:
     """How the calls of one route are judged.
 
     `tool`: that all its requests call. `mcp`: how its messages are read, which name the tools; None: not an MCP route.
-    `body_bytes_max`: of a call that is read whole. `filters_list`: lists of tools omit those that may not be called.
+    `body_bytes_max`: of a call that is read whole.
     `approval_field`: the start of the header line that names an approval to the upstream. `refuses_tunnels`: WebSocket
     handshakes are refused, because no approval can be bound to frames, which are not read.
     """
 
-    __slots__ = ("approval_field", "body_bytes_max", "filters_list", "mcp", "refuses_tunnels", "table", "tool")
+    __slots__ = ("approval_field", "body_bytes_max", "mcp", "refuses_tunnels", "table", "tool")
 
     def __init__(
         self,
@@ -48,11 +48,9 @@ class ToolRules:
         tool: Tool | None,
         mcp: McpRules | None,
         body_bytes_max: int,
-        filters_list: bool = False,
         approval_field: bytes = b"X-Keyproxy-Approval: ",
     ) -> None:
         self.table: Final = table
-        self.filters_list: Final = filters_list
         self.tool: Final = tool
         self.mcp: Final = mcp
         self.body_bytes_max: Final = body_bytes_max

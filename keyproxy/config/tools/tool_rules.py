@@ -27,8 +27,7 @@ def tool_rules(settings: Settings, routes: RouteTable) -> dict[Route, ToolRules]
             mcp=mcp if route.protocol == MCP else None,
             body_bytes_max=bytes_max,
             approval_field=f"{settings.identity.header_prefix}Approval: ".encode("ascii"),
-            filters_list=row.filter_tools_list,
         )
-        for row, (_, route) in zip(settings.routes, routes.rows, strict=True)
+        for _, route in routes.rows
         if route.tool or route.protocol
     }

@@ -21,6 +21,7 @@ HELD_BYTES_MAX: Final = 65_536
 #: Two line ends, the longer spellings first: a CR LF is never taken for two.
 _EVENT_END = re.compile(rb"\r\n\r\n|\r\n\r|\r\n\n|\r\r\n|\r\r|\n\r\n|\n\r|\n\n")
 _EVENT_END_BYTES_MAX: Final = 4
+_LINE_ENDS: Final = (b"\r", b"\n")
 
 #: The most events of one piece that are read one by one; the rest of a longer piece passes unread. And the most checks
 #: for whether all following events can be counted together.
@@ -85,6 +86,10 @@ class SseMeter(Meter):
         end = content.rfind(b"\n\n", 0, len(content) if notable < 0 else notable) + 2
         if end < 2:
             return 0
+        if content[end - 3 : end - 2] in _LINE_ENDS and end > 2:
+            # Of more than two line ends, those after the first two belong to the next event, which may be left out.
+            first = _EVENT_END.match(content, len(content[:end].rstrip(b"\r\n")))
+            end = end if first is None else first.end()
         self._reading.count(content, 0, end)
         return end
 
