@@ -43,7 +43,7 @@ class Reason(enum.Enum):
         401,
         Blame.CALLER,
         "API key suspended",
-        "The API key is suspended. Its operator can resume it.",
+        "The API key is suspended. An operator can resume it.",
     )
     ACCOUNT_DISABLED = ProblemSpec(
         "account_disabled",

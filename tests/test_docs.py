@@ -143,3 +143,30 @@ GROUPS = list(_groups())
 def test_command_lists_fit_a_terminal_of_80_columns(group: click.Group) -> None:
     listed = group.get_help(click.Context(group, terminal_width=80)).partition("Commands:")[2]
     assert [line for line in listed.splitlines() if line.endswith("...")] == []
+
+
+def _shown_commands() -> Iterator[tuple[str, str]]:
+    """(page, command) of each `keyproxy …` in inline code and indented blocks; what the shell adds is cut off."""
+    for page in PAGES:
+        if page.name == "CHANGELOG.md" or page.parent.name == "decisions":
+            continue
+        text = _text(page)
+        for command in re.findall(r"(?m)(?:`|^ {4,}|\| )(keyproxy(?: [^`\n]+)?)", text):
+            yield _name(page), re.split(r" \| | > |  +#", command)[0]
+
+
+def test_options_of_every_command_in_the_docs_exist() -> None:
+    wrong = []
+    for page, line in _shown_commands():
+        command: click.Command = cli.root
+        words = iter(line.split()[1:])
+        for word in words:
+            found = command.get_command(click.Context(command), word) if isinstance(command, click.Group) else None
+            if found is None:
+                break
+            command = found
+        known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        options = set(re.findall(r"(?<= )--[a-z][a-z-]*", line)) - {"--help", "--version"}
+        if not options <= known:
+            wrong.append((page, line, sorted(options - known)))
+    assert wrong == []

@@ -41,7 +41,7 @@ class ApiConfig(NamedTuple):
     def warnings(self, *keys: Sequence[str]) -> list[str]:
         """Warnings about the scopes of keys: one that no route requires, or none that any route accepts."""
         distinct = dict.fromkeys(map(tuple, keys))
-        return list(dict.fromkeys(one for scopes in distinct for one in scope_warnings(self.settings.routes, scopes)))
+        return list(dict.fromkeys(one for scopes in distinct for one in scope_warnings(self.settings, scopes)))
 
 
 @dataclass(frozen=True, slots=True)

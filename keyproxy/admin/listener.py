@@ -218,7 +218,7 @@ class AdminListener:
 def _documents() -> tuple[bytes, str, str]:
     """(the OpenAPI document, its HTML page, the page's Content-Security-Policy).
 
-    Made at the first request for one, in a thread: it takes as long as a tenth of the start.
+    Built at the first request, in a thread: that takes as long as a tenth of the start-up.
     """
     document = openapi.document(ENDPOINTS)
     return orjson.dumps(document, option=orjson.OPT_INDENT_2), *docs_page.page(document)

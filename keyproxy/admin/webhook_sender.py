@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 _LOOK_SECONDS: Final = 30.0
 _ATTEMPT_SECONDS: Final = 15.0
 
-#: A prompt sender looks this often, and has a turn of its own for every look within the longest attempt.
+#: How often a prompt sender looks for messages. Each look during the longest attempt has a turn of its own.
 PROMPT_LOOK_SECONDS: Final = 1.0
 PROMPT_TURNS_MAX: Final = 16
 #: What a turn of a prompt sender sends at once: more new messages in a second wait for the next look.

@@ -196,8 +196,8 @@ class Call:
         """Warn of a scope that no route requires, and of a key that every route refuses. `keys`: the scopes of each."""
         if self.admin_url is not None:
             return  # the routes are those of the admin process, which returns its own warnings
-        routes = self.settings().routes
-        warnings = (one for scopes in dict.fromkeys(map(tuple, keys)) for one in scope_warnings(routes, scopes))
+        settings = self.settings()
+        warnings = (one for scopes in dict.fromkeys(map(tuple, keys)) for one in scope_warnings(settings, scopes))
         for warning in dict.fromkeys(warnings):
             print_message(f"warning: {warning}")
 

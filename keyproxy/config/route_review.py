@@ -27,11 +27,14 @@ def shadowed(routes: Sequence[RouteRow]) -> list[str]:
     return found
 
 
-def scope_warnings(routes: Sequence[RouteRow], scopes: Collection[str]) -> list[str]:
-    """Warnings about a key's scopes under these routes: a misspelled scope, or a key that every route refuses."""
+def scope_warnings(settings: Settings, scopes: Collection[str]) -> list[str]:
+    """Warnings about a key's scopes: a misspelled scope, or a key that every route refuses."""
+    routes = settings.routes
     if not routes:
         return []
     required = {scope for row in routes for scope in row.scopes}
+    required.update(*[model.scopes for model in settings.models], *[tool.scopes for tool in settings.tools])
+    required.update(*[category.scopes for category in settings.categories])
     unknown = [f"no route requires the scope {scope!r}" for scope in scopes if scope not in required]
     if unknown or any(set(row.scopes) <= set(scopes) for row in routes):
         return unknown

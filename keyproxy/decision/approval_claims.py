@@ -3,7 +3,7 @@
     digest of the call -> claimed -> sent: used for good
                               `---> limits refuse, no connection, client gone: given back
 
-The claim is one transaction of the store, so that no two requests have the same approval. What is bound to it is what
+The claim is one transaction of the store, so that no two requests use the same approval. What is bound to it is what
 was received: the digest covers the body before a metered route changes it.
 """
 

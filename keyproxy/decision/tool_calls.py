@@ -96,7 +96,7 @@ class ToolCalls:
     ) -> None:
         """Raise Missing until the approval that a call needs is claimed.
 
-        The limits are checked before, so that a request that they refuse neither uses an approval nor asks for one. They
+        The limits are checked before, so that a request that they refuse neither uses nor requests an approval. They
         are taken after it; what was claimed and not sent is given back. The request counts as concurrent meanwhile.
         Raises a Refusal if a limit refuses the request, or consents cannot be queried now.
         """
@@ -119,7 +119,7 @@ class ToolCalls:
         raise claiming
 
     def _needs_approval(self, call: ToolCall, identity: Identity, now: Moment, is_first_lookup: bool) -> bool:
-        """Whether one call needs an approval of its own: a consent stands for it where one suffices."""
+        """Whether one call needs an approval of its own: a consent replaces it where one suffices."""
         tool = call.tool
         if tool.approval == CONSENT:
             call.has_consent = self._approvals.has_consent(identity, tool.name, now, is_first_lookup=is_first_lookup)

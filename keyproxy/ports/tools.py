@@ -45,7 +45,7 @@ class Approvals:
         raise NotImplementedError
 
     async def claim(self, request: ApprovalRequest, patience: TimeBudget) -> ToolClaim:
-        """Claim the approval of this call, which no other request can use then. Without one, ask for it.
+        """Claim the approval of this call, which no other request can use then. Without one, request it.
 
         Raises a Refusal: APPROVAL_REQUIRED or APPROVAL_DENIED, with the approval as members; APPROVALS_UNAVAILABLE if
         the store does not respond. If the reply to a claim was lost, it is given back.

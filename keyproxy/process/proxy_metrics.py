@@ -291,7 +291,7 @@ PROXY_METRICS: Final[tuple[Metric[Scrape], ...]] = (
     Metric("keyproxy_tool_calls_total", COUNTER, "Calls of tools that have ended, by outcome.",
            ("tool", "outcome"), lambda scrape: scrape.recorder.tools.of(scrape.tools), SUM),
     Metric("keyproxy_approvals_total", COUNTER,
-           "Approvals of calls that were asked for and used, and calls that were refused for want of one.",
+           "Approvals that were requested or used, and calls that were refused without one.",
            ("kind", "state"), lambda scrape: approvals(scrape.store.approvals.outcomes, scrape.tools), SUM),
     Metric("keyproxy_approval_wait_seconds", HISTOGRAM,
            "Time from the request for an approval to its decision, of those that were used.",
@@ -339,7 +339,7 @@ PROXY_METRICS: Final[tuple[Metric[Scrape], ...]] = (
            ("kind",), lambda scrape: scrape.store.signals.reported, SUM),
     Metric("keyproxy_anomalies_dropped_total", COUNTER, "Signals and habits of keys that were dropped.",
            (), lambda scrape: scrape.store.signals.dropped, SUM),
-    Metric("keyproxy_suspensions_withheld_total", COUNTER, "Signals that did not suspend their key, which they may.",
+    Metric("keyproxy_suspensions_withheld_total", COUNTER, "Signals that may suspend their key, and did not.",
            (), lambda scrape: scrape.store.signals.withheld, SUM),
     # The process.
     Metric("keyproxy_access_log_dropped_total", COUNTER, "Access log lines that were dropped.",

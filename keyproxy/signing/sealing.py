@@ -82,7 +82,7 @@ class SealingKeys:
             if len(key) != _KEY_BYTES:
                 raise KeyFileError(f"line {number}: the key is not the base64 of 32 bytes")
             if kid in keys:
-                raise KeyFileError(f"line {number}: a key of this name stands on an earlier line")
+                raise KeyFileError(f"line {number}: the name of the key is used on an earlier line")
             keys[kid] = key
             if len(keys) > _KEYS_MAX:
                 raise KeyFileError(f"contains more than {_KEYS_MAX} keys")

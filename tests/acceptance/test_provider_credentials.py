@@ -143,9 +143,7 @@ async def test_replaced_secret_file_fails_no_request_and_is_used_within_two_seco
     assert ledger.secrets(since=replaced + FILE_SECONDS) == {SECOND}
 
 
-async def test_secret_that_the_upstream_refuses_is_passed_over_for_the_one_before(
-    filed: Site, secret_file: Path
-) -> None:
+async def test_previous_secret_is_used_while_the_upstream_refuses_the_newest(filed: Site, secret_file: Path) -> None:
     ledger = Ledger({FIRST})
     filed.upstream.answering = ledger
     secret = (await filed.key())["secret"]
@@ -209,9 +207,7 @@ async def test_unreadable_or_invalid_file_leaves_the_last_good_secret_in_use(fil
     assert ledger.seen[-1][2] == THIRD
 
 
-async def test_reload_keeps_the_secret_before_and_that_the_upstream_refuses_the_newest(
-    filed: Site, secret_file: Path
-) -> None:
+async def test_reload_keeps_the_previous_secret_and_the_mark_of_a_refused_one(filed: Site, secret_file: Path) -> None:
     filed.upstream.answering = Ledger({FIRST})
     secret = (await filed.key())["secret"]
     async with filed.serving() as process:

@@ -11,7 +11,7 @@ import pytest
 
 from keyproxy.ai.tools.tool_call import ToolClaim
 from keyproxy.config.schema import Cache
-from keyproxy.config.tools.tool_settings import ApprovalSettings
+from keyproxy.config.tools.tool_settings import ApprovalSettings, ToolRow, consent_warnings
 from keyproxy.model import TimeBudget
 from keyproxy.platform import clock
 from keyproxy.ports.tools import ApprovalRequest
@@ -93,7 +93,7 @@ async def test_denied_call_is_refused_and_an_approval_is_withdrawn(run: Run, api
 
 
 @BY
-async def test_approver_sees_the_call_without_what_a_terminal_would_interpret(run: Run, api: Api, by: str) -> None:
+async def test_approver_sees_the_call_without_control_characters(run: Run, api: Api, by: str) -> None:
     await api.user()
     shown = await run("approval", "show", await requested(api), by=by)
     assert shown.status == 0
@@ -148,6 +148,32 @@ async def test_consent_is_granted_listed_and_revoked(run: Run, api: Api, by: str
     ):
         refused = await run(*arguments, by=by)
         assert (refused.status, refused.out) == (status, ""), arguments
+
+
+@BY
+async def test_consent_without_effect_is_granted_with_a_warning(run: Run, api: Api, by: str) -> None:
+    await api.user()
+    granted = await run("consent", "grant", "--user", "u_1", "--tool", "crm.updat", "--expires-in", "1d", by=by)
+    assert granted.status == 0
+    assert "warning: no row of [[tools]] has the name 'crm.updat': the consent has no effect" in granted.err
+
+
+@pytest.mark.parametrize(
+    ("name", "warning"),
+    [
+        ("crm.update", None),
+        ("pay", "the tool 'pay' has approval = 'human': the consent has no effect"),
+        ("search", "the tool 'search' has approval = 'none': the consent has no effect"),
+        ("update_contact", "no row of [[tools]] has the name 'update_contact': the consent has no effect"),
+    ],
+)
+def test_consent_has_an_effect_only_on_tools_of_kind_consent(name: str, warning: str | None) -> None:
+    tools = [
+        ToolRow("crm.update", mcp="update_contact", approval="consent"),
+        ToolRow("pay", approval="human"),
+        ToolRow("search"),
+    ]
+    assert consent_warnings(tools, name) == ([] if warning is None else [warning])
 
 
 async def test_lists_print_all_pages_the_same_with_and_without_the_api(run: Run, api: Api) -> None:

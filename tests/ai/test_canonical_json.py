@@ -81,7 +81,7 @@ def test_canonical_form_is_the_same_value_and_the_same_for_every_spelling(value:
 
 
 @given(text=st.binary(max_size=40) | st.text(alphabet='{}[]",:01.e-\\u \ntrue', max_size=40).map(str.encode))
-def test_whatever_is_accepted_is_json_without_ambiguity(text: bytes) -> None:
+def test_accepted_text_is_unambiguous_json(text: bytes) -> None:
     try:
         form = canonical(text)
     except Refusal:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from keyproxy.ai.categories import Category
+from keyproxy.ai.models import Model
 from keyproxy.config.route_review import scope_warnings, shadowed
-from keyproxy.config.schema import RouteRow
+from keyproxy.config.schema import RouteRow, Settings
+from keyproxy.config.tools.tool_settings import ToolRow
 
 
 @pytest.mark.parametrize(
@@ -52,6 +55,17 @@ def test_a_route_is_shadowed_by_an_earlier_one_that_matches_all_it_does(
         assert found[0].startswith(f"routes[2]: {later!r} never matches, because routes[1] {earlier!r} precedes it")
 
 
+def test_scopes_of_models_categories_and_tools_are_required() -> None:
+    settings = Settings(
+        routes=(RouteRow("* /mcp"),),
+        models=(Model("big", scopes=frozenset({"model:premium"})),),
+        categories=(Category("code", frozenset({"prompt:code"})),),
+        tools=(ToolRow("search", scopes=["data:read"]),),
+    )
+    assert scope_warnings(settings, ["model:premium", "prompt:code", "data:read"]) == []
+    assert scope_warnings(settings, ["data:raed"]) == ["no route requires the scope 'data:raed'"]
+
+
 def test_each_shadowed_route_is_named_once() -> None:
     rows = [RouteRow("* /{rest...}"), RouteRow("GET /a"), RouteRow("GET /a/b")]
     assert [sentence.partition(":")[0] for sentence in shadowed(rows)] == ["routes[2]", "routes[3]"]
@@ -75,6 +89,6 @@ def test_key_that_no_route_accepts_causes_a_warning(
     routes: list[list[str]], scopes: list[str], warning: str | None
 ) -> None:
     rows = [RouteRow(f"GET /{number}", wanted) for number, wanted in enumerate(routes)]
-    found = scope_warnings(rows, scopes)
+    found = scope_warnings(Settings(routes=tuple(rows)), scopes)
     assert len(found) == (warning is not None)
     assert warning is None or warning in found[0]

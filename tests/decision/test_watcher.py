@@ -109,7 +109,7 @@ def test_networks_of_a_key_with_many_are_not_learned(watcher: Watcher, signals: 
 
 
 @pytest.mark.parametrize("reason", [Reason.QUOTA_EXHAUSTED, Reason.SCOPE_INSUFFICIENT, Reason.KEY_SUSPENDED])
-def test_refused_requests_teach_no_habits(watcher: Watcher, signals: FakeSignals, reason: Reason) -> None:
+def test_habits_are_not_learned_from_refused_requests(watcher: Watcher, signals: FakeSignals, reason: Reason) -> None:
     watcher.take([ended(reason=reason, model="gpt-4o")] * 1_000)
     assert (signals.habits, set(signals.kinds()) - {"probing"}) == ([], set())
 

@@ -55,7 +55,7 @@ def file(path: Path) -> SecretFile:
 # -- files
 
 
-def test_the_secret_before_is_used_for_a_day_while_the_newest_is_marked(
+def test_previous_secret_is_used_for_a_day_while_the_newest_is_marked(
     file: SecretFile, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("keyproxy.platform.clock.monotonic", lambda: 1000.0)

@@ -91,7 +91,7 @@ class Scenario:
     repeats: float = 0.0
 
 
-class Told(ledger_port.Ledger):
+class ReportingLedger(ledger_port.Ledger):
     """A ledger for claims that also reports their settlements to the upstream."""
 
     def __init__(self, ledger: Ledger, upstream: Upstream) -> None:
@@ -157,7 +157,7 @@ class Process:
     backend: RemoteLedger
     ledger: Ledger
     claims: Claims
-    told: Told
+    reporting: ReportingLedger
     store: RemoteClaims
     now: Callable[[], Moment]
     allowances: dict[tuple[Pool, ...], Allowance]
@@ -221,12 +221,12 @@ class World:
             ledger = Ledger(backend, config, now)
             ledger.start()
             store = RemoteClaims(self.network, loop)
-            told = Told(ledger, self.upstream)
-            claims = Claims(store, told, config, now)
+            reporting = ReportingLedger(ledger, self.upstream)
+            claims = Claims(store, reporting, config, now)
             claims.start()
         finally:
             asyncio._set_running_loop(None)
-        process = Process(loop, backend, ledger, claims, told, store, now, {})
+        process = Process(loop, backend, ledger, claims, reporting, store, now, {})
         self.fleet.append(process)
         if self.scenario.crowding > 1:
             self.clock.at(self.clock.now + chance.uniform(0, 0.5), lambda: self._poll(process))
@@ -336,7 +336,7 @@ class World:
         if fingerprint is not None:
             used += paid or 0
             self.upstream.answer(work, used)
-            process.told.work = work
+            process.reporting.work = work
             process.claims.add(hold, fingerprint, used, paid, spend=used)
             return
         spend = self._used(hold.total_spend)

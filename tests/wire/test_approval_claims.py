@@ -111,7 +111,7 @@ async def test_g2_approval_counts_for_no_other_values_of_an_mcp_call(start: Star
 
 
 @pytest.mark.parametrize("arguments", ['{"a":1,"a":2}', '{"a":{"b":[{"c":1,"\\u0063":2}]}}', '{"a":"\\ud800"}'])
-async def test_mcp_call_with_repeated_names_or_lone_surrogates_is_malformed_not_approvable(
+async def test_mcp_call_with_repeated_names_or_lone_surrogates_is_malformed_and_needs_no_approval(
     start: Start, arguments: str
 ) -> None:
     wire = await begin(start)
@@ -135,7 +135,7 @@ async def test_g3_unreachable_upstream_burns_no_approval(start: Start, raw: byte
 
 
 @pytest.mark.parametrize("raw", [PAY, called()], ids=["http", "mcp"])
-async def test_g3_limit_that_refuses_burns_no_approval_and_asks_for_none(start: Start, raw: bytes) -> None:
+async def test_g3_limit_that_refuses_burns_no_approval_and_requests_none(start: Start, raw: bytes) -> None:
     wire = await begin(start, Plan(requests_per_day=1))
     await approved(wire, raw)
     assert (await answer(wire, request("POST", "/other"))).status == 200

@@ -170,7 +170,7 @@ async def test_message_is_read_up_to_its_bound(start: Start, excess: int, is_chu
         assert wire.upstream.requests[0].body == content
 
 
-async def test_dense_message_does_not_hold_up_other_requests(start: Start) -> None:
+async def test_dense_message_does_not_delay_other_requests(start: Start) -> None:
     wire = await begin(start)
     content = body("", name="search", arguments={"a": "@"}).replace(b'"@"', b"[" + b"[]," * 1_000_000 + b"[]]")
     async with wire.client() as first, wire.client() as second:

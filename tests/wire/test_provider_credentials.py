@@ -119,7 +119,7 @@ async def test_credential_that_is_not_in_memory_is_fetched_first(start: Start) -
     assert b"Authorization: Bearer sk-1\r\n" in lines(wire.upstream.requests[-1])
 
 
-async def test_missing_credential_neither_burns_an_approval_nor_asks_for_one(start: Start) -> None:
+async def test_missing_credential_neither_burns_an_approval_nor_requests_one(start: Start) -> None:
     row = RouteRow("POST /pay", tool="transfer", provider="openai")
     wire = await start(rows=[row], tools=[ToolRow("transfer", approval="human")])
     async with wire.client() as client:

@@ -141,7 +141,7 @@ async def test_challenge_names_all_scopes_of_route_and_tool(start: Start) -> Non
         assert 'error="insufficient_scope", scope="data:read mcp:use"' in str(answer.one("WWW-Authenticate"))
 
 
-async def test_key_without_scopes_of_route_and_tool_learns_of_all_of_them_at_once(start: Start) -> None:
+async def test_refusal_for_a_scope_of_the_route_names_those_of_the_tool_too(start: Start) -> None:
     wire = await calling(start, "read", scopes=frozenset(), row={"scopes": ["mcp:use"]})
     answer = await ask(wire)
     assert (answer.status, problem(answer)["code"]) == (403, "insufficient_scope")
@@ -216,7 +216,7 @@ async def test_body_of_a_call_without_an_approval_is_not_bounded_or_awaited(star
         assert (await client.answer()).status == 200
 
 
-async def test_consent_stands_for_the_approval_of_a_consent_tool_only(start: Start) -> None:
+async def test_consent_replaces_the_approval_of_a_consent_tool_only(start: Start) -> None:
     wire = await calling(start, "mail")
     wire.approvals.consents |= {("u_42", "mail"), ("u_42", "transfer")}
     wire.approvals.slow.add(("u_42", "mail"))

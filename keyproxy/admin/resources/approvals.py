@@ -14,6 +14,7 @@ from keyproxy.admin.schemas.request_models import Paged, RequestModel
 from keyproxy.admin.schemas.response_models import Page, ResponseModel
 from keyproxy.admin.scopes import Scope, allows
 from keyproxy.ai.tools.tool import ADMIN
+from keyproxy.config.tools.tool_settings import consent_warnings
 from keyproxy.store.directory.directory import ApprovalFilter, ConsentFilter
 
 _NOT_THERE: Final = frozenset({Problem.NOT_FOUND})
@@ -116,6 +117,12 @@ class Consent(ResponseModel):
     revoked_at: Time | None
 
 
+class ConsentGranted(Consent):
+    """A granted consent."""
+
+    warnings: Annotated[list[str], Field(description="Warnings: a consent that has no effect.")]
+
+
 class ApprovalDecided(Approval):
     """A decided approval. `consent`: the one that was granted with it."""
 
@@ -176,7 +183,8 @@ async def _grant_consent(request: ApiRequest) -> ApiResponse:
     consent = await request.directory.consents.grant(
         body.user, body.tool, expires_in=timedelta(seconds=body.expires_in_seconds), agent=body.agent
     )
-    return ApiResponse(consent, 201, location=f"/v1/consents/{consent['id']}")
+    content = {**consent, "warnings": consent_warnings(request.config.settings.tools, body.tool)}
+    return ApiResponse(content, 201, location=f"/v1/consents/{consent['id']}")
 
 
 async def _revoke_consent(request: ApiRequest) -> ApiResponse:
@@ -205,7 +213,7 @@ ENDPOINTS: Final = (
     Endpoint("grant_consent",
              "Grant the consent of a user to a tool of kind `consent`. It replaces a live one for the same user, tool "
              "and agent. Takes effect within a second.",
-             Scope.APPROVALS_WRITE, _grant_consent, {201: Consent}, body=ConsentGrant,
+             Scope.APPROVALS_WRITE, _grant_consent, {201: ConsentGranted}, body=ConsentGrant,
              refuses=_NOT_THERE | {Problem.CONFLICT}),
     Endpoint("revoke_consent", "Revoke a consent permanently. Takes effect within a second.",
              Scope.APPROVALS_WRITE, _revoke_consent, {200: Consent}, refuses=_NOT_THERE),

@@ -206,7 +206,7 @@ ENDPOINTS: Final = (
              Scope.KEYS_WRITE, _suspend, {200: Key}, body=KeySuspend, may_be_empty=True, is_conditional=True,
              refuses=_NOT_THERE),
     Endpoint("resume_key",
-             "Let a suspended key work again. For an hour, the signal that suspended it does not suspend it again.",
+             "Resume a suspended key. For an hour, the signal that suspended it does not suspend it again.",
              Scope.KEYS_WRITE, _resume, {200: Key}, is_conditional=True, refuses=_NOT_THERE),
     Endpoint("report_leaked_key", "For secret scanners: revoke a leaked key or agent token and return its owner. "
              "`known` is false if it does not exist.",

@@ -1,6 +1,6 @@
 """What the approver of a call sees of it: a JSON object without secrets, of bounded size.
 
-Whatever is longer is cut evenly: first long strings, then the end. The store keeps the object as `jsonb`, so it is
+Longer content is cut: first long strings, evenly, then the end. The store keeps the object as `jsonb`, so it is
 written as PostgreSQL prints it. A number that PostgreSQL would print in hundreds of digits, or a reader would round, is
 a string.
 """

@@ -1,6 +1,6 @@
 """Read the message of a request to an MCP server: one JSON-RPC object, of which every server reads the same.
 
-The body decides which tool is called. A member that counts must stand once, spelled exactly, because servers differ in
+The body decides which tool is called. A member that counts must appear once, spelled exactly, because servers differ in
 which of two they read, and some ignore case or end a name at a NUL. Header fields that repeat parts of the message must
 agree with it, because a server may follow these.
 
@@ -67,7 +67,7 @@ _TOOL: Final = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _SEPARATORS: Final = re.compile(r"[^a-z0-9]+")
 #: The methods without their separators, in lower case: what a lenient server could compare.
 _BARE: Final = {"toolscall": CALL, "toolslist": LIST}
-#: What is repeated to the client of a version that it requests. No key is so short.
+#: A requested version that a refusal repeats. It is shorter than any key.
 _REQUESTED: Final = re.compile(rb"[0-9A-Za-z.-]{1,32}")
 _NULL: Final = b"null"
 
@@ -198,7 +198,7 @@ class McpReading:
         if method not in (CALL, LIST):
             meant = _BARE.get(_SEPARATORS.sub("", method.lower()))
             if meant is not None:
-                raise malformed(f"The method is '{meant}', spelled exactly.", "method")
+                raise malformed(f"The method must be spelled exactly '{meant}'.", "method")
         return method
 
     def _tool(self, rpc_id: bytes) -> str:
@@ -218,7 +218,7 @@ class McpReading:
         """The version of the message; empty if the client states none."""
         field = headers.version
         if _VERSION_MEMBER in self._members.values and not headers.has_versions:
-            # Before its support: a client that disagrees with itself has no version that could be supported.
+            # Before its support: if the client states two versions, neither can be supported.
             stated = self._members.text(_VERSION_MEMBER)
             if field is None or stated is None or not is_value(field, stated):
                 raise _mismatch("MCP-Protocol-Version", HEADER_MISMATCH)
@@ -309,7 +309,7 @@ def _rpc_id(members: MemberValues) -> bytes:
 
 
 def _unsupported(field: bytes, rules: McpRules) -> Refusal:
-    sentence = "MCP-Protocol-Version must name one of the supported versions, once."
+    sentence = "MCP-Protocol-Version must appear once, with a supported version."
     requested = field.decode("ascii") if _REQUESTED.fullmatch(field) else ""
     return Refusal(
         Reason.REQUEST_MALFORMED,
@@ -322,7 +322,7 @@ def _unsupported(field: bytes, rules: McpRules) -> Refusal:
 
 
 def _mismatch(field: str, code: int) -> Refusal:
-    refusal = malformed(f"The header {field} must stand once, and agree with the message.")
+    refusal = malformed(f"The header {field} must appear once and agree with the message.")
     return _coded(refusal, code)
 
 

@@ -1,6 +1,6 @@
 """Remove the tools that a credential may not call from the response to `tools/list`.
 
-The lists of JSON responses and of event streams are read; what cannot be read is not passed on. A list that a client
+The lists of JSON responses and of event streams are read; what cannot be read is not forwarded. A list that a client
 fetches in another way, such as by resuming a stream, is not filtered: the call is the boundary.
 """
 
@@ -47,7 +47,7 @@ class ToolListFilter:
             raise _invalid("it is neither JSON nor a stream of events")
 
     def feed(self, content: bytes, *, is_last: bool) -> bytes:
-        """Take the next content; return what of it may be passed on now. Raises a Refusal (UPSTREAM_INVALID)."""
+        """Take the next content; return the part of it that may be forwarded now. Raises a Refusal (UPSTREAM_INVALID)."""
         buffer = self._buffer
         buffer += content
         out = self._events() if self._is_stream else b""

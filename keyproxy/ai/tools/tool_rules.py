@@ -39,7 +39,7 @@ class ToolTable:
 class ToolRules:
     """How the calls of one route are judged.
 
-    `tool`: that all its requests call. `mcp`: how its messages are read, which name the tools; None: they are not of MCP.
+    `tool`: that all its requests call. `mcp`: how its messages are read, which name the tools; None: not an MCP route.
     `body_bytes_max`: of a call that is read whole.
     `approval_field`: the start of the header line that names an approval to the upstream. `refuses_tunnels`: WebSocket
     handshakes are refused, because no approval can be bound to frames, which are not read.

@@ -1,4 +1,4 @@
-"""Signals that a key behaves unlike itself: `[anomalies]`."""
+"""Signals of unusual use of a key: `[anomalies]`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class AnomalySettings:
 def conflicts(anomalies: AnomalySettings) -> list[str]:
     """The contradictions between keys of the table that are valid individually."""
     wrong = [
-        f"anomalies.suspend: {signal!r} must not suspend: other clients than the key's own can raise it"
+        f"anomalies.suspend: {signal!r} must not suspend: clients other than the key's own can raise it"
         for signal in anomalies.suspend
         if signal in _NEVER_SUSPENDS
     ]

@@ -30,7 +30,7 @@ def tool_faults(tools: Sequence[ToolRow], *, verifies_certificates: bool) -> Ite
         if row.client_certificate and not verifies_certificates:
             yield (
                 f"tools[{number}].client_certificate: needs listen.tls_client_ca_file,"
-                " without which no certificate of a client is verified"
+                " without which client certificates are not verified"
             )
         if row.credentials and not _OCCURRING.intersection(row.credentials):
             kinds = " or ".join(repr(kind) for kind in row.credentials)

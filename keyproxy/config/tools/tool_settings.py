@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from keyproxy.ai.tools.tool import APPROVALS, CREDENTIALS, NO_APPROVAL, Tool
+from keyproxy.ai.tools.tool import APPROVALS, CONSENT, CREDENTIALS, NO_APPROVAL, Tool
 from keyproxy.config import value_checks
 from keyproxy.config.value_checks import one_of, within
 from keyproxy.config.value_types import setting
@@ -71,3 +72,13 @@ class ToolRow:
             self.approval,
             f"{header_prefix}Tool: {self.name}\r\n".encode("ascii"),
         )
+
+
+def consent_warnings(tools: Sequence[ToolRow], name: str) -> list[str]:
+    """Warnings about a consent to a tool that is not configured, or for which a consent does not suffice."""
+    tool = next((row for row in tools if row.name == name), None)
+    if tool is None:
+        return [f"no row of [[tools]] has the name {name!r}: the consent has no effect"]
+    if tool.approval != CONSENT:
+        return [f"the tool {name!r} has approval = {tool.approval!r}: the consent has no effect"]
+    return []

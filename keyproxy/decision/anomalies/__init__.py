@@ -1,1 +1,1 @@
-"""Signals that a key behaves unlike itself."""
+"""Signals of unusual use of a key."""

@@ -1,4 +1,4 @@
-"""What a process remembers of a key, to notice that it behaves unlike itself: at most 4 KiB. Times are monotonic."""
+"""What a process remembers of a key, to detect unusual use of it: at most 4 KiB. Times are monotonic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Watches ended requests for signals that a key behaves unlike itself: `[anomalies]`.
+"""Watches ended requests for signals of unusual use of a key: `[anomalies]`.
 
 Requests are examined in batches after they have ended, so no request waits. What a key was used with is compared with
 what this process knows to be stored; anything else is passed on, and the store decides whether it is new. Only requests
@@ -45,7 +45,7 @@ _PERIOD_SECONDS: Final = 600.0
 _PROBES: Final = 20
 _FAILURES: Final = 100
 
-#: Refusals of a key that tries what it may not do.
+#: Refusals of a key for what it may not do.
 _PROBING_REASONS: Final = frozenset(
     {Reason.SCOPE_INSUFFICIENT, Reason.MODEL_NOT_ALLOWED, Reason.TOOL_NOT_ALLOWED, Reason.NAMESPACE_FORBIDDEN}
 )

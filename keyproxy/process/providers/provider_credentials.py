@@ -20,7 +20,7 @@ class StoredCredentials(Protocol):
         ...
 
     def since_wall(self, provider: str) -> float:
-        """Since when the longest-serving one in use serves; infinite without any."""
+        """When the oldest one in use was first used; infinite without any."""
         ...
 
 

@@ -140,7 +140,7 @@ def _header(number: int, row: ProviderRow) -> CredentialHeader:
     try:
         return CredentialHeader(row.name, row.header, row.format)
     except ValueError as error:
-        raise WatchedFileError(f"providers[{number}]: {error}") from None
+        raise WatchedFileError(f"providers[{number}].{error}") from None
 
 
 def file_problems(settings: Settings) -> list[str]:

@@ -1,1 +1,1 @@
-"""Signals that a key behaves unlike itself, and the suspension of keys."""
+"""Signals of unusual use of a key, and the suspension of keys."""

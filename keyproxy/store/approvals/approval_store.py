@@ -1,6 +1,6 @@
 """Approvals in the store: implements the port Approvals.
 
-A claim is one statement: it uses the approval of the call, or reports why it cannot be used, or asks for one. This
+A claim is one statement: it uses the approval of the call, or reports why it cannot be used, or requests one. This
 process chooses a random value for each claim; with it alone the approval can be given back. If the reply to a claim is
 lost, whether the server stopped, the connection broke, the statement took too long or the request ended, nothing is
 sent upstream, and the claim is given back.
@@ -42,7 +42,7 @@ _UNAVAILABLE: Final = {
 
 
 class _ClaimAttempt(NamedTuple):
-    """`approval_id`: of what is asked for if there is no approval. `claim`: the value that authorises giving back."""
+    """`approval_id`: of the row that is requested if there is none. `claim`: the value that authorises giving back."""
 
     approval_id: str
     claim: bytes
@@ -64,7 +64,7 @@ class ApprovalStore(Approvals):
         self.rules: ApprovalSettings = rules or ApprovalSettings()
         self.consents = consents
         self.releases = ReleaseQueue(database, now)
-        #: How many claims had each outcome, by the kind of approval. `pending`: those that asked for one, and not
+        #: How many claims had each outcome, by the kind of approval. `pending`: those that requested one, and not
         #: their repetitions.
         self.outcomes: collections.Counter[tuple[str, ...]] = collections.Counter()
         #: Called with the seconds from the request for an approval to its decision, when it is used.

@@ -17,9 +17,9 @@ from keyproxy.store.directory.errors import Invalid
 from keyproxy.store.ledger.explained_access import OwnerReader
 
 _APPROVALS: Final = {
-    CONSENT: "It needs a consent of the user, or an approval of this call.",
-    "human": "It needs an approval of this call.",
-    "admin": "It needs an approval of this call, by approvals:admin.",
+    CONSENT: "A consent of the user suffices too.",
+    "human": "Each call needs one of its own.",
+    "admin": "Each call needs one of its own, from an operator with approvals:admin.",
 }
 
 
@@ -71,7 +71,7 @@ class ExplainedTool:
 
 
 def stated_tool(table: ToolTable, name: str) -> CalledTool | None:
-    """The tool that the question names, by its name in `tools/call` or its label; None without a name."""
+    """The tool with this name, by its name in `tools/call` or its label; None without a name."""
     return CalledTool(table.by_mcp.get(name) or table.by_name.get(name)) if name else None
 
 

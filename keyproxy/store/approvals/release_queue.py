@@ -19,7 +19,7 @@ from keyproxy.store.postgres.database import StatementRunner, StoreConflict, Sto
 
 _log = logging.getLogger(__name__)
 
-#: How many claims may wait. Beyond this, an approval stays used, and its caller has to ask again.
+#: How many claims may wait. Beyond this, an approval stays used, and the call needs another one.
 _WAITING_MAX: Final = 10_000
 
 #: A transaction that keeps the row locked, and a later approval of the same call that is not used yet.

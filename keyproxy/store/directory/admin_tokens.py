@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Final
 
 from keyproxy.auth.api_key import ENTROPY_BYTES, KeyFormat
 from keyproxy.store.directory.context import DirectoryContext
@@ -16,6 +17,9 @@ from keyproxy.store.directory.entities import Actor, Entity, lifetime, random_di
 from keyproxy.store.directory.errors import NotFound
 from keyproxy.store.postgres.database import Row, StatementRunner, StoreConflict
 from keyproxy.store.postgres.times import time_text
+
+#: The scopes with which a token gives scopes to keys.
+_ISSUES_KEYS: Final = frozenset({"admin:write", "keys:write", "users:write"})
 
 
 class AdminTokens:
@@ -43,7 +47,7 @@ class AdminTokens:
         if row is None:
             raise NotFound(f"there is no token {token_id!r}")
         warnings = []
-        if tenant is not None and tenant["roles"] is None:
+        if tenant is not None and tenant["roles"] is None and not _ISSUES_KEYS.isdisjoint(scopes):
             warnings.append(
                 f"tenant {tenant_id!r} has no ceiling: this token can give its keys any scope; see `tenant set-roles`"
             )

@@ -118,7 +118,7 @@ class DirectoryContext:
             warnings = await self._check_authority(transaction, kind, entity_id, changes)
             row = await transaction.fetch_row(kind, entity_id)
             if row is None:
-                raise NotFound(f"there is no {kind} {entity_id!r}")
+                raise NotFound(f"there is no {kind.replace('_', ' ')} {entity_id!r}")
             return with_warnings(ENTITIES[kind](row), warnings)
 
     async def _check_authority(
@@ -171,7 +171,7 @@ class DirectoryContext:
             entity is not None and self.includes_tenant(entity["id" if kind == "tenant" else "tenant"])
         )
         if entity is None or not is_visible:
-            raise NotFound(f"there is no {kind} {entity_id!r}")
+            raise NotFound(f"there is no {kind.replace('_', ' ')} {entity_id!r}")
         return entity
 
 

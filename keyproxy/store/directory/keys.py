@@ -161,7 +161,7 @@ class KeyStore:
         return await self.get(key_id)
 
     async def resume(self, key_id: str, *, if_match: str | None = None) -> Entity:
-        """Let a suspended key work again. A key that is not suspended stays unchanged."""
+        """Resume a suspended key. A key that is not suspended stays unchanged."""
         async with self._context.transaction() as transaction:
             await self._context.lock(transaction, "key", key_id, if_match)
             await transaction.fetch("resume_key", key_id)

@@ -1,4 +1,4 @@
-"""Events for webhooks: of approvals, and of keys that behave unlike themselves.
+"""Events for webhooks: of approvals, and of unusual use of keys.
 
 Triggers and functions of the database write them, each with a permanent id, in the transaction of what they report. As
 with reminders, a sender claims an event for a limited time, and the same id is sent again if it dies. An event that

@@ -1624,7 +1624,7 @@ SELECT keyproxy.note_anomaly(
 SELECT keyproxy.tend_anomalies($1::int) AS is_more;
 
 -- name: claim_approval
--- Uses the approval of the call with the digest $2, or reports why it cannot be used, or asks for it: see the function.
+-- Uses the approval of the call with the digest $2, or reports why it cannot be used, or requests one: see the function.
 -- Needs: approvals (call_digest), approvals (claim), approvals (user_id, expires_at) of pending ones.
 SELECT c.outcome, c.approval_id, c.expires_at, c.waited_seconds
 FROM keyproxy.claim_approval($1, $2, $3, $4, $5, $6, $7, $8, $9::text::jsonb, $10, $11, $12, $13) AS c;

@@ -212,7 +212,7 @@ class ProviderKeyCache:
     # -- statistics and shutdown
 
     def since_wall(self, provider: str) -> float:
-        """Since when the longest-serving key that is in memory and in use serves; infinite without any."""
+        """When the oldest key that is in memory and in use was first used; infinite without any."""
         now = self._now()
         found = [one.keys.in_use_since_wall(now) for key, one in self._entries.items() if key.provider == provider]
         return min(found, default=math.inf)

@@ -32,7 +32,7 @@ def read_secret(content: bytes) -> bytes:
 
 
 def hint(secret: bytes) -> str:
-    """The last four characters, by which people tell secrets apart; empty for a short secret."""
+    """The last four characters, by which people distinguish secrets; empty for a short secret."""
     return secret[-_HINT_BYTES:].decode("ascii") if len(secret) >= _HINTED_BYTES_MIN else ""
 
 
@@ -42,14 +42,14 @@ class CredentialHeader:
     __slots__ = ("_after", "_before", "_name", "_provider", "_replaces")
 
     def __init__(self, provider: str, name: str, value_format: str) -> None:
-        """`value_format` contains `{secret}` once. Raises ValueError."""
+        """`value_format` contains `{secret}` once. Raises ValueError, which starts with the key at fault."""
         before, found, after = value_format.partition(_PLACEHOLDER)
         if not found or _PLACEHOLDER in after:
-            raise ValueError(f"the format must contain {_PLACEHOLDER} exactly once")
+            raise ValueError(f"format: must have exactly one {_PLACEHOLDER}")
         if not _NAME.fullmatch(name):
-            raise ValueError("the header is not a name of letters, digits, `.`, `_` and `-`")
+            raise ValueError("header: must be a name of letters, digits, `.`, `_` and `-`")
         if not (value_format.isascii() and value_format.isprintable()) or value_format != value_format.strip():
-            raise ValueError("the format is not visible ASCII without surrounding spaces")
+            raise ValueError("format: must have only visible ASCII characters and single spaces between them")
         self._provider = provider
         self._name = name
         self._before, self._after = before, after

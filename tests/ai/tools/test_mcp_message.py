@@ -160,7 +160,7 @@ def test_method_that_a_lenient_server_could_take_for_a_call_is_refused(method: s
 
 @pytest.mark.parametrize("name", ["jsonrpc", "id", "method", "params", "result", "error"])
 @pytest.mark.parametrize("change", ["{0}", "{1}", "{0}\\u0000", "{0}\\u0000x", " {0}", "{2}"])
-def test_member_that_counts_stands_once_and_exactly_spelled(name: str, change: str) -> None:
+def test_member_that_counts_appears_once_and_exactly_spelled(name: str, change: str) -> None:
     other = change.format(name, name.capitalize(), f"\\u{ord(name[0]):04x}{name[1:]}")
     first = {"result": b'"result":{}', "error": b'"error":{}'}.get(name, b'"method":"ping","params":{}')
     for order in (b'{"jsonrpc":"2.0","id":1,%b,"%b":2}', b'{"jsonrpc":"2.0","id":1,%b , "%b" : {}}'):
@@ -169,7 +169,7 @@ def test_member_that_counts_stands_once_and_exactly_spelled(name: str, change: s
 
 @pytest.mark.parametrize("name", ["name", "arguments", "uri", "_meta", "inputResponses", "requestState"])
 @pytest.mark.parametrize("change", ["{0}", "{1}", "{0}\\u0000", "{0}\\u0000x", "{0} "])
-def test_parameter_that_counts_stands_once_and_exactly_spelled(name: str, change: str) -> None:
+def test_parameter_that_counts_appears_once_and_exactly_spelled(name: str, change: str) -> None:
     other = change.format(name, name.upper())
     assert code(call(f'"name":"search","{name}":{{}},"{other}":{{}}')) == INVALID
 
@@ -232,7 +232,7 @@ def test_version_that_is_not_listed_is_refused_with_those_that_are(versions: byt
     )
 
 
-def test_version_stands_once() -> None:
+def test_version_appears_at_most_once() -> None:
     found = refusal(CALL, b"Mcp-Protocol-Version: 2025-06-18\r\nMCP-PROTOCOL-VERSION: 2025-06-18\r\n")
     assert found.rpc_code == UNSUPPORTED
 

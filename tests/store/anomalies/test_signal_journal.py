@@ -307,7 +307,7 @@ async def test_signal_suspends_only_a_key_that_exists_and_works(journal: SignalJ
 
 
 @pytest.mark.parametrize(("requests", "is_reported"), [(59, True), (60, False)])
-async def test_burst_that_earlier_requests_explain_is_not_reported(
+async def test_burst_within_the_recorded_usage_is_not_reported(
     journal: SignalJournal, sql: Sql, requests: int, *, is_reported: bool
 ) -> None:
     await sql.execute(
@@ -356,7 +356,7 @@ async def test_records_of_two_days_ago_are_deleted(journal: SignalJournal, sql: 
     assert await sql.fetchval("SELECT string_agg(key_id, ' ') FROM keyproxy.key_suspensions") == "key_1"
 
 
-async def test_habits_go_with_their_key(journal: SignalJournal, sql: Sql) -> None:
+async def test_deleting_a_key_deletes_its_habits(journal: SignalJournal, sql: Sql) -> None:
     await add_key(sql, 3)
     await learned(journal, habit(key="key_3"))
     await sql.execute("DELETE FROM keyproxy.api_keys WHERE id = 'key_3'")

@@ -211,7 +211,7 @@ async def test_closing_gives_back_what_is_waiting(proxy: Proxy, sql: Sql) -> Non
     assert await states(sql) == ["approved"]
 
 
-async def test_store_that_was_replaced_by_a_reload_passes_on_what_is_given_back(
+async def test_store_that_was_replaced_by_a_reload_hands_over_what_is_given_back(
     proxy: Proxy, relay: Relay, sql: Sql
 ) -> None:
     await proxy.refusal()

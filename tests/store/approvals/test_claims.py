@@ -48,7 +48,7 @@ async def clients(dsn: str, owner: Sql) -> AsyncIterator[list[Sql]]:
 # -- one claim after another
 
 
-async def test_first_claim_asks_and_repeated_ones_report_the_same_approval(owner: Sql) -> None:
+async def test_first_claim_requests_an_approval_and_repeated_ones_report_the_same(owner: Sql) -> None:
     first = await claim(owner)
     assert (first["outcome"], first["waited_seconds"]) == ("pending", None)
     again = await claim(owner)

@@ -90,7 +90,7 @@ async def test_denial_withdraws_an_unused_approval(directory: Directory, sql: Sq
 async def test_every_other_decision_is_a_conflict(directory: Directory, sql: Sql) -> None:
     denied = await ask(sql, b"1" * 32)
     await directory.approvals.deny(denied)
-    with pytest.raises(Conflict, match="is denied and cannot become approved"):
+    with pytest.raises(Conflict, match="is denied and cannot be approved"):
         await directory.approvals.approve(denied)
     used = await ask(sql, b"2" * 32)
     await directory.approvals.approve(used)
@@ -275,7 +275,7 @@ async def test_bound_directory_grants_and_sees_consents_of_its_tenant_only(
     assert [one["id"] for one in (await bound.consents.list_page(None, 9)).items] == [own["id"]]
 
 
-async def test_deleted_user_takes_approvals_and_consents_along(directory: Directory, sql: Sql) -> None:
+async def test_deleting_a_user_deletes_its_approvals_and_consents(directory: Directory, sql: Sql) -> None:
     await ask(sql)
     await directory.consents.grant("u_42", "pay", expires_in=timedelta(days=1))
     await directory.users.delete("u_42")

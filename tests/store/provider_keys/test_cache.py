@@ -128,7 +128,7 @@ async def test_tenant_without_a_usable_key_never_gets_the_shared_one(providing: 
     assert await providing.secret("acme") == "sk-shared"
 
 
-async def test_revoked_shared_key_leaves_nothing_to_fall_back_to(providing: Providing) -> None:
+async def test_revoked_shared_key_is_replaced_by_no_other_credential(providing: Providing) -> None:
     await providing.add("shared", "sk-shared")
     await providing.change("shared", "revoked_at = now()")
     assert await providing.secret("acme") == UNAVAILABLE.code
@@ -204,7 +204,7 @@ async def test_opened_keys_are_served_while_the_store_is_down_but_not_changed_on
     assert await providing.secret("acme") == UNAVAILABLE.code
 
 
-async def test_refusal_of_an_outage_asks_for_a_retry_soon(providing: Providing) -> None:
+async def test_refusal_during_an_outage_has_a_short_retry_after(providing: Providing) -> None:
     await providing.rig.goes_down()
     with pytest.raises(Refusal) as refused:
         await providing.credential("acme")

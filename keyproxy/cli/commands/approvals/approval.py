@@ -1,4 +1,4 @@
-"""keyproxy approval: what agents want to do, and what they may."""
+"""keyproxy approval: decide on calls of tools that need an approval."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _reason_option = click.option("--reason", default="", metavar="TEXT", help="The 
 def approval_group() -> None:
     """Decide on calls of tools that need an approval.
 
-    The agent repeats its request until the call is decided. An approval counts for exactly this call, once.
+    The agent repeats its request until the call is decided. An approval is valid for exactly this call, once.
 
     \b
     keyproxy approval list --state pending
@@ -67,9 +67,9 @@ def approval_show(call: Call, approval_id: str) -> None:
 )  # fmt: skip
 @takes_call
 def approval_approve(call: Call, approval_id: str, reason: str, consent_for: timedelta | None) -> None:
-    """Approve a call. The agent's next repetition of it is sent; it is not sent a second time.
+    """Approve a call. When the agent repeats it, it is forwarded once.
 
-    The approval has to be used within approvals.use_seconds.
+    The approval must be used within approvals.use_seconds.
 
     \b
     keyproxy approval approve apr_… --reason "order 4711"

@@ -1,4 +1,4 @@
-"""keyproxy consent: tools that users let agents call without an approval of each call."""
+"""keyproxy consent: users consent to tools, whose calls then need no approval each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import click
 
 from keyproxy.auth.names import is_agent
 from keyproxy.cli.context import Call, every_page, takes_call
+from keyproxy.cli.output import print_message
 from keyproxy.cli.parameters import span
+from keyproxy.config.tools.tool_settings import consent_warnings
 from keyproxy.store.directory.agents.agents import AGENT_ID_RULE
 from keyproxy.store.directory.directory import ConsentFilter
 
@@ -47,10 +49,11 @@ def consent_grant(call: Call, user_id: str, tool: str, agent: str | None, expire
     \b
     keyproxy consent grant --user u_42 --tool crm.update --expires-in 30d
     """
-    call.print_result(
-        call.run(lambda directory: directory.consents.grant(user_id, tool, expires_in=expires_in, agent=agent)),
-        _COLUMNS,
-    )
+    consent = call.run(lambda directory: directory.consents.grant(user_id, tool, expires_in=expires_in, agent=agent))
+    if call.admin_url is None:  # the admin API returns its warnings
+        for warning in consent_warnings(call.settings().tools, tool):
+            print_message(f"warning: {warning}")
+    call.print_result(consent, _COLUMNS)
 
 
 @consent_group.command("list")

@@ -1,4 +1,4 @@
-"""keyproxy key suspend, resume, origins: stop a key that may be in other hands, and see where it was used."""
+"""keyproxy key suspend, resume, origins: stop a key that may have been stolen, and show where it was used."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def key_suspend(call: Call, key_id: str, reason: str) -> None:
     call.print_result(call.run(lambda directory: directory.keys.suspend(key_id, reason)), KEY_COLUMNS)
 
 
-@click.command("resume", short_help="Let a suspended key work again.")
+@click.command("resume", short_help="Resume a suspended key.")
 @_id_argument
 @takes_call
 def key_resume(call: Call, key_id: str) -> None:
-    """Let a suspended key work again. Takes effect everywhere within a second.
+    """Resume a suspended key. Takes effect everywhere within a second.
 
     For an hour, the signal of [anomalies] that suspended the key does not suspend it again.
 

@@ -46,9 +46,9 @@ def _secret_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)  # fmt: skip
 
 
-@click.group("provider-key", short_help="Manage stored credentials of upstreams.")
+@click.group("provider-key", short_help="Manage stored provider credentials.")
 def provider_key_group() -> None:
-    """Manage stored credentials of upstreams.
+    """Manage stored provider credentials.
 
     The proxy sends them on routes with a `provider`. They are stored sealed with the first key of `secrets.key_file`. A
     secret is never shown again.

@@ -3,7 +3,7 @@
     pending -> approved | denied      a decision
     approved -> denied                the approval is withdrawn before its use
 
-Proxies make the other changes of state: they ask for approvals, use them and give them back.
+Proxies make the other changes of state: they request approvals, use them and give them back.
 """
 
 from __future__ import annotations
@@ -113,5 +113,5 @@ class ApprovalDecisions:
         )
         now = ENTITIES["approval"]((await transaction.fetch("approval", approval["id"]))[0])
         if not done:
-            raise Conflict(f"approval {approval['id']} is {now['state']} and cannot become {state}")
+            raise Conflict(f"approval {approval['id']} is {now['state']} and cannot be {state}")
         return now

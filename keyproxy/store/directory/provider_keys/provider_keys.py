@@ -168,7 +168,7 @@ class ProviderKeyStore:
     async def _read(self, transaction: Transaction, key_id: str) -> Entity:
         row: Row | None = await transaction.fetch_row("provider_key", key_id)
         if row is None:
-            raise NotFound(f"there is no provider_key {key_id!r}")
+            raise NotFound(f"there is no provider key {key_id!r}")
         return ENTITIES["provider_key"](row)
 
 
