@@ -255,9 +255,8 @@ class Exchange(PoolUser):
                 return
         self._phase = phases.EXCHANGE.step(self._phase, phases.REQUESTED)
         self._upstream, self.sent_mono = upstream, now
-        data = request_head(self, permit, upstream.host, is_signed=assertions is not None)
         body, self.body = self.body, b""
-        upstream.begin(self, data, body, now)
+        upstream.begin(self, request_head(self, permit, upstream.host, is_signed=assertions is not None), body, now)
         self.resume_request()
 
     def interim_arrived(self, response: ResponseHead) -> None:
@@ -286,8 +285,7 @@ class Exchange(PoolUser):
         self.responded_mono = now
         self.status = response.line.status
         self.is_complete = False
-        if self.upstream_credential is not None:
-            self.upstream_credential.note_response(self.status, self.sent_mono)
+        response_begun.note_credential(self)
         lines = response_heads.client_lines(response, self, self._server, now)
         self.response.begin_tunnel(response, lines)
         self._client.enter_tunnel()
@@ -361,8 +359,7 @@ class Exchange(PoolUser):
             return
         owner = PUBLIC_OWNER if self.identity is None else self.identity.owner
         pool = self._pool = self._server.upstreams.for_owner(owner)
-        waits = self._is_retry or self.is_tunnel_request or self.has_claim
-        upstream = None if waits else pool.take(owner, self.started_mono)
+        upstream = None if self._is_retry or not self.may_reuse else pool.take(owner, self.started_mono)
         if upstream is not None:
             self.connected(upstream)
         else:

@@ -27,6 +27,12 @@ def prepare(exchange: Exchange, response: ResponseHead, gate: Gate, now: float) 
     return response
 
 
+def note_credential(exchange: Exchange) -> None:
+    """Note that the upstream has accepted the credential of a WebSocket handshake."""
+    if exchange.upstream_credential is not None:
+        exchange.upstream_credential.note_response(exchange.status, exchange.sent_mono)
+
+
 def _begin_filter(exchange: Exchange, response: ResponseHead) -> ResponseHead:
     head, tool_list = exchange.head, exchange.tool_list
     is_empty = head is None or has_no_body(head.line.method, response.line)

@@ -39,6 +39,11 @@ class UpstreamUser(exchange.Exchange):
         """Whether the request has used an approval, so that it is sent once, on a new connection."""
         return self.tool_call is not None and self.tool_call.claim is not None
 
+    @property
+    def may_reuse(self) -> bool:
+        """Whether the request may go on a connection that is open."""
+        return not (self.is_tunnel_request or self.has_claim)
+
     def may_retry(self, refusal: Refusal, *, is_reused: bool) -> bool:
         """Whether the request may be sent again, on another connection."""
         return not self.has_claim and retry.may_retry(self.head, refusal, is_reused=is_reused)
