@@ -419,6 +419,13 @@ def test_a_token_for_a_tenant_without_a_ceiling_is_warned_of(shell: Shell, key: 
     assert shell.run("admin", "token", "create", "--scope", "keys:write", "--json").err == ""
 
 
+def test_a_token_that_issues_no_keys_is_not_warned_of_a_missing_ceiling(shell: Shell, key: dict[str, Any]) -> None:
+    del key
+    scopes = ("--scope", "approvals:read", "--scope", "approvals:write", "--scope", "tenant:acme")
+    printed = shell.run("admin", "token", "create", *scopes, "--json")
+    assert (printed.status, printed.err) == (0, "")
+
+
 def test_owned_ids_are_added_listed_and_removed(shell: Shell, key: dict[str, Any]) -> None:
     del key
     shell.run_json("tenant", "create", "globex")
