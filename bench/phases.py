@@ -292,7 +292,7 @@ class Bench:
         self.recorder = Recorder(self.log, lambda rows: self.usage.take(rows))
         self.gateway = build_gateway(
             settings, self.routes, identities=identities, owned_ids=OwnedIds(), templates=_Templates(),
-            ledger=self.ledger, claims=claims, approvals=calling.approvals, mint=cast("AgentTokenMint", None),
+            ledger=self.ledger, claims=claims, approvals=calling.approvals, mint=AgentTokenMint(),
             now=clock.now, upstream_credentials=calling.credentials,
         )  # fmt: skip
         deadlines = Deadlines(loop, clock.monotonic)

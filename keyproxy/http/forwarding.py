@@ -107,7 +107,7 @@ class Forwarding:
 
     def recorded_address(self, head: RequestHead | None) -> bytes:
         """The client's address as it may be recorded: its IP address or its network; empty: none, or unknown."""
-        return self.client(head).recorded
+        return self.client(head).recorded if self._is_trusted else self._peer.recorded
 
     def _extended(self, head: RequestHead) -> bytes:
         fields = {b"x-forwarded-proto": self._scheme}

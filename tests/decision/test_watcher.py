@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from keyproxy.config.tools.anomaly_settings import SIGNALS
+from keyproxy.decision.anomalies.key_watch import KeyPace, KeyWatch, Occurrences
 from keyproxy.decision.anomalies.watcher import Watcher, terms_of
 from keyproxy.http.forwarding import FULL, NONE, TrustRule
 from keyproxy.limits.allowance import Allowance
@@ -106,6 +108,37 @@ def test_networks_of_a_key_with_many_are_not_learned(watcher: Watcher, signals: 
     signals.habits[0].known.add(MANY)
     watcher.take([ended(address="192.0.2.1"), ended(model="o3")])
     assert [kind for _, kind, _ in values(signals)] == ["new_network", "new_model"]
+
+
+def test_model_named_many_stops_no_network_from_being_learned(watcher: Watcher, signals: FakeSignals) -> None:
+    watcher.change(terms_of(SIGNALS, ["many"]), signals)
+    watcher.take([ended(model="many")])
+    for habit in signals.habits:
+        habit.known.add(habit.value)
+    watcher.take([ended(model="many", address="192.0.2.1")])
+    assert values(signals)[2:] == [("key_of_u_42", "new_network", b"192.0.2.0/24")]
+
+
+def test_watched_key_takes_at_most_4_kib() -> None:
+    def watched(number: int) -> KeyWatch:
+        watch = KeyWatch()
+        for habit in range(32):
+            watch.networks.add(b"2001:db8:%x%02x::/48" % (number, habit))
+            watch.models.add(b"model-%d" % habit)
+        watch.pace, watch.probes = KeyPace(0.0), Occurrences(20, 600.0)
+        for value in range(100):
+            watch.is_first("velocity", f"tokens/day {number} {value}", 500_000 + number)
+        return watch
+
+    watched(0)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        kept = [watched(number) for number in range(100)]
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert grown / len(kept) <= 4_096
 
 
 @pytest.mark.parametrize("reason", [Reason.QUOTA_EXHAUSTED, Reason.SCOPE_INSUFFICIENT, Reason.KEY_SUSPENDED])

@@ -53,6 +53,17 @@ def test_a_target_is_searched_for_a_key_once_and_with_its_path_decoded(target: b
     assert searched == [path.replace(b"%2525", b"%") + mark + query]
 
 
+def test_path_under_a_known_shape_is_parsed_once() -> None:
+    """Otherwise every route but the first one of a shape costs its parsing with each request."""
+    reader = requests()
+    lines = b" HTTP/1.1\r\nHost: a\r\nX-Request-Id: %d\r\n\r\n"
+    for number in range(OFTEN):
+        read(reader, b"GET /a" + lines % number)
+    heads = [read(reader, b"GET " + path + lines % number) for path in (b"/b", b"/b?c=d") for number in range(2)]
+    assert heads[0].line is heads[1].line
+    assert heads[2].line is not heads[3].line
+
+
 Likes = list[Any]
 
 
