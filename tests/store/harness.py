@@ -47,12 +47,17 @@ async def until_row(sql: Sql, query: str, *arguments: object, seconds: float = D
 
 async def until_blocked(sql: Sql, text: str) -> None:
     """Wait until a statement that contains `text` waits for a lock."""
-    await until_row(
-        sql,
+    query = (
         "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-        " AND position($1 in query) > 0 AND pid <> pg_backend_pid()",
-        text,
+        " AND position($1 in query) > 0 AND pid <> pg_backend_pid()"
     )
+
+    async def is_blocked() -> bool:
+        # A transaction reads the activity of other sessions once, and keeps what it has read.
+        await sql.execute("SELECT pg_stat_clear_snapshot()")
+        return await sql.fetchrow(query, text) is not None
+
+    await until(is_blocked, f"a statement with {text} waits for a lock", seconds=DEADLINE_SECONDS)
 
 
 async def migrated_up_to(dsn: str, number: int) -> None:

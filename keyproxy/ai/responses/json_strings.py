@@ -143,15 +143,22 @@ def _count(content: bytes, estimate: TextEstimate) -> int:
             break
     # One object a string: a document may consist of short ones. Each comes with the quote that ends it.
     found = _STRINGS.findall(content)
-    values = [value for value in found if value[-1] == _QUOTE]
-    for name in [name for name in found if len(name) > NAME_BYTES_MAX and name[-1] != _QUOTE]:
-        end = name.rindex(b'"')
-        if end > NAME_BYTES_MAX:
-            values.append(name[: end + 1])
+    if b":" not in content:
+        values = found
+    else:
+        values = [value for value in found if value[-1] == _QUOTE]
+        if max(map(len, found), default=0) > NAME_BYTES_MAX:
+            values += _long_names(found)
     if values:
         estimate.add(json_text(SEPARATOR.join(values)))
         estimate.quarters -= QUARTERS * len(values)
     return characters
+
+
+def _long_names(found: list[bytes]) -> list[bytes]:
+    """The names that count as values."""
+    ends = [(name, name.rindex(b'"')) for name in found if len(name) > NAME_BYTES_MAX and name[-1] != _QUOTE]
+    return [name[: end + 1] for name, end in ends if end > NAME_BYTES_MAX]
 
 
 def _without_media(match: re.Match[bytes]) -> bytes:
