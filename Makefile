@@ -11,7 +11,7 @@ ARGS ?=
 DSN ?=
 SEEDS ?= 1000
 SECONDS ?= 120
-JOBS ?= 3
+JOBS ?= 4
 
 # Otherwise each of the many processes would compile every module again.
 unexport PYTHONDONTWRITEBYTECODE
