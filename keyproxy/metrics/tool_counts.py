@@ -21,7 +21,7 @@ _OUTCOMES: Final = (
     *(reason.code for reason in REFUSALS),
 )
 
-#: What a claim of an approval finds, or what becomes of it.
+#: The outcomes of a claim of an approval.
 _STATES: Final = ("pending", "used", "denied", "limit", "unavailable")
 
 

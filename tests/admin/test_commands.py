@@ -96,7 +96,7 @@ async def test_command_needs_only_the_scope_of_its_endpoint(
         "role list", "role show reader", "role show nothing", "owned list", "owned list --tenant acme", "owned show m x",
         "key explain KEY --path /v1/ai/jobs", "key explain KEY --path /v1/ai/jobs --method GET --tokens 5",
         "usage show --by model", "usage credit --user u_1 --limit tokens/week --amount 5 --reason r",
-        "key origins KEY", "key origins key_x", "tenant show nobody", "user show nobody",
+        "key origins KEY", "key origins key_x", "tenant show absent", "user show absent",
         "key show key_x", "key explain key_x --path /",
         "agent list --user u_1", "agent list --user u_none", "agent show crawler --user u_1", "agent show x --user u_1",
         "key explain KEY --act-for u_1", "key explain KEY --act-for u_none --path /v1/ai/jobs", "agent explain TOKEN",
