@@ -68,6 +68,18 @@ class AgentToken:
     request_budget: int | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class OAuthSession:
+    """The session of an OAuth client behind an identity, whose key id is that of the session.
+
+    `bound_to`: SHA-256 of the client's certificate, which the connection must have (RFC 8705); None: any will do.
+    """
+
+    grant_id: str
+    client_id: str
+    bound_to: bytes | None = None
+
+
 class CachedAssertion:
     """The signed assertion of one identity, as a header line. It is used while `signed_by` is the number of the signer in
     use, and before `renew_mono_seconds`."""
@@ -92,8 +104,9 @@ class Identity:
 
     `key_id`: the key; behind an agent token, the key that it was cut from. `user_id`: the user whose data, limits and
     usage the request concerns. `actor_user_id`: the owner of the key, if it acts for that user; else None.
-    `agent_token`: the agent token; None: the credential is a key. `lineage`: the first key of its rotations, or itself.
-    `can_act`: the key may act for users of its tenant.
+    `agent_token`: the agent token; None: the credential is none. `oauth`: the session of an OAuth access token; None: the
+    credential is none. `lineage`: the first key of its rotations, or itself; the grant of a session. `can_act`: the key
+    may act for users of its tenant.
     """
 
     key_id: str
@@ -110,6 +123,7 @@ class Identity:
     agent_token: AgentToken | None = None
     can_act: bool = False
     lineage: str = ""
+    oauth: OAuthSession | None = None
     assertion: CachedAssertion = field(default_factory=CachedAssertion, repr=False)
     mode: str = field(init=False)
     owner: Owner = field(init=False)

@@ -33,6 +33,7 @@ RANKS = {
     "ai": 5,
     "auth": 5,
     "http": 5,
+    "oauth": 5,
     "ports": 6,
     "config": 6,
     "platform": 7,
@@ -44,6 +45,7 @@ RANKS = {
     "gateway": 9,
     "process": 10,
     "admin": 11,
+    "authorize": 11,
     "demo": 12,
     "cli": 13,
     "__main__": 14,
@@ -67,7 +69,7 @@ IMPURE = {
 
 #: The only modules that may import a library.
 HOMES = {
-    "aiohttp": {"admin", "cli", "demo", "process"},
+    "aiohttp": {"admin", "authorize", "cli", "demo", "process"},
     "asyncpg": {"store"},
     "cachetools": {"store"},
     "click": {"cli", "demo"},
@@ -76,7 +78,7 @@ HOMES = {
     "jwt": {"signing"},
     "multipart": {"ai"},
     "mypy_extensions": {"mypyc_compat"},
-    "orjson": {"admin", "ai", "cli", "demo", "metrics", "process", "store"},
+    "orjson": {"admin", "ai", "authorize", "cli", "demo", "metrics", "process", "store"},
     "pydantic": {"admin"},
     "prometheus_client": {"metrics"},
     "re2": {"process"},

@@ -39,7 +39,14 @@ _HINT_SHOWS_TAIL_FROM: Final = 32
 _RECOGNISABLE_DIGITS: Final = 16
 
 
-_LIKE_A_KEY = re.compile(rf"([0-9a-z]+_(?:live|test|admin)_)[0-9a-z]{{{_RECOGNISABLE_DIGITS},}}", re.IGNORECASE)
+#: The kinds of our secrets, which stand where a key has its mode. Of those for OAuth, the proxy accepts access tokens.
+_ADMIN: Final = b"admin"
+_ACCESS: Final = b"access"
+_REFRESH: Final = b"refresh"
+_CLIENT: Final = b"client"
+_KINDS: Final = "live|test|admin|access|refresh|client"
+
+_LIKE_A_KEY = re.compile(rf"([0-9a-z]+_(?:{_KINDS})_)[0-9a-z]{{{_RECOGNISABLE_DIGITS},}}", re.IGNORECASE)
 
 
 class SecretKey:
@@ -82,10 +89,7 @@ class KeyFormat:
         self._ours = re.compile(
             rb"%b_(?:live|test)_[0-9A-Za-z]{%d}" % (re.escape(self._prefix), RANDOM_DIGITS + CHECKSUM_DIGITS)
         )
-        self._admin = re.compile(
-            rb"%b_admin_[0-9A-Za-z]{%d}" % (re.escape(self._prefix), RANDOM_DIGITS + CHECKSUM_DIGITS)
-        )
-        start = rb"%b_(?:live|test|admin)_" % re.escape(self._prefix)
+        start = rb"%b_(?:%b)_" % (re.escape(self._prefix), _KINDS.encode("ascii"))
         self._start = re.compile(start, re.IGNORECASE)
         self._recognisable = re.compile(rb"%b[0-9A-Z]{%d}" % (start, _RECOGNISABLE_DIGITS), re.IGNORECASE)
 
@@ -95,11 +99,35 @@ class KeyFormat:
 
     def make_admin_token(self, entropy: bytes) -> SecretKey:
         """Make a token for the admin API from 32 random bytes: in the format of a key, but not valid as one."""
-        return self._made(b"admin", entropy)
+        return self._made(_ADMIN, entropy)
+
+    def make_access_token(self, entropy: bytes) -> SecretKey:
+        """Make an OAuth access token from 32 random bytes."""
+        return self._made(_ACCESS, entropy)
+
+    def make_refresh_token(self, entropy: bytes) -> SecretKey:
+        """Make an OAuth refresh token from 32 random bytes."""
+        return self._made(_REFRESH, entropy)
+
+    def make_client_secret(self, entropy: bytes) -> SecretKey:
+        """Make the secret of an OAuth client from 32 random bytes."""
+        return self._made(_CLIENT, entropy)
 
     def may_be_admin_token(self, plaintext: bytes) -> bool:
         """Whether to look this up as an admin token: well-formed, with a correct checksum."""
-        return self._admin.fullmatch(plaintext) is not None and _is_whole(plaintext)
+        return self._is_whole(_ADMIN, plaintext)
+
+    def may_be_access_token(self, plaintext: bytes) -> bool:
+        """Whether to look this up as an OAuth access token."""
+        return self._is_whole(_ACCESS, plaintext)
+
+    def may_be_refresh_token(self, plaintext: bytes) -> bool:
+        """Whether to look this up as an OAuth refresh token."""
+        return self._is_whole(_REFRESH, plaintext)
+
+    def may_be_client_secret(self, plaintext: bytes) -> bool:
+        """Whether to look this up as the secret of an OAuth client."""
+        return self._is_whole(_CLIENT, plaintext)
 
     def may_exist(self, plaintext: bytes) -> bool:
         """Whether to look this up as a key: well-formed with a correct checksum, or a foreign key where allowed.
@@ -120,6 +148,12 @@ class KeyFormat:
     def starts(self, text: bytes) -> Iterator[re.Match[bytes]]:
         """Every place in a text where a key under this prefix begins."""
         return self._start.finditer(text)
+
+    def _is_whole(self, kind: bytes, plaintext: bytes) -> bool:
+        start = b"%b_%b_" % (self._prefix, kind)
+        digits = plaintext[len(start) :]
+        has_form = plaintext.startswith(start) and len(digits) == RANDOM_DIGITS + CHECKSUM_DIGITS
+        return has_form and digits.isalnum() and _is_whole(plaintext)
 
     def _made(self, kind: bytes, entropy: bytes) -> SecretKey:
         if len(entropy) != ENTROPY_BYTES:

@@ -22,7 +22,8 @@ from typing import Any, Final, NamedTuple
 from keyproxy.config import value_types
 from keyproxy.config.categories import read_categories
 from keyproxy.config.models import read_models
-from keyproxy.config.schema import TABLES, RouteRow, Settings, cross_checks
+from keyproxy.config.oauth.oauth_settings import KnownClientRow
+from keyproxy.config.schema import TABLES, RouteRow, Settings, attribute, cross_checks
 from keyproxy.config.tools.provider_settings import ProviderRow
 from keyproxy.config.tools.tool_settings import ToolRow
 from keyproxy.config.value_types import Fault
@@ -49,6 +50,7 @@ _NOT_SECRET: Final = ("", "embedded", "postgres")
 _ARRAYS: Final[dict[str, tuple[type[Any], str]]] = {
     "tools": (ToolRow, "name"),
     "providers": (ProviderRow, "name"),
+    "oauth.known_clients": (KnownClientRow, "name"),
     "routes": (RouteRow, "match"),
 }
 
@@ -164,13 +166,13 @@ def load(path: Path | None, environment: Mapping[str, str], *, read: str | None 
             reading.rows["routes"] = json.loads(environment["KEYPROXY_ROUTES"])
         except ValueError:
             reading.wrong.append("KEYPROXY_ROUTES: must be a JSON array of objects")
-    arrays: dict[str, Any] = {name: tuple(_rows(reading, name)) for name in _ARRAYS}
+    arrays: dict[str, Any] = {attribute(name): tuple(_rows(reading, name)) for name in _ARRAYS}
     models, wrong_models = read_models(reading.model_rows)
     categories, wrong_categories = read_categories(reading.category_rows)
     reading.wrong += [*wrong_models, *wrong_categories]
     if reading.wrong:
         raise ConfigError(reading.wrong)
-    tables = {table: cls(**reading.values[table]) for table, cls in TABLES.items()}
+    tables = {attribute(table): cls(**reading.values[table]) for table, cls in TABLES.items()}
     settings = Settings(**tables, models=models, categories=categories, **arrays)
     loaded = Config(settings, _with_defaults(reading))
     wrong = cross_checks(settings)
@@ -182,14 +184,14 @@ def load(path: Path | None, environment: Mapping[str, str], *, read: str | None 
 def flatten(settings: Settings) -> Iterator[tuple[str, object]]:
     """Every key as (`table.key`, value), in the order of the file; then one for each row of an array of tables."""
     for table in TABLES:
-        for key, value in dataclasses.asdict(getattr(settings, table)).items():
+        for key, value in dataclasses.asdict(getattr(settings, attribute(table))).items():
             yield f"{table}.{key}", value
     for number, model in enumerate(settings.models, start=1):
         yield f"models[{number}]", {**dataclasses.asdict(model), "scopes": sorted(model.scopes)}
     for number, category in enumerate(settings.categories, start=1):
         yield f"categories[{number}]", {**dataclasses.asdict(category), "scopes": sorted(category.scopes)}
     for array in _ARRAYS:
-        for number, row in enumerate(getattr(settings, array), start=1):
+        for number, row in enumerate(getattr(settings, attribute(array)), start=1):
             yield f"{array}[{number}]", dataclasses.asdict(row)
 
 
@@ -210,6 +212,7 @@ def _read_document(reading: _Reading, path: Path, content: str) -> None:
     document = _parse(path, content)
     reading.model_rows = document.pop("models", reading.model_rows)
     reading.category_rows = document.pop("categories", reading.category_rows)
+    document = _with_inner_tables(document)
     for array in _ARRAYS:
         reading.rows[array] = document.pop(array, reading.rows[array])
     for table, keys in document.items():
@@ -220,6 +223,18 @@ def _read_document(reading: _Reading, path: Path, content: str) -> None:
         else:
             for name, value in _twins_last(keys):
                 reading.set(table, name, value, str(path))
+
+
+def _with_inner_tables(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables, with those within another one beside it, under their whole name."""
+    found = dict(document)
+    for inner in (name for name in (*TABLES, *_ARRAYS) if "." in name):
+        table, _, key = inner.partition(".")
+        outer = found.get(table)
+        if isinstance(outer, dict) and key in outer:
+            found[inner] = outer[key]
+            found[table] = {name: value for name, value in outer.items() if name != key}
+    return found
 
 
 def _parse(path: Path, content: str) -> dict[str, Any]:
@@ -236,8 +251,14 @@ def _twins_last(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _read_variable(reading: _Reading, variable: str, value: str) -> None:
     if not variable.startswith(ENVIRONMENT_PREFIX) or variable in _OTHER_VARIABLES:
         return
-    known = [f"{ENVIRONMENT_PREFIX}{table}__{name}".upper() for table, keys in reading.keys.items() for name in keys]
+    known = [
+        f"{ENVIRONMENT_PREFIX}{table.replace('.', '__')}__{name}".upper()
+        for table, keys in reading.keys.items()
+        for name in keys
+    ]
     table, separator, name = variable.removeprefix(ENVIRONMENT_PREFIX).lower().partition("__")
+    if (inner := f"{table}.{name.partition('__')[0]}") in TABLES:
+        table, name = inner, name.partition("__")[2]
     if separator and table in TABLES:
         reading.set(table, name, value, variable, is_text=True)
     # A variable without a double underscore is not ours, such as the KEYPROXY_PORT that Kubernetes sets for a service

@@ -26,6 +26,8 @@ from keyproxy.config import (
 )
 from keyproxy.config.categories import CategoryKeys
 from keyproxy.config.delegation_settings import AccessSettings
+from keyproxy.config.oauth import oauth_checks
+from keyproxy.config.oauth.oauth_settings import KnownClientRow, OAuthLogin, OAuthSettings
 from keyproxy.config.token_settings import Money, Tokens
 from keyproxy.config.tools import tool_contradictions
 from keyproxy.config.tools.anomaly_settings import AnomalySettings
@@ -260,19 +262,29 @@ class Settings:
     approvals: ApprovalSettings = field(default_factory=ApprovalSettings)
     secrets: SecretSettings = field(default_factory=SecretSettings)
     anomalies: AnomalySettings = field(default_factory=AnomalySettings)
+    oauth: OAuthSettings = field(default_factory=OAuthSettings)
+    oauth_login: OAuthLogin = field(default_factory=OAuthLogin)
     models: tuple[Model, ...] = ()
     categories: tuple[Category, ...] = ()
     tools: tuple[ToolRow, ...] = ()
     providers: tuple[ProviderRow, ...] = ()
+    #: Empty: those of the package.
+    oauth_known_clients: tuple[KnownClientRow, ...] = ()
     routes: tuple[RouteRow, ...] = ()
 
     def listeners(self) -> dict[str, str]:
         """The address of each listener, by configuration key."""
-        return {
+        found = {
             "listen.address": self.listen.address,
             "ops.address": self.ops.address,
             "admin.address": self.admin.address,
         }
+        if self.oauth.is_configured:
+            found["oauth.address"] = self.oauth.address
+            found["oauth.ops_address"] = self.oauth.ops_address
+            if self.oauth.mtls_address:
+                found["oauth.mtls_address"] = self.oauth.mtls_address
+        return found
 
     @property
     def requires_client_certificates(self) -> bool:
@@ -310,10 +322,15 @@ class Settings:
 
 #: Every table of the configuration, by its name in the file.
 TABLES: Final[dict[str, type[Any]]] = {
-    table.name: table.default_factory  # type: ignore[misc]
+    table.name.replace("_", "."): table.default_factory  # type: ignore[misc]
     for table in dataclasses.fields(Settings)
-    if table.name not in ("models", "categories", "tools", "providers", "routes")
+    if table.name not in ("models", "categories", "tools", "providers", "routes", "oauth_known_clients")
 }
+
+
+def attribute(table: str) -> str:
+    """The attribute of Settings for a table, which may stand within another one, as in `[oauth.login]`."""
+    return table.replace(".", "_")
 
 
 def _error_shape(row: RouteRow) -> str:
@@ -370,6 +387,7 @@ def cross_checks(settings: Settings) -> list[str]:
     wrong += route_access.contradictions(settings.routes)
     wrong += route_serves.contradictions(settings.routes)
     wrong += tool_contradictions.contradictions(settings)
+    wrong += oauth_checks.contradictions(settings)
     matches = [row.match for row in settings.routes]
     wrong += [
         f"routes: {match!r} is configured twice; the first one always wins"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import field
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -20,7 +21,7 @@ _TOO_LARGE: Final = "is too large a number: it must be less than 10^15"
 def setting(default: Any, check: Check | None = None, *, secret: bool = False) -> Any:
     """A field of a settings dataclass. `secret`: its value is masked, and may be read from a file named by `_file`."""
     metadata = {"check": check, "secret": secret}
-    if isinstance(default, list):
+    if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
@@ -74,12 +75,23 @@ def _typed(value: object, wanted: str, *, is_text: bool) -> object:
             if isinstance(value, list) and all(_is_texts(item) for item in value):
                 return value
             return Fault("must be a list of inline tables of strings")
+        case "dict[str, str]":
+            if text is not None:
+                value = _json(text)
+            return value if _is_texts(value) else Fault("must be a table of strings")
         case "OneOrMany":
             listed = ([value] if value else []) if isinstance(value, str) else value
             return _typed(listed, "list[str]", is_text=False)
         case "list[int]":
             return _whole_numbers(value if text is None else text.split(","), is_text=is_text)
     raise AssertionError(f"no reader for type {wanted}")
+
+
+def _json(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _is_texts(value: object) -> bool:

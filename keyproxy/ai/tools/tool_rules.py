@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from keyproxy.ai.tools.mcp_message import McpRules
-from keyproxy.ai.tools.tool import AGENT_CREDENTIAL, KEY_CREDENTIAL, Tool
+from keyproxy.ai.tools.tool import AGENT_CREDENTIAL, KEY_CREDENTIAL, OAUTH_CREDENTIAL, Tool
 from keyproxy.ai.tools.tool_call import ToolCall
 from keyproxy.model import Identity, Route
 from keyproxy.reasons import Reason, Refusal
@@ -66,6 +66,8 @@ class ToolRules:
 
 def credential_kind(identity: Identity) -> str:
     """The kind of credential behind an identity, as `credentials` of a tool names it."""
+    if identity.oauth is not None:
+        return OAUTH_CREDENTIAL
     return KEY_CREDENTIAL if identity.agent_token is None else AGENT_CREDENTIAL
 
 

@@ -1,0 +1,1 @@
+"""The rows of the authorization server: clients, grants, sessions, codes, tokens."""
