@@ -175,6 +175,11 @@ def _is_loopback(host: IpAddress | str) -> bool:
     return not isinstance(host, str) and host.is_loopback
 
 
+def port_of(address: str) -> int | None:
+    """The port of a listener's address; None for a unix socket, and without an address."""
+    return int(address.rpartition(":")[2]) if address and not address.startswith("unix:") else None
+
+
 def is_loopback(address: str) -> bool:
     """Whether a listener's address is reachable from this host only."""
     if address.startswith("unix:"):

@@ -1792,3 +1792,7 @@ RETURNING e.id, e.kind, e.attempts, e.last_error;
 -- Needs: events (next_at).
 SELECT count(*) AS waiting FROM keyproxy.events AS e
 WHERE e.sent_at IS NULL AND e.given_up_at IS NULL AND e.expires_at > now() AND starts_with(e.kind, $1);
+
+-- name: responds
+-- Whether the store responds, for the readiness of processes without a query of their own.
+SELECT true AS responds;
