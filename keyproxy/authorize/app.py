@@ -18,7 +18,7 @@ from keyproxy.authorize.connections import Bounds
 from keyproxy.authorize.context import Context
 from keyproxy.authorize.endpoints import Parts, parts_of
 from keyproxy.authorize.listener import AuthorizeListener, Served
-from keyproxy.authorize.metrics import AUTHORIZE_METRICS, Counts
+from keyproxy.authorize.metrics import AUTHORIZE_METRICS, OAuthCounts
 from keyproxy.authorize.rate_limits import RateLimits
 from keyproxy.config.addresses import is_loopback
 from keyproxy.config.schema import Settings
@@ -39,15 +39,15 @@ _SECRET_BYTES_MIN: Final = 32
 _SECRET_BYTES_MAX: Final = 4096
 
 
-class RefusedToStart(Exception):
-    """The authorization server does not start with this configuration. The text is the reason."""
+class RejectedConfig(Exception):
+    """A configuration that the authorization server does not start with, or reload. The text is the reason."""
 
 
 class AuthorizationServer:
     """A running authorization server."""
 
     def __init__(self, settings: Settings, dsn: str) -> None:
-        """Raises RefusedToStart, TlsError."""
+        """Raises RejectedConfig, TlsError."""
         self._settings = settings
         self._tls, self._mtls = _contexts(settings)
         self._database = Database(
@@ -55,7 +55,7 @@ class AuthorizationServer:
             pool_size_max=settings.store.pool_size_max,
             statement_timeout_seconds=settings.store.statement_timeout_seconds,
         )
-        self._counts = Counts()
+        self._counts = OAuthCounts()
         self._rate_limits = RateLimits(clock.now)
         self._tasks = BackgroundTasks()
         self._context = self._context_of(settings)
@@ -120,7 +120,7 @@ class AuthorizationServer:
         return listeners
 
     def _context_of(self, settings: Settings) -> Context:
-        """Raises RefusedToStart."""
+        """Raises RejectedConfig."""
         return Context(
             settings=settings,
             database=self._database,
@@ -171,16 +171,16 @@ class AuthorizationServer:
             try:
                 await self._change(read_again(), listeners)
                 _log.info("configuration reloaded")
-            except (TlsError, RefusedToStart) as error:
+            except (TlsError, RejectedConfig) as error:
                 _log.error("reload rejected: %s", error)
             except Exception:  # noqa: BLE001 - the outermost boundary of this task: the server keeps running
                 _log.exception("reload failed with an internal error")
             systemd.notify("READY=1")
 
     async def _change(self, settings: Settings, listeners: list[AuthorizeListener]) -> None:
-        """Apply a new configuration. Raises TlsError, RefusedToStart, without an effect then."""
+        """Apply a new configuration. Raises TlsError, RejectedConfig, without an effect then."""
         if _fixed(settings) != _fixed(self._settings):
-            raise RefusedToStart(
+            raise RejectedConfig(
                 "store, log, the addresses of [oauth], oauth.socket_mode, oauth.connections_max,"
                 " oauth.mtls_client_ca_file and the presence of a certificate cannot change in a reload: restart the"
                 " authorization server"
@@ -258,24 +258,24 @@ def _contexts(settings: Settings) -> tuple[ssl.SSLContext | None, ssl.SSLContext
 
 
 def _ticket_secrets(settings: Settings) -> tuple[bytes, ...]:
-    """The contents of the secret files, the current one first. Raises RefusedToStart."""
+    """The contents of the secret files, the current one first. Raises RejectedConfig."""
     oauth = settings.oauth
     if not oauth.is_configured:
-        raise RefusedToStart("oauth.resource: is not set, so there is nothing to authorize; see docs/oauth.md")
+        raise RejectedConfig("oauth.resource: is not set, so there is nothing to authorize; see docs/oauth.md")
     files = {"oauth.secret_file": oauth.secret_file, "oauth.secret_previous_file": oauth.secret_previous_file}
     return tuple(_secret(key, path) for key, path in files.items() if path or key == "oauth.secret_file")
 
 
 def _secret(key: str, path: str) -> bytes:
-    """Raises RefusedToStart."""
+    """Raises RejectedConfig."""
     if not path:
-        raise RefusedToStart(f"{key}: is not set; generate a secret with `openssl rand -hex 32`")
+        raise RejectedConfig(f"{key}: is not set; generate a secret with `openssl rand -hex 32`")
     try:
         secret = Path(path).read_bytes().strip()
     except OSError as error:
-        raise RefusedToStart(f"{key}: {path}: {error.strerror or error}") from error
+        raise RejectedConfig(f"{key}: {path}: {error.strerror or error}") from error
     if not _SECRET_BYTES_MIN <= len(secret) <= _SECRET_BYTES_MAX:
-        raise RefusedToStart(
+        raise RejectedConfig(
             f"{key}: {path}: must have {_SECRET_BYTES_MIN} to {_SECRET_BYTES_MAX} bytes, for example the output of"
             " `openssl rand -hex 32`"
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from keyproxy.auth.api_key import KeyFormat
-from keyproxy.authorize.metrics import Counts
+from keyproxy.authorize.metrics import OAuthCounts
 from keyproxy.authorize.rate_limits import RateLimits
 from keyproxy.config.schema import Settings
 from keyproxy.model import Moment
@@ -28,4 +28,4 @@ class Context:
     now: Callable[[], Moment]
     entropy: Callable[[int], bytes]
     rate_limits: RateLimits
-    counts: Counts
+    counts: OAuthCounts

@@ -32,7 +32,7 @@ NO_ENDPOINT: Final = "none"
 _LOGIN_BOUNDS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
-class Counts:
+class OAuthCounts:
     """What an authorization server counts. All label values are from closed sets."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Counts:
 COUNTER, GAUGE, HISTOGRAM = MetricKind.COUNTER, MetricKind.GAUGE, MetricKind.HISTOGRAM
 SUM, MIN = Combine.SUM, Combine.MIN
 
-AUTHORIZE_METRICS: Final[tuple[Metric[Counts], ...]] = (
+AUTHORIZE_METRICS: Final[tuple[Metric[OAuthCounts], ...]] = (
     Metric("keyproxy_oauth_requests_total", COUNTER, "Requests to the authorization server that have ended.",
            ("endpoint", "outcome"), lambda counts: counts.requests, SUM),
     Metric("keyproxy_oauth_tokens_issued_total", COUNTER, "Access tokens issued, by grant.",

@@ -21,7 +21,7 @@ from keyproxy.authorize.connections import BOUNDS, Bounds
 from keyproxy.authorize.context import Context
 from keyproxy.authorize.endpoints import parts_of
 from keyproxy.authorize.listener import AuthorizeListener, Served
-from keyproxy.authorize.metrics import Counts
+from keyproxy.authorize.metrics import OAuthCounts
 from keyproxy.authorize.rate_limits import RateLimits
 from keyproxy.config.oauth.oauth_settings import KnownClientRow, OAuthLogin, OAuthSettings
 from keyproxy.config.schema import Log, Settings
@@ -104,7 +104,7 @@ class Authority:
         return self.context.settings.oauth.resource
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> OAuthCounts:
         """What the server has counted."""
         return self.context.counts
 
@@ -176,7 +176,7 @@ async def authorizing(
         )
         clock, key_format = FakeClock(), KeyFormat()
         context = Context(
-            settings, database, key_format, (SECRET,), clock.now, entropy, RateLimits(clock.now), Counts()
+            settings, database, key_format, (SECRET,), clock.now, entropy, RateLimits(clock.now), OAuthCounts()
         )
         lines: list[Json] = []
         listener = AuthorizeListener(

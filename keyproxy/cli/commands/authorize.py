@@ -28,7 +28,7 @@ def authorize_command(config_path: Path | None) -> None:
     """
     # These imports take longer than any other command runs.
     with garbage.importing():
-        from keyproxy.authorize.app import AuthorizationServer, RefusedToStart
+        from keyproxy.authorize.app import AuthorizationServer, RejectedConfig
         from keyproxy.wire.tls import TlsError
 
     loaded = load(config_path, is_serving=True)
@@ -39,7 +39,7 @@ def authorize_command(config_path: Path | None) -> None:
         try:
             return load(config_path, is_serving=True).settings
         except ConfigError as error:
-            raise RefusedToStart("; ".join(error.problems)) from error
+            raise RejectedConfig("; ".join(error.problems)) from error
 
     async def run(dsn: str) -> None:
         await check_schema(dsn)
@@ -49,7 +49,7 @@ def authorize_command(config_path: Path | None) -> None:
     with store(loaded) as dsn:
         try:
             uvloop.run(run(dsn))
-        except (TlsError, RefusedToStart) as error:
+        except (TlsError, RejectedConfig) as error:
             raise ConfigError([str(error)]) from error
 
 
