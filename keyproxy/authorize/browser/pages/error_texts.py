@@ -43,7 +43,7 @@ ERRORS: Final[Mapping[str, Mapping[str, str]]] = {
         "ja": "リンクに戻り先のアドレス（redirect_uri）がありません。",
     },
     "redirect_uri_unknown": {
-        "en": "The address to return to (redirect_uri) is not one of this program. Do not continue if you received this
+        "en": "The address to return to (redirect_uri) is not one of this program. Do not continue if you received this"
         " link from another person.",
         "ko": "돌아갈 주소(redirect_uri)가 이 프로그램의 주소가 아닙니다. 다른 사람이 보낸 링크라면 계속하지 마세요.",
         "ja": "戻り先のアドレス（redirect_uri）がこのプログラムのものではありません。他人から届いたリンクの場合は続行しないで"
