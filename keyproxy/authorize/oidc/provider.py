@@ -174,13 +174,15 @@ class Provider:
         """Request metadata and keys. An outage is logged once."""
         self._refreshed_mono = self._now().mono_seconds
         try:
-            metadata = await self._fetched_metadata()
-            keys = await self._fetched_keys(metadata)
-        except ProviderUnavailable as error:
+            async with asyncio.timeout(self._seconds_max):
+                metadata = await self._fetched_metadata()
+                keys = await self._fetched_keys(metadata)
+        except (ProviderUnavailable, TimeoutError) as error:
             if not self._is_failing:
-                _log.warning("cannot read the metadata of the identity provider, will retry: %s", error)
+                why = str(error) or "timeout"
+                _log.warning("cannot read the metadata of the identity provider, will retry: %s", why)
             self._is_failing = True
-            raise
+            raise ProviderUnavailable(str(error) or f"no metadata within {self._seconds_max:g} s") from error
         if self._is_failing:
             _log.info("the identity provider responds again")
         self._is_failing = False
