@@ -1796,3 +1796,23 @@ WHERE e.sent_at IS NULL AND e.given_up_at IS NULL AND e.expires_at > now() AND s
 -- name: responds
 -- Whether the store responds, for the readiness of processes without a query of their own.
 SELECT true AS responds;
+
+-- name: oauth_subject_user
+-- The user that the subject $2 of the issuer $1 is linked to. Needs: oauth_subjects (issuer, subject).
+SELECT u.id AS user_id, u.tenant_id, u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL AS is_disabled
+FROM keyproxy.oauth_subjects AS s
+JOIN keyproxy.users AS u ON u.id = s.user_id
+JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
+WHERE s.issuer = $1 AND s.subject = $2;
+
+-- name: oauth_create_user
+-- Creates the user $1 of the tenant $2, if that exists and has not been disabled.
+INSERT INTO keyproxy.users (id, tenant_id)
+SELECT $1, t.id FROM keyproxy.tenants AS t WHERE t.id = $2 AND t.disabled_at IS NULL
+ON CONFLICT (id) DO NOTHING;
+
+-- name: oauth_link_subject
+-- Links the subject $2 of the issuer $1 to the user $3, if that is one of the tenant $4. An existing link stays.
+INSERT INTO keyproxy.oauth_subjects (issuer, subject, user_id)
+SELECT $1, $2, u.id FROM keyproxy.users AS u WHERE u.id = $3 AND u.tenant_id = $4
+ON CONFLICT (issuer, subject) DO NOTHING;
