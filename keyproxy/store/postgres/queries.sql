@@ -1995,3 +1995,7 @@ WHERE ($4::text IS NULL OR c.id = $4) AND ($5::text IS NULL OR t.id = $5);
 -- Records the use of the assertion with the digest $1, which expires at $2. No row: it was used before.
 -- Needs: oauth_assertions (digest).
 INSERT INTO keyproxy.oauth_assertions (digest, expires_at) VALUES ($1, $2) ON CONFLICT DO NOTHING RETURNING digest;
+
+-- name: responds
+-- Whether the store responds, for the readiness of processes without a query of their own.
+SELECT true AS responds;
