@@ -22,9 +22,10 @@ _TOO_MANY_REQUESTS: Final = 429
 class ProviderHttp:
     """Requests to one provider. The operator configures its issuer, and so also the hosts that it names."""
 
-    def __init__(self, ca_file: str) -> None:
+    def __init__(self, ca_file: str, seconds_max: float) -> None:
         """`ca_file`: replaces the system's CAs. Raises TlsError."""
         self._tls = client_context(ca_file)
+        self._seconds_max = seconds_max
         self._session: aiohttp.ClientSession | None = None
 
     async def get(self, url: str) -> bytes:
@@ -55,7 +56,7 @@ class ProviderHttp:
             # A connection is not kept: a code cannot be sent again if the provider has closed it meanwhile.
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(ssl=self._tls, force_close=True),
-                timeout=aiohttp.ClientTimeout(total=PROVIDER_SECONDS),
+                timeout=aiohttp.ClientTimeout(total=self._seconds_max),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers={"Accept": "application/json", "User-Agent": "keyproxy"},
             )
@@ -70,6 +71,6 @@ class ProviderHttp:
                         raise ProviderUnavailable(f"{url} responds with more than {_RESPONSE_BYTES_MAX} bytes")
                 return response.status, bytes(body)
         except TimeoutError:
-            raise ProviderUnavailable(f"{url} does not respond within {PROVIDER_SECONDS:g} s") from None
+            raise ProviderUnavailable(f"{url} does not respond within {self._seconds_max:g} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise ProviderUnavailable(f"{url}: {type(error).__name__}: {error}") from error
