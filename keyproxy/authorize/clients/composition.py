@@ -38,9 +38,7 @@ def client_parts(context: Context, use_once: UseOnce, *, resolve: Resolve | None
 
     documents = Documents(policy, fetcher, now=context.now, count=count)
     clients = Clients(policy, ClientRows(context.database), documents)
-    authentication = ClientAuthentication(
-        clients, documents, issuer=oauth.issuer, use_once=use_once, now=context.now
-    )
+    authentication = ClientAuthentication(clients, documents, issuer=oauth.issuer, use_once=use_once, now=context.now)
     return ClientParts(policy, clients, authentication)
 
 
