@@ -17,6 +17,7 @@ from keyproxy.authorize.clients.composition import client_parts
 from keyproxy.authorize.context import Context
 from keyproxy.authorize.endpoint import Endpoint, ErrorPage, PageError
 from keyproxy.authorize.metadata import metadata_endpoints
+from keyproxy.authorize.metrics import EXPIRED
 from keyproxy.authorize.oidc.oidc_login import CALLBACK_PATH, OidcLogin, SecretFileFault, read_client_secret
 from keyproxy.authorize.oidc.provider import Provider
 from keyproxy.authorize.register import register_endpoint
@@ -27,6 +28,7 @@ from keyproxy.config.oauth.oauth_settings import LOGIN_BY_KEY
 from keyproxy.oauth.server_metadata import origin
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Actor
+from keyproxy.store.oauth.cleanup import OAuthCleanup
 from keyproxy.store.oauth.subjects import Subjects
 from keyproxy.store.oauth.tokens import TokenStore
 from keyproxy.wire.tls import TlsError
@@ -82,7 +84,17 @@ def parts_of(context: Context) -> Parts:
         *browser.endpoints(login.login),
         *_token_endpoints(context, tokens, clients.authentication),
     )
-    return Parts(endpoints, _error_page(context), login.tasks, login.closing)
+    tasks = {**login.tasks, "oauth_cleanup": _cleanup(context).run}
+    return Parts(endpoints, _error_page(context), tasks, login.closing)
+
+
+def _cleanup(context: Context) -> OAuthCleanup:
+    counts = context.counts.sessions_ended
+
+    def expired(count: int) -> None:
+        counts[EXPIRED] += count
+
+    return OAuthCleanup(context.database, context.settings.oauth, sessions_expired=expired, now=context.store_now)
 
 
 def _login(context: Context, browser: BrowserFlow) -> _LoginParts:
