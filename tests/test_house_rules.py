@@ -84,6 +84,7 @@ HOMES = {
     "re2": {"process"},
     "redis": {"store"},
     "uvloop": {"cli", "demo"},
+    "yarl": {"authorize"},
 }
 
 MODULE_LINES_MAX = 400
@@ -105,6 +106,7 @@ DIALECT_PER_THOUSAND_WORDS_MAX = 0.2
 SHARED_CLASS_NAMES = {
     "Claims", "Exchange", "Ledger", "Recorder",  # a port and its implementation
     "FieldError", "Limit", "Plan",  # a value and its form in the admin API
+    "Endpoint",  # of the admin API, and of the authorization server
 }  # fmt: skip
 
 TYPE_CHECKING_USERS = {"keyproxy/cli/commands/admin.py", "keyproxy/cli/context.py", "keyproxy/mypyc_compat.py"}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from keyproxy.auth.api_key import ENTROPY_BYTES
+from keyproxy.config.oauth.client_rules import known_clients
 from keyproxy.config.schema import Settings
 from keyproxy.oauth.client_ids import DOCUMENT_PREFIX, decode_value_id
 from keyproxy.oauth.client import NAME_CHARACTERS_MAX, AuthMethod, Client, ClientKind, row_id
@@ -101,7 +102,7 @@ class OAuthClientStore:
         return row_id(client) if is_registered else known.presented_as(client).row_id
 
     def _known(self) -> KnownClients:
-        return self._settings.known_oauth_clients()
+        return known_clients(self._settings.oauth_known_clients)
 
     def _resource(self, *, is_test: bool) -> str:
         oauth, name = self._settings.oauth, "test_resource" if is_test else "resource"
