@@ -888,12 +888,13 @@ INSERT INTO keyproxy.plans (id, limits) VALUES ($1, $2::text::jsonb) ON CONFLICT
 UPDATE keyproxy.plans SET limits = $2::text::jsonb WHERE id = $1;
 
 -- name: plan
--- The plan with the numbers of tenants, users, keys and agents that have it. Needs: the plan_id indexes.
+-- The plan with the numbers of tenants, users, keys, agents and grants that have it. Needs: the plan_id indexes.
 SELECT p.id, p.limits::text AS limits, p.created_at,
        (SELECT count(*) FROM keyproxy.tenants AS t WHERE p.id IN (t.plan_id, t.test_plan_id)) AS tenants,
        (SELECT count(*) FROM keyproxy.users AS u WHERE p.id IN (u.plan_id, u.test_plan_id)) AS users,
        (SELECT count(*) FROM keyproxy.api_keys AS k WHERE k.plan_id = p.id) AS keys,
-       (SELECT count(*) FROM keyproxy.agents AS a WHERE a.plan_id = p.id) AS agents
+       (SELECT count(*) FROM keyproxy.agents AS a WHERE a.plan_id = p.id) AS agents,
+       (SELECT count(*) FROM keyproxy.oauth_grants AS g WHERE g.plan_id = p.id) AS grants
 FROM keyproxy.plans AS p
 WHERE p.id = $1;
 
@@ -903,7 +904,8 @@ SELECT p.id, p.limits::text AS limits, p.created_at,
        (SELECT count(*) FROM keyproxy.tenants AS t WHERE p.id IN (t.plan_id, t.test_plan_id)) AS tenants,
        (SELECT count(*) FROM keyproxy.users AS u WHERE p.id IN (u.plan_id, u.test_plan_id)) AS users,
        (SELECT count(*) FROM keyproxy.api_keys AS k WHERE k.plan_id = p.id) AS keys,
-       (SELECT count(*) FROM keyproxy.agents AS a WHERE a.plan_id = p.id) AS agents
+       (SELECT count(*) FROM keyproxy.agents AS a WHERE a.plan_id = p.id) AS agents,
+       (SELECT count(*) FROM keyproxy.oauth_grants AS g WHERE g.plan_id = p.id) AS grants
 FROM keyproxy.plans AS p
 WHERE p.id > $1
 ORDER BY p.id
