@@ -72,7 +72,7 @@ class Provider:
         """Refresh metadata and keys until cancelled."""
         while True:
             try:
-                await self._refresh()
+                await self.refresh()
             except ProviderUnavailable:
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
@@ -166,7 +166,8 @@ class Provider:
                 self._keys = await self._fetched_keys(metadata)
         return self._keys
 
-    async def _refresh(self) -> None:
+    async def refresh(self) -> None:
+        """Request metadata and keys now. Raises ProviderUnavailable, and keeps those that are known."""
         async with self._refreshing:
             await self._fetch()
 
