@@ -23,6 +23,7 @@ MODULES = (
 #: Modules of the folders that stay interpreted, and why.
 NOT_COMPILED = {
     "auth/key_scanner": "runs for an operator",
+    "auth/throttle": "runs in the control plane",
     "http/webhook_signature": "runs for reminders",
     "limits/ledger/accounts": "runs for an operator, and tests extend it",
     "limits/ledger/message_schedule": "runs for an operator",

@@ -105,6 +105,7 @@ DIALECT_PER_THOUSAND_WORDS_MAX = 0.2
 SHARED_CLASS_NAMES = {
     "Claims", "Exchange", "Ledger", "Recorder",  # a port and its implementation
     "FieldError", "Limit", "Plan",  # a value and its form in the admin API
+    "Endpoint",  # of the admin API, and of the authorization server
 }  # fmt: skip
 
 TYPE_CHECKING_USERS = {"keyproxy/cli/commands/admin.py", "keyproxy/cli/context.py", "keyproxy/mypyc_compat.py"}

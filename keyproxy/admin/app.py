@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import signal
 import socket
@@ -17,9 +16,10 @@ from keyproxy.admin.endpoints import ApiConfig
 from keyproxy.admin.listener import AdminListener, traffic
 from keyproxy.admin.metrics_page import MetricsPage, Traffic
 from keyproxy.admin.service import Service
-from keyproxy.admin.throttle import Throttle
 from keyproxy.admin.webhooks import Webhooks
 from keyproxy.auth.api_key import KeyFormat
+from keyproxy.auth.throttle import Throttle
+from keyproxy.config.addresses import is_loopback
 from keyproxy.config.schema import Settings
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.platform import clock, sockets, systemd
@@ -207,16 +207,3 @@ def _tls(settings: Settings) -> ssl.SSLContext | None:
         return server_context(admin.tls_certificate_file, admin.tls_key_file)
     except TlsError as error:
         raise TlsError(f"admin.tls_certificate_file: {error}") from error
-
-
-def is_loopback(address: str) -> bool:
-    """Whether a configured address is reachable from this host only."""
-    if address.startswith("unix:"):
-        return True
-    host = address.rpartition(":")[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -14,8 +14,8 @@ from typing import Final
 
 from keyproxy.admin.problems import Problem, Refused
 from keyproxy.admin.scopes import Scope
-from keyproxy.admin.throttle import Throttle
 from keyproxy.auth.api_key import KeyFormat, SecretKey
+from keyproxy.auth.throttle import Throttle
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Entity
 
@@ -81,7 +81,7 @@ class Access:
         try:
             return await self._token(authorization)
         except Refused as refused:
-            wait_seconds = self._throttle.failed(peer, now_mono)
+            wait_seconds = self._throttle.count(peer, now_mono)
             if wait_seconds:
                 raise Refused(Problem.TOO_MANY_FAILURES, retry_after_seconds=wait_seconds) from refused
             raise

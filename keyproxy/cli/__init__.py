@@ -16,6 +16,7 @@ _COMMANDS: Final = {
     "agent": "keyproxy.cli.commands.agents.agent:agent_group",
     "approval": "keyproxy.cli.commands.approvals.approval:approval_group",
     "audit": "keyproxy.cli.commands.audit:audit_group",
+    "authorize": "keyproxy.cli.commands.authorize:authorize_command",
     "completion": "keyproxy.cli.commands.completion:completion_command",
     "config": "keyproxy.cli.commands.config:config_group",
     "consent": "keyproxy.cli.commands.approvals.consent:consent_group",

@@ -173,3 +173,21 @@ def _is_wildcard(host: IpAddress | str) -> bool:
 
 def _is_loopback(host: IpAddress | str) -> bool:
     return not isinstance(host, str) and host.is_loopback
+
+
+def port_of(address: str) -> int | None:
+    """The port of a listener's address; None for a unix socket, and without an address."""
+    return int(address.rpartition(":")[2]) if address and not address.startswith("unix:") else None
+
+
+def is_loopback(address: str) -> bool:
+    """Whether a listener's address is reachable from this host only."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -21,6 +21,7 @@ from typing import Final, NamedTuple
 
 SERVE: Final = "serve"
 ADMIN: Final = "admin"
+AUTHORIZE: Final = "authorize"
 
 HEALTH: Final = b"health\n"
 LIVE: Final = b"live\n"
@@ -35,7 +36,7 @@ NOWHERE: Final = "A" * 24
 
 _PREFIX: Final = "keyproxy/1/"
 _NAME: Final = re.compile(
-    r"keyproxy/1/(serve|admin)/([\w-]{24})/([\w-]{24})/([0-9a-f]{16})/[0-9]{1,10}-[0-9a-f]{8}", re.ASCII
+    r"keyproxy/1/(serve|admin|authorize)/([\w-]{24})/([\w-]{24})/([0-9a-f]{16})/[0-9]{1,10}-[0-9a-f]{8}", re.ASCII
 )
 _CREDENTIALS: Final = struct.Struct("3i")
 _RESPONSE_SECONDS: Final = 2.0

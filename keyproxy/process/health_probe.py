@@ -1,6 +1,7 @@
 """`keyproxy health`: check through its control socket whether the process of this configuration is live.
 
-Works for `keyproxy serve` and `keyproxy admin`, regardless of their addresses and of TLS. It imports only what it needs.
+Works for `keyproxy serve`, `admin` and `authorize`, regardless of their addresses and of TLS. It imports only
+what it needs.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from keyproxy.platform import process_registry, standard_streams
-from keyproxy.platform.process_registry import ADMIN, SERVE
+from keyproxy.platform.process_registry import ADMIN, AUTHORIZE, SERVE
 
 _LIVE: Final = 0
 _NOT_LIVE: Final = 1
 _MISUSED: Final = 2
+
+#: The table of the configuration with the address of each purpose.
+_TABLES: Final = {SERVE: "listen", ADMIN: "admin", AUTHORIZE: "oauth"}
 
 
 class NotLive(Exception):
@@ -37,7 +41,7 @@ def check(path: str) -> list[process_registry.Running]:
     """
     found = _of_file(path) if path else process_registry.here()
     if not found:
-        raise NotLive("no `keyproxy serve` or `keyproxy admin` of this user is running here")
+        raise NotLive("no `keyproxy serve`, `admin` or `authorize` of this user is running here")
     for one in found:
         if not process_registry.is_live(one):
             raise NotLive(f"`keyproxy {one.presence.purpose}` (pid {one.pid}) does not respond")
@@ -60,14 +64,15 @@ def _of_file(path: str) -> list[process_registry.Running]:
         settings = loader.load(Path(path), os.environ).settings
     except loader.ConfigError as error:
         raise Misused(error.problems) from error
-    mains = {SERVE: settings.listen.address, ADMIN: settings.admin.address}
+    mains = {SERVE: settings.listen.address, ADMIN: settings.admin.address, AUTHORIZE: settings.oauth.address}
     try:
         found = process_registry.of_addresses(mains)
     except OSError as error:
         raise NotLive(f"{mains}: {error.strerror or error}") from error
     if not found:
         raise NotLive(
-            f"no `keyproxy serve` of this user is running on {mains[SERVE]}, and no `keyproxy admin` on {mains[ADMIN]}"
+            f"no `keyproxy serve` of this user is running on {mains[SERVE]}, no `keyproxy admin` on {mains[ADMIN]}, and"
+            f" no `keyproxy authorize` on {mains[AUTHORIZE]}"
         )
     return found
 
@@ -80,12 +85,12 @@ def _stated(path: str, environment: Mapping[str, str]) -> dict[str, str]:
     for file in filter(None, (environment.get("KEYPROXY_DEFAULTS"), path)):
         with open(file, "rb") as opened:  # noqa: PTH123 - pathlib takes long to import
             tables = tomllib.load(opened)
-        for purpose, table in ((SERVE, "listen"), (ADMIN, "admin")):
+        for purpose, table in _TABLES.items():
             address = tables.get(table, {}).get("address")
             if isinstance(address, str):
                 stated[purpose] = address
-    for purpose, variable in ((SERVE, "KEYPROXY_LISTEN__ADDRESS"), (ADMIN, "KEYPROXY_ADMIN__ADDRESS")):
-        if variable in environment:
+    for purpose, table in _TABLES.items():
+        if (variable := f"KEYPROXY_{table.upper()}__ADDRESS") in environment:
             stated[purpose] = environment[variable]
     return stated
 

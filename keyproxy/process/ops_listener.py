@@ -80,9 +80,10 @@ class OpsListener:
         checks: Callable[[], Awaitable[Mapping[str, Check]]],
         metrics: Callable[[], Awaitable[bytes]],
         metrics_content_type: str,
-        jwks: Callable[[], Awaitable[bytes | None]],
+        jwks: Callable[[], Awaitable[bytes | None]] | None,
         bounds: Bounds = _BOUNDS,
     ) -> None:
+        """`jwks`: None in a process that signs nothing."""
         self._checks = checks
         self._metrics = metrics
         self._metrics_content_type = metrics_content_type
@@ -99,7 +100,8 @@ class OpsListener:
         app.router.add_get("/livez", self._live)
         app.router.add_get("/readyz", self._ready)
         app.router.add_get("/metrics", self._scrape)
-        app.router.add_get("/jwks.json", self._key_set)
+        if self._jwks is not None:
+            app.router.add_get("/jwks.json", _key_set(self._jwks))
         return app
 
     async def start(self, sock: socket.socket) -> None:
@@ -149,8 +151,12 @@ class OpsListener:
     async def _scrape(self, _request: web.Request) -> web.Response:
         return web.Response(body=await self._metrics(), headers={"Content-Type": self._metrics_content_type})
 
-    async def _key_set(self, _request: web.Request) -> web.Response:
-        return key_set(await self._jwks())
+
+def _key_set(jwks: Callable[[], Awaitable[bytes | None]]) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def handle(_request: web.Request) -> web.Response:
+        return key_set(await jwks())
+
+    return handle
 
 
 def key_set(jwks: bytes | None) -> web.Response:

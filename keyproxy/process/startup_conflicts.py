@@ -19,7 +19,7 @@ from keyproxy.config import addresses
 from keyproxy.config.addresses import NetworkAddress
 from keyproxy.config.schema import Settings
 from keyproxy.platform import process_registry, sockets
-from keyproxy.platform.process_registry import ADMIN, NOWHERE, SERVE, UNIX, Presence, Running
+from keyproxy.platform.process_registry import ADMIN, AUTHORIZE, NOWHERE, SERVE, UNIX, Presence, Running
 
 #: The parameters of a DSN's query that identify the database.
 _LOCATING: Final = frozenset({"host", "hostaddr", "port", "dbname", "service"})
@@ -37,11 +37,18 @@ def of_admin(settings: Settings) -> Presence:
     return Presence(ADMIN, _encoded(settings.admin.address), NOWHERE, "0" * 16)
 
 
+def of_authorize(settings: Settings) -> Presence:
+    """The presence of `keyproxy authorize` with these settings. Raises BindError."""
+    return Presence(AUTHORIZE, _encoded(settings.oauth.address), _encoded(settings.oauth.ops_address), "0" * 16)
+
+
 def addresses_of(presence: Presence) -> dict[str, NetworkAddress]:
     """The addresses of a process, by configuration key."""
     named = {"listen.address": presence.main, "ops.address": presence.ops}
     if presence.purpose == ADMIN:
         named = {"admin.address": presence.main}
+    elif presence.purpose == AUTHORIZE:
+        named = {"oauth.address": presence.main, "oauth.ops_address": presence.ops}
     return {key: _decoded(place) for key, place in named.items()}
 
 
@@ -67,7 +74,7 @@ def check(mine: Presence, own_name: str) -> None:
 
 def _why(key: str, their_key: str, other: Running) -> str:
     owner = f"a running `keyproxy {other.presence.purpose}`" + (f" (pid {other.pid})" if other.pid else "")
-    if key != their_key or other.presence.purpose == ADMIN:
+    if key != their_key or other.presence.purpose in (ADMIN, AUTHORIZE):
         return f"{key}: {owner} has this address as its {their_key}"
     if key == "ops.address":
         return f"{key}: {owner} has this address but another listen.address: give each proxy its own ops.address"

@@ -20,9 +20,9 @@ from keyproxy.admin.endpoints import ApiConfig
 from keyproxy.admin.listener import AdminListener, traffic
 from keyproxy.admin.metrics_page import MetricsPage
 from keyproxy.admin.service import Service
-from keyproxy.admin.throttle import Throttle
 from keyproxy.admin.webhooks import Webhooks
 from keyproxy.auth.api_key import KeyFormat
+from keyproxy.auth.throttle import Throttle
 from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.platform import clock
 from keyproxy.process.providers.operator_secrets import OperatorSecrets

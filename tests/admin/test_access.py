@@ -13,8 +13,8 @@ import pytest
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.scopes import Scope, allows
 from keyproxy.admin.service import ENDPOINTS
-from keyproxy.admin.throttle import Throttle
 from keyproxy.auth.api_key import KeyFormat
+from keyproxy.auth.throttle import Throttle
 from tests.admin.conftest import FILE_TOKEN, Api
 
 UNKNOWN = KeyFormat().make_admin_token(bytes(32)).reveal().decode()
@@ -309,24 +309,24 @@ async def test_failures_are_throttled_and_a_valid_token_never_is(api: Api) -> No
 
 def test_peers_fail_apart_and_an_ipv6_network_as_one() -> None:
     throttle = Throttle(burst=1, seconds_each=10)
-    assert [throttle.failed(peer, 0.0) for peer in ("192.0.2.1", "192.0.2.2", "::ffff:192.0.2.1")] == [0, 0, 10]
-    assert [throttle.failed(peer, 0.0) for peer in ("2001:db8::1", "2001:db8::2", "2001:db8:0:1::1")] == [0, 10, 0]
-    assert throttle.failed("unix", 0.0) == 0
+    assert [throttle.count(peer, 0.0) for peer in ("192.0.2.1", "192.0.2.2", "::ffff:192.0.2.1")] == [0, 0, 10]
+    assert [throttle.count(peer, 0.0) for peer in ("2001:db8::1", "2001:db8::2", "2001:db8:0:1::1")] == [0, 10, 0]
+    assert throttle.count("unix", 0.0) == 0
 
 
 @pytest.mark.parametrize(("after_seconds", "wait_seconds"), [(0.0, 10), (9.5, 1), (10.0, 0), (1000.0, 0)])
 def test_a_throttled_peer_may_fail_again_after_waiting(after_seconds: float, wait_seconds: int) -> None:
     throttle = Throttle(burst=1, seconds_each=10)
-    assert throttle.failed("192.0.2.1", 50.0) == 0
-    assert throttle.failed("192.0.2.1", 50.0 + after_seconds) == wait_seconds
+    assert throttle.count("192.0.2.1", 50.0) == 0
+    assert throttle.count("192.0.2.1", 50.0 + after_seconds) == wait_seconds
 
 
 def test_the_table_of_failures_is_bounded() -> None:
     throttle = Throttle(burst=1, seconds_each=10, peers_max=3)
     for number in range(10):
-        assert throttle.failed(f"192.0.2.{number}", 0.0) == 0
+        assert throttle.count(f"192.0.2.{number}", 0.0) == 0
     assert len(throttle) == 3
-    assert throttle.failed("192.0.2.9", 0.0) == 10
+    assert throttle.count("192.0.2.9", 0.0) == 10
 
 
 async def test_a_revoked_token_is_refused_with_the_next_request_also_while_others_are_under_way(api: Api) -> None:

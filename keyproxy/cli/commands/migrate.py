@@ -10,6 +10,7 @@ import uvloop
 
 from keyproxy.cli.options import NoDatabase, config_option, json_option, load, store
 from keyproxy.cli.output import print_message
+from keyproxy.config.oauth.oauth_settings import CREATE
 from keyproxy.store.postgres import migrations, roles
 
 
@@ -18,15 +19,19 @@ from keyproxy.store.postgres import migrations, roles
 @json_option
 @click.option("--status", "only_status", is_flag=True, help="List applied and pending migrations; change nothing.")
 @click.option(
-    "--roles", "prefix", metavar="PREFIX", help="Also create the database roles PREFIX_proxy and PREFIX_admin."
+    "--roles",
+    "prefix",
+    metavar="PREFIX",
+    help="Also create the database roles PREFIX_proxy, PREFIX_admin and PREFIX_authorize.",
 )
 def migrate_command(config_path: Path | None, prefix: str | None, *, as_json: bool, only_status: bool) -> None:
     """Migrate the database schema to this program's version.
 
     Safe to run at any time, concurrently, and while proxies of the previous release are running.
 
-    --roles creates two roles with the minimum privileges for proxies and for administration. Run it again after each
-    upgrade to grant what the new schema needs. The roles can log in once they have a password.
+    --roles creates roles with the minimum privileges for proxies, for administration and for the authorization server.
+    Run it again after each upgrade to grant what the new schema needs, and when oauth.login.provision changes. The roles
+    can log in once they have a password.
 
     \b
     keyproxy migrate --roles keyproxy
@@ -41,7 +46,8 @@ def migrate_command(config_path: Path | None, prefix: str | None, *, as_json: bo
             if not only_status:
                 done = uvloop.run(migrations.migrate(dsn))
             if prefix is not None:
-                made = uvloop.run(roles.create(dsn, prefix))
+                provisions = loaded.settings.oauth_login.provision == CREATE
+                made = uvloop.run(roles.create(dsn, prefix, provisions=provisions))
             state = uvloop.run(migrations.state(dsn))
     except NoDatabase as error:
         print_message(f"{error}: everything is pending")

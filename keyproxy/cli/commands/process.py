@@ -58,8 +58,8 @@ def drain_command(config_path: Path | None, pid: int | None, *, waits: bool, as_
 @config_option
 @json_option
 def health_command(config_path: Path | None, *, as_json: bool) -> None:
-    """Check whether the running `keyproxy serve` or `keyproxy admin` of this configuration is live, for health checks of
-    containers.
+    """Check whether the running `keyproxy serve`, `admin` or `authorize` of this configuration is live, for health checks
+    of containers.
 
     Status 0 if its event loop responds; 1 if there is no such process, or it does not respond. Without a configuration it
     checks all that run here, as in a container. It does not check readiness; for that see /readyz of the ops listener.

@@ -1793,6 +1793,213 @@ RETURNING e.id, e.kind, e.attempts, e.last_error;
 SELECT count(*) AS waiting FROM keyproxy.events AS e
 WHERE e.sent_at IS NULL AND e.given_up_at IS NULL AND e.expires_at > now() AND starts_with(e.kind, $1);
 
+-- name: hold_oauth_code
+-- Locks the authorization code with the digest $1; its grant first, in the order of a deletion.
+-- Needs: oauth_codes (digest), oauth_grants (id).
+WITH parent AS MATERIALIZED (
+    SELECT c.digest
+    FROM keyproxy.oauth_codes AS c
+    JOIN keyproxy.oauth_grants AS g ON g.id = c.grant_id
+    WHERE c.digest = $1
+    FOR KEY SHARE OF g
+)
+SELECT c.digest
+FROM keyproxy.oauth_codes AS c
+JOIN parent ON parent.digest = c.digest
+WHERE c.digest = $1
+FOR UPDATE OF c;
+
+-- name: oauth_code
+-- The code with the digest $1, which is locked, as of $2, null: now. `is_disabled`: its user or tenant is, or the key that
+-- the user has signed in by does not work. Needs: oauth_codes (digest), oauth_grants (id), users (id), tenants (id),
+-- api_keys (id).
+SELECT m.now, c.client_id AS presented_as, c.redirect_uri, c.challenge, c.session_id,
+       c.redeemed_at IS NOT NULL AS is_redeemed, c.expires_at <= m.now AS is_expired, c.scopes AS session_scopes,
+       c.grant_id, g.client_id AS client_row, g.user_id, g.resource, g.scopes AS grant_scopes,
+       u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL OR k.revoked_at IS NOT NULL OR k.suspended_at IS NOT NULL
+           OR coalesce(k.expires_at <= m.now, false) AS is_disabled
+FROM (SELECT coalesce($2::timestamptz, clock_timestamp()) AS now) AS m
+JOIN keyproxy.oauth_codes AS c ON c.digest = $1
+JOIN keyproxy.oauth_grants AS g ON g.id = c.grant_id
+JOIN keyproxy.users AS u ON u.id = g.user_id
+JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
+LEFT JOIN keyproxy.api_keys AS k ON k.id = c.via_key;
+
+-- name: redeem_oauth_code
+-- Opens the session $2 of the code with the digest $1 at $3, for $4 seconds or, if a key has signed in, until it expires: see
+-- the trigger. Needs: oauth_codes (digest).
+WITH opened AS (
+    INSERT INTO keyproxy.oauth_sessions (
+        id, grant_id, presented_as, scopes, created_at, expires_at, via_key, via_issuer, via_subject
+    )
+    SELECT $2, c.grant_id, c.client_id, c.scopes, $3::timestamptz, $3::timestamptz + make_interval(secs => $4),
+           c.via_key, c.via_issuer, c.via_subject
+    FROM keyproxy.oauth_codes AS c
+    WHERE c.digest = $1
+    RETURNING id
+)
+UPDATE keyproxy.oauth_codes AS c SET redeemed_at = $3, session_id = opened.id
+FROM opened
+WHERE c.digest = $1;
+
+-- name: issue_oauth_tokens
+-- Issues the access token with the digest $2 for the session $1, with the scopes $3, at $4, for at most $5 seconds, bound to
+-- $6 if not null; and the refresh token $7, if not null, that follows $8, for at most $9 seconds. Deletes the oldest access
+-- tokens of the session, so that at most $10 that have not expired are left. The session is locked.
+-- Needs: oauth_sessions (id), oauth_access_tokens (session_id, expires_at).
+WITH session AS (
+    SELECT s.id, s.expires_at FROM keyproxy.oauth_sessions AS s WHERE s.id = $1
+), refresh AS (
+    INSERT INTO keyproxy.oauth_refresh_tokens (digest, session_id, follows, issued_at, expires_at)
+    SELECT $7::bytea, s.id, $8::bytea, $4::timestamptz, least($4::timestamptz + make_interval(secs => $9), s.expires_at)
+    FROM session AS s
+    WHERE $7::bytea IS NOT NULL
+), oldest AS (
+    DELETE FROM keyproxy.oauth_access_tokens AS a
+    WHERE a.digest = ANY (ARRAY(
+        SELECT o.digest FROM keyproxy.oauth_access_tokens AS o
+        WHERE o.session_id = $1 AND o.expires_at > $4::timestamptz
+        ORDER BY o.expires_at, o.issued_at, o.digest
+        LIMIT (
+            SELECT greatest(0, count(*) - $10::int + 1) FROM keyproxy.oauth_access_tokens AS n
+            WHERE n.session_id = $1 AND n.expires_at > $4::timestamptz
+        )
+    ))
+)
+INSERT INTO keyproxy.oauth_access_tokens AS a (digest, session_id, scopes, issued_at, expires_at, bound_to)
+SELECT $2, s.id, $3, $4::timestamptz, least($4::timestamptz + make_interval(secs => $5), s.expires_at), $6
+FROM session AS s
+RETURNING floor(extract(epoch FROM a.expires_at - a.issued_at))::int AS expires_in;
+
+-- name: hold_refreshed_session
+-- Locks the session of the refresh token with the digest $1, so that its uses are judged one after another.
+-- Needs: oauth_refresh_tokens (digest), oauth_sessions (id).
+SELECT s.id
+FROM keyproxy.oauth_sessions AS s
+WHERE s.id = (SELECT r.session_id FROM keyproxy.oauth_refresh_tokens AS r WHERE r.digest = $1)
+FOR NO KEY UPDATE OF s;
+
+-- name: oauth_refresh
+-- The refresh token with the digest $1, whose session is locked, as of $2, null: now. `is_past_grace`: it was used more than
+-- $3 seconds ago. `is_disabled`: as in oauth_code. Needs: oauth_refresh_tokens (digest), oauth_refresh_tokens (session_id),
+-- oauth_sessions (id), oauth_grants (id), users (id), tenants (id), api_keys (id).
+SELECT m.now, s.id AS session_id, s.presented_as, s.scopes AS session_scopes,
+       r.expires_at <= m.now OR s.expires_at <= m.now AS is_expired, g.client_id AS client_row, g.user_id, g.resource, g.scopes AS grant_scopes,
+       r.replaced_at IS NOT NULL AS is_replaced, r.used_at IS NOT NULL AS is_used,
+       coalesce(m.now - r.used_at > make_interval(secs => $3), false) AS is_past_grace,
+       f.successors, f.has_used_successor,
+       u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL OR k.revoked_at IS NOT NULL OR k.suspended_at IS NOT NULL
+           OR coalesce(k.expires_at <= m.now, false) AS is_disabled
+FROM (SELECT coalesce($2::timestamptz, clock_timestamp()) AS now) AS m
+JOIN keyproxy.oauth_refresh_tokens AS r ON r.digest = $1
+JOIN keyproxy.oauth_sessions AS s ON s.id = r.session_id
+JOIN keyproxy.oauth_grants AS g ON g.id = s.grant_id
+JOIN keyproxy.users AS u ON u.id = g.user_id
+JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
+LEFT JOIN keyproxy.api_keys AS k ON k.id = s.via_key
+CROSS JOIN LATERAL (
+    SELECT count(*)::int AS successors, count(n.used_at) > 0 AS has_used_successor
+    FROM keyproxy.oauth_refresh_tokens AS n
+    WHERE n.session_id = s.id AND n.follows = r.digest
+) AS f;
+
+-- name: use_refresh_token
+-- Records that the refresh token with the digest $1 of the session $2 is used at $3, and replaces its successors.
+-- Needs: oauth_refresh_tokens (digest), oauth_refresh_tokens (session_id).
+WITH replaced AS (
+    UPDATE keyproxy.oauth_refresh_tokens AS n SET replaced_at = $3
+    WHERE n.session_id = $2 AND n.follows = $1 AND n.replaced_at IS NULL
+)
+UPDATE keyproxy.oauth_refresh_tokens AS r SET used_at = $3 WHERE r.digest = $1;
+
+-- name: end_oauth_session
+-- Ends the session $1. No row: there is none. Needs: oauth_sessions (id).
+DELETE FROM keyproxy.oauth_sessions AS s WHERE s.id = $1 RETURNING s.id;
+
+-- name: hold_service_grant
+-- Locks the grant of the client $1 to itself, for the resource $2 if not null, else preferably for $3.
+-- Needs: oauth_grants (client_id, resource) of service grants.
+SELECT g.id
+FROM keyproxy.oauth_grants AS g
+WHERE g.client_id = $1 AND g.is_service AND ($2::text IS NULL OR g.resource = $2)
+ORDER BY g.resource = $3 DESC, g.resource
+LIMIT 1
+FOR NO KEY UPDATE OF g;
+
+-- name: service_grant
+-- The service grant $1, which is locked, as of $2, null: now, with its session if it has one.
+-- Needs: oauth_grants (id), users (id), tenants (id), oauth_sessions (grant_id).
+SELECT m.now, g.id AS grant_id, g.user_id, g.resource, g.scopes AS grant_scopes,
+       u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL AS is_disabled, s.id AS session_id
+FROM (SELECT coalesce($2::timestamptz, clock_timestamp()) AS now) AS m
+JOIN keyproxy.oauth_grants AS g ON g.id = $1
+JOIN keyproxy.users AS u ON u.id = g.user_id
+JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
+LEFT JOIN LATERAL (
+    SELECT o.id FROM keyproxy.oauth_sessions AS o
+    WHERE o.grant_id = g.id AND o.expires_at > m.now
+    ORDER BY o.created_at DESC, o.id
+    LIMIT 1
+) AS s ON true;
+
+-- name: open_service_session
+-- Opens the session $2 of the service grant $1 for the client that presented $3, with the scopes $4, at $5 for $6 seconds.
+INSERT INTO keyproxy.oauth_sessions (id, grant_id, presented_as, scopes, created_at, expires_at)
+VALUES ($2, $1, $3, $4, $5, $5::timestamptz + make_interval(secs => $6));
+
+-- name: keep_service_session
+-- Gives the session $1 the scopes $2, and $4 seconds from $3; not more often than necessary, since each change is recorded.
+-- Needs: oauth_sessions (id).
+UPDATE keyproxy.oauth_sessions AS s
+SET scopes = $2, expires_at = greatest(s.expires_at, $3::timestamptz + make_interval(secs => $4))
+WHERE s.id = $1 AND (s.scopes <> $2 OR s.expires_at < $3::timestamptz + make_interval(secs => $4 / 2));
+
+-- name: has_service_grant
+-- Whether the client $1 has a grant to itself. Needs: oauth_grants (client_id, resource) of service grants.
+SELECT EXISTS (
+    SELECT FROM keyproxy.oauth_grants AS g WHERE g.client_id = $1 AND g.is_service
+) AS has_one;
+
+-- name: revoke_refresh_token
+-- Ends the session of the refresh token with the digest $1, if it is of the client $2.
+-- Needs: oauth_refresh_tokens (digest), oauth_sessions (id), oauth_grants (id).
+DELETE FROM keyproxy.oauth_sessions AS s
+USING keyproxy.oauth_refresh_tokens AS r, keyproxy.oauth_grants AS g
+WHERE r.digest = $1 AND s.id = r.session_id AND g.id = s.grant_id AND g.client_id = $2
+RETURNING g.user_id;
+
+-- name: revoke_access_token
+-- Deletes the access token with the digest $1, if it is of the client $2.
+-- Needs: oauth_access_tokens (digest), oauth_sessions (id), oauth_grants (id).
+DELETE FROM keyproxy.oauth_access_tokens AS a
+USING keyproxy.oauth_sessions AS s, keyproxy.oauth_grants AS g
+WHERE a.digest = $1 AND s.id = a.session_id AND g.id = s.grant_id AND g.client_id = $2
+RETURNING g.user_id;
+
+-- name: oauth_access_token
+-- The access token with the digest $1, if it works as of $2, null: now, for one of the resources $3: as the proxy judges it.
+-- Of the client $4, the tenant $5, if not null. Needs: oauth_access_tokens (digest), oauth_sessions (id), oauth_grants (id),
+-- oauth_clients (id), users (id), tenants (id), roles (id).
+SELECT keyproxy.effective_scopes(a.scopes, '{}', u.roles, t.roles) AS scopes, s.presented_as, g.user_id, g.resource,
+       a.issued_at, least(a.expires_at, s.expires_at) AS expires_at, a.bound_to
+FROM (SELECT coalesce($2::timestamptz, clock_timestamp()) AS now) AS m
+JOIN keyproxy.oauth_access_tokens AS a ON a.digest = $1 AND a.expires_at > m.now
+JOIN keyproxy.oauth_sessions AS s ON s.id = a.session_id AND s.expires_at > m.now
+JOIN keyproxy.oauth_grants AS g ON g.id = s.grant_id AND g.resource = ANY ($3::text[])
+JOIN keyproxy.oauth_clients AS c ON c.id = g.client_id AND c.disabled_at IS NULL
+JOIN keyproxy.users AS u ON u.id = g.user_id AND u.disabled_at IS NULL
+JOIN keyproxy.tenants AS t ON t.id = u.tenant_id AND t.disabled_at IS NULL
+WHERE ($4::text IS NULL OR c.id = $4) AND ($5::text IS NULL OR t.id = $5);
+
+-- name: use_oauth_assertion
+-- Records the use of the assertion with the digest $1, which expires at $2. No row: it was used before.
+-- Needs: oauth_assertions (digest).
+INSERT INTO keyproxy.oauth_assertions (digest, expires_at) VALUES ($1, $2) ON CONFLICT DO NOTHING RETURNING digest;
+
+-- name: responds
+-- Whether the store responds, for the readiness of processes without a query of their own.
+SELECT true AS responds;
+
 -- name: oauth_subject_user
 -- The user that the subject $2 of the issuer $1 is linked to. Needs: oauth_subjects (issuer, subject).
 SELECT u.id AS user_id, u.tenant_id, u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL AS is_disabled

@@ -1,17 +1,19 @@
-"""Least-privilege PostgreSQL roles: one for proxies, one for the admin API and the command line.
+"""Least-privilege PostgreSQL roles: for proxies, for the admin API and the command line, for the authorization server.
 
 `<prefix>_proxy` reads keys, plans and changes, records when keys were last used, and writes the ledger and usage. It can
 change no key, no plan and no audit row. `<prefix>_admin` changes the directory; it only reads the audit log, which
-triggers write. Neither owns anything, so neither can alter the schema or its triggers.
+triggers write. `<prefix>_authorize` reads users and keys, and changes what belongs to OAuth alone. None owns anything, so
+none can alter the schema or its triggers.
 
-Both may log in and have no password until one is set. Each run revokes all privileges and grants the lists below, so that
+All may log in and have no password until one is set. Each run revokes all privileges and grants the lists below, so that
 the roles have these and no others. A test fails if a table is missing from the list.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
 
 from keyproxy.store.postgres import migrations
 from keyproxy.store.postgres.failures import NO_RESPONSE
@@ -44,6 +46,14 @@ RIGHTS: Final = {
     "events": ("SELECT, INSERT", _ALL),
     "signing_keys": ("SELECT, INSERT, UPDATE (ends_at)", _ALL),
     "provider_keys": ("SELECT", _ALL),
+    "oauth_clients": ("SELECT", _ALL),
+    "oauth_grants": ("SELECT", _ALL),
+    "oauth_sessions": ("SELECT, UPDATE (last_used_at)", _ALL),
+    "oauth_access_tokens": ("SELECT", "SELECT, DELETE"),
+    "oauth_refresh_tokens": ("", "SELECT, DELETE"),
+    "oauth_subjects": ("", _ALL),
+    "oauth_codes": ("", ""),
+    "oauth_assertions": ("", ""),
     # Proxies only use two functions: see the migration that created the table.
     "foreign_hashes": ("", _ALL),
     "changes": ("SELECT, DELETE", "SELECT"),
@@ -97,22 +107,50 @@ _FUNCTIONS: Final = {
     "credit_window(text, text, boolean, text, text, bigint, bigint, text)": ("", "EXECUTE"),
 }
 
+#: The privileges of the authorization server. Of keys it reads what a sign-in depends on, and not what people call them.
+_AUTHORIZE: Final = {
+    "migrations": "SELECT",
+    "tenants": "SELECT",
+    "users": "SELECT",
+    "plans": "SELECT",
+    "roles": "SELECT",
+    "api_keys": (
+        "SELECT (id, user_id, digest, scopes, roles, is_test, plan_id, created_at, expires_at, revoked_at, suspended_at,"
+        " replaces, lineage, acts_for)"
+    ),
+    # Introspection accepts them.
+    "admin_tokens": "SELECT, UPDATE (last_used_at)",
+    "oauth_clients": _ALL,
+    "oauth_grants": _ALL,
+    "oauth_sessions": _ALL,
+    "oauth_access_tokens": _ALL,
+    "oauth_refresh_tokens": _ALL,
+    "oauth_subjects": _ALL,
+    "oauth_codes": _ALL,
+    "oauth_assertions": _ALL,
+}
+_AUTHORIZE_FUNCTIONS: Final = {"tend_oauth(integer, integer, text, timestamp with time zone)": "EXECUTE"}
+
+#: What it also may do if it creates the users that the identity provider knows.
+_PROVISIONS: Final = {"users": "SELECT, INSERT"}
+
 _SEQUENCES: Final = {"audit_log_id_seq": ("", "SELECT"), "usage_event_serial": ("USAGE", "SELECT")}
 
 
-def names(prefix: str) -> tuple[str, str]:
-    """The roles of a prefix: for proxies, for the admin side. Raises MigrationError for an invalid prefix."""
+def names(prefix: str) -> tuple[str, str, str]:
+    """The roles of a prefix: for proxies, the admin side, the authorization server. Raises MigrationError if invalid."""
     if not _PREFIX.fullmatch(prefix):
         raise MigrationError(
             f"{prefix!r} is not a valid prefix for roles: lower-case letters, digits and _, 41 at most"
         )
-    return f"{prefix}_proxy", f"{prefix}_admin"
+    return f"{prefix}_proxy", f"{prefix}_admin", f"{prefix}_authorize"
 
 
-async def create(dsn: str, prefix: str) -> list[str]:
-    """Create missing roles and set the privileges of both. Return the roles that were created.
+async def create(dsn: str, prefix: str, *, provisions: bool = False) -> list[str]:
+    """Create missing roles and set the privileges of all. Return the roles that were created.
 
-    All migrations must have been applied. Raises MigrationError or StoreUnavailable.
+    `provisions`: the authorization server creates users. All migrations must have been applied. Raises MigrationError or
+    StoreUnavailable.
     """
     roles = names(prefix)
     if (await migrations.state(dsn)).pending:
@@ -123,13 +161,32 @@ async def create(dsn: str, prefix: str) -> list[str]:
             # One run at a time: concurrent grants of the same privileges conflict in the system catalogs.
             await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('keyproxy.roles', 0))")
             made = [role for role in roles if await _make(connection, role)]
-            for place, role in enumerate(roles):
-                await _grant(connection, role, place)
+            for role, privileges in zip(roles, _privileges(provisions=provisions), strict=True):
+                await _grant(connection, role, privileges)
         return made
     except NO_RESPONSE as error:
         raise MigrationError(f"creating the roles failed, nothing was changed: {error}") from error
     finally:
         await connection.close()
+
+
+class _Privileges(NamedTuple):
+    """The privileges of one role, by the name of the table, sequence or function."""
+
+    tables: Mapping[str, str]
+    sequences: Mapping[str, str]
+    functions: Mapping[str, str]
+
+
+def _privileges(*, provisions: bool) -> tuple[_Privileges, ...]:
+    """The privileges of the roles, in the order of `names`."""
+    proxy, admin = (
+        _Privileges(
+            *({name: rights[place] for name, rights in table.items()} for table in (RIGHTS, _SEQUENCES, _FUNCTIONS))
+        )
+        for place in range(2)
+    )
+    return proxy, admin, _Privileges(_AUTHORIZE | (_PROVISIONS if provisions else {}), {}, _AUTHORIZE_FUNCTIONS)
 
 
 async def _make(connection: Any, role: str) -> bool:
@@ -141,18 +198,16 @@ async def _make(connection: Any, role: str) -> bool:
     return True
 
 
-async def _grant(connection: Any, role: str, place: int) -> None:
-    """`place`: the index of this role's privileges in the lists."""
+async def _grant(connection: Any, role: str, privileges: _Privileges) -> None:
     for what in ("ALL TABLES", "ALL SEQUENCES", "ALL FUNCTIONS"):
         await connection.execute(f'REVOKE ALL ON {what} IN SCHEMA keyproxy FROM "{role}"')
     await connection.execute(f'REVOKE ALL ON SCHEMA keyproxy FROM "{role}"')
     await connection.execute(f'GRANT USAGE ON SCHEMA keyproxy TO "{role}"')
-    for lists in (RIGHTS, _SEQUENCES):
-        kind = "SEQUENCE" if lists is _SEQUENCES else "TABLE"
-        for name, rights in lists.items():
+    for kind, granted in (("SEQUENCE", privileges.sequences), ("TABLE", privileges.tables)):
+        for name, rights in granted.items():
             is_there = await connection.fetchval("SELECT to_regclass($1) IS NOT NULL", f"keyproxy.{name}")
-            if rights[place] and is_there:
-                await connection.execute(f'GRANT {rights[place]} ON {kind} keyproxy.{name} TO "{role}"')
-    for function, rights in _FUNCTIONS.items():
-        if rights[place]:
-            await connection.execute(f'GRANT {rights[place]} ON FUNCTION keyproxy.{function} TO "{role}"')
+            if rights and is_there:
+                await connection.execute(f'GRANT {rights} ON {kind} keyproxy.{name} TO "{role}"')
+    for function, rights in privileges.functions.items():
+        if rights:
+            await connection.execute(f'GRANT {rights} ON FUNCTION keyproxy.{function} TO "{role}"')

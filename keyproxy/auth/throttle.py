@@ -1,4 +1,4 @@
-"""Throttling of failed authentication by peer: a burst is allowed, a steady stream must wait. Successes never count.
+"""Throttling by peer: a burst is allowed, a steady stream must wait. Failed logins are throttled, and some requests.
 
 A token bucket per peer, pure arithmetic over the given clock. An IPv6 host can use a whole /64, so each /64 is one peer.
 """
@@ -16,20 +16,20 @@ _PEERS_MAX: Final = 10_000
 
 
 class Throttle:
-    """Counts authentication failures by peer."""
+    """Counts events by peer: failures to authenticate, or requests."""
 
     def __init__(
         self, *, burst: int = _BURST, seconds_each: float = _SECONDS_EACH, peers_max: int = _PEERS_MAX
     ) -> None:
-        """Allows `burst` failures at once, then one every `seconds_each`."""
+        """Allows `burst` events at once, then one every `seconds_each`."""
         self._burst = burst
         self._seconds_each = seconds_each
         self._peers_max = peers_max
         # The monotonic time at which the peer's bucket is full again.
         self._good_from: OrderedDict[str, float] = OrderedDict()
 
-    def failed(self, peer: str, now_mono: float) -> int:
-        """Count a failure. Returns the seconds that the peer must wait, 0 for none."""
+    def count(self, peer: str, now_mono: float) -> int:
+        """Count an event. Returns the seconds that the peer must wait, 0 for none."""
         name = whole(peer)
         good_from = max(self._good_from.pop(name, now_mono), now_mono)
         ahead = good_from - now_mono
@@ -38,7 +38,7 @@ class Throttle:
             good_from += self._seconds_each
         self._good_from[name] = good_from
         if len(self._good_from) > self._peers_max:
-            # Full: evict the peer with the oldest failure.
+            # Full: evict the peer with the oldest event.
             self._good_from.popitem(last=False)
         return math.ceil(over) if over > 0 else 0
 

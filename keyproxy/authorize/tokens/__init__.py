@@ -1,0 +1,1 @@
+"""The endpoints for tokens: they are issued, refreshed, revoked and introspected here."""
