@@ -21,6 +21,7 @@ from keyproxy.authorize.listener import AuthorizeListener, Served
 from keyproxy.authorize.metrics import AUTHORIZE_METRICS, OAuthCounts
 from keyproxy.authorize.rate_limits import RateLimits
 from keyproxy.config.addresses import is_loopback
+from keyproxy.config.oauth.oauth_settings import LOGIN_BY_OIDC, OAuthLogin
 from keyproxy.config.schema import Settings
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.exposition import CONTENT_TYPE, Catalogue
@@ -130,6 +131,7 @@ class AuthorizationServer:
             entropy=os.urandom,
             rate_limits=self._rate_limits,
             counts=self._counts,
+            login_secret=_login_secret(settings.oauth_login),
         )
 
     async def _checks(self) -> Mapping[str, Check]:
@@ -264,6 +266,22 @@ def _ticket_secrets(settings: Settings) -> tuple[bytes, ...]:
         raise RejectedConfig("oauth.resource: is not set, so there is nothing to authorize; see docs/oauth.md")
     files = {"oauth.secret_file": oauth.secret_file, "oauth.secret_previous_file": oauth.secret_previous_file}
     return tuple(_secret(key, path) for key, path in files.items() if path or key == "oauth.secret_file")
+
+
+def _login_secret(login: OAuthLogin) -> str | None:
+    """The secret for the identity provider. Raises RejectedConfig."""
+    key, path = "oauth.login.client_secret_file", login.client_secret_file
+    if not path or login.kind != LOGIN_BY_OIDC:
+        return None
+    try:
+        secret = Path(path).read_text(encoding="ascii").strip()
+    except UnicodeDecodeError:
+        raise RejectedConfig(f"{key}: {path}: is not ASCII text") from None
+    except OSError as error:
+        raise RejectedConfig(f"{key}: {path}: {error.strerror or error}") from error
+    if not secret:
+        raise RejectedConfig(f"{key}: {path}: is empty")
+    return secret
 
 
 def _secret(key: str, path: str) -> bytes:

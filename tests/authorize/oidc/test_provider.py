@@ -55,11 +55,7 @@ class Known:
 @contextlib.asynccontextmanager
 async def known(**options: Any) -> AsyncIterator[Known]:
     async with running_idp() as idp:
-        one = Known(idp, **options)
-        try:
-            yield one
-        finally:
-            await one.provider.close()
+        yield Known(idp, **options)
 
 
 async def test_login_is_verified_with_one_request_for_metadata_and_keys() -> None:
