@@ -14,10 +14,10 @@ TITLE: Final = {"en": "This did not work", "ko": "요청을 처리할 수 없습
 
 #: `{seconds}` and the like are values of the error.
 ERRORS: Final[Mapping[str, Mapping[str, str]]] = {
-    "parameter_repeated": {
-        "en": "The link has a parameter twice. The program that opened this page made a mistake.",
-        "ko": "링크에 같은 매개변수가 두 번 있습니다. 이 페이지를 연 프로그램의 오류입니다.",
-        "ja": "リンクに同じパラメーターが二つあります。このページを開いたプログラムの誤りです。",
+    "parameters_invalid": {
+        "en": "The link is malformed, or has a parameter twice. The program that opened this page made a mistake.",
+        "ko": "링크의 형식이 잘못되었거나 같은 매개변수가 두 번 있습니다. 이 페이지를 연 프로그램의 오류입니다.",
+        "ja": "リンクの形式が正しくないか、同じパラメーターが二つあります。このページを開いたプログラムの誤りです。",
     },
     "client_missing": {
         "en": "The link does not name the program that wants to connect (client_id).",
