@@ -2122,3 +2122,30 @@ ON CONFLICT (id) DO NOTHING;
 INSERT INTO keyproxy.oauth_subjects (issuer, subject, user_id)
 SELECT $1, $2, u.id FROM keyproxy.users AS u WHERE u.id = $3 AND u.tenant_id = $4
 ON CONFLICT (issuer, subject) DO NOTHING;
+
+-- name: oauth_clients_by_id
+-- The OAuth clients with the ids $1. Needs: oauth_clients (id).
+SELECT c.id, c.client_id, c.kind, c.name, c.redirect_uris, c.auth_method, c.secret_digest, c.jwks::text AS jwks,
+    c.tls_subject, c.disabled_at
+FROM keyproxy.oauth_clients AS c
+WHERE c.id = ANY ($1::text[]);
+
+-- name: oauth_client_of_credential
+-- The OAuth client that presented itself as $1 and was issued the code or token with the digest $2.
+-- Needs: oauth_codes (digest), oauth_refresh_tokens (digest), oauth_access_tokens (digest).
+SELECT c.id, c.client_id, c.kind, c.name, c.redirect_uris, c.auth_method, c.secret_digest, c.jwks::text AS jwks,
+    c.tls_subject, c.disabled_at
+FROM (
+    SELECT o.grant_id FROM keyproxy.oauth_codes AS o WHERE o.digest = $2 AND o.client_id = $1
+    UNION ALL
+    SELECT s.grant_id FROM keyproxy.oauth_refresh_tokens AS r
+    JOIN keyproxy.oauth_sessions AS s ON s.id = r.session_id
+    WHERE r.digest = $2 AND s.presented_as = $1
+    UNION ALL
+    SELECT s.grant_id FROM keyproxy.oauth_access_tokens AS a
+    JOIN keyproxy.oauth_sessions AS s ON s.id = a.session_id
+    WHERE a.digest = $2 AND s.presented_as = $1
+) AS issued
+JOIN keyproxy.oauth_grants AS g ON g.id = issued.grant_id
+JOIN keyproxy.oauth_clients AS c ON c.id = g.client_id
+LIMIT 1;
