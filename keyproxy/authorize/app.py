@@ -10,6 +10,7 @@ import signal
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Final
 
 from keyproxy.auth.api_key import KeyFormat

@@ -32,7 +32,7 @@ CALLBACK_PATH: Final = "/oauth/callback"
 _NONCE: Final = "oidc nonce"
 _VERIFIER: Final = "oidc code verifier"
 
-_RETRY_AFTER: Final = {"Retry-After": "30"}
+_RETRY_AFTER: Final = {"seconds": "30"}
 
 
 class OidcLogin(Login):
@@ -136,7 +136,7 @@ class OidcLogin(Login):
 
 
 def _unavailable(error: ProviderUnavailable) -> PageError:
-    return PageError(503, "login_unavailable", headers=_RETRY_AFTER, detail=str(error))
+    return PageError(503, "login_unavailable", values=_RETRY_AFTER, detail=str(error))
 
 
 def _s256(verifier: str) -> str:
