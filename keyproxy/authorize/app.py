@@ -16,7 +16,7 @@ from keyproxy.auth.api_key import KeyFormat
 from keyproxy.authorize.browser.tickets import SecretFileError, secrets_of
 from keyproxy.authorize.connections import Bounds
 from keyproxy.authorize.context import Context
-from keyproxy.authorize.endpoints import Parts, parts_of
+from keyproxy.authorize.endpoints import Parts, PartsFault, parts_of
 from keyproxy.authorize.listener import AuthorizeListener, Served
 from keyproxy.authorize.metrics import AUTHORIZE_METRICS, OAuthCounts
 from keyproxy.authorize.rate_limits import RateLimits
@@ -59,7 +59,7 @@ class AuthorizationServer:
         self._rate_limits = RateLimits(clock.now)
         self._running = _RunningParts()
         self._context = self._context_of(settings)
-        self._parts = parts_of(self._context)
+        self._parts = _parts_of(self._context)
 
     async def run(
         self, *, access_log_fd: int, started: Callable[[str], None], read_again: Callable[[], Settings]
@@ -187,7 +187,7 @@ class AuthorizationServer:
             )
         _contexts(settings)  # validate before changing anything
         context = self._context_of(settings)
-        parts = parts_of(context)
+        parts = _parts_of(context)
         for tls in (self._tls, self._mtls):
             if tls is not None:
                 show(tls, settings.oauth.tls_certificate_file, settings.oauth.tls_key_file)
@@ -284,6 +284,14 @@ def _contexts(settings: Settings) -> tuple[ssl.SSLContext | None, ssl.SSLContext
         return tls, server_context(oauth.tls_certificate_file, oauth.tls_key_file, oauth.mtls_client_ca_file)
     except TlsError as error:
         raise TlsError(f"oauth.mtls_client_ca_file: {error}") from error
+
+
+def _parts_of(context: Context) -> Parts:
+    """Raises RejectedConfig."""
+    try:
+        return parts_of(context)
+    except PartsFault as fault:
+        raise RejectedConfig(str(fault)) from fault
 
 
 def _ticket_secrets(settings: Settings) -> tuple[bytes, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.authorize.metrics import OAuthCounts
@@ -18,7 +19,7 @@ class Context:
     """The dependencies of the endpoints. A reload makes a new one; `rate_limits` and `counts` stay.
 
     `ticket_secrets`: the content of `oauth.secret_file`, then that of `oauth.secret_previous_file`, if configured.
-    `entropy`: returns this number of random bytes.
+    `entropy`: returns this number of random bytes. `store_now`: a clock in place of the database's, for tests.
     """
 
     settings: Settings
@@ -29,3 +30,4 @@ class Context:
     entropy: Callable[[int], bytes]
     rate_limits: RateLimits
     counts: OAuthCounts
+    store_now: Callable[[], datetime] | None = None
