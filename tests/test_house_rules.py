@@ -84,6 +84,7 @@ HOMES = {
     "re2": {"process"},
     "redis": {"store"},
     "uvloop": {"cli", "demo"},
+    "yarl": {"authorize"},
 }
 
 MODULE_LINES_MAX = 400

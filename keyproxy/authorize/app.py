@@ -10,10 +10,10 @@ import signal
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
-from pathlib import Path
 from typing import Final
 
 from keyproxy.auth.api_key import KeyFormat
+from keyproxy.authorize.browser.tickets import SecretFileError, secrets_of
 from keyproxy.authorize.connections import Bounds
 from keyproxy.authorize.context import Context
 from keyproxy.authorize.endpoints import Parts, parts_of
@@ -35,8 +35,8 @@ from keyproxy.wire.tls import TlsError, server_context, show
 
 _log = logging.getLogger(__name__)
 
-_SECRET_BYTES_MIN: Final = 32
-_SECRET_BYTES_MAX: Final = 4096
+#: After a reload, requests in flight may use the connections of the configuration before for this long.
+_CLOSE_SECONDS: Final = 30.0
 
 
 class RejectedConfig(Exception):
@@ -57,7 +57,7 @@ class AuthorizationServer:
         )
         self._counts = OAuthCounts()
         self._rate_limits = RateLimits(clock.now)
-        self._tasks = BackgroundTasks()
+        self._running = _RunningParts()
         self._context = self._context_of(settings)
         self._parts = parts_of(self._context)
 
@@ -78,8 +78,8 @@ class AuthorizationServer:
             stack.callback(log.close)
             log.start()
             await stack.enter_async_context(Control().open(startup_conflicts.of_authorize(self._settings)))
-            stack.push_async_callback(self._tasks.end)
-            self._tasks.start(self._parts)
+            stack.push_async_callback(self._running.close)
+            self._running.start(self._parts)
             listeners = await self._start_listeners(stack, log.write_line if self._settings.log.access else None)
             self._warn_of_unencrypted_secrets()
             started(", ".join(listeners))
@@ -195,28 +195,57 @@ class AuthorizationServer:
         served = Served(context, parts)
         for listener in listeners:
             listener.served = served
-        await self._tasks.end()
-        self._tasks.start(parts)
+        await self._running.replace(parts)
 
 
-class BackgroundTasks:
-    """The tasks beside the endpoints, which are restarted after an unexpected error."""
+class _RunningParts:
+    """The tasks of the current parts, and the connections of all that requests may still use."""
 
     def __init__(self) -> None:
-        self._running: list[BackgroundTask] = []
+        self._parts: Parts | None = None
+        self._tasks: list[BackgroundTask] = []
+        self._closing: dict[asyncio.Task[None], Parts] = {}
 
     def start(self, parts: Parts) -> None:
         """Start the tasks of a configuration."""
+        self._parts = parts
         for name, work in parts.tasks.items():
             task = BackgroundTask(name)
             task.start(work)
-            self._running.append(task)
+            self._tasks.append(task)
 
-    async def end(self) -> None:
-        """Cancel all tasks and wait for them."""
-        running, self._running = self._running, []
-        for task in running:
+    async def replace(self, parts: Parts) -> None:
+        """Run the tasks of a new configuration instead. Connections of the one before are closed later."""
+        before = self._parts
+        await self._end_tasks()
+        self.start(parts)
+        if before is not None:
+            closing = asyncio.get_running_loop().create_task(_close_later(before))
+            self._closing[closing] = before
+            closing.add_done_callback(self._closing.pop)
+
+    async def close(self) -> None:
+        """End all tasks and close all connections. The listeners have closed."""
+        await self._end_tasks()
+        unclosed = list(self._closing.values())
+        await cancel_all(list(self._closing))
+        for parts in (*unclosed, *filter(None, [self._parts])):
+            await _close(parts)
+
+    async def _end_tasks(self) -> None:
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
             await task.end()
+
+
+async def _close_later(parts: Parts) -> None:
+    await asyncio.sleep(_CLOSE_SECONDS)
+    await _close(parts)
+
+
+async def _close(parts: Parts) -> None:
+    for close in parts.closing:
+        await close()
 
 
 def _bound(settings: Settings, address: str) -> socket.socket:
@@ -258,25 +287,10 @@ def _contexts(settings: Settings) -> tuple[ssl.SSLContext | None, ssl.SSLContext
 
 
 def _ticket_secrets(settings: Settings) -> tuple[bytes, ...]:
-    """The contents of the secret files, the current one first. Raises RejectedConfig."""
-    oauth = settings.oauth
-    if not oauth.is_configured:
-        raise RejectedConfig("oauth.resource: is not set, so there is nothing to authorize; see docs/oauth.md")
-    files = {"oauth.secret_file": oauth.secret_file, "oauth.secret_previous_file": oauth.secret_previous_file}
-    return tuple(_secret(key, path) for key, path in files.items() if path or key == "oauth.secret_file")
-
-
-def _secret(key: str, path: str) -> bytes:
     """Raises RejectedConfig."""
-    if not path:
-        raise RejectedConfig(f"{key}: is not set; generate a secret with `openssl rand -hex 32`")
+    if not settings.oauth.is_configured:
+        raise RejectedConfig("oauth.resource: is not set, so that there is nothing to authorize")
     try:
-        secret = Path(path).read_bytes().strip()
-    except OSError as error:
-        raise RejectedConfig(f"{key}: {path}: {error.strerror or error}") from error
-    if not _SECRET_BYTES_MIN <= len(secret) <= _SECRET_BYTES_MAX:
-        raise RejectedConfig(
-            f"{key}: {path}: must have {_SECRET_BYTES_MIN} to {_SECRET_BYTES_MAX} bytes, for example the output of"
-            " `openssl rand -hex 32`"
-        )
-    return secret
+        return secrets_of(settings.oauth)
+    except SecretFileError as error:
+        raise RejectedConfig(str(error)) from error

@@ -50,7 +50,7 @@ class Endpoint:
 class PageError(Exception):
     """A request of a browser that ends with a page. `message`: the name of its text, which has translations.
 
-    `values`: for the text. `detail`: for the operator's log. `headers`: further header fields of the response.
+    `values`: for the text; `seconds` is Retry-After too. `detail`: for the operator's log.
     """
 
     def __init__(
@@ -60,14 +60,12 @@ class PageError(Exception):
         *,
         values: Mapping[str, str] | None = None,
         detail: str = "",
-        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.values = values or {}
         self.detail = detail
-        self.headers = headers
 
 
 #: Makes the page of an error.

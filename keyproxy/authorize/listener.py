@@ -172,7 +172,11 @@ class AuthorizeListener:
         if isinstance(error, OAuthError):
             if endpoint is None or not endpoint.shows_pages:
                 return responses.json_error(error)
-            error = responses.page_error_of(error)
+            allowed = (error.headers or {}).get("Allow")
+            response = self.served.error_page(request, responses.page_error_of(error))
+            if allowed is not None:
+                response.headers["Allow"] = allowed
+            return response
         return self.served.error_page(request, error)
 
 

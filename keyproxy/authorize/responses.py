@@ -22,6 +22,14 @@ _STORE_RETRY_SECONDS: Final = "2"
 _REQUEST_FIELDS: Final = "Authorization, Content-Type, MCP-Protocol-Version, *"
 _PREFLIGHT_SECONDS: Final = "3600"
 
+#: The names of the texts of pages.
+_PAGE_MESSAGES: Final = {
+    404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 429: "too_many_requests",
+    500: "internal_error", 503: "store_unavailable",
+}  # fmt: skip
+#: Header fields of an error that its page shows.
+_VALUES: Final = {"Retry-After": "seconds"}
+
 NOT_FOUND: Final = "not_found"
 METHOD_NOT_ALLOWED: Final = "method_not_allowed"
 
@@ -73,9 +81,10 @@ def error_of(failure: Exception, request_id: str) -> OAuthError | PageError:
 
 
 def page_error_of(error: OAuthError) -> PageError:
-    """The error as a page. Its text is named by the code, or by the status if there is one text for it."""
-    message = {413: "too_large", 429: "too_many_requests", 503: "temporarily_unavailable"}.get(error.status, error.code)
-    return PageError(error.status, message, detail=error.detail or error.description, headers=error.headers)
+    """The error as a page, whose text depends on the status."""
+    values = {name: value for field, value in (error.headers or {}).items() if (name := _VALUES.get(field))}
+    message = _PAGE_MESSAGES.get(error.status, "request_malformed")
+    return PageError(error.status, message, values=values, detail=error.detail or error.description)
 
 
 def json_error(error: OAuthError) -> web.Response:
@@ -113,6 +122,8 @@ def add_headers(response: web.StreamResponse, request_id: str, *, is_cross_origi
     headers["X-Request-Id"] = request_id
     headers.setdefault("Cache-Control", "no-store")
     headers["X-Content-Type-Options"] = "nosniff"
+    headers["X-Frame-Options"] = "DENY"
+    headers["Referrer-Policy"] = "no-referrer"
     headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
     if is_cross_origin:
         headers["Access-Control-Allow-Origin"] = "*"

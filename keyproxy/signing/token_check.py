@@ -7,14 +7,12 @@ signature is verified.
 
 from __future__ import annotations
 
-import base64
-import json
 import re
-from collections.abc import Sequence
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Final, NamedTuple
 
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.signing.claims import AGENT_TOKEN_TYPE
+from keyproxy.signing.compact_jwt import JwtFault, decoded, members, time_claim
 from keyproxy.signing.signing_key import VerifyingKey
 
 #: How far the clock of the machine that signed may be ahead of this one's.
@@ -22,12 +20,10 @@ SKEW_SECONDS: Final = 60
 
 _BYTES_MAX: Final = 4_096
 _SIGNATURE_BYTES: Final = 64
-_TIME_MAX: Final = 2**53
 
 _HEADER: Final = re.compile(
     rb'\{"typ":"%b","alg":"ES256","kid":"([A-Za-z0-9_-]{43})"\}' % re.escape(AGENT_TOKEN_TYPE.encode("ascii"))
 )
-_BASE64URL: Final = re.compile(rb"[A-Za-z0-9_-]+")
 
 
 class AcceptedTokens(NamedTuple):
@@ -69,11 +65,14 @@ class SignedToken(NamedTuple):
         """Raises a Refusal if the signature or a claim is invalid, or a genuine token has expired."""
         if not key.verifies(self.message, self.signature):
             raise _invalid("invalid signature")
-        claims = _claims(self.payload)
+        try:
+            claims = members(self.payload)
+            issued, expires = time_claim(claims.get("iat")), time_claim(claims.get("exp"))
+        except JwtFault as fault:
+            raise _invalid(str(fault)) from None
         # `aud` is one string here: a list that contains the audience is not a token of ours.
         if claims.get("iss") != rules.issuer or claims.get("aud") != rules.audience:
             raise _invalid("wrong issuer or audience")
-        issued, expires = _time(claims.get("iat")), _time(claims.get("exp"))
         if issued > now_wall + SKEW_SECONDS:
             raise _invalid("issued in the future")
         # Without skew, as the expiry of every key: the row would be refused for the same reason.
@@ -83,41 +82,11 @@ class SignedToken(NamedTuple):
             raise _invalid("signed with a key that has ended")
 
 
-def _claims(payload: bytes) -> dict[str, Any]:
-    try:
-        claims = json.loads(payload.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        raise _invalid("invalid payload") from None
-    if not isinstance(claims, dict):
-        raise _invalid("the payload is not an object")
-    return claims
-
-
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise ValueError("duplicate member")
-    return members
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _time(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _TIME_MAX:
-        raise _invalid("a time is missing or invalid")
-    return value
-
-
 def _decoded(part: bytes) -> bytes:
-    """Canonical base64url: one text for the same bytes, without padding, spaces or stray bits."""
-    if _BASE64URL.fullmatch(part) is None or len(part) % 4 == 1:
-        raise _invalid("a part is not base64url")
-    content = base64.urlsafe_b64decode(part + b"=" * (-len(part) % 4))
-    if base64.urlsafe_b64encode(content).rstrip(b"=") != part:
-        raise _invalid("a part is not canonical base64url")
-    return content
+    try:
+        return decoded(part)
+    except JwtFault as fault:
+        raise _invalid(str(fault)) from None
 
 
 def _invalid(why: str) -> Refusal:

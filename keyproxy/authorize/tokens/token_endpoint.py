@@ -28,7 +28,6 @@ _Form: TypeAlias = Mapping[str, str]
 _Exchange: TypeAlias = Callable[[Client, _Form, bytes | None], Awaitable[IssuedTokens]]
 
 
-
 class TokenEndpoint:
     """Exchanges grants for tokens: RFC 6749 sections 4.1.3, 4.4.2 and 6, with PKCE alone."""
 

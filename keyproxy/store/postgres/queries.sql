@@ -1999,3 +1999,50 @@ INSERT INTO keyproxy.oauth_assertions (digest, expires_at) VALUES ($1, $2) ON CO
 -- name: responds
 -- Whether the store responds, for the readiness of processes without a query of their own.
 SELECT true AS responds;
+
+-- name: oauth_subject_user
+-- The user that the subject $2 of the issuer $1 is linked to. Needs: oauth_subjects (issuer, subject).
+SELECT u.id AS user_id, u.tenant_id, u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL AS is_disabled
+FROM keyproxy.oauth_subjects AS s
+JOIN keyproxy.users AS u ON u.id = s.user_id
+JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
+WHERE s.issuer = $1 AND s.subject = $2;
+
+-- name: oauth_create_user
+-- Creates the user $1 of the tenant $2, if that exists and has not been disabled.
+INSERT INTO keyproxy.users (id, tenant_id)
+SELECT $1, t.id FROM keyproxy.tenants AS t WHERE t.id = $2 AND t.disabled_at IS NULL
+ON CONFLICT (id) DO NOTHING;
+
+-- name: oauth_link_subject
+-- Links the subject $2 of the issuer $1 to the user $3, if that is one of the tenant $4. An existing link stays.
+INSERT INTO keyproxy.oauth_subjects (issuer, subject, user_id)
+SELECT $1, $2, u.id FROM keyproxy.users AS u WHERE u.id = $3 AND u.tenant_id = $4
+ON CONFLICT (issuer, subject) DO NOTHING;
+
+-- name: oauth_clients_by_id
+-- The OAuth clients with the ids $1. Needs: oauth_clients (id).
+SELECT c.id, c.client_id, c.kind, c.name, c.redirect_uris, c.auth_method, c.secret_digest, c.jwks::text AS jwks,
+    c.tls_subject, c.disabled_at
+FROM keyproxy.oauth_clients AS c
+WHERE c.id = ANY ($1::text[]);
+
+-- name: oauth_client_of_credential
+-- The OAuth client that presented itself as $1 and was issued the code or token with the digest $2.
+-- Needs: oauth_codes (digest), oauth_refresh_tokens (digest), oauth_access_tokens (digest).
+SELECT c.id, c.client_id, c.kind, c.name, c.redirect_uris, c.auth_method, c.secret_digest, c.jwks::text AS jwks,
+    c.tls_subject, c.disabled_at
+FROM (
+    SELECT o.grant_id FROM keyproxy.oauth_codes AS o WHERE o.digest = $2 AND o.client_id = $1
+    UNION ALL
+    SELECT s.grant_id FROM keyproxy.oauth_refresh_tokens AS r
+    JOIN keyproxy.oauth_sessions AS s ON s.id = r.session_id
+    WHERE r.digest = $2 AND s.presented_as = $1
+    UNION ALL
+    SELECT s.grant_id FROM keyproxy.oauth_access_tokens AS a
+    JOIN keyproxy.oauth_sessions AS s ON s.id = a.session_id
+    WHERE a.digest = $2 AND s.presented_as = $1
+) AS issued
+JOIN keyproxy.oauth_grants AS g ON g.id = issued.grant_id
+JOIN keyproxy.oauth_clients AS c ON c.id = g.client_id
+LIMIT 1;

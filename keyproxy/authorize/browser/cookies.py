@@ -1,0 +1,70 @@
+"""The cookie that binds tickets to a browser, and the check that a form was sent by a page of this server."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Final
+
+from aiohttp import web
+
+from keyproxy.authorize.browser.tickets import USER_PAGE_SECONDS
+from keyproxy.authorize.endpoint import PageError
+
+#: A login takes at most two tickets; a page of the user lives longer. Each request for a login renews the cookie.
+_COOKIE_SECONDS: Final = 3_600
+
+_VALUE = re.compile(r"[A-Za-z0-9_-]{43}")
+
+#: `none`: the user has entered the address. A browser that does not send the header sends no cookie of SameSite=Lax
+#: with a form of another site.
+_OWN_SITES: Final = ("same-origin", "none")
+
+
+class Cookies:
+    """The cookies of this server. Over https, browsers accept their names from this origin only."""
+
+    def __init__(self, issuer: str, new_value: Callable[[], str]) -> None:
+        """`issuer`: http is for loopback. `new_value`: 43 random base64url characters."""
+        self._is_secure = issuer.startswith("https://")
+        prefix = "__Host-" if self._is_secure else ""
+        self._login = f"{prefix}keyproxy-login"
+        self._user_page = f"{prefix}keyproxy-user"
+        self._new_value = new_value
+
+    def browser(self, request: web.Request) -> str | None:
+        """The value that tickets are bound to, None without the cookie."""
+        value = request.cookies.get(self._login)
+        return value if value is not None and _VALUE.fullmatch(value) else None
+
+    def browser_or_new(self, request: web.Request) -> str:
+        """The value that tickets are bound to. Logins in several tabs of one browser share it."""
+        return self.browser(request) or self._new_value()
+
+    def keep_browser(self, response: web.StreamResponse, value: str) -> None:
+        """Set the cookie that tickets are bound to."""
+        self._set(response, self._login, value, _COOKIE_SECONDS)
+
+    def user_page(self, request: web.Request) -> str | None:
+        """The ticket of the user page, None without one."""
+        return request.cookies.get(self._user_page)
+
+    def keep_user_page(self, response: web.StreamResponse, ticket: str) -> None:
+        """Set the ticket of the user page."""
+        self._set(response, self._user_page, ticket, USER_PAGE_SECONDS)
+
+    def drop_user_page(self, response: web.StreamResponse) -> None:
+        """Delete the ticket of the user page."""
+        self._set(response, self._user_page, "", 0)
+
+    def _set(self, response: web.StreamResponse, name: str, value: str, seconds: int) -> None:
+        response.set_cookie(
+            name, value, max_age=seconds, path="/", secure=self._is_secure, httponly=True, samesite="Lax"
+        )
+
+
+def check_form_origin(request: web.Request) -> None:
+    """Check that a page of this server sent the form. Raises PageError 403."""
+    site = request.headers.get("Sec-Fetch-Site")
+    if site is not None and site not in _OWN_SITES:
+        raise PageError(403, "form_foreign", detail=f"Sec-Fetch-Site is {site!r}")

@@ -1,0 +1,1 @@
+"""The pages for people: plain HTML without scripts, in three languages."""

@@ -1,0 +1,1 @@
+"""Who a client is: its id judged, its metadata document fetched, its authentication verified."""

@@ -1,0 +1,183 @@
+"""Login at an OpenID provider: the redirect there, and the callback.
+
+Nothing is stored for a login. Its state is the ticket, which is bound to the browser; nonce and code verifier are derived
+from the ticket by the server alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlencode
+
+from aiohttp import web
+
+from keyproxy.authorize.browser.cookies import Cookies
+from keyproxy.authorize.browser.login import Login, Proceed
+from keyproxy.authorize.browser.tickets import Content, Purpose, Tickets
+from keyproxy.authorize.endpoint import USER, Endpoint, PageError, SignedIn
+from keyproxy.authorize.oidc.provider import LoginFault, Provider
+from keyproxy.authorize.oidc.provider_metadata import ProviderUnavailable
+from keyproxy.authorize.oidc.subject import ClaimsFault, Subject
+from keyproxy.config.oauth.oauth_settings import OAuthLogin
+from keyproxy.model import Moment
+from keyproxy.store.oauth.subjects import LinkedUser, Subjects
+
+CALLBACK_PATH: Final = "/oauth/callback"
+
+#: The parameters of an authorization response.
+_PARAMETERS: Final = ("state", "iss", "code", "error")
+
+#: Names of the values that are derived from a ticket.
+_NONCE: Final = "oidc nonce"
+_VERIFIER: Final = "oidc code verifier"
+
+_RETRY_AFTER: Final = {"seconds": "30"}
+
+
+class SecretFileFault(Exception):
+    """`oauth.login.client_secret_file` cannot be read. The text names the file."""
+
+
+class OidcLogin(Login):
+    """Signs users in at an OpenID provider: see the module."""
+
+    def __init__(
+        self,
+        login: OAuthLogin,
+        provider: Provider,
+        subjects: Subjects,
+        proceed: Proceed,
+        *,
+        tickets: Tickets,
+        cookies: Cookies,
+        redirect_uri: str,
+        now: Callable[[], Moment],
+        observe_seconds: Callable[[float], None],
+    ) -> None:
+        """`observe_seconds`: called with the seconds that the provider has taken to finish a login, successful or not."""
+        self._login = login
+        self._provider = provider
+        self._subjects = subjects
+        self._proceed = proceed
+        self._tickets = tickets
+        self._cookies = cookies
+        self._redirect_uri = redirect_uri
+        self._now = now
+        self._observe_seconds = observe_seconds
+
+    async def begin(self, request: web.Request, ticket: str, content: Content) -> web.Response:
+        try:
+            metadata = await self._provider.metadata()
+        except ProviderUnavailable as error:
+            raise _unavailable(error) from error
+        parameters = {
+            "response_type": "code",
+            "client_id": self._login.client_id,
+            "redirect_uri": self._redirect_uri,
+            "scope": " ".join(self._login.scopes),
+            "state": ticket,
+            "nonce": self._tickets.derived(ticket, _NONCE),
+            "code_challenge": _s256(self._tickets.derived(ticket, _VERIFIER)),
+            "code_challenge_method": "S256",
+            "ui_locales": content["language"],
+        }
+        if content["prompt"]:
+            parameters["prompt"] = metadata.account_prompt
+        # The endpoint may have a query of its own, RFC 6749 section 3.1.
+        joint = "&" if "?" in metadata.authorization_endpoint else "?"
+        location = f"{metadata.authorization_endpoint}{joint}{urlencode(parameters)}"
+        return web.Response(
+            status=302, headers={"Location": location, "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
+        )
+
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        return (Endpoint("callback", (CALLBACK_PATH,), {"GET": self._callback}, shows_pages=True),)
+
+    async def _callback(self, request: web.Request) -> web.StreamResponse:
+        parameters = _parameters(request)
+        ticket = parameters.get("state", "")
+        content = self._tickets.open(ticket, self._cookies.browser(request), purpose=Purpose.LOGIN)
+        if "error" in parameters:
+            raise PageError(403, "login_refused", detail=f"the provider responds with {parameters['error'][:64]!r}")
+        if not parameters.get("code"):
+            raise PageError(400, "login_failed", detail="the response of the provider has no code")
+        subject = await self._subject(ticket, parameters)
+        user = await self._user(subject)
+        if user.is_disabled:
+            raise PageError(403, "account_disabled", detail=f"user {user.user_id} or its tenant is disabled")
+        request[USER] = user.user_id
+        signed_in = SignedIn(user.user_id, user.tenant_id, via_issuer=subject.issuer, via_subject=subject.subject)
+        return await self._proceed(request, content, signed_in)
+
+    async def _subject(self, ticket: str, parameters: Mapping[str, str]) -> Subject:
+        """Who has signed in. Raises PageError: 503 without a response of the provider, else 403."""
+        began_mono = self._now().mono_seconds
+        try:
+            claims = await self._provider.claims(
+                parameters["code"],
+                parameters.get("iss"),
+                verifier=self._tickets.derived(ticket, _VERIFIER),
+                nonce=self._tickets.derived(ticket, _NONCE),
+            )
+            return Subject.of(claims, self._login)
+        except ProviderUnavailable as error:
+            raise _unavailable(error) from error
+        except (LoginFault, ClaimsFault) as fault:
+            raise PageError(403, "login_failed", detail=str(fault)) from fault
+        finally:
+            self._observe_seconds(self._now().mono_seconds - began_mono)
+
+    async def _user(self, subject: Subject) -> LinkedUser:
+        """The user of a subject, created if the configuration allows it. Raises PageError 403, StoreUnavailable."""
+        user = await self._subjects.find(subject.issuer, subject.subject)
+        if user is None and not subject.may_be_created:
+            values = {"issuer": subject.issuer, "subject": subject.subject}
+            raise PageError(403, "subject_unlinked", values=values)
+        if user is None and subject.tenant_id is not None:
+            user = await self._subjects.create(
+                subject.issuer, subject.subject, user_id=subject.created_user_id, tenant_id=subject.tenant_id
+            )
+        # A user that was created here loses access with its organisation; one that an operator has linked does not.
+        is_created = user is not None and subject.may_be_created and user.user_id == subject.created_user_id
+        if user is None or (is_created and user.tenant_id != subject.tenant_id):
+            raise PageError(403, "tenant_unknown", detail="the tenant of the login is not mapped, or does not exist")
+        return user
+
+
+def read_client_secret(path: str) -> str | None:
+    """The secret of `oauth.login.client_secret_file`, None without a file. Raises SecretFileFault."""
+    if not path:
+        return None
+    try:
+        secret = Path(path).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not ASCII text"
+        raise SecretFileFault(f"oauth.login.client_secret_file: {path} cannot be read: {why}") from None
+    if not secret:
+        raise SecretFileFault(f"oauth.login.client_secret_file: {path} is empty")
+    return secret
+
+
+def _parameters(request: web.Request) -> dict[str, str]:
+    """The known parameters of the response. Raises PageError for a repeated one, which readers resolve differently."""
+    found = {}
+    for name in _PARAMETERS:
+        values = request.query.getall(name, [])
+        if len(values) > 1:
+            raise PageError(400, "parameter_repeated", detail=f"{name} is repeated")
+        if values:
+            found[name] = values[0]
+    return found
+
+
+def _unavailable(error: ProviderUnavailable) -> PageError:
+    return PageError(503, "login_unavailable", values=_RETRY_AFTER, detail=str(error))
+
+
+def _s256(verifier: str) -> str:
+    digest = hashlib.sha256(verifier.encode("ascii")).digest()
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode("ascii")
