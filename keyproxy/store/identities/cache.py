@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 
 from keyproxy.auth import names
 from keyproxy.auth.api_key import SecretKey
+from keyproxy.auth.authorization import refused_delegation
 from keyproxy.config.schema import Cache
 from keyproxy.model import Identity, KeyDigest, Missing, Moment
 from keyproxy.ports.identities import Identities
@@ -31,7 +32,6 @@ from keyproxy.store.identities.delegated_rows import (
     BY_TOKEN,
     ActingPair,
     TokenDigest,
-    refused_delegation,
     token_identity,
 )
 from keyproxy.store.identities.entries import Entry, EntryTable
