@@ -377,7 +377,7 @@ def phases(bench: Bench, raws: Sequence[bytes]) -> dict[str, Callable[[], object
 def present(head: RequestHead) -> None:
     """As on a connection that has not sent this key before."""
     head.digest = None
-    credentials.digest(head)
+    credentials.digest(head, FORMAT)
 
 
 def timed(calls: Mapping[str, Callable[[], object]], *benches: Bench, rounds: int = _ROUNDS) -> dict[str, float]:

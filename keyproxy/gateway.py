@@ -21,12 +21,13 @@ from keyproxy.ai.route_rules import RouteRules
 from keyproxy.auth import authorization, credentials
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.auth.minting import MintRules
-from keyproxy.decision import access_decision, identification, token_accounting, tool_calls
+from keyproxy.decision import access_decision, document_requests, identification, token_accounting, tool_calls
 from keyproxy.decision.access_decision import StoreRecords
 from keyproxy.decision.payments import Payments
 from keyproxy.decision.serving import Serving
 from keyproxy.decision.tool_calls import ToolCalls
 from keyproxy.http import headers, idempotency_key
+from keyproxy.http.discovery.published_documents import PublishedDocuments
 from keyproxy.http.routes import RouteTable
 from keyproxy.http_messages import RequestHead, ResponseHead
 from keyproxy.limits.allowance import Allowance, Need
@@ -65,8 +66,12 @@ class Gateway(Gate):
         upstream_credentials: UpstreamCredentials,
         now: Callable[[], Moment],
         usage_wait_seconds: float = 0.0,
+        documents: PublishedDocuments | None = None,
     ) -> None:
-        """`metering`: the rules of the metered routes; `access`: of those that judge models, categories or namespaces."""
+        """`metering`: the rules of the metered routes; `access`: of those that judge models, categories or namespaces.
+
+        `documents`: that the proxy publishes itself, None: it publishes none.
+        """
         self.usage_wait_seconds = usage_wait_seconds
         self._key_format = key_format
         self._identities = identities
@@ -82,23 +87,26 @@ class Gateway(Gate):
         self._tool_calls = tool_calls
         self._tool_rules = tool_calls.rules
         self._now = now
+        self._documents = documents
         self._undecided: set[asyncio.Task[None]] = set()
 
     def begin(self, exchange: Exchange) -> None:
         """Decide on a request: at once if all values are in memory, else after fetching the missing ones."""
         try:
+            if self._documents is not None and document_requests.respond(exchange, self._documents):
+                return
             permit = self.decide(exchange)
         except Missing as missing:
             self._start(self._fetch_and_decide(exchange, missing))
         except Refusal as refusal:
             exchange.refuse(refusal)
         else:
-            if exchange.is_minting:
-                self._serve(exchange, permit)
-            else:
-                exchange.forward(permit)
+            self._carry_out(exchange, permit)
 
-    def _serve(self, exchange: Exchange, permit: Permit) -> None:
+    def _carry_out(self, exchange: Exchange, permit: Permit) -> None:
+        if not exchange.is_minting:
+            exchange.forward(permit)
+            return
         identity, request = exchange.identity, exchange.mint_request
         assert identity is not None  # noqa: S101 - for the type checker: minting was admitted for it
         assert request is not None  # noqa: S101
@@ -278,10 +286,7 @@ class Gateway(Gate):
             )
             if permit is None:
                 return
-            if exchange.is_minting:
-                self._serve(exchange, permit)
-            else:
-                exchange.forward(permit)
+            self._carry_out(exchange, permit)
         except Refusal as refusal:
             exchange.refuse(refusal)
         except Exception:  # noqa: BLE001 - the outermost boundary of this task

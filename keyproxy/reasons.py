@@ -325,12 +325,12 @@ class Refusal(Exception):
     """The refusal of one request. `caller_text` is appended to the reason's sentence; `detail` is only logged.
 
     `replaces_sentence`: `caller_text` replaces the reason's sentence. `field`: the member of the request's JSON at fault.
-    `missing_scopes`: for the challenge of a 403. `limit` is the limit that was exceeded, with its state at that time;
-    `applied` is every limit that applies to the request, and is part of the response too. `retry_after_seconds` defaults
-    to the limit's reset; a budget that is spent has none, since no retry succeeds. `limit_reason`: why it refuses the
-    request. `members`: further members of the response, such as the id of an approval. `rpc_code`: the code of a JSON-RPC
-    error; None: by the reason. Neither text may contain anything from the request that was not checked for secrets: see
-    docs/threat-model.md.
+    `missing_scopes`: for the challenge of a 403. `allow`: the methods that a 405 names, by default those of all routes.
+    `limit` is the limit that was exceeded, with its state at that time; `applied` is every limit that applies to the
+    request, and is part of the response too. `retry_after_seconds` defaults to the limit's reset; a budget that is spent
+    has none, since no retry succeeds. `limit_reason`: why it refuses the request. `members`: further members of the
+    response, such as the id of an approval. `rpc_code`: the code of a JSON-RPC error; None: by the reason. Neither text
+    may contain anything from the request that was not checked for secrets: see docs/threat-model.md.
     """
 
     def __init__(
@@ -342,6 +342,7 @@ class Refusal(Exception):
         replaces_sentence: bool = False,
         field: str | None = None,
         missing_scopes: Sequence[str] = (),
+        allow: str = "",
         retry_after_seconds: int | None = None,
         limit: LimitState | None = None,
         applied: Sequence[LimitState] = (),
@@ -356,6 +357,7 @@ class Refusal(Exception):
         self.replaces_sentence = replaces_sentence
         self.field = field
         self.missing_scopes = missing_scopes
+        self.allow = allow
         self.limit = limit
         self.applied = applied or (() if limit is None else (limit,))
         self.limit_reason = limit_reason

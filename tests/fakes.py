@@ -22,6 +22,7 @@ from keyproxy.ai.route_rules import RouteRules
 from keyproxy.ai.tools.tool_call import ToolClaim
 from keyproxy.auth import credentials, minting
 from keyproxy.auth.api_key import KeyFormat, SecretKey
+from keyproxy.auth.authorization import refused_delegation
 from keyproxy.auth.minting import MintedToken, MintParent, MintRequest, MintRules
 from keyproxy.auth.names import is_id
 from keyproxy.http import identity_headers
@@ -41,7 +42,6 @@ from keyproxy.ports.ledger import Ledger
 from keyproxy.ports.tenant_records import OwnedIds, PromptTemplates
 from keyproxy.ports.tools import ApprovalRequest, Approvals, UpstreamCredential, UpstreamCredentials
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.store.identities.delegated_rows import refused_delegation
 from keyproxy.wire.parsing.head_cache import RequestReader
 from tests.reference_ledger import ReferenceLedger
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -134,12 +135,12 @@ class Client:
 
 
 @contextlib.asynccontextmanager
-async def connect(address: tuple[str, int] | str) -> AsyncIterator[Client]:
-    """A connection to (host, port) or to a unix socket's path."""
+async def connect(address: tuple[str, int] | str, *, tls: ssl.SSLContext | None = None) -> AsyncIterator[Client]:
+    """A connection to (host, port), with TLS if there is a context, or to a unix socket's path."""
     if isinstance(address, str):
         reader, writer = await asyncio.open_unix_connection(address, limit=_LINE_MAX)
     else:
-        reader, writer = await asyncio.open_connection(*address, limit=_LINE_MAX)
+        reader, writer = await asyncio.open_connection(*address, limit=_LINE_MAX, ssl=tls)
     client = Client(reader, writer)
     try:
         yield client

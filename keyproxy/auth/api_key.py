@@ -83,9 +83,15 @@ class SecretKey:
 class KeyFormat:
     """The format under one configured prefix."""
 
-    def __init__(self, prefix: str = "kp", *, accepts_foreign: bool = True) -> None:
+    def __init__(
+        self, prefix: str = "kp", *, accepts_foreign: bool = True, accepts_access_tokens: bool = False
+    ) -> None:
+        #: Whether OAuth access tokens are credentials of requests.
+        self.accepts_access_tokens = accepts_access_tokens
         self._prefix = prefix.encode("ascii")
         self._accepts_foreign = accepts_foreign
+        self._access_start = b"%b_%b_" % (self._prefix, _ACCESS)
+        self._oauth_starts = (self._access_start, *[b"%b_%b_" % (self._prefix, kind) for kind in (_REFRESH, _CLIENT)])
         self._ours = re.compile(
             rb"%b_(?:live|test)_[0-9A-Za-z]{%d}" % (re.escape(self._prefix), RANDOM_DIGITS + CHECKSUM_DIGITS)
         )
@@ -116,6 +122,14 @@ class KeyFormat:
     def may_be_admin_token(self, plaintext: bytes) -> bool:
         """Whether to look this up as an admin token: well-formed, with a correct checksum."""
         return self._is_whole(_ADMIN, plaintext)
+
+    def is_of_oauth(self, plaintext: bytes) -> bool:
+        """Whether this begins as an access token, a refresh token or a client secret does, which are no keys."""
+        return plaintext.startswith(self._oauth_starts)
+
+    def begins_as_access_token(self, plaintext: bytes) -> bool:
+        """Whether this begins as an access token does. It may be malformed."""
+        return plaintext.startswith(self._access_start)
 
     def may_be_access_token(self, plaintext: bytes) -> bool:
         """Whether to look this up as an OAuth access token."""

@@ -32,6 +32,27 @@ def admit(identity: Identity, route: Route | None, now: Moment) -> Grant:
     return Grant(identity, route)
 
 
+def refused_delegation(identity: Identity) -> Identity:
+    """The identity of a credential that may not act for the user that its request names.
+
+    It is still refused for its own standing and expiry first.
+    """
+    return Identity(
+        key_id=identity.key_id,
+        user_id=identity.user_id,
+        tenant_id=identity.tenant_id,
+        scopes=frozenset(),
+        is_test=identity.is_test,
+        expires_wall_seconds=identity.expires_wall_seconds,
+        standing=identity.standing or Reason.DELEGATION_REFUSED,
+        header_block=b"",
+        actor_user_id=None,
+        agent_token=identity.agent_token,
+        can_act=identity.can_act,
+        oauth=identity.oauth,
+    )
+
+
 def _insufficient(missing: list[str]) -> Refusal:
     """The refusal names all missing scopes, so that the caller need not find them one request at a time."""
     named = ", ".join([f"'{scope}'" for scope in missing])

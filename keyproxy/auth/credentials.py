@@ -14,6 +14,9 @@ in a cookie or in a Referer. Such a line is dropped, and has no effect. Agent to
 it contains the signature, because tokens have their header in common. If the key is in Host or Content-Type, without
 which the request would be another one, the request is refused. On a public route no credential is checked, and the
 value of each counts as a key.
+
+An OAuth access token is a key only as `Authorization: Bearer` (RFC 6750 section 2.1). Under another scheme it is refused
+without a lookup, as are refresh tokens and client secrets, which are credentials for the authorization server only.
 """
 
 from __future__ import annotations
@@ -50,19 +53,25 @@ _NEEDED_FIELDS: Final = frozenset({b"host", b"content-type"})
 #: Contains only digits.
 _LENGTH: Final = b"content-length"
 
-_SCHEMES: Final = (b"api-key", b"bearer")
+_BEARER: Final = b"bearer"
+_SCHEMES: Final = (b"api-key", _BEARER)
 _OUR_SCHEME = re.compile(rb"(?:api-key|bearer)(?:[ \t]|$)", re.IGNORECASE)
 
 
-def digest(head: RequestHead) -> KeyDigest:
-    """The digest of the request's one key. Raises a Refusal for no key, several keys, or a key in the URL."""
+def digest(head: RequestHead, key_format: KeyFormat) -> KeyDigest:
+    """The digest of the request's one key.
+
+    Raises a Refusal for no key, several keys, a key in the URL, or a secret of OAuth that is no credential here.
+    """
     if head.line.holds_key:
         raise Refusal(Reason.KEY_IN_URL)
     found = head.digest
     if found is None:
         key = _presented(head)
-        found = head.digest = key.digest()
         head.key_part = _part(key)
+        if key_format.is_of_oauth(key.reveal()):
+            _check_access_token(head, key, key_format)
+        found = head.digest = key.digest()
     if not head.is_free_of_key:
         _take_out(head, head.key_part)
     return found
@@ -83,12 +92,23 @@ def discard(head: RequestHead) -> None:
 
 
 def checked(head: RequestHead, key_format: KeyFormat) -> SecretKey:
-    """The one key or agent token of a request, for the lookup of an unknown digest. Raises a Refusal for one that cannot
-    exist: an agent token has the form of a JSON Web Token."""
+    """The one key or token of a request, for the lookup of an unknown digest. Raises a Refusal for one that cannot exist:
+    an agent token has the form of a JSON Web Token."""
     key = _presented(head)
-    if not key_format.may_exist(key.reveal()) and not agent_token_format.is_jwt(key.reveal()):
+    plaintext = key.reveal()
+    if key_format.is_of_oauth(plaintext):
+        _check_access_token(head, key, key_format)
+        may_exist = key_format.may_be_access_token(plaintext)
+    else:
+        may_exist = key_format.may_exist(plaintext) or agent_token_format.is_jwt(plaintext)
+    if not may_exist:
         raise Refusal(Reason.KEY_INVALID, "malformed, or wrong checksum")
     return key
+
+
+def has_access_token(head: RequestHead, key_format: KeyFormat) -> bool:
+    """Whether the one key of a request, which was found before, is an OAuth access token."""
+    return key_format.begins_as_access_token(_presented(head).reveal())
 
 
 def shows_key(head: RequestHead, text: bytes, key_format: KeyFormat) -> bool:
@@ -104,6 +124,17 @@ def _presented(head: RequestHead) -> SecretKey:
     if not credentials:
         raise Refusal(Reason.KEY_MISSING)
     return SecretKey(_the_same(credentials))
+
+
+def _check_access_token(head: RequestHead, key: SecretKey, key_format: KeyFormat) -> None:
+    """Raise a Refusal for a secret of OAuth, unless it is an access token that is presented as one everywhere."""
+    if not key_format.accepts_access_tokens:
+        raise Refusal(Reason.KEY_INVALID, "OAuth is not configured")
+    if not key_format.begins_as_access_token(key.reveal()):
+        raise Refusal(Reason.KEY_INVALID, "a refresh token or client secret, which no route accepts")
+    for name, value in head.credentials:
+        if name == b"x-api-key" or value[: len(_BEARER)].lower() != _BEARER:
+            raise Refusal(Reason.KEY_INVALID, "an access token outside 'Authorization: Bearer'")
 
 
 def _plaintext(name: bytes, value: bytes) -> bytes:

@@ -169,6 +169,15 @@ def parse_mint_request(body: bytes, rules: MintRules) -> MintRequest:
     )
 
 
+def check_parent(identity: Identity) -> None:
+    """Refuse a credential that may not mint at all, whatever its scopes. Raises a Refusal.
+
+    An OAuth access token may not: its user has consented to one client, and its session may end at any time.
+    """
+    if identity.oauth is not None:
+        raise refused("An OAuth access token cannot mint agent tokens. Use an API key.", "an access token as parent")
+
+
 def check_authority(identity: Identity, request: MintRequest, rules: MintRules, now: Moment) -> None:
     """Refuse what exceeds the authority of the parent, as far as its identity shows. Raises a Refusal."""
     parent = identity.agent_token

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from keyproxy.auth import credentials
+from keyproxy.auth import authorization, credentials
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.http_messages import RequestHead
 from keyproxy.model import Identity, Missing, Moment
@@ -21,10 +21,14 @@ def identify(
     is_first_lookup: bool,
 ) -> Identity:
     """The identity of a request, also one that is then refused. Raises Missing with what to fetch, or a Refusal."""
-    digest = exchange.digest = credentials.digest(head)
+    digest = exchange.digest = credentials.digest(head, key_format)
     try:
         if head.act_for is None:
             identity = identities.known(digest, now, is_first_lookup=is_first_lookup)
+        elif credentials.has_access_token(head, key_format):
+            # Its user has consented for itself only; so it is looked up by its digest alone.
+            identity = identities.known(digest, now, is_first_lookup=is_first_lookup)
+            identity = authorization.refused_delegation(identity)
         else:
             user_id = head.act_for.decode("latin-1")
             identity = identities.acting(digest, user_id, now, is_first_lookup=is_first_lookup)
@@ -35,7 +39,17 @@ def identify(
     except Missing as missing:
         raise identities.fetching(credentials.checked(head, key_format), missing) from None
     exchange.identity = identity
+    session = identity.oauth
+    if session is not None and session.bound_to is not None:
+        _check_certificate(exchange, session.bound_to)
     return identity
+
+
+def _check_certificate(exchange: Exchange, bound_to: bytes) -> None:
+    """Raise a Refusal unless the connection has the certificate that the access token is bound to. RFC 8705 section 3."""
+    peer = exchange.peer
+    if peer is None or peer.certificate_digest != bound_to:
+        raise Refusal(Reason.KEY_INVALID, "the access token is bound to another certificate than the connection has")
 
 
 def reviewed(exchange: Exchange, identities: Identities, now: Moment) -> Identity | None:

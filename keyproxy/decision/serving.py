@@ -38,6 +38,7 @@ class Serving:
         exchange.is_minting = True
         payments.release_slots(exchange)
         identity = grant.identity
+        minting.check_parent(identity)
         allowance, need = identity.allowance, Need(0, 0, route=grant.route.name)
         request = exchange.mint_request
         if request is None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import http
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
 from keyproxy import limit_state
 from keyproxy.http import error_shapes, problem_json
+from keyproxy.http.discovery.challenges import Challenges
 from keyproxy.http.error_shapes import ErrorFacts
 from keyproxy.http.own_response import OwnResponse
 from keyproxy.reasons import SPENT, Reason, Refusal
@@ -22,22 +23,23 @@ KEY_REFUSALS: Final = frozenset(
     {Reason.KEY_INVALID, Reason.KEY_EXPIRED, Reason.KEY_REVOKED, Reason.ACCOUNT_DISABLED, Reason.KEY_SUSPENDED}
 )
 
-#: The Allow field of a 405. RFC 9110 section 15.5.6.
-_ALLOW: Final = "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+#: What the Allow field of a 405 names, unless the refusal does. RFC 9110 section 15.5.6.
+_ALLOW: Final = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 
 _PROBLEM: Final = "problem"
 
 ERROR_SHAPES: Final = (_PROBLEM, *error_shapes.SHAPES, error_shapes.MCP)
 
-_CHALLENGE: Final = 'Api-Key realm="keyproxy"'
-#: Of missing scopes, for clients of MCP. RFC 6750 section 3.
-_SCOPE_CHALLENGES: Final[Mapping[str, str]] = {error_shapes.MCP: "Bearer"}
+_NO_OAUTH: Final = Challenges()
 
 
 class ErrorRenderer:
     """Renders refusals with the configured statuses."""
 
-    def __init__(self, *, invalid_key_status: int = 401, spent_status: int = 429) -> None:
+    def __init__(
+        self, *, invalid_key_status: int = 401, spent_status: int = 429, challenges: Challenges = _NO_OAUTH
+    ) -> None:
+        self._challenges = challenges
         self._statuses: Mapping[Reason, int] = {
             **dict.fromkeys(KEY_REFUSALS, invalid_key_status),
             **dict.fromkeys(SPENT, spent_status),
@@ -52,20 +54,25 @@ class ErrorRenderer:
         return refusal.reason.value.status if refusal.is_held else self.status(refusal.reason)
 
     def render(
-        self, refusal: Refusal, request_id: str, error_shape: str = "problem", *, rpc_id: bytes = b""
+        self,
+        refusal: Refusal,
+        request_id: str,
+        error_shape: str = "problem",
+        *,
+        rpc_id: bytes = b"",
+        route_scopes: Collection[str] = (),
     ) -> OwnResponse:
-        """The response for one refusal in the route's error format. `rpc_id`: of a JSON-RPC request, empty: unknown."""
+        """The response for one refusal in the route's error format.
+
+        `rpc_id`: of a JSON-RPC request, empty: unknown. `route_scopes`: that every request on the route needs.
+        """
         status = self.status_of(refusal)
         media_type = problem_json.MEDIA_TYPE if error_shape == "problem" else "application/json"
         fields = [f"Content-Type: {media_type}", "Cache-Control: no-store"]
-        if status == http.HTTPStatus.UNAUTHORIZED:
-            fields.append(f"WWW-Authenticate: {_CHALLENGE}")
-        elif refusal.missing_scopes:
-            missing = " ".join(refusal.missing_scopes)
-            challenge = _SCOPE_CHALLENGES.get(error_shape, f"{_CHALLENGE},")
-            fields.append(f'WWW-Authenticate: {challenge} error="insufficient_scope", scope="{missing}"')
+        challenges = self._challenges.of(refusal, status, error_shape, route_scopes=route_scopes)
+        fields += [f"WWW-Authenticate: {one}" for one in challenges]
         if status == http.HTTPStatus.METHOD_NOT_ALLOWED:
-            fields.append(_ALLOW)
+            fields.append(f"Allow: {refusal.allow or _ALLOW}")
         type_field = error_shapes.error_type_field(error_shape, status)
         if type_field is not None:
             fields.append(type_field)

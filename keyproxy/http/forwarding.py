@@ -62,13 +62,25 @@ class Forwarding:
     fields and empty list elements are left out (RFC 9110 section 5.6.1).
     """
 
-    __slots__ = ("_address", "_block", "_certificate", "_is_trusted", "_last", "_peer", "_rule", "_scheme")
+    __slots__ = (
+        "_address", "_block", "_certificate", "_is_trusted", "_last", "_peer", "_rule", "_scheme", "certificate_digest",
+    )  # fmt: skip
 
     def __init__(
-        self, peer: Hop, *, is_trusted: bool, is_tls: bool, certificate: bytes = b"", rule: TrustRule | None = None
+        self,
+        peer: Hop,
+        *,
+        is_trusted: bool,
+        is_tls: bool,
+        certificate: bytes = b"",
+        certificate_digest: bytes = b"",
+        rule: TrustRule | None = None,
     ) -> None:
         """`peer`: its address is empty for a unix socket. `certificate`: a header line that names its verified
-        certificate, or empty. `rule`: which addresses in the X-Forwarded-For of a trusted peer are trusted."""
+        certificate, or empty; `certificate_digest`: the SHA-256 of that. `rule`: which addresses in the X-Forwarded-For
+        of a trusted peer are trusted."""
+        #: SHA-256 of the peer's verified certificate in DER, empty if it has none.
+        self.certificate_digest: Final = certificate_digest
         self._peer = peer
         self._address = address = peer.address
         self._is_trusted = is_trusted
@@ -187,17 +199,27 @@ class TrustRule:
         is_trusted = any(parsed in one for one in self._networks)
         return Hop(address, b"" if self._recorded == NONE else network, recorded, is_trusted=is_trusted)
 
-    def forwarding(self, address: str, *, is_tls: bool, subject: str | None = None) -> Forwarding:
+    def forwarding(
+        self, address: str, *, is_tls: bool, subject: str | None = None, certificate_digest: bytes = b""
+    ) -> Forwarding:
         """The Forwarding for a connection from this IP address; empty: from a unix socket.
 
-        `subject`: the name in the client's verified certificate, None if there is none.
+        `subject`: the name in the client's verified certificate, None if there is none; `certificate_digest`: its
+        SHA-256.
         """
         certificate = b""
         if subject is not None:
             certificate = identity_block(self._header_prefix, [("Client-Cert-Subject", subject)])
         peer = self._hop_of(_unmapped(address)) if address else UNKNOWN
         is_trusted = peer.is_trusted if address else self._trusts_unix
-        return Forwarding(peer, is_trusted=is_trusted, is_tls=is_tls, certificate=certificate, rule=self)
+        return Forwarding(
+            peer,
+            is_trusted=is_trusted,
+            is_tls=is_tls,
+            certificate=certificate,
+            certificate_digest=certificate_digest,
+            rule=self,
+        )
 
 
 def _network_of(parsed: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bytes:

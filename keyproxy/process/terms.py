@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable, Mapping
+from urllib.parse import urlsplit
 
 from keyproxy.ai.access.access_rules import AccessRules
 from keyproxy.ai.categories import PatternMatcher
@@ -19,12 +20,15 @@ from keyproxy.config.schema import RouteRow, Settings
 from keyproxy.config.tools.tool_rules import tool_rules
 from keyproxy.decision.tool_calls import ToolCalls
 from keyproxy.gateway import Gateway
+from keyproxy.http.discovery.challenges import Challenges
+from keyproxy.http.discovery.published_documents import PublishedDocument, PublishedDocuments
 from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.http.forwarding import TrustRule
 from keyproxy.http.headers import FieldNames
 from keyproxy.http.path_patterns import placeholder_pattern
 from keyproxy.http.routes import RouteTable
 from keyproxy.model import NO_TOKENS, Moment, Route
+from keyproxy.oauth.protected_resource import document, metadata_url, paths
 from keyproxy.platform import clock
 from keyproxy.ports.agent_token_mint import AgentTokenMint
 from keyproxy.ports.gate import Assertions
@@ -71,6 +75,22 @@ def build_gateway(
         upstream_credentials=upstream_credentials,
         now=now,
         usage_wait_seconds=settings.tokens.usage_wait_seconds,
+        documents=published_documents(settings),
+    )
+
+
+def published_documents(settings: Settings) -> PublishedDocuments | None:
+    """The metadata of the resources that OAuth access tokens are for; None without OAuth."""
+    oauth = settings.oauth
+    if not oauth.is_configured:
+        return None
+    return PublishedDocuments(
+        [
+            PublishedDocument(urlsplit(resource).netloc, path, document(resource, oauth.issuer, oauth.scopes))
+            for resource in (oauth.resource, oauth.test_resource)
+            if resource
+            for path in paths(resource)
+        ]
     )
 
 
@@ -140,7 +160,9 @@ def build_terms(
         upstreams=upstreams,
         names=FieldNames(prefix, forward_overrides=settings.identity.forward_overrides),
         problems=ErrorRenderer(
-            invalid_key_status=settings.errors.invalid_key_status, spent_status=settings.errors.spent_status
+            invalid_key_status=settings.errors.invalid_key_status,
+            spent_status=settings.errors.spent_status,
+            challenges=_challenges(settings),
         ),
         trust=TrustRule(settings.listen.trusted_proxies, prefix, recorded=settings.log.client_address),
         tls=tls,
@@ -148,5 +170,14 @@ def build_terms(
     )
 
 
+def _challenges(settings: Settings) -> Challenges:
+    oauth = settings.oauth
+    return Challenges(metadata_url(oauth.resource), oauth.scopes) if oauth.is_configured else Challenges()
+
+
 def _key_format(settings: Settings) -> KeyFormat:
-    return KeyFormat(settings.keys.prefix, accepts_foreign=settings.keys.accept_foreign)
+    return KeyFormat(
+        settings.keys.prefix,
+        accepts_foreign=settings.keys.accept_foreign,
+        accepts_access_tokens=settings.oauth.is_configured,
+    )

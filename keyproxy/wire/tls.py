@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import ssl
 import sys
@@ -104,6 +105,12 @@ def certificate_subject(tls: ssl.SSLObject) -> str | None:
         "+".join(f"{_SHORT_NAMES.get(kind, kind)}={_escaped(value)}" for kind, value in relative)
         for relative in reversed(certificate["subject"])
     )
+
+
+def certificate_digest(tls: ssl.SSLObject) -> bytes:
+    """Return the SHA-256 of the peer's verified certificate in DER; empty without one."""
+    certificate = tls.getpeercert(binary_form=True)
+    return hashlib.sha256(certificate).digest() if certificate else b""
 
 
 def was_closed(tls: ssl.SSLObject | None) -> bool:

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import pytest
 
 from keyproxy.auth import credentials
-from keyproxy.auth.api_key import KeyFormat
+from keyproxy.auth.api_key import KeyFormat, masked
 from keyproxy.http_messages import CredentialField, RequestFields, RequestHead, RequestLine
 from keyproxy.reasons import Reason, Refusal
 from tests import fakes
@@ -35,7 +35,7 @@ def head(*shown: tuple[bytes, bytes], target: bytes = b"/v1/jobs") -> RequestHea
 
 def refused(request: RequestHead) -> Refusal:
     with pytest.raises(Refusal) as error:
-        credentials.digest(request)
+        credentials.digest(request, fakes.FORMAT)
     return error.value
 
 
@@ -56,7 +56,7 @@ def refused(request: RequestHead) -> Refusal:
     ],
 )
 def test_repeated_identical_key_is_one_credential(shown: list[tuple[bytes, bytes]], key: bytes) -> None:
-    assert credentials.digest(head(*shown)) == hashlib.sha256(key).digest()
+    assert credentials.digest(head(*shown), fakes.FORMAT) == hashlib.sha256(key).digest()
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_key_in_the_url_is_refused_even_beside_one_in_a_header(
     ],
 )
 def test_text_that_resembles_a_key_is_allowed_in_the_url(target: str) -> None:
-    credentials.digest(head((X_KEY, KEY), target=target.encode()))
+    credentials.digest(head((X_KEY, KEY), target=target.encode()), fakes.FORMAT)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_key_that_cannot_exist_is_refused_without_a_lookup(
 ) -> None:
     request, key_format = head((X_KEY, plaintext)), KeyFormat(accepts_foreign=accepts_foreign)
     if may_exist:
-        assert credentials.checked(request, key_format).digest() == credentials.digest(request)
+        assert credentials.checked(request, key_format).digest() == credentials.digest(request, fakes.FORMAT)
         return
     with pytest.raises(Refusal) as error:
         credentials.checked(request, key_format)
@@ -225,7 +225,7 @@ def test_lines_with_the_presented_token_are_dropped_but_not_those_that_share_its
     line: bytes, is_dropped: bool
 ) -> None:
     request = holding(TOKEN, b"A: 1", line, b"B: 2")
-    credentials.digest(request)
+    credentials.digest(request, fakes.FORMAT)
     assert request.block == b"A: 1\r\n" + (b"" if is_dropped else line + b"\r\n") + b"B: 2\r\n"
 
 
@@ -239,7 +239,7 @@ def test_on_a_public_route_the_lines_with_a_token_are_dropped_but_not_those_that
 
 def test_key_in_the_url_is_refused_even_if_a_similar_head_is_cached() -> None:
     request = head((X_KEY, KEY), target=b"/" + KEY)
-    request.digest = credentials.digest(head((X_KEY, KEY)))
+    request.digest = credentials.digest(head((X_KEY, KEY)), fakes.FORMAT)
     assert refused(request).reason is Reason.KEY_IN_URL
 
 
@@ -260,3 +260,74 @@ def test_a_key_in_the_url_is_found_however_often_its_start_was_encoded(times: in
 @pytest.mark.parametrize("target", [b"/a%25252525", b"/?next=%252Fa%252Fb%25", b"/%E2%82%AC?%", b"/a?" + b"%25" * 4000])
 def test_repeatedly_encoded_url_without_a_key_is_accepted(target: bytes) -> None:
     assert not fakes.holds_key(target)
+
+
+OAUTH = KeyFormat(accepts_access_tokens=True)
+ACCESS, REFRESH, SECRET = (
+    make(bytes(31) + b"\7").reveal()
+    for make in (OAUTH.make_access_token, OAUTH.make_refresh_token, OAUTH.make_client_secret)
+)
+
+
+@pytest.mark.parametrize(
+    "shown", [[(AUTH, b"Bearer " + ACCESS)], [(AUTH, b"bEARER   " + ACCESS)], [(AUTH, b"Bearer " + ACCESS)] * 2]
+)
+def test_access_token_is_a_credential_under_the_bearer_scheme(shown: list[tuple[bytes, bytes]]) -> None:
+    request = head(*shown)
+    assert credentials.digest(request, OAUTH) == hashlib.sha256(ACCESS).digest()
+    assert credentials.checked(request, OAUTH).digest() == request.digest
+    assert credentials.has_access_token(request, OAUTH)
+    assert not credentials.has_access_token(head((AUTH, b"Bearer " + KEY)), OAUTH)
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        [(AUTH, b"Api-Key " + ACCESS)],
+        [(X_KEY, ACCESS)],
+        [(AUTH, b"Bearer " + ACCESS), (X_KEY, ACCESS)],
+        [(AUTH, b"Bearer " + ACCESS), (AUTH, b"Api-Key " + ACCESS)],
+        *([(AUTH, scheme + b" " + secret)] for scheme in (b"Bearer", b"Api-Key") for secret in (REFRESH, SECRET)),
+        *([(X_KEY, secret)] for secret in (REFRESH, SECRET)),
+    ],
+)
+def test_secret_of_oauth_elsewhere_is_refused_even_if_its_digest_is_cached(shown: list[tuple[bytes, bytes]]) -> None:
+    """The digest, by which the cache is looked up, does not come to exist."""
+    request = head(*shown)
+    for attempt in (credentials.digest, credentials.checked):
+        with pytest.raises(Refusal) as error:
+            attempt(request, OAUTH)
+        assert error.value.reason is Reason.KEY_INVALID
+    assert request.digest is None
+    # What a log line may show of the request is still searched for it.
+    assert credentials.shows_key(request, b"x=" + shown[0][1].rpartition(b"_")[2], OAUTH)
+
+
+@pytest.mark.parametrize("plaintext", [ACCESS[:-1], ACCESS[:-1] + b"!", ACCESS + b"0", ACCESS.replace(b"0", b"1", 1)])
+def test_malformed_access_token_is_refused_without_a_lookup(plaintext: bytes) -> None:
+    with pytest.raises(Refusal) as error:
+        credentials.checked(head((AUTH, b"Bearer " + plaintext)), OAUTH)
+    assert error.value.reason is Reason.KEY_INVALID
+
+
+def test_without_oauth_no_access_token_is_accepted() -> None:
+    assert refused(head((AUTH, b"Bearer " + ACCESS))).reason is Reason.KEY_INVALID
+
+
+@pytest.mark.parametrize("secret", [ACCESS, REFRESH, SECRET])
+def test_secrets_of_oauth_are_refused_in_the_url_and_masked(secret: bytes) -> None:
+    for target in (
+        b"/" + secret,
+        b"/?x=" + secret.upper(),
+        b"/a?b=" + quote(quote(secret.replace(b"_", b"%5f"))).encode(),
+    ):
+        assert credentials.holds_key(target, OAUTH)
+    assert secret[-20:].decode() not in masked(f"Bearer {secret.decode()}")
+
+
+@pytest.mark.parametrize("secret", [ACCESS, REFRESH, SECRET])
+def test_lines_with_a_presented_access_token_are_dropped(secret: bytes) -> None:
+    line = b"Cookie: a=" + secret
+    request = holding(ACCESS, line, b"A: 1")
+    credentials.digest(request, OAUTH)
+    assert request.block == (b"" if secret is ACCESS else line + b"\r\n") + b"A: 1\r\n"

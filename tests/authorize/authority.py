@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -10,6 +11,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlencode
 
@@ -19,6 +21,7 @@ from yarl import URL
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.authorize.connections import BOUNDS, Bounds
 from keyproxy.authorize.context import Context
+from keyproxy.authorize.endpoint import Endpoint
 from keyproxy.authorize.endpoints import parts_of
 from keyproxy.authorize.listener import AuthorizeListener, Served
 from keyproxy.authorize.metrics import OAuthCounts
@@ -143,8 +146,6 @@ class Authority:
 
 def pkce(verifier: str = "v" * 43) -> tuple[str, str]:
     """A verifier and its challenge."""
-    import base64
-
     digest = hashlib.sha256(verifier.encode()).digest()
     return verifier, base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 
@@ -158,9 +159,10 @@ async def authorizing(
     entropy: Callable[[int], bytes] = os.urandom,
     bounds: Bounds = BOUNDS,
     log: Log | None = None,
+    endpoints: Sequence[Endpoint] = (),
     **oauth: Any,
 ) -> AsyncIterator[Authority]:
-    """An authorization server on its own port, over this database. `oauth`: keys of `[oauth]`.
+    """An authorization server on its own port, over this database. `endpoints`: further ones; `oauth`: keys of `[oauth]`.
 
     Its issuer is its own URL, and its resources are `/mcp` and `/test-mcp` there, unless `oauth` names others.
     """
@@ -176,11 +178,20 @@ async def authorizing(
         )
         clock, key_format = FakeClock(), KeyFormat()
         context = Context(
-            settings, database, key_format, (SECRET,), clock.now, entropy, RateLimits(clock.now), OAuthCounts()
+            settings,
+            database,
+            key_format,
+            (SECRET,),
+            clock.now,
+            entropy,
+            RateLimits(clock.now),
+            OAuthCounts(),
+            store_now=lambda: datetime.fromtimestamp(clock.wall_seconds, UTC),
         )
+        parts = parts_of(context)
         lines: list[Json] = []
         listener = AuthorizeListener(
-            Served(context, parts_of(context)),
+            Served(context, parts._replace(endpoints=(*parts.endpoints, *endpoints))),
             log_line=lambda line, _status: lines.append(json.loads(line)),
             bounds=bounds,
         )

@@ -86,7 +86,7 @@ def problems(tmp_path: Path, text: str) -> list[str]:
         ('[listen]\ntls_client_certificate = "optional"\n', "listen.tls_client_certificate",
          "without listen.tls_client_ca_file"),
         (tool("client_certificate = true"), "tools[1].client_certificate", "needs listen.tls_client_ca_file"),
-        (tool('credentials = ["oauth"]'), "tools[1].credentials", "no credential of the kind 'oauth' can occur"),
+        (tool('credentials = ["oauth"]'), "tools[1].credentials", "no credential of the kind 'oauth' can occur without"),
         # providers
         (provider('format = "Bearer"'), "providers[1].format", "exactly one {secret}"),
         (provider('format = "{secret}{secret}"'), "providers[1].format", "exactly one {secret}"),

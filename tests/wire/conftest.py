@@ -13,6 +13,7 @@ import pytest
 
 from keyproxy.ai.categories import Category
 from keyproxy.ai.models import Model
+from keyproxy.config.oauth.oauth_settings import OAuthSettings
 from keyproxy.config.schema import LedgerSettings, Listen, RouteRow, Settings
 from keyproxy.config.schema import Upstream as UpstreamSettings
 from keyproxy.config.token_settings import Tokens
@@ -78,6 +79,7 @@ async def start() -> AsyncIterator[Start]:
             categories: Sequence[Category] = (),
             tools: Sequence[ToolRow] = (),
             mcp: McpSettings | None = None,
+            oauth: OAuthSettings | None = None,
             serving: Upstream | None = None,
             routes: RouteTable | None = None,
             sweep_seconds: float = 0.1,
@@ -102,6 +104,7 @@ async def start() -> AsyncIterator[Start]:
                 categories=tuple(categories),
                 tools=tuple(tools),
                 mcp=mcp or McpSettings(),
+                oauth=oauth or OAuthSettings(),
             )
             table = settings.route_table() if rows else routes or RouteTable([])
             owned_ids, templates = fakes.FakeOwnedIds(), fakes.FakePromptTemplates()

@@ -71,7 +71,8 @@ class Tickets:
         if payload["for"] != purpose.value:
             raise PageError(400, "ticket_invalid", detail=f"the ticket is for {payload['for']}, not {purpose.value}")
         if self._now() >= payload["until"]:
-            raise PageError(400, "ticket_expired")
+            is_user_page = purpose is Purpose.USER_PAGE
+            raise PageError(400, "user_page_expired" if is_user_page else "ticket_expired")
         if not hmac.compare_digest(payload["cookie"], _digest(cookie)):
             raise PageError(403, "cookie_foreign", detail="the ticket is bound to the cookie of another browser")
         content: Content = payload["is"]

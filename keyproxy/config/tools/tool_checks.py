@@ -6,19 +6,17 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from keyproxy.ai.tools.tool import AGENT_CREDENTIAL, KEY_CREDENTIAL, MCP, NO_APPROVAL
+from keyproxy.ai.tools.tool import CREDENTIALS, MCP, NO_APPROVAL, OAUTH_CREDENTIAL
 from keyproxy.config.route_access import PUBLIC, default_of
 from keyproxy.config.tools.tool_settings import ToolRow
-
-#: The kinds of credentials that this proxy can identify. None is an OAuth token.
-_OCCURRING: Final = frozenset({KEY_CREDENTIAL, AGENT_CREDENTIAL})
 
 #: Keys of a route that depend on the caller's identity.
 _NEEDS_IDENTITY: Final = ("tool", "protocol", "filter_tools_list", "provider")
 
 
-def tool_faults(tools: Sequence[ToolRow], *, verifies_certificates: bool) -> Iterator[str]:
-    """The faults of `[[tools]]`. `verifies_certificates`: of clients, on the proxied port."""
+def tool_faults(tools: Sequence[ToolRow], *, verifies_certificates: bool, accepts_oauth: bool) -> Iterator[str]:
+    """The faults of `[[tools]]`. `verifies_certificates`: of clients, on the proxied port. `accepts_oauth`: tokens."""
+    occurring = [kind for kind in CREDENTIALS if accepts_oauth or kind != OAUTH_CREDENTIAL]
     names, mcp_names = [row.name for row in tools], [row.mcp or row.name for row in tools]
     for number, row in enumerate(tools, start=1):
         before = number - 1
@@ -32,9 +30,12 @@ def tool_faults(tools: Sequence[ToolRow], *, verifies_certificates: bool) -> Ite
                 f"tools[{number}].client_certificate: needs listen.tls_client_ca_file,"
                 " without which client certificates are not verified"
             )
-        if row.credentials and not _OCCURRING.intersection(row.credentials):
+        if row.credentials and not set(occurring).intersection(row.credentials):
             kinds = " or ".join(repr(kind) for kind in row.credentials)
-            yield f"tools[{number}].credentials: no credential of the kind {kinds} can occur; add one of 'key', 'agent'"
+            yield (
+                f"tools[{number}].credentials: no credential of the kind {kinds} can occur without oauth.resource;"
+                " set that, or add one of 'key', 'agent'"
+            )
 
 
 def route_faults(rows: Sequence[Any], tools: Sequence[ToolRow]) -> Iterator[str]:

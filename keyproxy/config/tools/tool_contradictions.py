@@ -11,7 +11,11 @@ def contradictions(settings: Any) -> list[str]:
     """Return a sentence for each fault of the `Settings`."""
     routes, tools, providers = settings.routes, settings.tools, settings.providers
     return [
-        *tool_checks.tool_faults(tools, verifies_certificates=bool(settings.listen.tls_client_ca_file)),
+        *tool_checks.tool_faults(
+            tools,
+            verifies_certificates=bool(settings.listen.tls_client_ca_file),
+            accepts_oauth=settings.oauth.is_configured,
+        ),
         *tool_checks.route_faults(routes, tools),
         *tool_checks.body_faults(
             routes,

@@ -167,23 +167,3 @@ def _token_pools(row: Row, chain: list[Mapping[str, Any]]) -> list[tuple[Pool, P
         pool = Pool(TOKEN_POOL, step["token"], row["is_test"])
         found[pool] = budget_plan(step["token_budget"], step["request_budget"])
     return list(found.items())
-
-
-def refused_delegation(identity: Identity) -> Identity:
-    """The identity of a credential that may not act for the user that its request names.
-
-    It is still refused for its own standing and expiry first.
-    """
-    return Identity(
-        key_id=identity.key_id,
-        user_id=identity.user_id,
-        tenant_id=identity.tenant_id,
-        scopes=frozenset(),
-        is_test=identity.is_test,
-        expires_wall_seconds=identity.expires_wall_seconds,
-        standing=identity.standing or Reason.DELEGATION_REFUSED,
-        header_block=b"",
-        actor_user_id=None,
-        agent_token=identity.agent_token,
-        can_act=identity.can_act,
-    )

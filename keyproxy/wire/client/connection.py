@@ -26,7 +26,7 @@ from keyproxy.wire.exchange import Exchange
 from keyproxy.wire.parsing.framing import FramingError
 from keyproxy.wire.parsing.head_beginnings import refused_line
 from keyproxy.wire.phases import DUE, HALF_CLOSED, LINGERING, LOST, READ, READING, RESTING
-from keyproxy.wire.tls import certificate_subject
+from keyproxy.wire.tls import certificate_digest, certificate_subject
 
 #: Bytes of later requests that are buffered during an exchange.
 _PIPELINED_BYTES_MAX: Final = 65_536
@@ -64,6 +64,7 @@ class ClientConnection(ExchangeOwner):
             peer[0] if isinstance(peer, tuple) else "",
             is_tls=tls is not None,
             subject=certificate_subject(tls) if tls is not None else None,
+            certificate_digest=certificate_digest(tls) if tls is not None else b"",
         )
         self._watch()
         if not self.server.admit(self):

@@ -16,8 +16,14 @@ from keyproxy.wire.responses.response_writer import ResponseWriter
 def send(refusal: Refusal, exchange: Exchange, response: ResponseWriter, server: ServerContext) -> bool:
     """Respond with a refusal in the format of the route. Return whether the connection closes after it."""
     shape = _error_shape(exchange, server)
-    request_id = exchange.request_id.decode("ascii")
-    rendered = server.problems.render(refusal, request_id, shape, rpc_id=_rpc_id(exchange, shape))
+    request_id, route = exchange.request_id.decode("ascii"), exchange.route
+    rendered = server.problems.render(
+        refusal,
+        request_id,
+        shape,
+        rpc_id=_rpc_id(exchange, shape),
+        route_scopes=() if route is None else route.scopes | route.tool_scopes,
+    )
     if exchange.permit is not None and not refusal.applied:
         rendered = rendered._replace(fields=rendered.fields + exchange.permit.limit_headers(server.clock()))
     closes = refusal.reason is Reason.REQUEST_MALFORMED

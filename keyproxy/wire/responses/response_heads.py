@@ -16,6 +16,8 @@ BEGINNING = b"HTTP/1.1 "
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
+_NO_CONTENT: Final = 204
+
 _CLOSE = b"Connection: close\r\n"
 _KEEP_ALIVE = b"Connection: keep-alive\r\n"
 
@@ -65,12 +67,14 @@ def own(
 ) -> bytes:
     """A complete response of ours. `date`: the Date line. `without_body`: the response to a HEAD."""
     kept = b"" if is_http_11 else _KEEP_ALIVE
-    return b"HTTP/1.1 %d %b\r\n%b%bContent-Length: %d\r\nX-Request-Id: %b\r\n%b\r\n%b" % (
+    # RFC 9110 section 8.6: a 204 must not have one.
+    length = b"" if response.status == _NO_CONTENT else b"Content-Length: %d\r\n" % len(response.body)
+    return b"HTTP/1.1 %d %b\r\n%b%b%bX-Request-Id: %b\r\n%b\r\n%b" % (
         response.status,
         response.reason_phrase,
         date,
         response.fields,
-        len(response.body),
+        length,
         request_id,
         _CLOSE if closes else kept,
         b"" if without_body else response.body,

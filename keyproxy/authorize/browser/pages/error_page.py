@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from aiohttp import web
@@ -11,19 +12,21 @@ from keyproxy.authorize.browser.pages.display import isolated
 from keyproxy.authorize.browser.pages.error_texts import ERRORS, TITLE
 from keyproxy.authorize.endpoint import PageError
 
-#: Values of an error that are header fields too.
-_RETRY_AFTER: Final = "seconds"
+_RETRY_AFTER: Final = "Retry-After"
+_SECONDS: Final = "seconds"
+_SERVER_ERRORS: Final = 500
 
 
 def error_page(error: PageError, language: str) -> web.Response:
     """The page of an error. With a value `seconds`, the response has Retry-After."""
-    response = layout.page(language, TITLE[language], layout.alert(error_text(error, language)), status=error.status)
-    if _RETRY_AFTER in error.values:
-        response.headers["Retry-After"] = error.values[_RETRY_AFTER]
+    body = layout.alert(error_text(error.message, language, error.values, status=error.status))
+    response = layout.page(language, TITLE[language], body, status=error.status)
+    if _SECONDS in error.values:
+        response.headers[_RETRY_AFTER] = error.values[_SECONDS]
     return response
 
 
-def error_text(error: PageError, language: str) -> str:
-    """The text of an error, as HTML."""
-    values = {name: isolated(value) for name, value in error.values.items()}
-    return ERRORS[error.message][language].format_map(values)
+def error_text(message: str, language: str, values: Mapping[str, str], *, status: int) -> str:
+    """The text of an error as HTML. A code of the protocol without a text of its own has a general one."""
+    texts = ERRORS.get(message) or ERRORS["server_error" if status >= _SERVER_ERRORS else "invalid_request"]
+    return texts[language].format_map({name: isolated(value) for name, value in values.items()})

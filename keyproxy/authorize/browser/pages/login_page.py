@@ -1,0 +1,46 @@
+"""The page where a user enters an API key."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from aiohttp import web
+
+from keyproxy.authorize.browser.pages import layout
+from keyproxy.authorize.browser.pages.display import isolated
+from keyproxy.authorize.browser.pages.page_texts import text
+
+
+class LoginForm(NamedTuple):
+    """What the page shows. `client`: the name of the program that wants to connect; None: the user page follows.
+
+    `problem`: the name of the text of a failed attempt, empty before the first one.
+    """
+
+    ticket: str
+    issuer: str
+    resource: str
+    client: str | None
+    problem: str = ""
+
+
+def login_page(form: LoginForm, language: str, *, status: int = 200) -> web.Response:
+    """The page with the form."""
+    resource = isolated(form.resource)
+    if form.client is None:
+        intent = text("login_for_user_page", language, resource=resource)
+    else:
+        name = f"<strong>{isolated(form.client or text('unnamed', language))}</strong>"
+        intent = text("login_for_client", language, client=name, resource=resource)
+    failed = layout.alert(text(form.problem, language)).replace("<p ", '<p id="problem" ') if form.problem else ""
+    invalid = ' aria-invalid="true" aria-describedby="problem hint"' if form.problem else ' aria-describedby="hint"'
+    body = (
+        f"<p>{intent}</p>\n{failed}\n"
+        f'<form method="post" action="/oauth/login">{layout.hidden("ticket", form.ticket)}\n'
+        f'<label for="key">{text("key_label", language)}</label>\n'
+        f'<input id="key" name="key" type="password" required autocomplete="current-password" spellcheck="false"'
+        f' autocapitalize="none"{invalid}>\n'
+        f'<p class="soft" id="hint">{text("key_hint", language, issuer=isolated(form.issuer))}</p>\n'
+        f"<button>{text('login_button', language)}</button></form>"
+    )
+    return layout.page(language, text("login_title", language), body, status=status)

@@ -1,0 +1,1 @@
+"""How OAuth clients find the authorization server: challenges, and published documents."""

@@ -1,0 +1,66 @@
+"""Documents that the proxy publishes itself. Every client may read them, whatever the routes and its credentials."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from keyproxy.http.own_response import OwnResponse
+from keyproxy.http_messages import RequestHead, RequestLine
+from keyproxy.reasons import Reason, Refusal
+
+_ALLOWED: Final = "GET, HEAD, OPTIONS"
+
+#: Scripts of any origin may read the documents, and send what they like with the request: it has no effect.
+_CROSS_ORIGIN: Final = b"Access-Control-Allow-Origin: *\r\n"
+_FIELDS: Final = b"Content-Type: application/json\r\nCache-Control: no-store\r\n" + _CROSS_ORIGIN
+_PREFLIGHT: Final = OwnResponse(
+    204,
+    b"No Content",
+    b"Allow: %b\r\n%bAccess-Control-Allow-Methods: %b\r\nAccess-Control-Allow-Headers: *\r\n"
+    b"Access-Control-Max-Age: 86400\r\n" % (_ALLOWED.encode("ascii"), _CROSS_ORIGIN, _ALLOWED.encode("ascii")),
+    b"",
+)
+
+
+class PublishedDocument(NamedTuple):
+    """A JSON document at a path. `host`: the Host of requests for it."""
+
+    host: str
+    path: str
+    content: bytes
+
+
+class PublishedDocuments:
+    """All published documents. If several have one path, the Host selects, and else the first one counts."""
+
+    __slots__ = ("_by_path",)
+
+    def __init__(self, documents: Sequence[PublishedDocument]) -> None:
+        self._by_path: Final[dict[bytes, list[tuple[bytes, OwnResponse]]]] = {}
+        for document in documents:
+            response = OwnResponse(200, b"OK", _FIELDS, document.content)
+            one = (document.host.lower().encode("ascii"), response)
+            self._by_path.setdefault(document.path.encode("ascii"), []).append(one)
+
+    def has(self, line: RequestLine) -> bool:
+        """Whether a request is for a document. Queries are not: no document depends on one."""
+        return line.path in self._by_path and len(line.path) == len(line.target)
+
+    def response(self, head: RequestHead) -> OwnResponse:
+        """The response to a request for a document. Raises a Refusal (METHOD_NOT_ALLOWED)."""
+        method, found = head.line.method, self._by_path[head.line.path]
+        if method == b"OPTIONS":
+            return _PREFLIGHT
+        if method not in (b"GET", b"HEAD"):
+            raise Refusal(
+                Reason.METHOD_NOT_ALLOWED,
+                caller_text=f"This document supports {_ALLOWED}.",
+                replaces_sentence=True,
+                allow=_ALLOWED,
+            )
+        host = (head.fields.host or b"").lower()
+        for name, response in found:
+            if name == host:
+                return response
+        return found[0][1]
