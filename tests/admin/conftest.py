@@ -155,7 +155,7 @@ async def serving(
         try:
             async with aiohttp.ClientSession() as session:
                 url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-                directory = Directory(database, key_format, actor, mint=mint, secrets=secrets)
+                directory = Directory(database, key_format, actor, mint=mint, secrets=secrets, settings=settings)
                 await operator_key.prepare()
                 yield Api(url, session, database, directory, tokens, now, listener, log)
         finally:
