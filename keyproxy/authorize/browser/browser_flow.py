@@ -45,7 +45,7 @@ class BrowserFlow:
         self._context = context
         self._settings = context.settings.oauth
         self._clients = JudgedClients(clients, lambda request: self._count(Rate.NEW_DOCUMENTS, request))
-        self._authorizations = Authorizations(context.database)
+        self._authorizations = Authorizations(context.database, context.store_now)
         self.tickets: Final = Tickets(context.ticket_secrets, lambda: context.now().wall_seconds)
         self.cookies: Final = Cookies(self._settings.issuer, self._new_cookie)
         self.after_login: Final = AfterLogin(self._consent(), self._user_page())
