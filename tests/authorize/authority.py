@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlencode
 
@@ -177,7 +178,15 @@ async def authorizing(
         )
         clock, key_format = FakeClock(), KeyFormat()
         context = Context(
-            settings, database, key_format, (SECRET,), clock.now, entropy, RateLimits(clock.now), OAuthCounts()
+            settings,
+            database,
+            key_format,
+            (SECRET,),
+            clock.now,
+            entropy,
+            RateLimits(clock.now),
+            OAuthCounts(),
+            store_now=lambda: datetime.fromtimestamp(clock.wall_seconds, UTC),
         )
         parts = parts_of(context)
         lines: list[Json] = []
@@ -193,5 +202,3 @@ async def authorizing(
                 yield Authority(url, session, database, directory, clock, context, listener, lines)
         finally:
             await listener.close()
-            for close in parts.closing:
-                await close()

@@ -19,13 +19,10 @@ _SERVER_ERRORS: Final = 500
 
 def error_page(error: PageError, language: str) -> web.Response:
     """The page of an error. With a value `seconds`, the response has Retry-After."""
-    headers = dict(error.headers or {})
-    if _SECONDS in error.values:
-        headers[_RETRY_AFTER] = error.values[_SECONDS]
-    values = {_SECONDS: headers.get(_RETRY_AFTER, "60"), **error.values}
-    body = layout.alert(error_text(error.message, language, values, status=error.status))
+    body = layout.alert(error_text(error.message, language, error.values, status=error.status))
     response = layout.page(language, TITLE[language], body, status=error.status)
-    response.headers.update(headers)
+    if _SECONDS in error.values:
+        response.headers[_RETRY_AFTER] = error.values[_SECONDS]
     return response
 
 
