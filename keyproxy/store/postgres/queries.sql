@@ -2150,109 +2150,6 @@ LIMIT $3;
 -- name: delete_subject
 DELETE FROM keyproxy.oauth_subjects WHERE issuer = $1 AND subject = $2;
 
--- name: login_key
--- The key with the digest $1 and its user, for a login. `state`: that of the key; `disabled` if its user or tenant is.
--- Needs: api_keys (digest), users (id), tenants (id), roles (id).
-SELECT k.id AS key_id, u.id AS user_id, t.id AS tenant_id, k.is_test,
-       keyproxy.effective_scopes(k.scopes, k.roles, u.roles, t.roles) AS scopes,
-       CASE WHEN k.revoked_at IS NOT NULL THEN 'revoked' WHEN k.expires_at <= clock_timestamp() THEN 'expired'
-            WHEN u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL THEN 'disabled'
-            WHEN k.suspended_at IS NOT NULL THEN 'suspended' ELSE 'active' END AS state
-FROM keyproxy.api_keys AS k
-JOIN keyproxy.users AS u ON u.id = k.user_id
-JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
-WHERE k.digest = $1;
-
--- name: consenting_user
--- Whether the user $1 is enabled, and what the login permits now: the key $2, or the subject $4 at the issuer $3, where not
--- null. `scopes`: those of the key; null without one.
--- Needs: users (id), tenants (id), api_keys (id), oauth_subjects (issuer, subject), roles (id).
-SELECT u.disabled_at IS NULL AND t.disabled_at IS NULL AS is_enabled,
-       CASE WHEN $2::text IS NOT NULL THEN
-                k.id IS NOT NULL AND k.revoked_at IS NULL AND k.suspended_at IS NULL
-                AND (k.expires_at IS NULL OR k.expires_at > clock_timestamp())
-            WHEN $3::text IS NOT NULL THEN
-                EXISTS (SELECT FROM keyproxy.oauth_subjects AS s
-                        WHERE s.issuer = $3 AND s.subject = $4 AND s.user_id = u.id)
-            ELSE true END AS is_login_good,
-       CASE WHEN k.id IS NOT NULL THEN keyproxy.effective_scopes(k.scopes, k.roles, u.roles, t.roles) END AS scopes
-FROM keyproxy.users AS u
-JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
-LEFT JOIN keyproxy.api_keys AS k ON k.id = $2 AND k.user_id = u.id
-WHERE u.id = $1;
-
--- name: keep_oauth_client
--- Enters a client with its metadata, or updates those that have changed. No row: there is nothing to change.
--- `is_new`: the client had no row. Needs: oauth_clients (id).
-INSERT INTO keyproxy.oauth_clients AS c (id, client_id, kind, name, redirect_uris, auth_method, jwks)
-VALUES ($1, $2, $3, $4, $5, $6, $7::jsonb)
-ON CONFLICT (id) DO UPDATE
-SET kind = excluded.kind, name = excluded.name, redirect_uris = excluded.redirect_uris,
-    auth_method = excluded.auth_method, jwks = excluded.jwks
-WHERE c.kind <> 'registered'
-  AND (c.kind, c.name, c.redirect_uris, c.auth_method, c.jwks)
-      IS DISTINCT FROM (excluded.kind, excluded.name, excluded.redirect_uris, excluded.auth_method, excluded.jwks)
-RETURNING xmax = 0 AS is_new;
-
--- name: hold_oauth_client
--- Locks the client $1 against a change until the end of the transaction. Needs: oauth_clients (id).
-SELECT c.disabled_at IS NOT NULL AS is_disabled FROM keyproxy.oauth_clients AS c WHERE c.id = $1 FOR SHARE;
-
--- name: keep_oauth_grant
--- Grants the client $3 of the user $2 the scopes $5 for the resource $4, in addition to those that the grant has. $1: the id
--- of a new grant. No row: the grant is that of a service, which an operator decides about.
--- Needs: oauth_grants (user_id, client_id, resource).
-INSERT INTO keyproxy.oauth_grants AS g (id, user_id, client_id, resource, scopes, is_test, granted_at)
-VALUES ($1, $2, $3, $4, $5, $6, coalesce($7::timestamptz, clock_timestamp()))
-ON CONFLICT (user_id, client_id, resource) DO UPDATE
-SET scopes = ARRAY(
-        SELECT DISTINCT s.scope COLLATE "C" AS scope FROM unnest(g.scopes || excluded.scopes) AS s (scope) ORDER BY scope
-    ),
-    is_test = excluded.is_test, granted_at = excluded.granted_at
-WHERE NOT g.is_service
-RETURNING g.id;
-
--- name: add_oauth_code
--- Adds an authorization code that is good for $10 seconds from $11, null: now.
-INSERT INTO keyproxy.oauth_codes (
-    digest, grant_id, client_id, redirect_uri, challenge, scopes, via_key, via_issuer, via_subject, expires_at
-)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, coalesce($11::timestamptz, clock_timestamp()) + make_interval(secs => $10));
-
--- name: connections_of_user
--- The programs that the user $1 has connected and their devices, the newest first, at most $3 rows. Of the mode $2, if not
--- null. `last_token_at`: when the device last got a token; null columns of a session: the program has no device.
--- Needs: oauth_grants (user_id, client_id, resource), oauth_sessions (grant_id), oauth_refresh_tokens (session_id, issued_at),
--- oauth_clients (id).
-SELECT g.id AS grant_id, c.name, c.client_id, c.kind, g.resource, g.is_test, g.scopes, g.granted_at,
-       s.id AS session_id, s.created_at, s.last_used_at,
-       (SELECT r.issued_at FROM keyproxy.oauth_refresh_tokens AS r WHERE r.session_id = s.id
-        ORDER BY r.issued_at DESC LIMIT 1) AS last_token_at
-FROM keyproxy.oauth_grants AS g
-JOIN keyproxy.oauth_clients AS c ON c.id = g.client_id
-LEFT JOIN keyproxy.oauth_sessions AS s ON s.grant_id = g.id AND s.expires_at > clock_timestamp()
-WHERE g.user_id = $1 AND NOT g.is_service AND ($2::boolean IS NULL OR g.is_test = $2)
-ORDER BY g.granted_at DESC, g.id, s.created_at DESC, s.id
-LIMIT $3;
-
--- name: end_oauth_session_of_user
--- Needs: oauth_sessions (id), oauth_grants (id).
-DELETE FROM keyproxy.oauth_sessions AS s USING keyproxy.oauth_grants AS g
-WHERE g.id = s.grant_id AND s.id = $3 AND g.user_id = $1 AND NOT g.is_service AND ($2::boolean IS NULL OR g.is_test = $2)
-RETURNING s.id;
-
--- name: end_oauth_grants_of_user
--- Ends the grant $3 of the user $1, or all grants if that is null; of the mode $2, if not null. Returns how many sessions end.
--- Needs: oauth_grants (user_id, client_id, resource), oauth_sessions (grant_id).
-WITH ended AS (
-    DELETE FROM keyproxy.oauth_grants AS g
-    WHERE g.user_id = $1 AND NOT g.is_service AND ($2::boolean IS NULL OR g.is_test = $2)
-      AND ($3::text IS NULL OR g.id = $3)
-    RETURNING g.id
-)
-SELECT (SELECT count(*) FROM ended)::int AS grants,
-       (SELECT count(*) FROM keyproxy.oauth_sessions AS s WHERE s.grant_id IN (SELECT e.id FROM ended AS e))::int AS sessions;
-
 -- name: hold_oauth_code
 -- Locks the authorization code with the digest $1; its grant first, in the order of a deletion.
 -- Needs: oauth_codes (digest), oauth_grants (id).
@@ -2506,3 +2403,9 @@ FROM (
 JOIN keyproxy.oauth_grants AS g ON g.id = issued.grant_id
 JOIN keyproxy.oauth_clients AS c ON c.id = g.client_id
 LIMIT 1;
+
+-- name: tend_oauth
+-- Deletes what has ended, at most $1 rows of each table: see the function. $2: the days of a grant without a session; $3: where
+-- the previous call stopped looking for sessions with too many refresh tokens; $4: the time, null: now.
+SELECT t.next, t.is_more, t.sessions
+FROM keyproxy.tend_oauth($1, $2, $3, coalesce($4::timestamptz, clock_timestamp())) AS t;
