@@ -9,9 +9,9 @@ from typing import NamedTuple, TypeAlias
 from aiohttp import web
 
 from keyproxy.authorize.browser.browser_flow import BrowserFlow
+from keyproxy.authorize.browser.browser_request import language_of_login
 from keyproxy.authorize.browser.login import Login
 from keyproxy.authorize.browser.pages.error_page import error_page
-from keyproxy.authorize.browser.pages.languages import language_of
 from keyproxy.authorize.clients.authentication import ClientAuthentication
 from keyproxy.authorize.clients.composition import client_parts
 from keyproxy.authorize.context import Context
@@ -111,6 +111,6 @@ def _error_page(context: Context) -> ErrorPage:
     fallback = context.settings.oauth.language
 
     def page(request: web.Request, error: PageError) -> web.Response:
-        return error_page(error, language_of(request, fallback))
+        return error_page(error, language_of_login(request, fallback))
 
     return page
