@@ -69,8 +69,7 @@ def parts_of(context: Context) -> Parts:
         *browser.endpoints(login),
         *_token_endpoints(context, tokens, clients.authentication),
     )
-    tasks = {**tasks, "oauth_cleanup": _cleanup(context).run}
-    return Parts(endpoints, _error_page(context), tasks)
+    return Parts(endpoints, _error_page(context), {**tasks, "oauth_cleanup": _cleanup(context).run})
 
 
 def _cleanup(context: Context) -> OAuthCleanup:

@@ -142,7 +142,7 @@ class Refreshes(RuleBasedStateMachine):
     def begin(self, grace: int) -> None:
         """Redeem a code."""
         self.model = _Model(grace)
-        changes = {"refresh_grace_seconds": grace, "session_days": 3650}
+        changes: dict[str, Any] = {"refresh_grace_seconds": grace, "session_days": 3650}
         self.processes = [token_store(one, self.clock, **changes) for one in self.store.databases]
         self.crashing = token_store(self.store.crashing, self.clock, **changes)
         issued = self._run(self._redeemed())
