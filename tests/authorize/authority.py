@@ -154,6 +154,7 @@ async def authorizing(
     database: Database,
     *,
     login: OAuthLogin | None = None,
+    login_secret: str | None = None,
     known_clients: tuple[KnownClientRow, ...] = (),
     entropy: Callable[[int], bytes] = os.urandom,
     bounds: Bounds = BOUNDS,
@@ -177,7 +178,15 @@ async def authorizing(
         )
         clock, key_format = FakeClock(), KeyFormat()
         context = Context(
-            settings, database, key_format, (SECRET,), clock.now, entropy, RateLimits(clock.now), OAuthCounts()
+            settings,
+            database,
+            key_format,
+            (SECRET,),
+            clock.now,
+            entropy,
+            RateLimits(clock.now),
+            OAuthCounts(),
+            login_secret=login_secret,
         )
         parts = parts_of(context)
         lines: list[Json] = []
