@@ -11,13 +11,12 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Final
 
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.authorize.browser.tickets import SecretFileError, secrets_of
 from keyproxy.authorize.connections import Bounds
 from keyproxy.authorize.context import Context
-from keyproxy.authorize.endpoints import Parts, parts_of
+from keyproxy.authorize.endpoints import Parts, PartsFault, parts_of
 from keyproxy.authorize.listener import AuthorizeListener, Served
 from keyproxy.authorize.metrics import AUTHORIZE_METRICS, OAuthCounts
 from keyproxy.authorize.rate_limits import RateLimits
@@ -36,9 +35,6 @@ from keyproxy.store.postgres.database import Database, StoreUnavailable
 from keyproxy.wire.tls import TlsError, server_context, show
 
 _log = logging.getLogger(__name__)
-
-#: After a reload, requests in flight may use the connections of the configuration before for this long.
-_CLOSE_SECONDS: Final = 30.0
 
 
 class RejectedConfig(Exception):
@@ -59,9 +55,9 @@ class AuthorizationServer:
         )
         self._counts = OAuthCounts()
         self._rate_limits = RateLimits(clock.now)
-        self._running = _RunningParts()
+        self._tasks = _RunningTasks()
         self._context = self._context_of(settings)
-        self._parts = parts_of(self._context)
+        self._parts = _parts_of(self._context)
 
     async def run(
         self, *, access_log_fd: int, started: Callable[[str], None], read_again: Callable[[], Settings]
@@ -80,8 +76,8 @@ class AuthorizationServer:
             stack.callback(log.close)
             log.start()
             await stack.enter_async_context(Control().open(startup_conflicts.of_authorize(self._settings)))
-            stack.push_async_callback(self._running.close)
-            self._running.start(self._parts)
+            stack.push_async_callback(self._tasks.end)
+            self._tasks.start(self._parts)
             listeners = await self._start_listeners(stack, log.write_line if self._settings.log.access else None)
             self._warn_of_unencrypted_secrets()
             started(", ".join(listeners))
@@ -190,7 +186,7 @@ class AuthorizationServer:
             )
         _contexts(settings)  # validate before changing anything
         context = self._context_of(settings)
-        parts = parts_of(context)
+        parts = _parts_of(context)
         for tls in (self._tls, self._mtls):
             if tls is not None:
                 show(tls, settings.oauth.tls_certificate_file, settings.oauth.tls_key_file)
@@ -198,57 +194,28 @@ class AuthorizationServer:
         served = Served(context, parts)
         for listener in listeners:
             listener.served = served
-        await self._running.replace(parts)
+        await self._tasks.end()
+        self._tasks.start(parts)
 
 
-class _RunningParts:
-    """The tasks of the current parts, and the connections of all that requests may still use."""
+class _RunningTasks:
+    """The tasks beside the endpoints, which are restarted after an unexpected error."""
 
     def __init__(self) -> None:
-        self._parts: Parts | None = None
         self._tasks: list[BackgroundTask] = []
-        self._closing: dict[asyncio.Task[None], Parts] = {}
 
     def start(self, parts: Parts) -> None:
         """Start the tasks of a configuration."""
-        self._parts = parts
         for name, work in parts.tasks.items():
             task = BackgroundTask(name)
             task.start(work)
             self._tasks.append(task)
 
-    async def replace(self, parts: Parts) -> None:
-        """Run the tasks of a new configuration instead. Connections of the one before are closed later."""
-        before = self._parts
-        await self._end_tasks()
-        self.start(parts)
-        if before is not None:
-            closing = asyncio.get_running_loop().create_task(_close_later(before))
-            self._closing[closing] = before
-            closing.add_done_callback(self._closing.pop)
-
-    async def close(self) -> None:
-        """End all tasks and close all connections. The listeners have closed."""
-        await self._end_tasks()
-        unclosed = list(self._closing.values())
-        await cancel_all(list(self._closing))
-        for parts in (*unclosed, *filter(None, [self._parts])):
-            await _close(parts)
-
-    async def _end_tasks(self) -> None:
+    async def end(self) -> None:
+        """Cancel all tasks and wait for them."""
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             await task.end()
-
-
-async def _close_later(parts: Parts) -> None:
-    await asyncio.sleep(_CLOSE_SECONDS)
-    await _close(parts)
-
-
-async def _close(parts: Parts) -> None:
-    for close in parts.closing:
-        await close()
 
 
 def _bound(settings: Settings, address: str) -> socket.socket:
@@ -287,6 +254,14 @@ def _contexts(settings: Settings) -> tuple[ssl.SSLContext | None, ssl.SSLContext
         return tls, server_context(oauth.tls_certificate_file, oauth.tls_key_file, oauth.mtls_client_ca_file)
     except TlsError as error:
         raise TlsError(f"oauth.mtls_client_ca_file: {error}") from error
+
+
+def _parts_of(context: Context) -> Parts:
+    """Raises RejectedConfig."""
+    try:
+        return parts_of(context)
+    except PartsFault as fault:
+        raise RejectedConfig(str(fault)) from fault
 
 
 def _ticket_secrets(settings: Settings) -> tuple[bytes, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.authorize.metrics import OAuthCounts
@@ -19,6 +20,7 @@ class Context:
 
     `ticket_secrets`: the content of `oauth.secret_file`, then that of `oauth.secret_previous_file`, if configured.
     `entropy`: returns this number of random bytes. `login_secret`: that of `oauth.login.client_secret_file`, if any.
+    `store_now`: a clock in place of the database's, for tests.
     """
 
     settings: Settings
@@ -30,3 +32,4 @@ class Context:
     rate_limits: RateLimits
     counts: OAuthCounts
     login_secret: str | None = field(default=None, repr=False)
+    store_now: Callable[[], datetime] | None = None

@@ -21,6 +21,12 @@ ASSERTION_ALGORITHMS: Final = ("RS256", "PS256", "ES256", "EdDSA")
 _CONFIDENTIAL: Final = ("client_secret_basic", "client_secret_post", AuthMethod.PRIVATE_KEY_JWT.value)
 
 
+def origin(url: str) -> str:
+    """The origin of a URL."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
 def server_metadata(
     issuer: str,
     *,
@@ -35,15 +41,14 @@ def server_metadata(
     `has_documents`: client ids may be URLs of metadata documents. `mtls_port`: of the listener for clients with
     certificates, None: there is none.
     """
-    parts = urlsplit(issuer)
-    origin = f"{parts.scheme}://{parts.netloc}"
+    root = origin(issuer)
     confidential = [*_CONFIDENTIAL, *([AuthMethod.TLS_CLIENT_AUTH.value] if mtls_port else [])]
     document: dict[str, object] = {
         "issuer": issuer,
-        "authorization_endpoint": origin + AUTHORIZE,
-        "token_endpoint": origin + TOKEN,
-        "revocation_endpoint": origin + REVOKE,
-        "introspection_endpoint": origin + INTROSPECT,
+        "authorization_endpoint": root + AUTHORIZE,
+        "token_endpoint": root + TOKEN,
+        "revocation_endpoint": root + REVOKE,
+        "introspection_endpoint": root + INTROSPECT,
         "scopes_supported": list(scopes),
         "response_types_supported": ["code"],
         "response_modes_supported": ["query"],
@@ -60,9 +65,10 @@ def server_metadata(
         "ui_locales_supported": list(languages),
     }
     if can_register:
-        document["registration_endpoint"] = origin + REGISTER
+        document["registration_endpoint"] = root + REGISTER
     if mtls_port:
-        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+        name = urlsplit(issuer).hostname or ""
+        host = f"[{name}]" if ":" in name else name
         secure = f"https://{host}:{mtls_port}"
         document["tls_client_certificate_bound_access_tokens"] = True
         document["mtls_endpoint_aliases"] = {

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlencode
 
@@ -187,6 +188,7 @@ async def authorizing(
             RateLimits(clock.now),
             OAuthCounts(),
             login_secret=login_secret,
+            store_now=lambda: datetime.fromtimestamp(clock.wall_seconds, UTC),
         )
         parts = parts_of(context)
         lines: list[Json] = []
@@ -202,5 +204,3 @@ async def authorizing(
                 yield Authority(url, session, database, directory, clock, context, listener, lines)
         finally:
             await listener.close()
-            for close in parts.closing:
-                await close()

@@ -24,6 +24,7 @@ from keyproxy.authorize.oidc.provider import LoginFault, Provider, error_code
 from keyproxy.authorize.oidc.provider_metadata import ProviderUnavailable
 from keyproxy.authorize.oidc.subject import ClaimsFault, Subject
 from keyproxy.authorize.rate_limits import Rate
+from keyproxy.oauth.server_metadata import origin
 from keyproxy.store.oauth.subjects import LinkedUser, Subjects
 
 CALLBACK_PATH: Final = "/oauth/callback"
@@ -41,7 +42,7 @@ class OidcLogin(Login):
     def __init__(self, context: Context, tickets: Tickets, cookies: Cookies, proceed: Proceed) -> None:
         """Raises TlsError."""
         self._login = context.settings.oauth_login
-        self._redirect_uri = context.settings.oauth.issuer + CALLBACK_PATH
+        self._redirect_uri = origin(context.settings.oauth.issuer) + CALLBACK_PATH
         self._provider = Provider(self._login, context.login_secret, self._redirect_uri, now=context.now)
         self._subjects = Subjects(context.database)
         self._tickets = tickets

@@ -118,7 +118,7 @@ async def test_user_is_created_once_in_the_mapped_tenant(database: Database, sql
         expected = Subject(idp.issuer, "s-1").created_user_id
         assert [tuple(row) for row in rows] == [(expected, "acme")]
         assert await sql.fetchval("SELECT user_id FROM keyproxy.oauth_subjects") == expected
-        created = "SELECT actor FROM keyproxy.audit_log WHERE entity_id = $1 AND action = 'create'"
+        created = "SELECT actor FROM keyproxy.audit_log WHERE entity_id = $1 AND action = 'insert'"
         assert await sql.fetchval(created, expected) == f"user:{expected}"
 
         await authority.directory.users.change(expected, {"disabled": True})
