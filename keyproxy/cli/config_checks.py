@@ -8,12 +8,15 @@ from __future__ import annotations
 import ssl
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 import uvloop
 
+from keyproxy.authorize.browser.tickets import SecretFileError, secrets_of
 from keyproxy.cli.options import OLD_SCHEMA, NoDatabase, store
 from keyproxy.config import loader
+from keyproxy.config.oauth.oauth_settings import LOGIN_BY_OIDC
 from keyproxy.config.route_review import shadowed
 from keyproxy.config.schema import Settings
 from keyproxy.platform.sockets import conflicts
@@ -35,24 +38,57 @@ def problems(loaded: loader.Config, *, offline: bool) -> list[str]:
     """Return a sentence for each problem."""
     settings = loaded.settings
     found = [*conflicts(settings), *_certificates(settings), *_patterns(settings), *shadowed(settings.routes)]
-    found += file_problems(settings)
+    found += [*file_problems(settings), *_oauth_files(settings)]
     return found if offline else [*found, *_database(loaded)]
 
 
 def _certificates(settings: Settings) -> Iterator[str]:
-    for table, listener in (("listen", settings.listen), ("admin", settings.admin)):
-        if listener.tls_certificate_file:
-            wrong = _certificate_problem(listener.tls_certificate_file, listener.tls_key_file)
+    listen, admin, oauth = settings.listen, settings.admin, settings.oauth
+    pairs = [
+        ("listen", listen.tls_certificate_file, listen.tls_key_file),
+        ("admin", admin.tls_certificate_file, admin.tls_key_file),
+    ]
+    if oauth.is_configured:
+        pairs.append(("oauth", oauth.tls_certificate_file, oauth.tls_key_file))
+    for table, certificate_file, key_file in pairs:
+        if certificate_file:
+            wrong = _certificate_problem(certificate_file, key_file)
             if wrong is not None:
                 yield f"{table}.tls_certificate_file: {wrong}"
-    authorities = (
+    authorities = [
         ("listen.tls_client_ca_file", settings.listen.tls_client_ca_file),
         ("upstream.tls_ca_file", settings.upstream.tls_ca_file),
-    )
+    ]
+    if settings.oauth.is_configured:
+        authorities += [
+            ("oauth.mtls_client_ca_file", settings.oauth.mtls_client_ca_file),
+            ("oauth.document_ca_file", settings.oauth.document_ca_file),
+            ("oauth.login.ca_file", settings.oauth_login.ca_file),
+        ]
     for key, file in authorities:
         wrong = _authorities_problem(file) if file else None
         if wrong is not None:
             yield f"{key}: {wrong}"
+
+
+def _oauth_files(settings: Settings) -> Iterator[str]:
+    """The files that `keyproxy authorize` opens, and `serve` does not."""
+    oauth, login = settings.oauth, settings.oauth_login
+    if not oauth.is_configured:
+        return
+    if not oauth.secret_file:
+        yield "oauth.secret_file: is required with oauth.resource: it seals logins in progress"
+    else:
+        try:
+            secrets_of(oauth)
+        except SecretFileError as error:
+            yield str(error)
+    if login.kind == LOGIN_BY_OIDC and login.client_secret_file:
+        try:
+            if not Path(login.client_secret_file).read_bytes().strip():
+                yield f"oauth.login.client_secret_file: {login.client_secret_file} is empty"
+        except OSError as error:
+            yield f"oauth.login.client_secret_file: cannot be read: {error}"
 
 
 def _patterns(settings: Settings) -> list[str]:

@@ -22,7 +22,7 @@ _RETRY_SECONDS: Final = 5
 Parsed = TypeVar("Parsed")
 
 
-class _Entry(Generic[Parsed]):
+class _CachedDocument(Generic[Parsed]):
     """The last outcome for one URL: its document, or why there is none. Times are monotonic seconds."""
 
     __slots__ = ("fetched_at", "outcome", "valid_until")
@@ -58,8 +58,8 @@ class DocumentCache(Generic[Parsed]):
         self._parse = parse
         self._now = now
         self._count = count
-        self._entries: collections.OrderedDict[str, _Entry[Parsed]] = collections.OrderedDict()
-        self._fetches: dict[str, asyncio.Task[_Entry[Parsed]]] = {}
+        self._entries: collections.OrderedDict[str, _CachedDocument[Parsed]] = collections.OrderedDict()
+        self._fetches: dict[str, asyncio.Task[_CachedDocument[Parsed]]] = {}
 
     def cached(self, url: str) -> Parsed | None:
         """The document in memory, however old it is."""
@@ -90,7 +90,7 @@ class DocumentCache(Generic[Parsed]):
         found = await asyncio.shield(fetch)
         return found.document()
 
-    async def _fetch(self, url: DocumentUrl, before: _Entry[Parsed] | None) -> _Entry[Parsed]:
+    async def _fetch(self, url: DocumentUrl, before: _CachedDocument[Parsed] | None) -> _CachedDocument[Parsed]:
         try:
             fetched = await self._fetcher.fetch(url)
             parsed = self._parse(url.text, fetched.content)
@@ -99,9 +99,11 @@ class DocumentCache(Generic[Parsed]):
             return self._keep(url.text, self._after_failure(before, refusal))
         self._count("ok")
         now = self._now().mono_seconds
-        return self._keep(url.text, _Entry(parsed, fetched_at=now, valid_until=now + fetched.fresh_seconds))
+        return self._keep(url.text, _CachedDocument(parsed, fetched_at=now, valid_until=now + fetched.fresh_seconds))
 
-    def _after_failure(self, before: _Entry[Parsed] | None, refusal: DocumentRefused) -> _Entry[Parsed]:
+    def _after_failure(
+        self, before: _CachedDocument[Parsed] | None, refusal: DocumentRefused
+    ) -> _CachedDocument[Parsed]:
         now = self._now().mono_seconds
         valid_until = now + FAILURE_SECONDS
         if (
@@ -110,10 +112,10 @@ class DocumentCache(Generic[Parsed]):
             and before.parsed is not None
             and now < before.fetched_at + STALE_SECONDS
         ):
-            return _Entry(before.outcome, fetched_at=before.fetched_at, valid_until=valid_until)
-        return _Entry(refusal, fetched_at=now, valid_until=valid_until)
+            return _CachedDocument(before.outcome, fetched_at=before.fetched_at, valid_until=valid_until)
+        return _CachedDocument(refusal, fetched_at=now, valid_until=valid_until)
 
-    def _keep(self, url: str, entry: _Entry[Parsed]) -> _Entry[Parsed]:
+    def _keep(self, url: str, entry: _CachedDocument[Parsed]) -> _CachedDocument[Parsed]:
         self._entries[url] = entry
         self._entries.move_to_end(url)
         while len(self._entries) > ENTRIES_MAX:

@@ -11,6 +11,7 @@ import orjson
 from keyproxy.cli.options import config_option, json_option, load
 from keyproxy.config import loader
 from keyproxy.config.access_settings import model_warnings
+from keyproxy.config.oauth import oauth_checks
 from keyproxy.config.route_review import cap_warnings, certificate_warnings
 
 
@@ -46,6 +47,7 @@ def check(config_path: Path | None, *, offline: bool) -> None:
     if loaded is not None:
         settings = loaded.settings
         warnings = [*cap_warnings(settings.routes), *model_warnings(settings), *certificate_warnings(settings)]
+        warnings += oauth_checks.warnings(settings)
         for warning in warnings:
             click.echo(f"warning: {warning}", err=True)
     click.echo("ok")
