@@ -135,13 +135,13 @@ _FORBIDDEN = {
         "UPDATE keyproxy.oauth_clients SET disabled_at = NULL",
         "UPDATE keyproxy.oauth_grants SET plan_id = NULL",
         "INSERT INTO keyproxy.oauth_assertions VALUES (sha256('x'), now())",
-        "SELECT keyproxy.tend_oauth(1, 1, '', now())",
+        "SELECT keyproxy.tend_oauth(1, 1, '{}', now())",
     ],
     "admin": [
         "SELECT * FROM keyproxy.oauth_codes",
         "UPDATE keyproxy.oauth_access_tokens SET scopes = '{a}'",
         "UPDATE keyproxy.oauth_refresh_tokens SET used_at = NULL",
-        "SELECT keyproxy.tend_oauth(1, 1, '', now())",
+        "SELECT keyproxy.tend_oauth(1, 1, '{}', now())",
     ],
 }  # fmt: skip
 
