@@ -155,6 +155,7 @@ async def authorizing(
     database: Database,
     *,
     login: OAuthLogin | None = None,
+    login_secret: str | None = None,
     known_clients: tuple[KnownClientRow, ...] = (),
     entropy: Callable[[int], bytes] = os.urandom,
     bounds: Bounds = BOUNDS,
@@ -186,6 +187,7 @@ async def authorizing(
             entropy,
             RateLimits(clock.now),
             OAuthCounts(),
+            login_secret=login_secret,
             store_now=lambda: datetime.fromtimestamp(clock.wall_seconds, UTC),
         )
         parts = parts_of(context)
@@ -202,5 +204,3 @@ async def authorizing(
                 yield Authority(url, session, database, directory, clock, context, listener, lines)
         finally:
             await listener.close()
-            for close in parts.closing:
-                await close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping
 from typing import Final
 
@@ -22,11 +23,12 @@ _TOO_MANY_REQUESTS: Final = 429
 class ProviderHttp:
     """Requests to one provider. The operator configures its issuer, and so also the hosts that it names."""
 
-    def __init__(self, ca_file: str, seconds_max: float) -> None:
+    def __init__(self, issuer: str, ca_file: str, seconds_max: float) -> None:
         """`ca_file`: replaces the system's CAs. Raises TlsError."""
-        self._tls = client_context(ca_file)
+        # Loading the system's CAs takes a tenth of a second. A provider on this machine needs none.
+        is_https = issuer.startswith("https:")
+        self._tls: ssl.SSLContext | bool = client_context(ca_file) if is_https or ca_file else True
         self._seconds_max = seconds_max
-        self._session: aiohttp.ClientSession | None = None
 
     async def get(self, url: str) -> bytes:
         """The body of a document. Raises ProviderUnavailable for any other status than 200."""
@@ -44,26 +46,21 @@ class ProviderHttp:
             return False, body
         raise ProviderUnavailable(f"{url} responds with status {status}")
 
-    async def close(self) -> None:
-        """Close the connections."""
-        if self._session is not None:
-            await self._session.close()
-
     async def _sent(
         self, method: str, url: str, form: Mapping[str, str] | None, headers: Mapping[str, str]
     ) -> tuple[int, bytes]:
-        if self._session is None:
-            # A connection is not kept: a code cannot be sent again if the provider has closed it meanwhile.
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(ssl=self._tls, force_close=True),
-                timeout=aiohttp.ClientTimeout(total=self._seconds_max),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                headers={"Accept": "application/json", "User-Agent": "keyproxy"},
-            )
+        # Each request has a connection of its own: a code must not be sent on one that the provider is closing.
+        session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(ssl=self._tls, force_close=True),
+            timeout=aiohttp.ClientTimeout(total=self._seconds_max),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"Accept": "application/json", "User-Agent": "keyproxy"},
+        )
         try:
-            async with self._session.request(
-                method, url, data=form, headers=headers, allow_redirects=False
-            ) as response:
+            async with (
+                session,
+                session.request(method, url, data=form, headers=headers, allow_redirects=False) as response,
+            ):
                 body = bytearray()
                 async for chunk in response.content.iter_any():
                     body += chunk

@@ -174,6 +174,7 @@ def _plan(row: Row) -> Entity:
         "users": row["users"],
         "keys": row["keys"],
         "agents": row["agents"],
+        "grants": row["grants"],
     }
 
 

@@ -28,9 +28,9 @@ class OAuthClientCreate(RequestModel):
     auth_method: _Method
     name: Annotated[Name, Field(description="Default: the client id.")] = ""
     user: Annotated[Id | None, Field(description="The user of its tokens by client_credentials.")] = None
-    scopes: Annotated[list[KeyScope], Field(max_length=64, description="Of these tokens.")] = []
+    scopes: Annotated[list[KeyScope], Field(max_length=64, default_factory=list, description="Of these tokens.")]
     is_test: Annotated[bool, Field(description="These tokens are for `oauth.test_resource`.")] = False
-    redirect_uris: Annotated[list[str], Field(max_length=REDIRECT_URIS_MAX)] = []
+    redirect_uris: Annotated[list[str], Field(max_length=REDIRECT_URIS_MAX, default_factory=list)]
     jwks: Annotated[dict[str, Any] | None, Field(description="Public keys, of private_key_jwt.")] = None
     tls_subject: Annotated[str | None, Field(description="Of tls_client_auth: `dns:worker.example.com`.")] = None
 
@@ -124,8 +124,8 @@ ENDPOINTS: Final = (
     Endpoint("show_oauth_client", "One OAuth client, by its id or the id that it presents.",
              Scope.OAUTH_READ, _client, {200: OAuthClient}, is_global=True, refuses=_NOT_THERE),
     Endpoint("change_oauth_client",
-             "Disable or enable an OAuth client, by its id or the id that it presents. A disabled one gets no tokens, and "
-             "its tokens are refused. Takes effect within a second. One without a row gets one when it is disabled.",
+             "Disable or enable an OAuth client, by its id or the id that it presents. A disabled one gets no tokens, "
+             "and its tokens are refused. Takes effect within a second. One without a row gets one when it is disabled.",
              Scope.OAUTH_WRITE, _change_client, {200: OAuthClient}, body=OAuthClientChange, is_global=True,
              is_conditional=True, refuses=_NOT_THERE),
     Endpoint("delete_oauth_client",

@@ -47,7 +47,7 @@ class OAuthGrants(Page):
     items: list[OAuthGrant]
 
 
-class OAuthSession(ResponseModel):
+class OAuthSessionShown(ResponseModel):
     """A client on one device. `via_key`, or `via_issuer` and `via_subject`: how the user signed in."""
 
     id: str
@@ -70,7 +70,7 @@ class OAuthSession(ResponseModel):
 class OAuthSessions(Page):
     """Sessions, sorted by id."""
 
-    items: list[OAuthSession]
+    items: list[OAuthSessionShown]
 
 
 class OfUserQuery(Paged):
@@ -164,10 +164,10 @@ ENDPOINTS: Final = (
              Scope.OAUTH_WRITE, _delete_grant, {200: Deleted}, is_conditional=True, refuses=_NOT_THERE),
     Endpoint("list_sessions", "List OAuth sessions, sorted by id.",
              Scope.OAUTH_READ, _sessions, {200: OAuthSessions}, query=OfUserQuery, refuses=_NOT_THERE),
-    Endpoint("revoke_sessions", "End OAuth sessions, at most 1000: see `remaining`.",
-             Scope.OAUTH_WRITE, _revoke_sessions, {200: OAuthRevoked}, body=SessionsRevoke, refuses=_NOT_THERE),
     Endpoint("show_session", "One OAuth session.",
-             Scope.OAUTH_READ, _session, {200: OAuthSession}, refuses=_NOT_THERE),
+             Scope.OAUTH_READ, _session, {200: OAuthSessionShown}, refuses=_NOT_THERE),
     Endpoint("delete_session", "End an OAuth session: its tokens are refused within a second.",
              Scope.OAUTH_WRITE, _delete_session, {200: Deleted}, refuses=_NOT_THERE),
+    Endpoint("revoke_sessions", "End OAuth sessions, at most 1000: see `remaining`.",
+             Scope.OAUTH_WRITE, _revoke_sessions, {200: OAuthRevoked}, body=SessionsRevoke, refuses=_NOT_THERE),
 )  # fmt: skip

@@ -12,7 +12,8 @@ from keyproxy.cli.output import Progress
 from keyproxy.store.directory.directory import Entity
 
 _GRANT_COLUMNS: Final = (
-    "id", "user", "client", "client_name", "resource", "scopes", "is_test", "is_service", "plan", "granted_at", "sessions",
+    "id", "user", "client", "client_name", "resource", "scopes", "is_test", "is_service", "plan", "granted_at",
+    "sessions",
 )  # fmt: skip
 _SESSION_COLUMNS: Final = (
     "id", "grant", "user", "client_name", "scopes", "is_test", "created_at", "expires_at", "last_used_at",
@@ -129,7 +130,7 @@ async def _all(portion: Callable[[], Awaitable[Entity]], what: str) -> int:
     try:
         while True:
             done = await portion()
-            count += done["revoked"]
+            count += int(done["revoked"])
             progress.at(count)
             # Sessions may begin meanwhile: those are of users who consent now.
             if not done["revoked"] or not done["remaining"]:

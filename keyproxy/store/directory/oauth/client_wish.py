@@ -10,7 +10,14 @@ from typing import Any, Final
 
 from keyproxy.auth.names import is_scope
 from keyproxy.oauth import client_ids, redirect_uris
-from keyproxy.oauth.client import CLIENT_ID_BYTES_MAX, NAME_CHARACTERS_MAX, REDIRECT_URIS_MAX, AuthMethod, Client, ClientKind
+from keyproxy.oauth.client import (
+    CLIENT_ID_BYTES_MAX,
+    NAME_CHARACTERS_MAX,
+    REDIRECT_URIS_MAX,
+    AuthMethod,
+    Client,
+    ClientKind,
+)
 from keyproxy.store.directory.errors import Invalid
 
 #: The start of the ids of rows.

@@ -46,7 +46,7 @@ class OAuthGrantStore:
         return await self._context.change("grant", grant_id, changes, if_match)
 
     async def delete(self, grant_id: str, *, if_match: str | None = None) -> Entity:
-        """Revoke a grant with its sessions: all tokens from it are refused within a second. The user can consent again."""
+        """Revoke a grant with its sessions: its tokens are refused within a second. The user can consent again."""
         return await self._context.delete("grant", grant_id, if_match)
 
     async def delete_of_user(self, user_id: str) -> Entity:

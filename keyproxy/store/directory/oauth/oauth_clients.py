@@ -10,8 +10,8 @@ from typing import Any, Final
 from keyproxy.auth.api_key import ENTROPY_BYTES
 from keyproxy.config.oauth.client_rules import known_clients
 from keyproxy.config.schema import Settings
-from keyproxy.oauth.client_ids import DOCUMENT_PREFIX, decode_value_id
 from keyproxy.oauth.client import NAME_CHARACTERS_MAX, AuthMethod, Client, ClientKind, row_id
+from keyproxy.oauth.client_ids import DOCUMENT_PREFIX, decode_value_id
 from keyproxy.oauth.known_clients import KnownClients
 from keyproxy.store.directory.context import DirectoryContext
 from keyproxy.store.directory.entities import Entity, reveal
