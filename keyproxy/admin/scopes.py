@@ -31,6 +31,7 @@ class Scope(enum.StrEnum):
     PROVIDERS_READ = "providers:read"
     PROVIDERS_WRITE = "providers:write"
     METRICS_READ = "metrics:read"
+    TOKENS_READ = "tokens:read"
 
 
 DESCRIPTIONS: Final = {
@@ -52,6 +53,7 @@ DESCRIPTIONS: Final = {
     Scope.PROVIDERS_READ: "reads provider keys, without their secrets",
     Scope.PROVIDERS_WRITE: "adds, rotates, revokes, deletes and reseals provider keys",
     Scope.METRICS_READ: "reads the metrics of the admin process",
+    Scope.TOKENS_READ: "introspects OAuth access tokens at the authorization server",
 }
 
 _TENANT: Final = "tenant:"
