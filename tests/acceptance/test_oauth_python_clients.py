@@ -263,7 +263,7 @@ async def test_fastmcp_connects_its_user_with_registration_and_with_a_document(
     more = {"client_metadata_url": f"{deployment.documents}/client.json"} if kind == "document" else {}
     async with fast_client(deployment, client_name="Fast", **more) as client:
         result = await client.call_tool("whoami", {"call": kind})
-        assert result.content[0].text == user
+        assert result.content[0].text == user  # type: ignore[union-attr]
     kinds = await sql.fetch(
         "SELECT c.kind FROM keyproxy.oauth_grants AS g JOIN keyproxy.oauth_clients AS c ON c.id = g.client_id"
         " WHERE g.user_id = $1",
@@ -287,7 +287,7 @@ async def test_fastmcp_recovers_from_an_id_that_no_server_here_has_made(
     )
     async with fast_client(deployment, storage=storage) as client:
         result = await client.call_tool("whoami", {"call": "stale"})
-        assert result.content[0].text == "u_stale"
+        assert result.content[0].text == "u_stale"  # type: ignore[union-attr]
 
 
 def test_log_of_the_authorization_server_has_no_secret(deployment: Deployment) -> None:

@@ -107,7 +107,8 @@ class AuditQuery(RequestModel):
     entity: (
         Literal[
             "tenant", "user", "key", "plan", "token", "window", "role", "owned", "template", "agent", "agent_token",
-            "approval", "consent", "provider_key", "network",
+            "approval", "consent", "provider_key", "network", "oauth_client", "oauth_grant", "oauth_session",
+            "oauth_subject",
         ]
         | None
     ) = None  # fmt: skip
