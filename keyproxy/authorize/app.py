@@ -10,7 +10,7 @@ import signal
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Final
+from pathlib import Path
 
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.authorize.browser.tickets import SecretFileError, secrets_of
@@ -21,6 +21,7 @@ from keyproxy.authorize.listener import AuthorizeListener, Served
 from keyproxy.authorize.metrics import AUTHORIZE_METRICS, OAuthCounts
 from keyproxy.authorize.rate_limits import RateLimits
 from keyproxy.config.addresses import is_loopback
+from keyproxy.config.oauth.oauth_settings import LOGIN_BY_OIDC, OAuthLogin
 from keyproxy.config.schema import Settings
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.exposition import CONTENT_TYPE, Catalogue
@@ -34,9 +35,6 @@ from keyproxy.store.postgres.database import Database, StoreUnavailable
 from keyproxy.wire.tls import TlsError, server_context, show
 
 _log = logging.getLogger(__name__)
-
-#: After a reload, requests in flight may use the connections of the configuration before for this long.
-_CLOSE_SECONDS: Final = 30.0
 
 
 class RejectedConfig(Exception):
@@ -57,7 +55,7 @@ class AuthorizationServer:
         )
         self._counts = OAuthCounts()
         self._rate_limits = RateLimits(clock.now)
-        self._running = _RunningParts()
+        self._tasks = _RunningTasks()
         self._context = self._context_of(settings)
         self._parts = _parts_of(self._context)
 
@@ -78,8 +76,8 @@ class AuthorizationServer:
             stack.callback(log.close)
             log.start()
             await stack.enter_async_context(Control().open(startup_conflicts.of_authorize(self._settings)))
-            stack.push_async_callback(self._running.close)
-            self._running.start(self._parts)
+            stack.push_async_callback(self._tasks.end)
+            self._tasks.start(self._parts)
             listeners = await self._start_listeners(stack, log.write_line if self._settings.log.access else None)
             self._warn_of_unencrypted_secrets()
             started(", ".join(listeners))
@@ -130,6 +128,7 @@ class AuthorizationServer:
             entropy=os.urandom,
             rate_limits=self._rate_limits,
             counts=self._counts,
+            login_secret=_login_secret(settings.oauth_login),
         )
 
     async def _checks(self) -> Mapping[str, Check]:
@@ -195,57 +194,28 @@ class AuthorizationServer:
         served = Served(context, parts)
         for listener in listeners:
             listener.served = served
-        await self._running.replace(parts)
+        await self._tasks.end()
+        self._tasks.start(parts)
 
 
-class _RunningParts:
-    """The tasks of the current parts, and the connections of all that requests may still use."""
+class _RunningTasks:
+    """The tasks beside the endpoints, which are restarted after an unexpected error."""
 
     def __init__(self) -> None:
-        self._parts: Parts | None = None
         self._tasks: list[BackgroundTask] = []
-        self._closing: dict[asyncio.Task[None], Parts] = {}
 
     def start(self, parts: Parts) -> None:
         """Start the tasks of a configuration."""
-        self._parts = parts
         for name, work in parts.tasks.items():
             task = BackgroundTask(name)
             task.start(work)
             self._tasks.append(task)
 
-    async def replace(self, parts: Parts) -> None:
-        """Run the tasks of a new configuration instead. Connections of the one before are closed later."""
-        before = self._parts
-        await self._end_tasks()
-        self.start(parts)
-        if before is not None:
-            closing = asyncio.get_running_loop().create_task(_close_later(before))
-            self._closing[closing] = before
-            closing.add_done_callback(self._closing.pop)
-
-    async def close(self) -> None:
-        """End all tasks and close all connections. The listeners have closed."""
-        await self._end_tasks()
-        unclosed = list(self._closing.values())
-        await cancel_all(list(self._closing))
-        for parts in (*unclosed, *filter(None, [self._parts])):
-            await _close(parts)
-
-    async def _end_tasks(self) -> None:
+    async def end(self) -> None:
+        """Cancel all tasks and wait for them."""
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             await task.end()
-
-
-async def _close_later(parts: Parts) -> None:
-    await asyncio.sleep(_CLOSE_SECONDS)
-    await _close(parts)
-
-
-async def _close(parts: Parts) -> None:
-    for close in parts.closing:
-        await close()
 
 
 def _bound(settings: Settings, address: str) -> socket.socket:
@@ -302,3 +272,19 @@ def _ticket_secrets(settings: Settings) -> tuple[bytes, ...]:
         return secrets_of(settings.oauth)
     except SecretFileError as error:
         raise RejectedConfig(str(error)) from error
+
+
+def _login_secret(login: OAuthLogin) -> str | None:
+    """The secret for the identity provider. Raises RejectedConfig."""
+    key, path = "oauth.login.client_secret_file", login.client_secret_file
+    if not path or login.kind != LOGIN_BY_OIDC:
+        return None
+    try:
+        secret = Path(path).read_text(encoding="ascii").strip()
+    except UnicodeDecodeError:
+        raise RejectedConfig(f"{key}: {path}: is not ASCII text") from None
+    except OSError as error:
+        raise RejectedConfig(f"{key}: {path}: {error.strerror or error}") from error
+    if not secret:
+        raise RejectedConfig(f"{key}: {path}: is empty")
+    return secret

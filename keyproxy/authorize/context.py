@@ -19,7 +19,8 @@ class Context:
     """The dependencies of the endpoints. A reload makes a new one; `rate_limits` and `counts` stay.
 
     `ticket_secrets`: the content of `oauth.secret_file`, then that of `oauth.secret_previous_file`, if configured.
-    `entropy`: returns this number of random bytes. `store_now`: a clock in place of the database's, for tests.
+    `entropy`: returns this number of random bytes. `login_secret`: that of `oauth.login.client_secret_file`, if any.
+    `store_now`: a clock in place of the database's, for tests.
     """
 
     settings: Settings
@@ -30,4 +31,5 @@ class Context:
     entropy: Callable[[int], bytes]
     rate_limits: RateLimits
     counts: OAuthCounts
+    login_secret: str | None = field(default=None, repr=False)
     store_now: Callable[[], datetime] | None = None

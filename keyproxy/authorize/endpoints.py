@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from typing import NamedTuple, TypeAlias
 
 from aiohttp import web
 
 from keyproxy.authorize.browser.browser_flow import BrowserFlow
+from keyproxy.authorize.browser.browser_request import language_of_login
 from keyproxy.authorize.browser.login import Login
 from keyproxy.authorize.browser.pages.error_page import error_page
-from keyproxy.authorize.browser.pages.languages import language_of
 from keyproxy.authorize.clients.authentication import ClientAuthentication
 from keyproxy.authorize.clients.composition import client_parts
 from keyproxy.authorize.context import Context
 from keyproxy.authorize.endpoint import Endpoint, ErrorPage, PageError
 from keyproxy.authorize.metadata import metadata_endpoints
-from keyproxy.authorize.oidc.oidc_login import CALLBACK_PATH, OidcLogin, SecretFileFault, read_client_secret
-from keyproxy.authorize.oidc.provider import Provider
+from keyproxy.authorize.metrics import EXPIRED
+from keyproxy.authorize.oidc.oidc_login import OidcLogin
 from keyproxy.authorize.register import register_endpoint
 from keyproxy.authorize.tokens.introspect_endpoint import IntrospectEndpoint
 from keyproxy.authorize.tokens.revoke_endpoint import RevokeEndpoint
 from keyproxy.authorize.tokens.token_endpoint import TokenEndpoint
 from keyproxy.config.oauth.oauth_settings import LOGIN_BY_KEY
-from keyproxy.oauth.server_metadata import origin
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Actor
-from keyproxy.store.oauth.subjects import Subjects
+from keyproxy.store.oauth.cleanup import OAuthCleanup
 from keyproxy.store.oauth.tokens import TokenStore
 from keyproxy.wire.tls import TlsError
 
@@ -36,27 +35,15 @@ Task: TypeAlias = Callable[[], Awaitable[None]]
 
 
 class Parts(NamedTuple):
-    """What an authorization server consists of. `tasks`: by their name in the log; they run until a reload.
-
-    `closing`: closes connections, when the last request has ended.
-    """
+    """What an authorization server consists of. `tasks`: by their name in the log; they run until a reload."""
 
     endpoints: tuple[Endpoint, ...]
     error_page: ErrorPage
     tasks: Mapping[str, Task]
-    closing: Sequence[Callable[[], Awaitable[None]]]
 
 
 class PartsFault(Exception):
     """A file that the configuration names cannot be used. The text names its key."""
-
-
-class _LoginParts(NamedTuple):
-    """How users sign in, and what runs and closes with it."""
-
-    login: Login
-    tasks: Mapping[str, Task]
-    closing: Sequence[Callable[[], Awaitable[None]]]
 
 
 def parts_of(context: Context) -> Parts:
@@ -75,40 +62,34 @@ def parts_of(context: Context) -> Parts:
     except (OSError, ssl.SSLError) as error:
         raise PartsFault(f"oauth.document_ca_file: {getattr(error, 'strerror', None) or error}") from error
     browser = BrowserFlow(context, clients.clients)
-    login = _login(context, browser)
+    login, tasks = _login(context, browser)
     endpoints = (
         *metadata_endpoints(context),
         register_endpoint(clients.policy),
-        *browser.endpoints(login.login),
+        *browser.endpoints(login),
         *_token_endpoints(context, tokens, clients.authentication),
     )
-    return Parts(endpoints, _error_page(context), login.tasks, login.closing)
+    return Parts(endpoints, _error_page(context), {**tasks, "oauth_cleanup": _cleanup(context).run})
 
 
-def _login(context: Context, browser: BrowserFlow) -> _LoginParts:
-    """The configured login. Raises PartsFault."""
-    login = context.settings.oauth_login
-    if login.kind == LOGIN_BY_KEY:
-        return _LoginParts(browser.key_login(), {}, ())
-    redirect_uri = origin(context.settings.oauth.issuer) + CALLBACK_PATH
+def _cleanup(context: Context) -> OAuthCleanup:
+    counts = context.counts.sessions_ended
+
+    def expired(count: int) -> None:
+        counts[EXPIRED] += count
+
+    return OAuthCleanup(context.database, context.settings.oauth, sessions_expired=expired, now=context.store_now)
+
+
+def _login(context: Context, browser: BrowserFlow) -> tuple[Login, dict[str, Task]]:
+    """The configured login, and what runs beside it. Raises PartsFault."""
+    if context.settings.oauth_login.kind == LOGIN_BY_KEY:
+        return browser.key_login(), {}
     try:
-        provider = Provider(login, read_client_secret(login.client_secret_file), redirect_uri, now=context.now)
-    except SecretFileFault as fault:
-        raise PartsFault(str(fault)) from fault
+        by_provider = OidcLogin(context, browser.tickets, browser.cookies, browser.after_login.proceed)
     except TlsError as error:
         raise PartsFault(f"oauth.login.ca_file: {error}") from error
-    by_provider = OidcLogin(
-        login,
-        provider,
-        Subjects(context.database),
-        browser.after_login.proceed,
-        tickets=browser.tickets,
-        cookies=browser.cookies,
-        redirect_uri=redirect_uri,
-        now=context.now,
-        observe_seconds=context.counts.login_seconds.observe,
-    )
-    return _LoginParts(by_provider, {"oauth_provider": provider.run}, (provider.close,))
+    return by_provider, {"oauth_provider": by_provider.run}
 
 
 def _token_endpoints(
@@ -130,6 +111,6 @@ def _error_page(context: Context) -> ErrorPage:
     fallback = context.settings.oauth.language
 
     def page(request: web.Request, error: PageError) -> web.Response:
-        return error_page(error, language_of(request, fallback))
+        return error_page(error, language_of_login(request, fallback))
 
     return page

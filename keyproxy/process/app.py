@@ -380,5 +380,7 @@ class Proxy:
 
 def _of_store(settings: Settings) -> tuple[object, ...]:
     """The settings that a store is built from."""
-    limits, alerts = settings.limits, settings.alerts.percentages
-    return settings.store, settings.cache, settings.identity, settings.ledger, settings.usage, limits, alerts
+    limits, alerts, oauth = settings.limits, settings.alerts.percentages, settings.oauth
+    # Cached identities of OAuth tokens were judged by the resources.
+    resources = oauth.resource, oauth.test_resource
+    return settings.store, settings.cache, settings.identity, settings.ledger, settings.usage, limits, alerts, resources

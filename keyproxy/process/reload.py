@@ -58,6 +58,7 @@ def new_store(settings: Settings, dsn: str) -> Store:
         dsn=dsn,
         header_prefix=settings.identity.header_prefix,
         limits=settings.limits,
+        oauth=settings.oauth,
         alert_percentages=settings.alerts.percentages,
         now=clock.now,
     )

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Final
 
 from keyproxy.config import schema
+from keyproxy.config.oauth.oauth_settings import OAuthSettings
 from keyproxy.model import Moment
 from keyproxy.signing.token_check import ACCEPTS_NONE
 from keyproxy.store.agent_tokens.cleanup import AgentTokenCleanup
@@ -18,6 +19,7 @@ from keyproxy.store.background import BackgroundTask
 from keyproxy.store.housekeeping import Chore
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.change_feed import CHANNEL, ChangeFeed
+from keyproxy.store.identities.identity_rows import TokenResources
 from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.identities.owned_ids import OwnedIdCache
 from keyproxy.store.ledger.charge_dedup import Claims
@@ -31,6 +33,7 @@ from keyproxy.store.signing_keys import SigningKeyCache
 from keyproxy.store.usage.journal import UsageJournal
 
 _DEFAULT_LIMITS: Final = schema.LimitSettings()
+_NO_OAUTH: Final = OAuthSettings()
 
 
 class Store:
@@ -46,6 +49,7 @@ class Store:
         dsn: str,
         header_prefix: str,
         limits: schema.LimitSettings = _DEFAULT_LIMITS,
+        oauth: OAuthSettings = _NO_OAUTH,
         alert_percentages: Sequence[int] = (),
         now: Callable[[], Moment],
     ) -> None:
@@ -87,6 +91,7 @@ class Store:
             look_ups_max=max(1, store.pool_size_max - 2),
             now=now,
             verifier=self.signing_keys,
+            resources=TokenResources(oauth.resource, oauth.test_resource),
         )
         self.owned_ids = OwnedIdCache(self.database, cache, feed=state, look_ups_max=1, now=now)
         consents = ConsentCache(self._approvals_database, self.database, cache, feed=state, now=now)

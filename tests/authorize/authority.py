@@ -202,5 +202,3 @@ async def authorizing(
                 yield Authority(url, session, database, directory, clock, context, listener, lines)
         finally:
             await listener.close()
-            for close in parts.closing:
-                await close()

@@ -23,6 +23,7 @@ from keyproxy.store.embedded import embedded_postgres
 from keyproxy.store.embedded.embedded_postgres import EmbeddedServer
 from keyproxy.store.identities.cache import FeedState, IdentityCache
 from keyproxy.store.identities.change_feed import CHANNEL, ChangeFeed
+from keyproxy.store.identities.identity_rows import NO_RESOURCES, TokenResources
 from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.identities.owned_ids import OwnedIdCache
 from keyproxy.store.identities.unknown_credentials import TokenVerifier
@@ -87,6 +88,7 @@ async def make_rig(dsn: str, sql: Sql, relay: Relay) -> AsyncIterator[MakeRig]:
             now: Callable[[], Moment] | None = None,
             door: StatementRunner | None = None,
             verifier: TokenVerifier | None = None,
+            resources: TokenResources = NO_RESOURCES,
         ) -> Rig:
             clock, state = Clock(), FeedState()
             door = door or StatementRunner(
@@ -102,6 +104,7 @@ async def make_rig(dsn: str, sql: Sql, relay: Relay) -> AsyncIterator[MakeRig]:
                 look_ups_max=look_ups_max,
                 now=now or clock,
                 verifier=verifier,
+                resources=resources,
             )
             listening = NotificationListener(dsn, CHANNEL) if listener == "real" else listener
             assert not isinstance(listening, str)

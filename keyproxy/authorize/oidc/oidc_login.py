@@ -8,28 +8,26 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Final
 from urllib.parse import urlencode
 
 from aiohttp import web
 
+from keyproxy.authorize import form, responses
 from keyproxy.authorize.browser.cookies import Cookies
 from keyproxy.authorize.browser.login import Login, Proceed
 from keyproxy.authorize.browser.tickets import Content, Purpose, Tickets
-from keyproxy.authorize.endpoint import USER, Endpoint, PageError, SignedIn
-from keyproxy.authorize.oidc.provider import LoginFault, Provider
+from keyproxy.authorize.context import Context
+from keyproxy.authorize.endpoint import ADDRESS, USER, Endpoint, PageError, SignedIn
+from keyproxy.authorize.oidc.provider import LoginFault, Provider, error_code
 from keyproxy.authorize.oidc.provider_metadata import ProviderUnavailable
 from keyproxy.authorize.oidc.subject import ClaimsFault, Subject
-from keyproxy.config.oauth.oauth_settings import OAuthLogin
-from keyproxy.model import Moment
+from keyproxy.authorize.rate_limits import Rate
+from keyproxy.oauth.server_metadata import origin
 from keyproxy.store.oauth.subjects import LinkedUser, Subjects
 
 CALLBACK_PATH: Final = "/oauth/callback"
-
-#: The parameters of an authorization response.
-_PARAMETERS: Final = ("state", "iss", "code", "error")
 
 #: Names of the values that are derived from a ticket.
 _NONCE: Final = "oidc nonce"
@@ -38,36 +36,23 @@ _VERIFIER: Final = "oidc code verifier"
 _RETRY_AFTER: Final = {"seconds": "30"}
 
 
-class SecretFileFault(Exception):
-    """`oauth.login.client_secret_file` cannot be read. The text names the file."""
-
-
 class OidcLogin(Login):
     """Signs users in at an OpenID provider: see the module."""
 
-    def __init__(
-        self,
-        login: OAuthLogin,
-        provider: Provider,
-        subjects: Subjects,
-        proceed: Proceed,
-        *,
-        tickets: Tickets,
-        cookies: Cookies,
-        redirect_uri: str,
-        now: Callable[[], Moment],
-        observe_seconds: Callable[[float], None],
-    ) -> None:
-        """`observe_seconds`: called with the seconds that the provider has taken to finish a login, successful or not."""
-        self._login = login
-        self._provider = provider
-        self._subjects = subjects
-        self._proceed = proceed
+    def __init__(self, context: Context, tickets: Tickets, cookies: Cookies, proceed: Proceed) -> None:
+        """Raises TlsError."""
+        self._login = context.settings.oauth_login
+        self._redirect_uri = origin(context.settings.oauth.issuer) + CALLBACK_PATH
+        self._provider = Provider(self._login, context.login_secret, self._redirect_uri, now=context.now)
+        self._subjects = Subjects(context.database)
         self._tickets = tickets
         self._cookies = cookies
-        self._redirect_uri = redirect_uri
-        self._now = now
-        self._observe_seconds = observe_seconds
+        self._proceed = proceed
+        self._context = context
+
+    async def run(self) -> None:
+        """Refresh what is known of the provider, until cancelled."""
+        await self._provider.run()
 
     async def begin(self, request: web.Request, ticket: str, content: Content) -> web.Response:
         try:
@@ -98,14 +83,14 @@ class OidcLogin(Login):
         return (Endpoint("callback", (CALLBACK_PATH,), {"GET": self._callback}, shows_pages=True),)
 
     async def _callback(self, request: web.Request) -> web.StreamResponse:
-        parameters = _parameters(request)
+        parameters = form.query_of(request)
         ticket = parameters.get("state", "")
         content = self._tickets.open(ticket, self._cookies.browser(request), purpose=Purpose.LOGIN)
         if "error" in parameters:
-            raise PageError(403, "login_refused", detail=f"the provider responds with {parameters['error'][:64]!r}")
+            raise PageError(403, "login_refused", detail=f"the provider: {error_code(parameters['error'])}")
         if not parameters.get("code"):
             raise PageError(400, "login_failed", detail="the response of the provider has no code")
-        subject = await self._subject(ticket, parameters)
+        subject = await self._subject(request, ticket, parameters)
         user = await self._user(subject)
         if user.is_disabled:
             raise PageError(403, "account_disabled", detail=f"user {user.user_id} or its tenant is disabled")
@@ -113,9 +98,9 @@ class OidcLogin(Login):
         signed_in = SignedIn(user.user_id, user.tenant_id, via_issuer=subject.issuer, via_subject=subject.subject)
         return await self._proceed(request, content, signed_in)
 
-    async def _subject(self, ticket: str, parameters: Mapping[str, str]) -> Subject:
-        """Who has signed in. Raises PageError: 503 without a response of the provider, else 403."""
-        began_mono = self._now().mono_seconds
+    async def _subject(self, request: web.Request, ticket: str, parameters: Mapping[str, str]) -> Subject:
+        """Who has signed in. Raises PageError: 503 without a response of the provider, else 403; OAuthError 429."""
+        began_mono = self._context.now().mono_seconds
         try:
             claims = await self._provider.claims(
                 parameters["code"],
@@ -127,9 +112,12 @@ class OidcLogin(Login):
         except ProviderUnavailable as error:
             raise _unavailable(error) from error
         except (LoginFault, ClaimsFault) as fault:
+            wait_seconds = self._context.rate_limits.count(Rate.FAILED_LOGINS, request[ADDRESS])
+            if wait_seconds:
+                raise responses.too_many_requests(wait_seconds) from fault
             raise PageError(403, "login_failed", detail=str(fault)) from fault
         finally:
-            self._observe_seconds(self._now().mono_seconds - began_mono)
+            self._context.counts.login_seconds.observe(self._context.now().mono_seconds - began_mono)
 
     async def _user(self, subject: Subject) -> LinkedUser:
         """The user of a subject, created if the configuration allows it. Raises PageError 403, StoreUnavailable."""
@@ -146,32 +134,6 @@ class OidcLogin(Login):
         if user is None or (is_created and user.tenant_id != subject.tenant_id):
             raise PageError(403, "tenant_unknown", detail="the tenant of the login is not mapped, or does not exist")
         return user
-
-
-def read_client_secret(path: str) -> str | None:
-    """The secret of `oauth.login.client_secret_file`, None without a file. Raises SecretFileFault."""
-    if not path:
-        return None
-    try:
-        secret = Path(path).read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is not ASCII text"
-        raise SecretFileFault(f"oauth.login.client_secret_file: {path} cannot be read: {why}") from None
-    if not secret:
-        raise SecretFileFault(f"oauth.login.client_secret_file: {path} is empty")
-    return secret
-
-
-def _parameters(request: web.Request) -> dict[str, str]:
-    """The known parameters of the response. Raises PageError for a repeated one, which readers resolve differently."""
-    found = {}
-    for name in _PARAMETERS:
-        values = request.query.getall(name, [])
-        if len(values) > 1:
-            raise PageError(400, "parameter_repeated", detail=f"{name} is repeated")
-        if values:
-            found[name] = values[0]
-    return found
 
 
 def _unavailable(error: ProviderUnavailable) -> PageError:

@@ -72,15 +72,11 @@ class Provider:
         """Refresh metadata and keys until cancelled."""
         while True:
             try:
-                await self._refresh()
+                await self.refresh()
             except ProviderUnavailable:
                 await asyncio.sleep(_RETRY_SECONDS)
             else:
                 await asyncio.sleep(_REFRESH_SECONDS)
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._http.close()
 
     async def metadata(self) -> ProviderMetadata:
         """The metadata. If there are none yet, they are requested. Raises ProviderUnavailable."""
@@ -138,7 +134,7 @@ class Provider:
         is_accepted, body = await self._http.post(metadata.token_endpoint, form, headers)
         content = _members(body)
         if not is_accepted:
-            raise LoginFault(f"the provider refuses the code with {_error_code(content)}")
+            raise LoginFault(f"the provider refuses the code with {error_code(content.get('error'))}")
         token = content.get("id_token")
         if not isinstance(token, str):
             raise LoginFault("the response of the provider has no id_token; oauth.login.scopes must contain openid")
@@ -166,7 +162,8 @@ class Provider:
                 self._keys = await self._fetched_keys(metadata)
         return self._keys
 
-    async def _refresh(self) -> None:
+    async def refresh(self) -> None:
+        """Request metadata and keys now. Raises ProviderUnavailable, and keeps those that are known."""
         async with self._refreshing:
             await self._fetch()
 
@@ -209,7 +206,6 @@ def _members(body: bytes) -> Mapping[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _error_code(content: Mapping[str, Any]) -> str:
-    """The error code of a response for the log; descriptions may quote the request."""
-    code = content.get("error")
-    return code if isinstance(code, str) and _ERROR_CODE.fullmatch(code) else "no error code"
+def error_code(value: object) -> str:
+    """An error code of the provider for the log; any other text may quote the request."""
+    return value if isinstance(value, str) and _ERROR_CODE.fullmatch(value) else "no error code"

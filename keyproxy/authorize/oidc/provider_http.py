@@ -26,7 +26,6 @@ class ProviderHttp:
         """`ca_file`: replaces the system's CAs. Raises TlsError."""
         self._tls = client_context(ca_file)
         self._seconds_max = seconds_max
-        self._session: aiohttp.ClientSession | None = None
 
     async def get(self, url: str) -> bytes:
         """The body of a document. Raises ProviderUnavailable for any other status than 200."""
@@ -44,26 +43,21 @@ class ProviderHttp:
             return False, body
         raise ProviderUnavailable(f"{url} responds with status {status}")
 
-    async def close(self) -> None:
-        """Close the connections."""
-        if self._session is not None:
-            await self._session.close()
-
     async def _sent(
         self, method: str, url: str, form: Mapping[str, str] | None, headers: Mapping[str, str]
     ) -> tuple[int, bytes]:
-        if self._session is None:
-            # A connection is not kept: a code cannot be sent again if the provider has closed it meanwhile.
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(ssl=self._tls, force_close=True),
-                timeout=aiohttp.ClientTimeout(total=self._seconds_max),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                headers={"Accept": "application/json", "User-Agent": "keyproxy"},
-            )
+        # Each request has a connection of its own: a code must not be sent on one that the provider is closing.
+        session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(ssl=self._tls, force_close=True),
+            timeout=aiohttp.ClientTimeout(total=self._seconds_max),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"Accept": "application/json", "User-Agent": "keyproxy"},
+        )
         try:
-            async with self._session.request(
-                method, url, data=form, headers=headers, allow_redirects=False
-            ) as response:
+            async with (
+                session,
+                session.request(method, url, data=form, headers=headers, allow_redirects=False) as response,
+            ):
                 body = bytearray()
                 async for chunk in response.content.iter_any():
                     body += chunk

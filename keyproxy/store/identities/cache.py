@@ -36,7 +36,7 @@ from keyproxy.store.identities.delegated_rows import (
 )
 from keyproxy.store.identities.entries import Entry, EntryTable
 from keyproxy.store.identities.groups import KEY, TENANT, USER, Group, Groups
-from keyproxy.store.identities.identity_rows import BY_DIGEST, identity_of
+from keyproxy.store.identities.identity_rows import BY_DIGEST, NO_RESOURCES, TokenResources, identity_of
 from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.identities.lookup_batcher import LookupBatcher, LookupQuery
 from keyproxy.store.identities.unknown_credentials import TokenVerifier, UnknownCredentials
@@ -96,15 +96,17 @@ class IdentityCache(Identities):
         look_ups_max: int,
         now: Callable[[], Moment],
         verifier: TokenVerifier | None = None,
+        resources: TokenResources = NO_RESOURCES,
     ) -> None:
         """`look_ups_max`: how many queries may run at once. `now`: the clock. Without a `verifier`, no agent token is
-        accepted."""
+        accepted. `resources`: what OAuth access tokens must be for."""
         self.counts = LookupCounts()
         self._database = database
         self._cache = cache
         self._feed = feed
         self._last_used = last_used
         self._header_prefix = header_prefix
+        self._resources = resources
         self._now = now
         self._groups = Groups()
         self._keys: EntryTable[KeyDigest, Entry] = EntryTable(cache.entries_max)
@@ -325,7 +327,8 @@ class IdentityCache(Identities):
         elif isinstance(subject, TokenDigest):
             self._keep(digest, token_identity(row, self._header_prefix), self._group_of_token(row))
         else:
-            self._keep(digest, identity_of(row, self._header_prefix), self._groups.get(USER, row["user_id"]))
+            identity = identity_of(row, self._header_prefix, self._resources)
+            self._keep(digest, identity, self._groups.get(USER, row["user_id"]))
         self._unknown.discard(digest)
 
     def _group_of_token(self, row: Row) -> Group:

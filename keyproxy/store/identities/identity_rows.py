@@ -1,4 +1,4 @@
-"""Builds the identity of a key from its row: everything that depends on the key alone, parsed and encoded once."""
+"""Builds the identity of a key or an OAuth access token from its row: what depends on it alone, computed once."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from keyproxy.http.identity_headers import identity_block
 from keyproxy.limits.allowance import Allowance
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
-from keyproxy.model import NEVER, Identity, KeyDigest
+from keyproxy.model import NEVER, Identity, KeyDigest, OAuthSession
 from keyproxy.reasons import Reason
 from keyproxy.store.identities.lookup_batcher import LookupQuery
 from keyproxy.store.postgres.database import Row
 
-#: The lookup of identities by the digests of their keys.
+#: The lookup of identities by the digests of their keys or OAuth access tokens.
 BY_DIGEST: Final = LookupQuery(
     "identities_by_digest",
     "keys",
@@ -38,10 +38,30 @@ _SHARED_MAX: Final = 1_000
 _log = logging.getLogger(__name__)
 
 
-def identity_of(row: Row, header_prefix: str) -> Identity:
-    """The identity of one row of `identities_by_digest`. Raises ValueError and the like for an invalid row."""
+class TokenResources(NamedTuple):
+    """The resources (RFC 8707) that OAuth access tokens must be for, by mode. Empty: tokens of this mode are refused."""
+
+    live: str = ""
+    test: str = ""
+
+    def include(self, resource: str, *, is_test: bool) -> bool:
+        """Whether a token for this resource may be used in this mode."""
+        return resource == (self.test if is_test else self.live)
+
+
+#: No OAuth access token is accepted.
+NO_RESOURCES: Final = TokenResources()
+
+
+def identity_of(row: Row, header_prefix: str, resources: TokenResources = NO_RESOURCES) -> Identity:
+    """The identity of one row of `identities_by_digest`. Raises ValueError and the like for an invalid row.
+
+    A token for another resource is no credential here, whatever else its row contains.
+    """
     user, expires = row["user_id"], row["expires_wall_seconds"]
     scopes = bounded_scopes(row["scopes"], f"key {row['key_id']}")
+    oauth = _oauth_of(row)
+    is_for_us = oauth is None or resources.include(row["resource"], is_test=row["is_test"])
     return Identity(
         key_id=row["key_id"],
         user_id=user,
@@ -49,13 +69,20 @@ def identity_of(row: Row, header_prefix: str) -> Identity:
         scopes=scope_set(tuple(scopes)),
         is_test=row["is_test"],
         expires_wall_seconds=NEVER if expires is None else expires,
-        standing=standing_of(row),
+        standing=standing_of(row) if is_for_us else Reason.KEY_INVALID,
         header_block=header_block(header_prefix, row, user, scopes),
         allowance=allowance_of(pools_of(row, user)),
         retiring_field=retiring_field_of(row, header_prefix),
         can_act=row["can_act"],
         lineage=row["key_pool"],
+        oauth=oauth,
     )
+
+
+def _oauth_of(row: Row) -> OAuthSession | None:
+    if row["oauth_client"] is None:
+        return None
+    return OAuthSession(row["key_pool"], row["oauth_client"], row["bound_to"])
 
 
 def standing_of(row: Row) -> Reason | None:

@@ -1,9 +1,12 @@
 -- All statements of the data plane and the control plane, by name. Parameters are asyncpg's.
 --
 -- name: identities_by_digest
--- The identities of the keys with the given digests, one row per known key. One query serves a batch of keys. The function
--- is called for keys with roles or a ceiling only.
--- Needs: api_keys (digest), api_keys (replaces), users (id), tenants (id), roles (id).
+-- The identities of the keys and OAuth access tokens with the given digests, one row per known credential. One query serves a
+-- batch. The function is called for keys with roles or a ceiling only. A token stands for its session, draws on the pool of
+-- its grant, ends with its session, and is suspended with the key that its user signed in with. Each lookup is a subquery of
+-- one row: see acting_identities.
+-- Needs: api_keys (digest), api_keys (replaces), users (id), tenants (id), roles (id), oauth_access_tokens (digest),
+-- oauth_sessions (id), oauth_grants (id), oauth_clients (id), api_keys (id).
 SELECT
     k.digest,
     k.id AS key_id,
@@ -19,16 +22,51 @@ SELECT
     t.id AS tenant_id,
     coalesce(k.lineage, k.id) AS key_pool,
     k.expires_at IS NOT NULL AND EXISTS (SELECT FROM keyproxy.api_keys AS s WHERE s.replaces = k.id) AS is_retiring,
-    kp.limits AS key_limits,
-    up.limits AS user_limits,
-    tp.limits AS tenant_limits
-FROM keyproxy.api_keys AS k
-JOIN keyproxy.users AS u ON u.id = k.user_id
-JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
-LEFT JOIN keyproxy.plans AS kp ON kp.id = k.plan_id
-LEFT JOIN keyproxy.plans AS up ON up.id = CASE WHEN k.is_test THEN coalesce(u.test_plan_id, u.plan_id) ELSE u.plan_id END
-LEFT JOIN keyproxy.plans AS tp ON tp.id = CASE WHEN k.is_test THEN coalesce(t.test_plan_id, t.plan_id) ELSE t.plan_id END
-WHERE k.digest = ANY($1::bytea[]);
+    (SELECT p.limits FROM keyproxy.plans AS p WHERE p.id = k.plan_id) AS key_limits,
+    (SELECT p.limits FROM keyproxy.plans AS p
+     WHERE p.id = CASE WHEN k.is_test THEN coalesce(u.test_plan_id, u.plan_id) ELSE u.plan_id END) AS user_limits,
+    (SELECT p.limits FROM keyproxy.plans AS p
+     WHERE p.id = CASE WHEN k.is_test THEN coalesce(t.test_plan_id, t.plan_id) ELSE t.plan_id END) AS tenant_limits,
+    NULL::text AS oauth_client,
+    NULL::text AS resource,
+    NULL::bytea AS bound_to
+FROM unnest((SELECT $1::bytea[])) AS w (digest)
+CROSS JOIN LATERAL (SELECT x.* FROM keyproxy.api_keys AS x WHERE x.digest = w.digest LIMIT 1) AS k
+CROSS JOIN LATERAL (SELECT x.* FROM keyproxy.users AS x WHERE x.id = k.user_id LIMIT 1) AS u
+CROSS JOIN LATERAL (SELECT x.* FROM keyproxy.tenants AS x WHERE x.id = u.tenant_id LIMIT 1) AS t
+UNION ALL
+SELECT
+    a.digest,
+    s.id,
+    CASE WHEN u.roles IS NULL AND t.roles IS NULL THEN a.scopes
+         ELSE keyproxy.effective_scopes(a.scopes, '{}', u.roles, t.roles) END,
+    g.is_test,
+    false,
+    extract(epoch FROM least(a.expires_at, s.expires_at))::float8,
+    false,
+    s.via_key IS NOT NULL AND EXISTS (
+        SELECT FROM keyproxy.api_keys AS k WHERE k.id = s.via_key AND k.suspended_at IS NOT NULL
+    ),
+    u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL OR c.disabled_at IS NOT NULL,
+    u.id,
+    t.id,
+    g.id,
+    false,
+    (SELECT p.limits FROM keyproxy.plans AS p WHERE p.id = g.plan_id),
+    (SELECT p.limits FROM keyproxy.plans AS p
+     WHERE p.id = CASE WHEN g.is_test THEN coalesce(u.test_plan_id, u.plan_id) ELSE u.plan_id END),
+    (SELECT p.limits FROM keyproxy.plans AS p
+     WHERE p.id = CASE WHEN g.is_test THEN coalesce(t.test_plan_id, t.plan_id) ELSE t.plan_id END),
+    c.id,
+    g.resource,
+    a.bound_to
+FROM unnest((SELECT $1::bytea[])) AS w (digest)
+CROSS JOIN LATERAL (SELECT x.* FROM keyproxy.oauth_access_tokens AS x WHERE x.digest = w.digest LIMIT 1) AS a
+CROSS JOIN LATERAL (SELECT x.* FROM keyproxy.oauth_sessions AS x WHERE x.id = a.session_id LIMIT 1) AS s
+CROSS JOIN LATERAL (SELECT x.* FROM keyproxy.oauth_grants AS x WHERE x.id = s.grant_id LIMIT 1) AS g
+CROSS JOIN LATERAL (SELECT x.* FROM keyproxy.oauth_clients AS x WHERE x.id = g.client_id LIMIT 1) AS c
+CROSS JOIN LATERAL (SELECT x.* FROM keyproxy.users AS x WHERE x.id = g.user_id LIMIT 1) AS u
+CROSS JOIN LATERAL (SELECT x.* FROM keyproxy.tenants AS x WHERE x.id = u.tenant_id LIMIT 1) AS t;
 
 -- name: acting_identities
 -- The identities of the keys with the digests $1 that act for the users $2, one row per pair with a known key. `may_act`:
@@ -302,10 +340,21 @@ DELETE FROM keyproxy.changes WHERE ctid = ANY (ARRAY(
 )) RETURNING 1;
 
 -- name: mark_used
--- Records when the keys $1 were last used, with their times as a JSON object $2 (Unix time by id), to the minute: skips
--- rows written within the last minute, and rows locked by another transaction, since a note is worth neither a wait nor
--- a deadlock with another proxy. Rejected: a join with the array, whose plan depends on statistics and takes quadratic
--- time if they were collected when the table was empty. Needs: api_keys (id).
+-- Records when the keys and OAuth sessions $1 were last used, with their times as a JSON object $2 (Unix time by id), to the
+-- minute: skips rows written within the last minute, and rows locked by another transaction, since a note is worth neither
+-- a wait nor a deadlock with another proxy. Rejected: a join with the array, whose plan depends on statistics and takes
+-- quadratic time if they were collected when the table was empty. Needs: api_keys (id), oauth_sessions (id).
+WITH sessions AS (
+    UPDATE keyproxy.oauth_sessions AS s
+    SET last_used_at = to_timestamp(((SELECT $2::text::jsonb) ->> s.id)::float8)
+    WHERE s.id = ANY (ARRAY(
+        SELECT o.id FROM keyproxy.oauth_sessions AS o
+        WHERE o.id = ANY ($1::text[]) AND o.id LIKE 'ses\_%'
+          AND (o.last_used_at IS NULL
+               OR o.last_used_at < to_timestamp(((SELECT $2::text::jsonb) ->> o.id)::float8) - interval '55 seconds')
+        FOR NO KEY UPDATE SKIP LOCKED
+    ))
+)
 UPDATE keyproxy.api_keys AS k
 SET last_used_at = to_timestamp(((SELECT $2::text::jsonb) ->> k.id)::float8)
 WHERE k.id = ANY (ARRAY(
@@ -2149,3 +2198,9 @@ FROM (
 JOIN keyproxy.oauth_grants AS g ON g.id = issued.grant_id
 JOIN keyproxy.oauth_clients AS c ON c.id = g.client_id
 LIMIT 1;
+
+-- name: tend_oauth
+-- Deletes what has ended, at most $1 rows of each table: see the function. $2: the days of a grant without a session; $3: where
+-- the previous call stopped looking for sessions with too many refresh tokens; $4: the time, null: now.
+SELECT t.next, t.is_more, t.sessions
+FROM keyproxy.tend_oauth($1, $2, $3, coalesce($4::timestamptz, clock_timestamp())) AS t;

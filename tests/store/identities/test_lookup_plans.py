@@ -1,4 +1,4 @@
-"""The lookups of pairs and of agent tokens read a bounded number of rows each, whatever the statistics are."""
+"""Lookups of credentials read a bounded number of rows each, whatever the statistics are."""
 
 from __future__ import annotations
 
@@ -36,6 +36,19 @@ SELECT 'agt_' || lpad(n::text, 20, '0') || '_' || d, sha256(('token ' || n || ' 
        'key_' || n, 'u_' || n, CASE WHEN d = 1 THEN 'agt_' || lpad(n::text, 20, '0') || '_0' END, '{a}', 'keyproxy', d,
        now() + interval '10 minutes'
 FROM generate_series(1, $1::int) AS n, unnest('{0,1}'::int[]) AS d;
+INSERT INTO keyproxy.oauth_clients (id, client_id, kind)
+SELECT 'cli_' || left(encode(sha256(n::text::bytea), 'hex'), 32), n::text, 'document'
+FROM generate_series(1, $1::int) AS n;
+INSERT INTO keyproxy.oauth_grants (id, user_id, client_id, resource, scopes, plan_id)
+SELECT 'gra_' || lpad(n::text, 22, '0'), 'u_' || n, 'cli_' || left(encode(sha256(n::text::bytea), 'hex'), 32), 'r',
+       '{a}', 'p'
+FROM generate_series(1, $1::int) AS n;
+INSERT INTO keyproxy.oauth_sessions (id, grant_id, presented_as, scopes, expires_at, via_key)
+SELECT 'ses_' || lpad(n::text, 22, '0'), 'gra_' || lpad(n::text, 22, '0'), 'c', '{a}', 'infinity', 'key_' || n
+FROM generate_series(1, $1::int) AS n;
+INSERT INTO keyproxy.oauth_access_tokens (digest, session_id, scopes, expires_at)
+SELECT sha256(('access ' || n)::bytea), 'ses_' || lpad(n::text, 22, '0'), '{a}', 'infinity'
+FROM generate_series(1, $1::int) AS n;
 """
 
 
@@ -50,11 +63,15 @@ async def fill(sql: Sql, rows: int) -> None:
 async def stale(own_dsn: str) -> AsyncIterator[Sql]:
     """Tables whose statistics were collected when they had many pages and no rows."""
     sql: Sql = await asyncpg.connect(own_dsn)
-    tables = ("users", "api_keys", "agents", "agent_tokens")
+    tables = (
+        "users", "api_keys", "agents", "agent_tokens", "oauth_clients", "oauth_grants", "oauth_sessions",
+        "oauth_access_tokens",
+    )  # fmt: skip
     for table in tables:
         await sql.execute(f"ALTER TABLE keyproxy.{table} DISABLE TRIGGER ALL")
     await sql.execute("INSERT INTO keyproxy.tenants (id) VALUES ('acme')")
     await sql.execute("INSERT INTO keyproxy.roles (id, scopes) VALUES ('r', '{a}')")
+    await sql.execute("INSERT INTO keyproxy.plans (id) VALUES ('p')")
     await fill(sql, 5_000)
     for table in tables:
         await sql.execute(f"DELETE FROM keyproxy.{table}")
@@ -70,7 +87,8 @@ def arguments_of(statement: str) -> tuple[object, ...]:
     if statement == "acting_identities":
         keys = [hashlib.sha256(f"key {number}".encode()).digest() for number in numbers]
         return keys, [f"v_{number}" for number in numbers]
-    return ([hashlib.sha256(f"token {number} 1".encode()).digest() for number in numbers],)
+    name = "access {}" if statement == "identities_by_digest" else "token {} 1"
+    return ([hashlib.sha256(name.format(number).encode()).digest() for number in numbers],)
 
 
 def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -85,7 +103,7 @@ def _looked_at(node: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan", "auto"])
-@pytest.mark.parametrize("statement", ["acting_identities", "agent_token_identities"])
+@pytest.mark.parametrize("statement", ["acting_identities", "agent_token_identities", "identities_by_digest"])
 async def test_lookup_reads_a_bounded_number_of_rows_per_subject_whatever_the_statistics_are(
     stale: Sql, statement: str, mode: str
 ) -> None:

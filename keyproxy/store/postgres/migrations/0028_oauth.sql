@@ -188,7 +188,9 @@ BEGIN
 END
 $$;
 CREATE TRIGGER note_update AFTER UPDATE ON keyproxy.oauth_sessions FOR EACH ROW
-    WHEN ((OLD.id, OLD.grant_id, OLD.expires_at, OLD.via_key) IS DISTINCT FROM (NEW.id, NEW.grant_id, NEW.expires_at, NEW.via_key))
+    -- A token is stored with the expiry of its session at the latest, so that a longer session changes none.
+    WHEN ((OLD.id, OLD.grant_id, OLD.via_key) IS DISTINCT FROM (NEW.id, NEW.grant_id, NEW.via_key)
+          OR NEW.expires_at < OLD.expires_at)
     EXECUTE FUNCTION keyproxy.note_session_change();
 
 CREATE FUNCTION keyproxy.note_grant_change() RETURNS trigger
@@ -230,8 +232,8 @@ CREATE TRIGGER note_truncate AFTER TRUNCATE ON keyproxy.oauth_clients
 
 -- A sign-in with a key does not outlive what the key allowed. The deletion of a key cascades to its sessions and codes.
 --
--- Codes go first: a transaction that redeems a code holds its row until the session is visible, so that the second statement
--- finds the session of a code that the first one had to wait for.
+-- Codes are locked first: a transaction that redeems a code holds its row until the session is visible, so that a later
+-- statement finds the session.
 CREATE FUNCTION keyproxy.end_key_logins() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 BEGIN
@@ -244,6 +246,7 @@ BEGIN
         RETURN NULL;
     END IF;
     IF NEW.expires_at IS DISTINCT FROM OLD.expires_at THEN
+        PERFORM FROM keyproxy.oauth_codes AS c WHERE c.via_key = NEW.id FOR UPDATE;
         UPDATE keyproxy.oauth_codes AS c SET expires_at = NEW.expires_at
         WHERE c.via_key = NEW.id AND c.expires_at > NEW.expires_at;
         UPDATE keyproxy.oauth_sessions AS s SET expires_at = NEW.expires_at
