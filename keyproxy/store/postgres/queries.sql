@@ -2138,6 +2138,32 @@ JOIN keyproxy.oauth_grants AS g ON g.id = s.grant_id
 JOIN keyproxy.users AS u ON u.id = g.user_id
 WHERE ($1::text IS NULL OR g.user_id = $1) AND ($2::text IS NULL OR u.tenant_id = $2);
 
+-- name: sessions_of_secrets
+-- The sessions of the access and refresh tokens with one of the digests $1; of one tenant $2, if not null. Also of tokens that
+-- have expired or were used: they show which session has leaked.
+-- Needs: oauth_access_tokens (digest), oauth_refresh_tokens (digest), oauth_sessions (id), oauth_grants (id), users (id).
+SELECT t.digest, s.id
+FROM (
+    SELECT a.digest, a.session_id FROM keyproxy.oauth_access_tokens AS a WHERE a.digest = ANY($1::bytea[])
+    UNION ALL
+    SELECT r.digest, r.session_id FROM keyproxy.oauth_refresh_tokens AS r WHERE r.digest = ANY($1::bytea[])
+) AS t
+JOIN keyproxy.oauth_sessions AS s ON s.id = t.session_id
+JOIN keyproxy.oauth_grants AS g ON g.id = s.grant_id
+JOIN keyproxy.users AS u ON u.id = g.user_id
+WHERE $2::text IS NULL OR u.tenant_id = $2
+ORDER BY s.id;
+
+-- name: clients_of_secrets
+-- The clients whose secret has one of the digests $1, with the user of a service grant; of one tenant $2, if not null. Reads
+-- all clients, since only operators run this, and rarely. Needs: oauth_grants (client_id), users (id).
+SELECT DISTINCT ON (c.id) c.secret_digest AS digest, c.id, g.user_id, u.tenant_id
+FROM keyproxy.oauth_clients AS c
+LEFT JOIN keyproxy.oauth_grants AS g ON g.client_id = c.id AND g.is_service
+LEFT JOIN keyproxy.users AS u ON u.id = g.user_id
+WHERE c.secret_digest = ANY($1::bytea[]) AND ($2::text IS NULL OR u.tenant_id = $2)
+ORDER BY c.id, g.resource;
+
 -- name: add_subject
 -- Links the subject $2 of the issuer $1 to the user $3. No row if it is linked.
 INSERT INTO keyproxy.oauth_subjects (issuer, subject, user_id) VALUES ($1, $2, $3)
