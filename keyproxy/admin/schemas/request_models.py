@@ -264,7 +264,7 @@ class KeysRevoke(RequestModel):
 
 
 class LeakReport(RequestModel):
-    """A leaked key or agent token: either itself or its SHA-256."""
+    """A leaked key or token: either itself or its SHA-256."""
 
     without_default: ClassVar[frozenset[str]] = frozenset({"key", "digest"})
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["key"]}, {"required": ["digest"]}]})
