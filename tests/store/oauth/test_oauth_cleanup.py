@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime
+from typing import Any
 
 import asyncpg
 import pytest
@@ -45,7 +46,7 @@ def cleanup(sql: Sql, *, ended: list[int] | None = None) -> OAuthCleanup:
     )
 
 
-async def ids(sql: Sql, table: str, column: str = "id") -> list[str]:
+async def ids(sql: Sql, table: str, column: str = "id") -> list[Any]:
     """The primary keys of a table."""
     return [row[0] for row in await sql.fetch(f"SELECT {column} FROM keyproxy.{table} ORDER BY 1")]
 
