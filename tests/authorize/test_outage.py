@@ -22,12 +22,8 @@ async def authority() -> AsyncIterator[Authority]:
 
 async def test_metadata_and_registration_need_no_store(authority: Authority) -> None:
     program = {"redirect_uris": ["https://acme.example/cb"]}
-    for path in (
-        "oauth-authorization-server",
-        "openid-configuration",
-        "oauth-protected-resource",
-        "oauth-protected-resource/mcp",
-    ):
+    resource = "oauth-protected-resource"
+    for path in ("oauth-authorization-server", "openid-configuration", resource, f"{resource}/mcp"):
         assert (await authority.call("GET", f"/.well-known/{path}")).status == 200, path
     assert (await authority.call("POST", "/oauth/register", content=program)).status == 201
 
