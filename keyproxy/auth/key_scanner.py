@@ -1,8 +1,8 @@
 """Find keys in pasted text: headers, logs, shell scripts, JSON, URLs, mails with broken lines.
 
 A keyproxy key, or a secret of OAuth, is recognised by its checksum, wherever it is and however the text was encoded or
-wrapped. A key of another program has no checksum: every word that may be one is a candidate, which the store confirms or rejects. An agent
-token is recognised by its form; its signature is not verified.
+wrapped. A key of another program has no checksum: every word that may be one is a candidate, which the store confirms or
+rejects. An agent token is recognised by its form; its signature is not verified.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ class Scan(NamedTuple):
     """The keys in a text.
 
     `keys`: keys with a correct checksum, under any prefix. `agent_tokens`: agent tokens, whether or not their signatures
-    are valid. `oauth_secrets`: access tokens, refresh tokens and client secrets with a correct checksum. `admin_tokens`: the
-    number of tokens of the admin API. `incomplete`: the number of truncated keys and agent
-    tokens. `foreign`: words that may be keys of other programs. `presented`: those that are certainly meant as keys, by
-    position or because the text contains nothing else. `digests`: values that may be the SHA-256 of a key.
+    are valid. `oauth_secrets`: access tokens, refresh tokens and client secrets with a correct checksum. `admin_tokens`:
+    the number of tokens of the admin API. `incomplete`: the number of truncated keys and agent tokens. `foreign`: words
+    that may be keys of other programs. `presented`: those that are certainly meant as keys, by position or because the
+    text contains nothing else. `digests`: values that may be the SHA-256 of a key.
     """
 
     keys: list[SecretKey]
