@@ -155,6 +155,7 @@ async def authorizing(
     database: Database,
     *,
     login: OAuthLogin | None = None,
+    login_secret: str | None = None,
     known_clients: tuple[KnownClientRow, ...] = (),
     entropy: Callable[[int], bytes] = os.urandom,
     bounds: Bounds = BOUNDS,
@@ -186,6 +187,7 @@ async def authorizing(
             entropy,
             RateLimits(clock.now),
             OAuthCounts(),
+            login_secret=login_secret,
             store_now=lambda: datetime.fromtimestamp(clock.wall_seconds, UTC),
         )
         parts = parts_of(context)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import npm_packages
 from tests.wire.conftest import KEY, Start
 from tests.wire.test_mcp_sdks import Calls, address, proxied, sdk_server
 
@@ -21,35 +18,11 @@ SCRIPT = Path(__file__).parent / "typescript" / "client.mjs"
 #: The packages, with their versions.
 PACKAGES = {"@modelcontextprotocol/sdk": "1.32.2", "@modelcontextprotocol/client": "2.4.0"}
 
-_INSTALL_SECONDS = 240
-
 
 @pytest.fixture(scope="module")
 def packages() -> Path:
     """A directory with the packages, which is kept for later runs."""
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if node is None or npm is None:
-        pytest.skip("node and npm are not installed")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "keyproxy-tests"
-    wanted = [f"{name}@{version}" for name, version in PACKAGES.items()]
-    directory = cache / ("npm-" + "-".join(PACKAGES.values()))
-    if directory.is_dir():
-        return directory
-    cache.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=cache))
-    (fresh / "package.json").write_text('{"private": true}\n', encoding="utf-8")
-    command = [npm, "install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts", *wanted]
-    try:
-        subprocess.run(command, cwd=fresh, check=True, timeout=_INSTALL_SECONDS, capture_output=True)
-    except (subprocess.SubprocessError, OSError) as error:
-        shutil.rmtree(fresh, ignore_errors=True)
-        pytest.skip(f"the packages of npm cannot be installed: {error}")
-    try:
-        fresh.rename(directory)
-    except OSError:
-        # Another test process was faster.
-        shutil.rmtree(fresh, ignore_errors=True)
-    return directory
+    return npm_packages.installed(PACKAGES)
 
 
 async def run(packages: Path, sdk: str, url: str, *tools: str) -> list[dict[str, Any]]:

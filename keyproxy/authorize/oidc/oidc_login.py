@@ -15,6 +15,7 @@ from urllib.parse import urlencode
 from aiohttp import web
 
 from keyproxy.authorize import form, responses
+from keyproxy.authorize.browser import browser_request
 from keyproxy.authorize.browser.cookies import Cookies
 from keyproxy.authorize.browser.login import Login, Proceed
 from keyproxy.authorize.browser.tickets import Content, Purpose, Tickets
@@ -86,6 +87,7 @@ class OidcLogin(Login):
         parameters = form.query_of(request)
         ticket = parameters.get("state", "")
         content = self._tickets.open(ticket, self._cookies.browser(request), purpose=Purpose.LOGIN)
+        request[browser_request.LANGUAGE] = content["language"]
         if "error" in parameters:
             raise PageError(403, "login_refused", detail=f"the provider: {error_code(parameters['error'])}")
         if not parameters.get("code"):

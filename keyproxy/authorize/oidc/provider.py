@@ -60,7 +60,7 @@ class Provider:
         self._redirect_uri = redirect_uri
         self._now = now
         self._seconds_max = seconds_max
-        self._http = ProviderHttp(login.ca_file, seconds_max)
+        self._http = ProviderHttp(login.issuer, login.ca_file, seconds_max)
         self._metadata: ProviderMetadata | None = None
         self._keys = KeySet({"keys": []})
         self._refreshing = asyncio.Lock()
