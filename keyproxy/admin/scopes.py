@@ -33,6 +33,7 @@ class Scope(enum.StrEnum):
     OAUTH_READ = "oauth:read"
     OAUTH_WRITE = "oauth:write"
     METRICS_READ = "metrics:read"
+    TOKENS_READ = "tokens:read"
 
 
 DESCRIPTIONS: Final = {
@@ -56,6 +57,7 @@ DESCRIPTIONS: Final = {
     Scope.OAUTH_READ: "reads OAuth clients, grants, sessions and linked accounts",
     Scope.OAUTH_WRITE: "registers, disables and deletes OAuth clients; revokes grants and sessions; links accounts",
     Scope.METRICS_READ: "reads the metrics of the admin process",
+    Scope.TOKENS_READ: "introspects OAuth access tokens at the authorization server",
 }
 
 _TENANT: Final = "tenant:"

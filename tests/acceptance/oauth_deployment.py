@@ -6,13 +6,8 @@ import asyncio
 import contextlib
 import json
 import secrets
-import signal
 import ssl
-import subprocess
-import sys
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,7 +21,7 @@ from mcp.server.mcpserver import Context, MCPServer
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.store.directory.directory import Actor, Directory, KeyWish
 from keyproxy.store.postgres.database import Database
-from tests.acceptance.conftest import clean_environment
+from tests.authorize.processes import started
 from tests.rawhttp import free_port
 from tests.waiting import wait_until
 
@@ -35,15 +30,18 @@ SCOPES = ("jobs:read", "jobs:write")
 
 @dataclass
 class Deployment:
-    """The running processes. `users`: the users that the MCP server has seen, by the argument of the call."""
+    """The running processes. `documents`: the origin of metadata documents. `log`: of the authorization server.
+
+    `users`: the user and session that the MCP server has seen, by the argument of the call.
+    """
 
     dsn: str
     proxy: str
     issuer: str
     ops: str
-    documents: str
-    users: dict[str, tuple[str, str]] = field(default_factory=dict)
+    documents: str = ""
     log: Path = Path()
+    users: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def resource(self) -> str:
@@ -72,7 +70,7 @@ class Deployment:
 def deployed(dsn: str, home: Path) -> Iterator[Deployment]:
     """A deployment on free ports until the context ends."""
     proxy, issuer, ops = (f"http://127.0.0.1:{free_port()}" for _ in range(3))
-    deployment = Deployment(dsn, proxy, issuer, ops, "", log=home / "authorize.log")
+    deployment = Deployment(dsn, proxy, issuer, ops)
     with contextlib.ExitStack() as stack:
         certificates = trustme.CA()
         certificates.cert_pem.write_to_path(str(home / "ca.pem"))
@@ -80,10 +78,8 @@ def deployed(dsn: str, home: Path) -> Iterator[Deployment]:
         upstream = stack.enter_context(_mcp_server(deployment))
         (home / "secret").write_bytes(secrets.token_bytes(32))
         config = _config(deployment, upstream, home)
-        for command in ("serve", "authorize"):
-            stack.enter_context(_process(command, config, home, deployment.log if command == "authorize" else None))
-        wait_until(lambda: _responds(f"{ops}/livez"), "the authorization server is live", seconds=60)
-        wait_until(lambda: _responds(f"{proxy}/mcp"), "the proxy is live", seconds=60)
+        stack.enter_context(started("serve", config, f"{proxy}/mcp"))
+        deployment.log = stack.enter_context(started("authorize", config, f"{ops}/livez")).out
         yield deployment
 
 
@@ -114,29 +110,6 @@ def _config(deployment: Deployment, upstream: str, home: Path) -> Path:
     config = home / "keyproxy.toml"
     config.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return config
-
-
-@contextlib.contextmanager
-def _process(command: str, config: Path, home: Path, log: Path | None) -> Iterator[None]:
-    arguments = [sys.executable, "-m", "keyproxy", command, "--config", str(config)]
-    with (log or home / f"{command}.out").open("wb") as out, (home / f"{command}.err").open("wb") as err:
-        process = subprocess.Popen(arguments, env=clean_environment(home), stdout=out, stderr=err)
-        try:
-            yield
-            assert process.poll() is None, (home / f"{command}.err").read_text(encoding="utf-8")
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(30)
-
-
-def _responds(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
 
 
 @contextlib.contextmanager

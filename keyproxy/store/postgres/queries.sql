@@ -1054,13 +1054,20 @@ WHERE k.id = ANY ($1::text[]) AND k.acts_for <> 'none' AND k.plan_id IS NULL
 ORDER BY t.id;
 
 -- name: authority_of_key
--- What the key $1 has, and what the ceilings of its user and tenant allow; null: there is no ceiling.
+-- What the key or OAuth session $1 has, and what the ceilings of its user and tenant allow; null: there is no ceiling.
 SELECT k.scopes AS key_scopes, k.roles, keyproxy.scopes_of_roles(u.roles) AS user_ceiling,
        keyproxy.scopes_of_roles(t.roles) AS tenant_ceiling
 FROM keyproxy.api_keys AS k
 JOIN keyproxy.users AS u ON u.id = k.user_id
 JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
-WHERE k.id = $1;
+WHERE k.id = $1
+UNION ALL
+SELECT s.scopes, '{}', keyproxy.scopes_of_roles(u.roles), keyproxy.scopes_of_roles(t.roles)
+FROM keyproxy.oauth_sessions AS s
+JOIN keyproxy.oauth_grants AS g ON g.id = s.grant_id
+JOIN keyproxy.users AS u ON u.id = g.user_id
+JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
+WHERE s.id = $1;
 
 -- name: add_owned
 -- No row if the id has an owner.
@@ -1255,13 +1262,19 @@ LEFT JOIN keyproxy.plans AS p ON p.id = CASE WHEN $2 THEN coalesce(u.test_plan_i
 WHERE u.id = $1;
 
 -- name: limits_of_key_pool
--- As limits_of_tenant_pool, of the key $1, which shares its pool with the keys that it replaces. $2 has no effect: a key has
--- one mode.
+-- As limits_of_tenant_pool, of the key $1, which shares its pool with the keys that it replaces, or of the OAuth grant or
+-- session $1. $2 has no effect: each has one mode. Needs: api_keys (id), oauth_grants (id), oauth_sessions (id).
 SELECT coalesce(k.lineage, k.id) AS pool_id, u.tenant_id, k.is_test, p.limits
 FROM keyproxy.api_keys AS k
 JOIN keyproxy.users AS u ON u.id = k.user_id
 LEFT JOIN keyproxy.plans AS p ON p.id = k.plan_id
-WHERE k.id = $1 AND $2::bool IS NOT NULL;
+WHERE k.id = $1 AND $2::bool IS NOT NULL
+UNION ALL
+SELECT g.id, u.tenant_id, g.is_test, p.limits
+FROM keyproxy.oauth_grants AS g
+JOIN keyproxy.users AS u ON u.id = g.user_id
+LEFT JOIN keyproxy.plans AS p ON p.id = g.plan_id
+WHERE g.id = coalesce((SELECT s.grant_id FROM keyproxy.oauth_sessions AS s WHERE s.id = $1), $1);
 
 -- name: create_admin_token
 INSERT INTO keyproxy.admin_tokens (id, digest, hint, name, scopes, tenant_id, expires_at)
@@ -1396,8 +1409,12 @@ SELECT (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM keyproxy.usag
        pg_snapshot_xmax(pg_current_snapshot())::text AS not_begun;
 
 -- name: digest_of_key
--- The digest of a key, the parameter of identities_by_digest.
-SELECT k.digest FROM keyproxy.api_keys AS k WHERE k.id = $1;
+-- The digest of a key, or of the newest access token of an OAuth session: the parameter of identities_by_digest.
+-- Needs: api_keys (id), oauth_access_tokens (session_id, expires_at).
+SELECT k.digest FROM keyproxy.api_keys AS k WHERE k.id = $1
+UNION ALL (
+    SELECT a.digest FROM keyproxy.oauth_access_tokens AS a WHERE a.session_id = $1 ORDER BY a.expires_at DESC LIMIT 1
+);
 
 -- name: digest_of_agent_token
 -- The digest of an agent token, the parameter of agent_token_identities.
