@@ -1,7 +1,7 @@
 """Deletes codes, tokens, sessions, grants and clients of OAuth that have ended, once a minute.
 
-Several processes may run this; only one works at a time. A full sweep for sessions with too many refresh tokens takes one
-call for each 10,000 sessions, so that no call depends on the number of sessions.
+Several processes may run this; only one works at a time. A call looks for unused grants and clients, and for sessions with
+too many refresh tokens, in the next 10,000 rows of each table, so that its duration does not depend on their number.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class OAuthCleanup:
         self._rules = rules
         self._sessions_expired = sessions_expired
         self._now = now
-        self._swept_to = ""
+        self._swept_to = ["", "", ""]
 
     async def run(self) -> None:
         """Tend the tables until cancelled."""

@@ -2449,6 +2449,6 @@ LIMIT 1;
 
 -- name: tend_oauth
 -- Deletes what has ended, at most $1 rows of each table: see the function. $2: the days of a grant without a session; $3: where
--- the previous call stopped looking for sessions with too many refresh tokens; $4: the time, null: now.
+-- the previous call has stopped; $4: the time, null: now.
 SELECT t.next, t.is_more, t.sessions
 FROM keyproxy.tend_oauth($1, $2, $3, coalesce($4::timestamptz, clock_timestamp())) AS t;

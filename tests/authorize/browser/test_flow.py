@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
+from collections.abc import AsyncIterator
 from typing import TypeAlias
 
 import asyncpg
 import pytest
 
-from tests.authorize.authority import Authority, pkce
+from keyproxy.store.postgres import roles
+from keyproxy.store.postgres.database import Database
+from tests.authorize.authority import Authority, authorizing, pkce
 from tests.authorize.browser.browser import REDIRECT_URI, STATE, Browser
+from tests.server import as_role, may_log_in
 
 Sql: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+
+
+@pytest.fixture
+async def prefix(dsn: str, sql: Sql) -> AsyncIterator[str]:
+    """The prefix of roles that exist during the test."""
+    prefix = f"kp_{secrets.token_hex(6)}"
+    await roles.create(dsn, prefix)
+    for role in roles.names(prefix):
+        await sql.execute(may_log_in(dsn, role))
+    yield prefix
+    for role in roles.names(prefix):
+        await sql.execute(f'DROP OWNED BY "{role}"')
+        await sql.execute(f'DROP ROLE "{role}"')
 
 
 async def test_code_of_a_consent_is_exchanged_for_tokens(authority: Authority, sql: Sql) -> None:
@@ -70,3 +88,32 @@ async def test_denied_request_returns_to_the_client_with_its_state(
     assert reply.location.query["error"] == "access_denied"
     assert (reply.location.query["state"], reply.location.query["iss"]) == (STATE, authority.url)
     assert await sql.fetchval("SELECT count(*) FROM keyproxy.oauth_clients") == 0
+
+
+async def test_role_of_the_authorization_server_suffices_for_every_step(
+    database: Database, dsn: str, sql: Sql, prefix: str
+) -> None:
+    async with authorizing(database) as authority:
+        user = await authority.user()
+    limited = Database(as_role(dsn, f"{prefix}_authorize"), pool_size_max=2, statement_timeout_seconds=5.0)
+    await limited.open()
+    try:
+        async with authorizing(limited) as authority:
+            browser, secret = Browser(authority), user["key"]["secret"]
+            client_id = await browser.client()
+            await browser.code(client_id, secret)
+            # Again, when all rows exist.
+            form = {
+                "grant_type": "authorization_code",
+                "code": await browser.code(client_id, secret),
+                "client_id": client_id,
+                "redirect_uri": REDIRECT_URI,
+                "code_verifier": pkce()[0],
+            }
+            assert (await authority.call("POST", "/oauth/token", form=form)).status == 200
+            await browser.sign_in(await browser.get("/oauth/connections"), secret)
+            page = await browser.get("/oauth/connections")
+            assert (await browser.submit(page, ("end", "all"))).status == 303
+    finally:
+        await limited.close()
+    assert await sql.fetchval("SELECT count(*) FROM keyproxy.oauth_grants") == 0

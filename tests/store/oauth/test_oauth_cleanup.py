@@ -155,6 +155,19 @@ async def test_each_table_loses_at_most_one_portion_per_call_and_all_of_it_in_th
     assert await one.tend(1) is False
 
 
+async def test_unused_grants_and_clients_are_found_however_many_rows_are_in_use(lasting: Sql) -> None:
+    for number in range(2, 24):
+        await add_user(lasting, f"u_{number}")
+        await add_grant(lasting, number, user=f"u_{number}", client_id=f"https://{number}.example", granted=_AT)
+        await add_session(lasting, number, grant=number, expires=_LONG)
+    await add_grant(lasting, 99, user="u_2", granted=f"{_AT} - interval '91 days'")
+    await add_client(lasting, "https://unused.example")
+    one = cleanup(lasting)
+    for _ in range(3):
+        await one.tend(1)
+    assert len(await ids(lasting, "oauth_grants")) == len(await ids(lasting, "oauth_clients")) == 23
+
+
 async def test_cleanup_is_in_the_audit_log_and_not_in_the_change_feed(lasting: Sql) -> None:
     await add_session(lasting, 2, expires="now() - interval '1 second'")
     await add_access_token(lasting, 2, session=2, expires="now() - interval '1 second'")
