@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
-import asyncpg
 import pytest
 from yarl import URL
 
@@ -12,8 +9,7 @@ from keyproxy.config.oauth.oauth_settings import KnownClientRow
 from keyproxy.store.postgres.database import Database
 from tests.authorize.authority import Authority, authorizing
 from tests.authorize.browser.browser import REDIRECT_URI, STATE, Browser, forms_of
-
-Sql: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+from tests.store.harness import Sql
 
 #: What changes in a good request, and the error that the client gets.
 SENT_TO_CLIENT: list[tuple[dict[str, str | None], str]] = [

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
-import asyncpg
 import pytest
 
 from tests.authorize.authority import Authority, Reply, pkce
 from tests.authorize.browser.browser import REDIRECT_URI, Browser, forms_of
-
-Sql: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+from tests.store.harness import Sql
 
 PATH = "/oauth/connections"
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import AsyncIterator
-from typing import TypeAlias
 
-import asyncpg
 import pytest
 
 from keyproxy.store.postgres import roles
@@ -15,8 +13,7 @@ from keyproxy.store.postgres.database import Database
 from tests.authorize.authority import Authority, authorizing, pkce
 from tests.authorize.browser.browser import REDIRECT_URI, STATE, Browser
 from tests.server import as_role, may_log_in
-
-Sql: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+from tests.store.harness import Sql
 
 
 @pytest.fixture

@@ -6,17 +6,14 @@ import json
 import re
 from collections.abc import AsyncIterator
 from datetime import timedelta
-from typing import TypeAlias
 
-import asyncpg
 import pytest
 
 from keyproxy.config.oauth.oauth_settings import OAuthSettings
 from keyproxy.store.postgres.database import Database
 from tests.authorize.authority import Authority, authorizing
 from tests.authorize.browser.browser import Browser, forms_of
-
-Sql: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+from tests.store.harness import Sql
 
 
 async def test_login_grants_at_most_the_scopes_of_the_key(authority: Authority) -> None:
