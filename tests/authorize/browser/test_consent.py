@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-import pytest
-
 from tests.authorize.authority import Authority
 from tests.authorize.browser.browser import Browser
 from tests.store.harness import Sql, until_blocked
@@ -35,16 +33,17 @@ ENDED = [
 ]
 
 
-@pytest.mark.parametrize("change", ENDED)
-async def test_login_that_ends_before_the_decision_grants_nothing(authority: Authority, sql: Sql, change: str) -> None:
-    user = await authority.user()
+async def test_login_that_ends_before_the_decision_grants_nothing(authority: Authority, sql: Sql) -> None:
     browser = Browser(authority)
-    consent = await browser.sign_in(await browser.authorize(await browser.client()), user["key"]["secret"])
-    await sql.execute(change)
-    reply = await browser.decide(consent)
-    assert (reply.status, "Location" in reply.headers) == (403, False)
-    assert 'role="alert"' in reply.text
-    assert await counts(sql) == (0, 0, 0)
+    client_id = await browser.client()
+    for number, change in enumerate(ENDED):
+        user = await authority.user(f"u_{number}", f"t_{number}")
+        consent = await browser.sign_in(await browser.authorize(client_id), user["key"]["secret"])
+        await sql.execute(change)
+        reply = await browser.decide(consent)
+        assert (reply.status, "Location" in reply.headers) == (403, False), change
+        assert 'role="alert"' in reply.text
+        assert await counts(sql) == (0, 0, 0)
 
 
 async def test_key_that_is_revoked_during_the_decision_grants_nothing(authority: Authority, sql: Sql) -> None:

@@ -73,14 +73,11 @@ async def test_code_of_a_consent_is_exchanged_for_tokens(authority: Authority, s
     assert authority.counts.clients["value"] == 1
 
 
-@pytest.mark.parametrize("decision", ["deny"])
-async def test_denied_request_returns_to_the_client_with_its_state(
-    authority: Authority, sql: Sql, decision: str
-) -> None:
+async def test_denied_request_returns_to_the_client_with_its_state(authority: Authority, sql: Sql) -> None:
     user = await authority.user()
     browser = Browser(authority)
     consent = await browser.sign_in(await browser.authorize(await browser.client()), user["key"]["secret"])
-    reply = await browser.decide(consent, decision)
+    reply = await browser.decide(consent, "deny")
     assert reply.status == 303
     assert reply.location.query["error"] == "access_denied"
     assert (reply.location.query["state"], reply.location.query["iss"]) == (STATE, authority.url)
