@@ -17,6 +17,7 @@ from keyproxy.authorize.clients.composition import client_parts
 from keyproxy.authorize.context import Context
 from keyproxy.authorize.endpoint import Endpoint, ErrorPage, PageError
 from keyproxy.authorize.metadata import metadata_endpoints
+from keyproxy.authorize.metrics import EXPIRED
 from keyproxy.authorize.oidc.oidc_login import OidcLogin
 from keyproxy.authorize.register import register_endpoint
 from keyproxy.authorize.tokens.introspect_endpoint import IntrospectEndpoint
@@ -25,6 +26,7 @@ from keyproxy.authorize.tokens.token_endpoint import TokenEndpoint
 from keyproxy.config.oauth.oauth_settings import LOGIN_BY_KEY
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Actor
+from keyproxy.store.oauth.cleanup import OAuthCleanup
 from keyproxy.store.oauth.tokens import TokenStore
 from keyproxy.wire.tls import TlsError
 
@@ -67,7 +69,16 @@ def parts_of(context: Context) -> Parts:
         *browser.endpoints(login),
         *_token_endpoints(context, tokens, clients.authentication),
     )
-    return Parts(endpoints, _error_page(context), tasks)
+    return Parts(endpoints, _error_page(context), {**tasks, "oauth_cleanup": _cleanup(context).run})
+
+
+def _cleanup(context: Context) -> OAuthCleanup:
+    counts = context.counts.sessions_ended
+
+    def expired(count: int) -> None:
+        counts[EXPIRED] += count
+
+    return OAuthCleanup(context.database, context.settings.oauth, sessions_expired=expired, now=context.store_now)
 
 
 def _login(context: Context, browser: BrowserFlow) -> tuple[Login, dict[str, Task]]:

@@ -21,7 +21,7 @@ from keyproxy.config.tools.tool_rules import tool_rules
 from keyproxy.decision.tool_calls import ToolCalls
 from keyproxy.gateway import Gateway
 from keyproxy.http.discovery.challenges import Challenges
-from keyproxy.http.discovery.published_documents import PublishedDocument, PublishedDocuments
+from keyproxy.http.discovery.published_documents import NO_DOCUMENTS, PublishedDocument, PublishedDocuments
 from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.http.forwarding import TrustRule
 from keyproxy.http.headers import FieldNames
@@ -79,11 +79,11 @@ def build_gateway(
     )
 
 
-def published_documents(settings: Settings) -> PublishedDocuments | None:
-    """The metadata of the resources that OAuth access tokens are for; None without OAuth."""
+def published_documents(settings: Settings) -> PublishedDocuments:
+    """The metadata of the resources that OAuth access tokens are for; nothing without OAuth."""
     oauth = settings.oauth
     if not oauth.is_configured:
-        return None
+        return NO_DOCUMENTS
     return PublishedDocuments(
         [
             PublishedDocument(urlsplit(resource).netloc, path, document(resource, oauth.issuer, oauth.scopes))

@@ -256,7 +256,8 @@ async def test_requests_are_counted_by_endpoint_and_outcome(authority: Authority
     for path in ("/noted", "/refused", "/page", "/nowhere", "/limited", "/limited"):
         await authority.call("GET", path)
     await authority.call("PURGE", "/limited")
-    assert dict(authority.counts.requests) == {
+    assert authority.counts.requests["token", "ok"] == 0
+    assert {key: count for key, count in authority.counts.requests.items() if count} == {
         ("noted", "access_denied"): 1, ("refused", "invalid_grant"): 1, ("page", "account_disabled"): 1,
         ("none", "not_found"): 1, ("register_like", "ok"): 2, ("register_like", "method_not_allowed"): 1,
     }  # fmt: skip
