@@ -24,6 +24,7 @@ from keyproxy.ai.models import Model, price_of
 from keyproxy.auth import authorization, credentials
 from keyproxy.auth.api_key import KeyFormat, SecretKey
 from keyproxy.config import schema
+from keyproxy.config.oauth.oauth_settings import OAuthSettings
 from keyproxy.config.tools.provider_settings import ProviderRow
 from keyproxy.config.tools.tool_settings import ToolRow
 from keyproxy.http import headers
@@ -45,6 +46,7 @@ from keyproxy.ports.tools import Approvals, UpstreamCredentials
 from keyproxy.process.run import freeze_garbage
 from keyproxy.process.terms import build_gateway, build_terms
 from keyproxy.store.identities.cache import FeedState, IdentityCache
+from keyproxy.store.identities.identity_rows import TokenResources
 from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.ledger.backend import LedgerBackend
 from keyproxy.store.ledger.charge_dedup import Claims, ClaimStore
@@ -68,6 +70,7 @@ _ROUNDS = 7
 
 FORMAT = KeyFormat()
 SECRET = FORMAT.make(bytes(32), is_test=False)
+OAUTH: Final = OAuthSettings(issuer="https://mcp.example.com", resource="https://mcp.example.com/mcp")
 
 
 def requests(secret: SecretKey) -> dict[str, list[bytes]]:
@@ -125,14 +128,15 @@ class _Templates(PromptTemplates):
 
 
 class _OneKey:
-    """A database with one key; its user and its tenant have the same plan."""
+    """A database with one key or access token; its user and its tenant have the same plan."""
 
     is_down = False
 
-    def __init__(self, plan: Plan | None) -> None:
+    def __init__(self, plan: Plan | None, secret: SecretKey) -> None:
         limits = None if plan is None else json.dumps(plan.to_json())
+        is_key = secret is SECRET
         self._row = {
-            "digest": SECRET.digest(),
+            "digest": secret.digest(),
             "key_id": "k",
             "scopes": ["jobs:write"],
             "is_test": False,
@@ -148,15 +152,18 @@ class _OneKey:
             "key_limits": limits,
             "user_limits": limits,
             "tenant_limits": limits,
+            "oauth_client": None if is_key else "cli_1",
+            "resource": None if is_key else OAUTH.resource,
+            "bound_to": None,
         }
 
     async def fetch(self, _name: str, *_arguments: object) -> list[dict[str, object]]:
         return [self._row]
 
 
-def known_key(loop: asyncio.AbstractEventLoop, plan: Plan | None) -> IdentityCache:
-    """A proxy's cache with one key that stays fresh during the run."""
-    database = cast("Database", _OneKey(plan))
+def known_key(loop: asyncio.AbstractEventLoop, plan: Plan | None, secret: SecretKey = SECRET) -> IdentityCache:
+    """A proxy's cache with one key or access token that stays fresh during the run."""
+    database = cast("Database", _OneKey(plan, secret))
     cache = IdentityCache(
         database,
         schema.Cache(fresh_seconds=86_400.0, stale_seconds=86_400.0),
@@ -165,9 +172,10 @@ def known_key(loop: asyncio.AbstractEventLoop, plan: Plan | None) -> IdentityCac
         header_prefix="X-Keyproxy-",
         look_ups_max=1,
         now=clock.now,
+        resources=TokenResources(OAUTH.resource),
     )
     try:
-        cache.known(SECRET.digest(), clock.now())
+        cache.known(secret.digest(), clock.now())
     except Missing as missing:
         loop.run_until_complete(_fetched(missing))
     return cache
@@ -259,12 +267,17 @@ class Bench:
         identities: IdentityCache | None = None,
         assertions: Assertions | None = None,
         calling: Calling | None = None,
+        oauth: OAuthSettings | None = None,
+        secret: SecretKey = SECRET,
     ) -> None:
-        """`judges`: of `model` and `category`, what the chat's route judges. `identities`: that know the key."""
+        """`judges`: of `model` and `category`, what the chat's route judges. `identities`: that know the key.
+
+        `oauth`: with which access tokens are accepted. `secret`: the key, or an access token.
+        """
         calling = calling or Calling()
         self.names = FieldNames()
-        identities = identities or known_key(loop, plan)
-        self.identity = identities.known(SECRET.digest(), clock.now())
+        identities = identities or known_key(loop, plan, secret)
+        self.identity = identities.known(secret.digest(), clock.now())
         self.limits = self.identity.allowance
         tokens = "none" if plan is None or plan.limit("tokens/day") is None else dialect
         rows = (
@@ -278,7 +291,7 @@ class Bench:
         )  # fmt: skip
         settings = schema.Settings(
             listen=schema.Listen(trusted_proxies=[*calling.trusted_proxies]), routes=rows, models=(MODEL,),
-            categories=(CODE,), tools=calling.tools, providers=calling.providers,
+            categories=(CODE,), tools=calling.tools, providers=calling.providers, oauth=oauth or OAuthSettings(),
         )  # fmt: skip
         self.routes = settings.route_table()
         # None of them is started, so that no database or ledger is contacted.

@@ -27,7 +27,7 @@ from keyproxy.decision.payments import Payments
 from keyproxy.decision.serving import Serving
 from keyproxy.decision.tool_calls import ToolCalls
 from keyproxy.http import headers, idempotency_key
-from keyproxy.http.discovery.published_documents import PublishedDocuments
+from keyproxy.http.discovery.published_documents import NO_DOCUMENTS, PublishedDocuments
 from keyproxy.http.routes import RouteTable
 from keyproxy.http_messages import RequestHead, ResponseHead
 from keyproxy.limits.allowance import Allowance, Need
@@ -66,12 +66,9 @@ class Gateway(Gate):
         upstream_credentials: UpstreamCredentials,
         now: Callable[[], Moment],
         usage_wait_seconds: float = 0.0,
-        documents: PublishedDocuments | None = None,
+        documents: PublishedDocuments = NO_DOCUMENTS,
     ) -> None:
-        """`metering`: the rules of the metered routes; `access`: of those that judge models, categories or namespaces.
-
-        `documents`: that the proxy publishes itself, None: it publishes none.
-        """
+        """`metering`: the rules of the metered routes; `access`: of those that judge models, categories or namespaces."""
         self.usage_wait_seconds = usage_wait_seconds
         self._key_format = key_format
         self._identities = identities
@@ -93,7 +90,9 @@ class Gateway(Gate):
     def begin(self, exchange: Exchange) -> None:
         """Decide on a request: at once if all values are in memory, else after fetching the missing ones."""
         try:
-            if self._documents is not None and document_requests.respond(exchange, self._documents):
+            head = exchange.head
+            is_document = head is not None and head.line.path in self._documents.paths
+            if is_document and document_requests.respond(exchange, self._documents):
                 return
             permit = self.decide(exchange)
         except Missing as missing:

@@ -18,6 +18,7 @@ from keyproxy.admin.schemas.field_types import (
     AGENT,
     AS_LIST,
     BY_NAME,
+    CLIENT_ID,
     ID,
     NAMESPACE,
     OBJECT_ID,
@@ -38,6 +39,7 @@ _IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 _PATH_ID = re.compile(ID)
 _PATH_AGENT = re.compile(AGENT)
 _PATH_OBJECT_ID = re.compile(OBJECT_ID)
+_PATH_CLIENT_ID = re.compile(CLIENT_ID)
 
 _Model = TypeVar("_Model", bound=RequestModel)
 
@@ -56,9 +58,13 @@ _MEANINGS = {
 def path_of(request: web.Request) -> dict[str, str]:
     """Parse the path parameters. A value that cannot be an id is a 404. Raises Refused."""
     for name, value in request.match_info.items():
-        # Beside its kind the id is an owned one, which may contain slashes.
-        is_owned = name == "id" and "kind" in request.match_info
-        pattern = _PATH_OBJECT_ID if is_owned else _PATH_AGENT if name == "agent" else _PATH_ID
+        if name == "agent":
+            pattern = _PATH_AGENT
+        elif name == "client":
+            pattern = _PATH_CLIENT_ID
+        else:
+            # Beside its kind the id is an owned one, which may contain slashes.
+            pattern = _PATH_OBJECT_ID if name == "id" and "kind" in request.match_info else _PATH_ID
         if not pattern.fullmatch(value):
             raise Refused(Problem.NOT_FOUND)
     return dict(request.match_info)

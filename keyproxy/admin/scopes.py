@@ -30,7 +30,10 @@ class Scope(enum.StrEnum):
     LEAKS_WRITE = "leaks:write"
     PROVIDERS_READ = "providers:read"
     PROVIDERS_WRITE = "providers:write"
+    OAUTH_READ = "oauth:read"
+    OAUTH_WRITE = "oauth:write"
     METRICS_READ = "metrics:read"
+    TOKENS_READ = "tokens:read"
 
 
 DESCRIPTIONS: Final = {
@@ -51,7 +54,10 @@ DESCRIPTIONS: Final = {
     Scope.LEAKS_WRITE: "reports leaked keys and agent tokens",
     Scope.PROVIDERS_READ: "reads provider keys, without their secrets",
     Scope.PROVIDERS_WRITE: "adds, rotates, revokes, deletes and reseals provider keys",
+    Scope.OAUTH_READ: "reads OAuth clients, grants, sessions and linked accounts",
+    Scope.OAUTH_WRITE: "registers, disables and deletes OAuth clients; revokes grants and sessions; links accounts",
     Scope.METRICS_READ: "reads the metrics of the admin process",
+    Scope.TOKENS_READ: "introspects OAuth access tokens at the authorization server",
 }
 
 _TENANT: Final = "tenant:"

@@ -32,6 +32,7 @@ from keyproxy.admin.resources import (
     tenants,
     usage,
 )
+from keyproxy.admin.resources.oauth import oauth_clients, oauth_grants, oauth_subjects
 from keyproxy.admin.scopes import Scope, allows
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.store.directory.agents.operator_mint import SigningMint
@@ -77,6 +78,9 @@ ENDPOINTS: Final = (
     *access.ENDPOINTS,
     *prompts.ENDPOINTS,
     *provider_keys.ENDPOINTS,
+    *oauth_clients.ENDPOINTS,
+    *oauth_grants.ENDPOINTS,
+    *oauth_subjects.ENDPOINTS,
     *usage.ENDPOINTS,
     *explain.ENDPOINTS,
     *credit.ENDPOINTS,
@@ -210,6 +214,7 @@ class _ValidRequest:
             mint=service.mint,
             approvals=service.config.settings.approvals,
             secrets=service.secrets,
+            settings=service.config.settings,
         )
         return ApiRequest(
             directory,

@@ -1,8 +1,8 @@
 """Find keys in pasted text: headers, logs, shell scripts, JSON, URLs, mails with broken lines.
 
-A keyproxy key is recognised by its checksum, wherever it is and however the text was encoded or wrapped. A key of
-another program has no checksum: every word that may be one is a candidate, which the store confirms or rejects. An agent
-token is recognised by its form; its signature is not verified.
+A keyproxy key, or a secret of OAuth, is recognised by its checksum, wherever it is and however the text was encoded or
+wrapped. A key of another program has no checksum: every word that may be one is a candidate, which the store confirms or
+rejects. An agent token is recognised by its form; its signature is not verified.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ _PREFIX_CHARACTERS_MAX: Final = 16
 _DECODINGS_MAX: Final = 8
 _FOREIGN_BYTES_MIN: Final = 8
 
-_MARK = re.compile(rb"_(live|test|admin)_")
+_MARK = re.compile(rb"_(live|test|admin|access|refresh|client)_")
+_ADMIN: Final = b"admin"
+_OF_OAUTH: Final = (b"access", b"refresh", b"client")
 _PREFIX = re.compile(rb"[a-z][a-z0-9]{0,%d}" % (_PREFIX_CHARACTERS_MAX - 1))
 _BEFORE = re.compile(rb"[0-9a-z]{1,%d}\Z" % _PREFIX_CHARACTERS_MAX)
 _RUN = re.compile(rb"[0-9A-Za-z]*")
@@ -58,13 +60,15 @@ class Scan(NamedTuple):
     """The keys in a text.
 
     `keys`: keys with a correct checksum, under any prefix. `agent_tokens`: agent tokens, whether or not their signatures
-    are valid. `admin_tokens`: the number of tokens of the admin API. `incomplete`: the number of truncated keys and agent
-    tokens. `foreign`: words that may be keys of other programs. `presented`: those that are certainly meant as keys, by
-    position or because the text contains nothing else. `digests`: values that may be the SHA-256 of a key.
+    are valid. `oauth_secrets`: access tokens, refresh tokens and client secrets with a correct checksum. `admin_tokens`:
+    the number of tokens of the admin API. `incomplete`: the number of truncated keys and agent tokens. `foreign`: words
+    that may be keys of other programs. `presented`: those that are certainly meant as keys, by position or because the
+    text contains nothing else. `digests`: values that may be the SHA-256 of a key.
     """
 
     keys: list[SecretKey]
     agent_tokens: list[SecretKey]
+    oauth_secrets: list[SecretKey]
     admin_tokens: int
     incomplete: int
     foreign: list[SecretKey]
@@ -89,9 +93,10 @@ def scan(text: bytes, key_format: KeyFormat) -> Scan:
     if len(only) == 1:
         meant.add(only[0].strip(b"\"'"))
     return Scan(
-        keys=[SecretKey(found) for found, is_admin in whole.items() if not is_admin],
+        keys=[SecretKey(found) for found, kind in whole.items() if kind != _ADMIN and kind not in _OF_OAUTH],
         agent_tokens=[SecretKey(found) for found in tokens],
-        admin_tokens=sum(whole.values()),
+        oauth_secrets=[SecretKey(found) for found, kind in whole.items() if kind in _OF_OAUTH],
+        admin_tokens=sum(kind == _ADMIN for kind in whole.values()),
         incomplete=incomplete,
         foreign=[SecretKey(word) for word in accepts],
         presented=[
@@ -132,8 +137,8 @@ def _unwrapped(decoded: bytes, inserted: re.Pattern[bytes]) -> list[bytes]:
     return [inserted.sub(b"", one) for one in (_ESCAPED_SPACE.sub(b" ", decoded), decoded)]
 
 
-def _whole_keys(text: bytes) -> Iterator[tuple[bytes, bool]]:
-    """Every key with a correct checksum, and whether it is a token of the admin API."""
+def _whole_keys(text: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Every key, token and secret with a correct checksum, and its kind, which is the mode of a key."""
     for mark in _MARK.finditer(text):
         run = text[mark.end() : mark.end() + _DIGITS]
         before = _BEFORE.search(text, max(0, mark.start() - _PREFIX_CHARACTERS_MAX), mark.start())
@@ -144,7 +149,7 @@ def _whole_keys(text: bytes) -> Iterator[tuple[bytes, bool]]:
             prefix = text[start : mark.start()]
             candidate = text[start : mark.end()] + run
             if _PREFIX.fullmatch(prefix) and KeyFormat.has_right_checksum(candidate):
-                yield candidate, mark[1] == b"admin"
+                yield candidate, mark[1]
                 break
 
 

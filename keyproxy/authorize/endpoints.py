@@ -9,14 +9,15 @@ from typing import NamedTuple, TypeAlias
 from aiohttp import web
 
 from keyproxy.authorize.browser.browser_flow import BrowserFlow
+from keyproxy.authorize.browser.browser_request import language_of_login
 from keyproxy.authorize.browser.login import Login
 from keyproxy.authorize.browser.pages.error_page import error_page
-from keyproxy.authorize.browser.pages.languages import language_of
 from keyproxy.authorize.clients.authentication import ClientAuthentication
 from keyproxy.authorize.clients.composition import client_parts
 from keyproxy.authorize.context import Context
 from keyproxy.authorize.endpoint import Endpoint, ErrorPage, PageError
 from keyproxy.authorize.metadata import metadata_endpoints
+from keyproxy.authorize.metrics import EXPIRED
 from keyproxy.authorize.oidc.oidc_login import OidcLogin
 from keyproxy.authorize.register import register_endpoint
 from keyproxy.authorize.tokens.introspect_endpoint import IntrospectEndpoint
@@ -25,6 +26,7 @@ from keyproxy.authorize.tokens.token_endpoint import TokenEndpoint
 from keyproxy.config.oauth.oauth_settings import LOGIN_BY_KEY
 from keyproxy.store.directory.admin_tokens import AdminTokens
 from keyproxy.store.directory.directory import Actor
+from keyproxy.store.oauth.cleanup import OAuthCleanup
 from keyproxy.store.oauth.tokens import TokenStore
 from keyproxy.wire.tls import TlsError
 
@@ -33,11 +35,15 @@ Task: TypeAlias = Callable[[], Awaitable[None]]
 
 
 class Parts(NamedTuple):
-    """What an authorization server consists of. `tasks`: by their name in the log; they run until a reload."""
+    """What an authorization server consists of. `tasks`: by their name in the log; they run until a reload.
+
+    `cleanup`: one of them.
+    """
 
     endpoints: tuple[Endpoint, ...]
     error_page: ErrorPage
     tasks: Mapping[str, Task]
+    cleanup: OAuthCleanup
 
 
 class PartsFault(Exception):
@@ -67,7 +73,17 @@ def parts_of(context: Context) -> Parts:
         *browser.endpoints(login),
         *_token_endpoints(context, tokens, clients.authentication),
     )
-    return Parts(endpoints, _error_page(context), tasks)
+    cleanup = _cleanup(context)
+    return Parts(endpoints, _error_page(context), {**tasks, "oauth_cleanup": cleanup.run}, cleanup)
+
+
+def _cleanup(context: Context) -> OAuthCleanup:
+    counts = context.counts.sessions_ended
+
+    def expired(count: int) -> None:
+        counts[EXPIRED] += count
+
+    return OAuthCleanup(context.database, context.settings.oauth, sessions_expired=expired, now=context.store_now)
 
 
 def _login(context: Context, browser: BrowserFlow) -> tuple[Login, dict[str, Task]]:
@@ -100,6 +116,6 @@ def _error_page(context: Context) -> ErrorPage:
     fallback = context.settings.oauth.language
 
     def page(request: web.Request, error: PageError) -> web.Response:
-        return error_page(error, language_of(request, fallback))
+        return error_page(error, language_of_login(request, fallback))
 
     return page

@@ -52,6 +52,9 @@ class Served:
 
     def __init__(self, context: Context, parts: Parts) -> None:
         self.endpoints: Final = {path: endpoint for endpoint in parts.endpoints for path in endpoint.paths}
+        for name in {endpoint.name for endpoint in parts.endpoints}:
+            # A series from the start on, in which an alert sees the first increase.
+            context.counts.requests[name, OK] += 0
         self.on_mtls: Final = {path: one for path, one in self.endpoints.items() if one.is_on_mtls}
         self.error_page: Final = parts.error_page
         self.key_format: Final[KeyFormat] = context.key_format
@@ -109,6 +112,11 @@ class AuthorizeListener:
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
+
+    @property
+    def open_connections(self) -> int:
+        """The number of open connections."""
+        return 0 if self._connections is None else len(self._connections.open)
 
     @web.middleware
     async def _outermost(self, request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -13,8 +13,8 @@ from keyproxy.authorize.context import Context
 from keyproxy.authorize.endpoint import Endpoint, Handler
 from keyproxy.config.addresses import port_of
 from keyproxy.config.oauth.oauth_settings import LANGUAGES, OFF, OAuthSettings
+from keyproxy.oauth.discovery.server_metadata import server_metadata
 from keyproxy.oauth.protected_resource import document, paths
-from keyproxy.oauth.server_metadata import server_metadata
 
 _SERVER: Final = "/.well-known/oauth-authorization-server"
 _OPENID: Final = "/.well-known/openid-configuration"
@@ -40,7 +40,7 @@ def _resource_metadata(settings: OAuthSettings) -> Iterator[Endpoint]:
     for resource in filter(None, (settings.resource, settings.test_resource)):
         content = document(resource, settings.issuer, settings.scopes)
         for path in paths(resource):
-            by_path[path][urlsplit(resource).netloc.lower()] = content
+            by_path[path].setdefault(urlsplit(resource).netloc.lower(), content)
     for path, by_host in by_path.items():
         yield Endpoint("resource_metadata", (path,), {"GET": _handler(by_host)}, is_cross_origin=True)
 

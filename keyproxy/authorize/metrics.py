@@ -24,6 +24,9 @@ EXPIRED: Final = "expired"
 DISABLED: Final = "disabled"
 ENDINGS: Final = (REUSE, REPLAY, REVOKED, EXPIRED, DISABLED)
 
+#: The outcomes of fetches of documents and key sets.
+FETCHES: Final = ("ok", "refused", "unavailable")
+
 #: The outcome of a request without an error.
 OK: Final = "ok"
 #: The label of a request for a path that does not exist.
@@ -36,10 +39,11 @@ class OAuthCounts:
     """What an authorization server counts. All label values are from closed sets."""
 
     def __init__(self) -> None:
-        self.requests: Counter[tuple[str, ...]] = Counter()  # by endpoint and outcome
+        #: By endpoint and outcome.
+        self.requests: Counter[tuple[str, ...]] = Counter()
         self.tokens_issued: Counter[str] = Counter(dict.fromkeys(GRANTS, 0))
         self.sessions_ended: Counter[str] = Counter(dict.fromkeys(ENDINGS, 0))
-        self.document_fetches: Counter[str] = Counter()  # by outcome
+        self.document_fetches: Counter[str] = Counter(dict.fromkeys(FETCHES, 0))
         #: The time that a login needs at the identity provider or, with a key, in the store.
         self.login_seconds = Histogram(_LOGIN_BOUNDS)
         #: Clients that were stored for the first time.

@@ -25,6 +25,7 @@ _COMMANDS: Final = {
     "health": "keyproxy.cli.commands.process:health_command",
     "key": "keyproxy.cli.commands.keys.lifecycle:key_group",
     "migrate": "keyproxy.cli.commands.migrate:migrate_command",
+    "oauth": "keyproxy.cli.commands.oauth.oauth:oauth_group",
     "owned": "keyproxy.cli.commands.access.owned:owned_group",
     "plan": "keyproxy.cli.commands.plan:plan_group",
     "prompt": "keyproxy.cli.commands.prompt:prompt_group",

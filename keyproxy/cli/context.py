@@ -91,7 +91,9 @@ class Call:
         settings = self.settings()
         key_format = KeyFormat(settings.keys.prefix, accepts_foreign=settings.keys.accept_foreign)
         return self.run_in_store(
-            lambda database: work(Directory(database, key_format, actor(), approvals=settings.approvals))
+            lambda database: work(
+                Directory(database, key_format, actor(), approvals=settings.approvals, settings=settings)
+            )
         )
 
     def run_to_mint(self, work: Callable[[DirectoryOperations], Awaitable[_T]]) -> _T:

@@ -13,9 +13,12 @@ _ROUTE: Final = Route(name="/.well-known/oauth-protected-resource", is_public=Tr
 
 
 def respond(exchange: Exchange, documents: PublishedDocuments) -> bool:
-    """Respond, if the request is for one of the documents. Return whether it is. Raises a Refusal for its method."""
+    """Respond to a request with the path of a document. Return False if it has a query: no document depends on one.
+
+    Raises a Refusal (METHOD_NOT_ALLOWED).
+    """
     head = exchange.head
-    if head is None or not documents.has(head.line):
+    if head is None or len(head.line.path) != len(head.line.target):
         return False
     exchange.route = _ROUTE
     exchange.respond(documents.response(head))

@@ -23,9 +23,11 @@ import uvloop
 
 from keyproxy.ai.tools.tool import MCP
 from keyproxy.auth.api_key import KeyFormat
+from keyproxy.config.oauth.oauth_settings import OAuthSettings
 from keyproxy.config.schema import Listen, Ops, RouteRow, Settings, StoreSettings, Upstream
 from keyproxy.demo import authority, delegation, tools
 from keyproxy.demo.compute import CHAT, COMPLETIONS, JOBS, MCP_PATH, Compute
+from keyproxy.demo.oauth_scene import authorizing, settings_of
 from keyproxy.demo.story import Stage, Story
 from keyproxy.model import AGENT_TOKENS
 from keyproxy.platform import sockets
@@ -37,13 +39,13 @@ from keyproxy.store.postgres import migrations, scratch_databases
 from keyproxy.store.postgres.database import Database
 
 _DATABASE_PREFIX: Final = "demo_"
-_PORTS: Final = {"proxy": 8080, "ops": 9090}
+_PORTS: Final = {"proxy": 8080, "ops": 9090, "authorize": 8082}
 
 _log = logging.getLogger(__name__)
 
 
-def run(directory: Path | None, *, once: bool) -> int:
-    """Run the demo. Returns 0 if every step passed."""
+def run(directory: Path | None, *, once: bool, with_oauth: bool) -> int:
+    """Run the demo. Returns 0 if every step passed. `with_oauth`: the steps of an MCP client that connects a user."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     started = time.monotonic()
     home = directory or embedded_postgres.default_directory(os.environ).with_name("demo")
@@ -51,19 +53,19 @@ def run(directory: Path | None, *, once: bool) -> int:
     server = embedded_postgres.start(home)
     try:
         click.echo(f"  {server.socket_directory} ({time.monotonic() - started:.1f} s)")
-        return uvloop.run(_demo(server, home, once=once))
+        return uvloop.run(_demo(server, home, once=once, with_oauth=with_oauth))
     finally:
         server.stop()
 
 
-async def _demo(server: embedded_postgres.EmbeddedServer, home: Path, *, once: bool) -> int:
+async def _demo(server: embedded_postgres.EmbeddedServer, home: Path, *, once: bool, with_oauth: bool) -> int:
     maintenance, name = server.dsn("postgres"), f"{_DATABASE_PREFIX}{secrets.token_hex(6)}"
     await scratch_databases.drop_unused(maintenance, _DATABASE_PREFIX)
     await scratch_databases.create(maintenance, name)
     try:
         await migrations.migrate(server.dsn(name))
-        async with _everything(server.dsn(name), home) as story:
-            await story.play()
+        async with _everything(server.dsn(name), home, with_oauth=with_oauth) as story:
+            await (story.play_oauth(is_attended=not once) if with_oauth else story.play())
             story.sum_up()
             stays = not once and not story.failures
             story.invite(stays=stays)
@@ -78,10 +80,11 @@ async def _demo(server: embedded_postgres.EmbeddedServer, home: Path, *, once: b
 
 
 @contextlib.asynccontextmanager
-async def _everything(dsn: str, home: Path) -> AsyncIterator[Story]:
+async def _everything(dsn: str, home: Path, *, with_oauth: bool) -> AsyncIterator[Story]:
     async with contextlib.AsyncExitStack() as stack:
         compute = await stack.enter_async_context(Compute().running())
         proxy_socket, ops_socket = _preferably(_PORTS["proxy"]), _preferably(_PORTS["ops"])
+        authorize_socket = _preferably(_PORTS["authorize"]) if with_oauth else None
         settings = Settings(
             listen=Listen(address=sockets.address_of(proxy_socket), drain_seconds=1.0),
             ops=Ops(address=sockets.address_of(ops_socket)),
@@ -98,7 +101,10 @@ async def _everything(dsn: str, home: Path) -> AsyncIterator[Story]:
             ),
             tools=tools.TOOLS,
             models=authority.MODELS,
+            oauth=OAuthSettings() if authorize_socket is None else settings_of(proxy_socket, authorize_socket),
         )
+        if authorize_socket is not None:
+            await stack.enter_async_context(authorizing(settings, dsn, authorize_socket))
         config_path = home / "demo.toml"
         config_path.write_text(f'[store]\ndsn = "{dsn}"\n', encoding="utf-8")
         log = stack.enter_context((home / "access.log").open("wb"))

@@ -23,6 +23,9 @@ IDENTITY: Final = ("X-Keyproxy-User", "X-Keyproxy-Tenant", "X-Keyproxy-Scope", "
 #: Further identity headers, of requests that have an actor or an agent.
 DELEGATION: Final = ("X-Keyproxy-Actor", "X-Keyproxy-Agent")
 
+#: The tools of the MCP server.
+TOOL_NAMES: Final = ("search", "update_contact", "call_partner", "run_shell")
+
 #: What each prompt of the demo has.
 PROMPT_TOKENS: Final = 9
 
@@ -93,11 +96,15 @@ class Compute:
                 version = message["params"]["protocolVersion"]
                 server = {"name": "demo", "version": "1"}
                 reply["result"] = {"protocolVersion": version, "capabilities": {"tools": {}}, "serverInfo": server}
+            case "tools/list":
+                schema = {"type": "object"}
+                reply["result"] = {"tools": [{"name": name, "inputSchema": schema} for name in TOOL_NAMES]}
             case "tools/call":
                 received = {
                     "tool": request.headers.get("X-Keyproxy-Tool"),
                     "approval": request.headers.get("X-Keyproxy-Approval"),
                     "agent": request.headers.get("X-Keyproxy-Agent"),
+                    "user": request.headers.get("X-Keyproxy-User"),
                     "arguments": message["params"]["arguments"],
                 }
                 self.executed.append(message["params"]["name"])

@@ -20,6 +20,7 @@ from keyproxy.auth.api_key import ENTROPY_BYTES, KeyFormat
 from keyproxy.config.schema import Settings
 from keyproxy.demo import authority, budget, delegation, runaway, tools
 from keyproxy.demo.compute import CHAT, COMPLETIONS, JOBS, UNBOUNDED_TOKENS, Compute
+from keyproxy.demo.oauth_scene import OAuthScene
 from keyproxy.demo.tool_scene import ToolScene
 from keyproxy.store.directory.directory import Directory, KeyWish
 
@@ -98,6 +99,19 @@ class Story:
         )
         await scene.play(keys["erin"]["secret"])
 
+    async def play_oauth(self, *, is_attended: bool) -> None:
+        """Run the steps of an MCP client that connects a user. `is_attended`: a person signs in."""
+        scene = OAuthScene(
+            self._session,
+            self._settings,
+            self._stage.config_path,
+            self._directory,
+            self._begin,
+            self._judge,
+            is_attended,
+        )
+        self._key = await scene.play()
+
     def sum_up(self) -> None:
         """Print the result."""
         click.echo()
@@ -110,11 +124,19 @@ class Story:
         """Print commands to try by hand, now or with the demo kept running."""
         ops = f"http://{self._settings.ops.address}"
         click.echo("\nTry it yourself:\n" if stays else "\nThe demo has ended. Without --once it keeps running:\n")
-        # Not --json, which curl supports only since 2022.
-        headers = f"-H 'Authorization: Api-Key {self._key}' -H 'Content-Type: application/json'"
-        click.echo(f'  curl -i {self._url}{JOBS} {headers} -d \'{{"job_id": "7"}}\'')
+        oauth = self._settings.oauth
+        if oauth.is_configured:
+            commands = ("oauth grant list", "oauth session list")
+            click.echo(f"  Sign in with the key {self._key}")
+            click.echo(f"  claude mcp add --transport http demo {oauth.resource}")
+            click.echo(f"  {oauth.issuer}/oauth/connections (in a browser: what frank has connected)")
+        else:
+            commands = ("approval list --state pending", "key list")
+            # Not --json, which curl supports only since 2022.
+            headers = f"-H 'Authorization: Api-Key {self._key}' -H 'Content-Type: application/json'"
+            click.echo(f'  curl -i {self._url}{JOBS} {headers} -d \'{{"job_id": "7"}}\'')
         click.echo(f"  curl {ops}/metrics\n  curl {ops}/readyz")
-        for command in ("approval list --state pending", "key list"):
+        for command in commands:
             click.echo(f"  {own_command()} {command} --config {shlex.quote(str(self._stage.config_path.absolute()))}")
         if stays:
             click.echo("\nPress Ctrl-C to stop.")

@@ -249,7 +249,7 @@ def _alike(
     identity, categories, call = exchange.identity, exchange.categories, exchange.tool_call
     token = None if identity is None else identity.agent_token
     path = "" if line is None else line.path.decode("ascii", "replace")
-    content = {
+    content: dict[str, object] = {
         "method": "" if line is None else line.method.decode("ascii"),
         "path": path if len(path) <= _PATH_CHARACTERS_MAX else path[:_PATH_CHARACTERS_MAX] + "…",
         "route": route,
@@ -268,6 +268,9 @@ def _alike(
         "tool": None if call is None else call.tool.name,
         "approval": approval_id,
     }
+    session = None if identity is None else identity.oauth
+    if session is not None:
+        content |= {"grant": session.grant_id, "oauth_client": session.client_id}
     return orjson.dumps(content)[1:-1] + b","
 
 

@@ -21,14 +21,14 @@ from keyproxy.config.tools.tool_rules import tool_rules
 from keyproxy.decision.tool_calls import ToolCalls
 from keyproxy.gateway import Gateway
 from keyproxy.http.discovery.challenges import Challenges
-from keyproxy.http.discovery.published_documents import PublishedDocument, PublishedDocuments
+from keyproxy.http.discovery.published_documents import NO_DOCUMENTS, PublishedDocument, PublishedDocuments
 from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.http.forwarding import TrustRule
 from keyproxy.http.headers import FieldNames
 from keyproxy.http.path_patterns import placeholder_pattern
 from keyproxy.http.routes import RouteTable
 from keyproxy.model import NO_TOKENS, Moment, Route
-from keyproxy.oauth.protected_resource import document, metadata_url, paths
+from keyproxy.oauth.protected_resource import document, metadata_url, paths, resource_scopes
 from keyproxy.platform import clock
 from keyproxy.ports.agent_token_mint import AgentTokenMint
 from keyproxy.ports.gate import Assertions
@@ -79,11 +79,11 @@ def build_gateway(
     )
 
 
-def published_documents(settings: Settings) -> PublishedDocuments | None:
-    """The metadata of the resources that OAuth access tokens are for; None without OAuth."""
+def published_documents(settings: Settings) -> PublishedDocuments:
+    """The metadata of the resources that OAuth access tokens are for; nothing without OAuth."""
     oauth = settings.oauth
     if not oauth.is_configured:
-        return None
+        return NO_DOCUMENTS
     return PublishedDocuments(
         [
             PublishedDocument(urlsplit(resource).netloc, path, document(resource, oauth.issuer, oauth.scopes))
@@ -172,7 +172,9 @@ def build_terms(
 
 def _challenges(settings: Settings) -> Challenges:
     oauth = settings.oauth
-    return Challenges(metadata_url(oauth.resource), oauth.scopes) if oauth.is_configured else Challenges()
+    if not oauth.is_configured:
+        return Challenges()
+    return Challenges(metadata_url(oauth.resource), resource_scopes(oauth.scopes))
 
 
 def _key_format(settings: Settings) -> KeyFormat:

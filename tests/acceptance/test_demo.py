@@ -66,6 +66,30 @@ STEPS = {
 }
 
 
+#: The steps of `--oauth`.
+OAUTH_STEPS = {
+    "An MCP client that knows only the URL finds out where its user signs in": [
+        '< 401 WWW-Authenticate: Bearer resource_metadata="http://127.0.0.1:',
+        '/.well-known/oauth-protected-resource/mcp", scope="data:read data:write"',
+    ],
+    "The client registers; nothing is stored for it": ["< 201 kpc1_"],
+    "frank signs in with a key and allows the client what it asks for": [
+        "frank's browser: /oauth/authorize, /oauth/login, /callback",
+        "< a token for 900 seconds with the scopes data:read data:write",
+        " of u_frank, client Demo client",
+    ],
+    "The client calls a tool for frank, then refreshes its token": [
+        "< 200 the MCP server executed search for u_frank",
+        "< 200 the MCP server executed search for u_frank, with the new token",
+    ],
+    "An operator ends the session, and its tokens with it": [
+        "$ keyproxy oauth session revoke ses_",
+        "< 401 api_key_invalid, at most ",
+        "400 invalid_grant",
+    ],
+}
+
+
 class Stage:
     """The environment of a demo: its data directory, and everything else that it might touch."""
 
@@ -102,9 +126,9 @@ class Stage:
                 process.kill()
             await process.wait()
 
-    async def once(self) -> Output:
+    async def once(self, *arguments: str) -> Output:
         """A demo that runs its steps once."""
-        async with self.playing("--once") as process:
+        async with self.playing("--once", *arguments) as process:
             out, err = await process.communicate()
             return Output(process.returncode or 0, out.decode(), err.decode())
 
@@ -231,6 +255,20 @@ async def test_a_second_run_coexists_with_other_proxies_and_stops_with_ctrl_c(st
             out, err = await process.communicate()
             assert (process.returncode, err) == (0, b"")
             assert out.decode().strip() == "Bye."
+    await stage.is_left_alone()
+
+
+async def test_mcp_client_connects_a_user_until_an_operator_ends_the_session(stage: Stage, played: Output) -> None:
+    assert played.status == 0
+    result = await stage.once("--oauth")
+    assert (result.status, result.err) == (0, "")
+    _, *steps = re.split(r"(?m)^\d+\. ", result.out)
+    assert len(steps) == len(OAUTH_STEPS)
+    for text, (title, parts) in zip(steps, OAUTH_STEPS.items(), strict=True):
+        assert text.startswith(title)
+        assert [part for part in parts if part not in text] == []
+        assert "\n   ok\n" in text
+    assert len(SECRET.findall(result.out)) == 1
     await stage.is_left_alone()
 
 

@@ -9,6 +9,7 @@ import json
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import aiohttp
@@ -24,6 +25,7 @@ from keyproxy.admin.webhooks import Webhooks
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.auth.throttle import Throttle
 from keyproxy.config.schema import RouteRow, Settings
+from keyproxy.oauth.client import row_id
 from keyproxy.platform import clock
 from keyproxy.process.providers.operator_secrets import OperatorSecrets
 from keyproxy.signing.token_check import ACCEPTS_NONE
@@ -117,6 +119,16 @@ class Api:
         return rows
 
 
+async def add_oauth_session(api: Api, user: str) -> tuple[str, str]:
+    """A client named `worker` with a grant of this user and a session: the ids of these two."""
+    client, grant, session = row_id("worker"), "gra_" + "1" * 22, "ses_" + "1" * 22
+    fetch = api.database.fetch
+    await fetch("add_client", client, "worker", "registered", "worker", [], "client_secret", bytes(32), None, None)
+    await fetch("add_service_grant", grant, user, client, "https://mcp.example.com/mcp", ["a"], False)
+    await fetch("open_service_session", grant, session, "worker", ["a"], datetime.now(UTC), 86_400)
+    return grant, session
+
+
 @pytest.fixture
 async def dsn(shared_dsn: str) -> str:
     """A migrated, empty database."""
@@ -155,7 +167,7 @@ async def serving(
         try:
             async with aiohttp.ClientSession() as session:
                 url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-                directory = Directory(database, key_format, actor, mint=mint, secrets=secrets)
+                directory = Directory(database, key_format, actor, mint=mint, secrets=secrets, settings=settings)
                 await operator_key.prepare()
                 yield Api(url, session, database, directory, tokens, now, listener, log)
         finally:

@@ -15,13 +15,14 @@ from keyproxy.admin.scopes import Scope, allows
 from keyproxy.admin.service import ENDPOINTS
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.auth.throttle import Throttle
-from tests.admin.conftest import FILE_TOKEN, Api
+from tests.admin.conftest import FILE_TOKEN, Api, add_oauth_session
 
 UNKNOWN = KeyFormat().make_admin_token(bytes(32)).reveal().decode()
 
 
 def _path(endpoint: Endpoint, thing: str) -> str:
-    return endpoint.path.replace("{kind}", "collection").replace("{agent}", "crawler").replace("{id}", thing)
+    path = endpoint.path.replace("{kind}", "collection").replace("{agent}", "crawler")
+    return path.replace("{client}", "worker").replace("{id}", thing)
 
 
 def _name(endpoint: Endpoint) -> str:
@@ -57,6 +58,12 @@ def _body(endpoint: Endpoint, tenant: str, user: str) -> object:
         "add_owned": {"tenant": tenant},
         "mint_agent_token": {"agent": "crawler", "scopes": ["a"]},
         "change_agent": {"disabled": True},
+        "create_oauth_client": {"client_id": "worker", "auth_method": "client_secret", "user": user},
+        "change_oauth_client": {"disabled": True},
+        "change_grant": {"plan": None},
+        "revoke_grants": {"user": user},
+        "revoke_sessions": {"user": user},
+        "link_oauth_subject": {"issuer": "https://idp.example", "subject": "alice", "user": user},
     }
     return bodies.get(endpoint.name)
 
@@ -155,10 +162,12 @@ class _Two(NamedTuple):
     key_id: str
     secret: str
     token_id: str
+    grant_id: str
+    session_id: str
 
     @property
     def marks(self) -> list[str]:
-        return ["other", "o_1", self.key_id, self.token_id]
+        return ["other", "o_1", self.key_id, self.token_id, self.grant_id, self.session_id]
 
 
 async def _two_tenants(api: Api) -> _Two:
@@ -167,13 +176,15 @@ async def _two_tenants(api: Api) -> _Two:
     minted = await api.directory.agent_tokens.mint(other["key"]["id"], {"agent": "crawler", "scopes": ["a"]})
     await api.done("PUT", "/v1/plans/basic", {"limits": {}})
     await api.done("PATCH", "/v1/tenants/other", {"plan": "basic"})
-    return _Two(other["key"]["id"], other["key"]["secret"], minted["id"])
+    grant, session = await add_oauth_session(api, "o_1")
+    return _Two(other["key"]["id"], other["key"]["secret"], minted["id"], grant, session)
 
 
 async def _all_of(api: Api, tenant: str) -> str:
     """All data of a tenant."""
     things = [await api.done("GET", path) for path in (f"/v1/tenants/{tenant}", f"/v1/users?tenant={tenant}")]
     things += [await api.done("GET", f"/v1/users/{user['id']}/agents") for user in things[1]["items"]]
+    things += [await api.done("GET", f"/v1/users/{user['id']}/grants") for user in things[1]["items"]]
     keys = (await api.done("GET", f"/v1/keys?tenant={tenant}"))["items"]
     return json.dumps([things, [{**key, "last_used_at": None} for key in keys]], sort_keys=True)
 
@@ -187,6 +198,7 @@ async def test_a_bound_token_sees_and_touches_its_tenant_alone_at_every_endpoint
     things = {"tenants": "other", "users": "o_1", "keys": other.key_id, "plans": "basic", "prompts": "0f" * 32}
     things["agent-tokens"] = other.token_id
     things["provider-keys"] = "pvk_1"
+    things |= {"grants": other.grant_id, "sessions": other.session_id}
     await api.database.fetch("add_provider_key", "pvk_1", "openai", "other", False, b"x" * 40, "k1", "", None)
     thing = things.get(kind, "thing")
     body = _body(endpoint, "other", "o_1")
@@ -197,6 +209,9 @@ async def test_a_bound_token_sees_and_touches_its_tenant_alone_at_every_endpoint
         body = {"key": other.secret}
     if endpoint.name in ("report_leaked_text", "find_keys"):
         body = {"text": f"Authorization: Api-Key {other.secret}"}
+    if endpoint.name == "unlink_oauth_subject":
+        await api.database.fetch("add_subject", "https://idp.example", "alice", "o_1")
+        paths = [f"{paths[0]}?issuer=https://idp.example&subject=alice"]
     if endpoint.method == "GET" and "{id}" not in endpoint.path:
         fields = endpoint.query.model_fields
         named = {"tenant": "other", "user": "o_1", "entity_id": "o_1"}

@@ -17,7 +17,7 @@ from schemathesis.specs.openapi import checks
 
 from keyproxy.admin.reference import openapi
 from keyproxy.admin.service import ENDPOINTS
-from tests.admin.conftest import FILE_TOKEN, Api
+from tests.admin.conftest import FILE_TOKEN, Api, add_oauth_session
 
 DIGEST = "0f" * 32
 
@@ -43,9 +43,11 @@ async def _things(api: Api) -> dict[str, str]:
     await api.done("PUT", "/v1/plans/basic", {"limits": {"rate": 1.5}})
     await api.done("PUT", f"/v1/prompts/{DIGEST}", {"category": "code"})
     await api.database.fetch("add_provider_key", "pvk_1", "openai", None, False, b"x" * 40, "k1", "", None)
+    grant, session = await add_oauth_session(api, "u_1")
     return {
         "/v1/tenants": "acme", "/v1/users": "u_1", "/v1/keys": key, "/v1/plans": "basic", "/v1/prompts": DIGEST,
         "/v1/agent-tokens": token["id"], "/v1/provider-keys": "pvk_1",
+        "/v1/grants": grant, "/v1/sessions": session,
     }  # fmt: skip
 
 
@@ -68,6 +70,8 @@ def _ask(api: Api, operation: Any, mode: GenerationMode, things: dict[str, str])
             case.path_parameters["id"] = there
         if mode is GenerationMode.POSITIVE and "agent" in case.path_parameters:
             case.path_parameters["agent"] = "crawler"
+        if mode is GenerationMode.POSITIVE and "client" in case.path_parameters:
+            case.path_parameters["client"] = "worker"
         response = case.call(base_url=api.url, headers=headers)
         more = [checks.negative_data_rejection] if mode is GenerationMode.NEGATIVE else []
         case.validate_response(response, checks=[*HELD, *more], headers=headers)
@@ -90,6 +94,7 @@ async def test_every_response_matches_the_document(api: Api, mode: GenerationMod
         assert answered >= {
             "/v1/tenants/{id}", "/v1/users/{id}", "/v1/keys/{id}", "/v1/plans/{id}", "/v1/agent-tokens/{id}",
             "/v1/agent-tokens/{id}/explain", "/v1/users/{id}/agents", "/v1/users/{id}/agents/{agent}",
+            "/v1/users/{id}/grants", "/v1/grants/{id}", "/v1/sessions/{id}", "/v1/oauth-clients/{client}",
         }  # fmt: skip
     else:
         assert {line["code"] for line in api.log} >= {"invalid", "not_found"}

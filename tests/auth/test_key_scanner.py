@@ -220,3 +220,25 @@ def test_no_text_takes_long(piece: bytes) -> None:
     scan(text, FORMAT)
     # Seconds of CPU: what grows with the square of the length would take minutes.
     assert time.process_time() - began < 10
+
+
+OF_OAUTH = [
+    make(bytes(32)).reveal()
+    for make in (FORMAT.make_access_token, FORMAT.make_refresh_token, FORMAT.make_client_secret)
+]
+
+
+@pytest.mark.parametrize("secret", OF_OAUTH)
+def test_secrets_of_oauth_are_no_keys_and_found_however_they_are_written(secret: bytes) -> None:
+    for text in (
+        secret,
+        b"refresh_token=" + secret + b"&x=1",
+        secret[:30] + b"\r\n" + secret[30:],
+        LIVE + b" " + secret,
+    ):
+        found = scan(text, FORMAT)
+        assert [one.reveal() for one in found.oauth_secrets] == [secret]
+        assert (keys(found), found.admin_tokens, found.incomplete) == ([LIVE] if LIVE in text else [], 0, 0)
+        assert secret not in [one.reveal() for one in (*found.foreign, *found.presented)]
+    truncated = scan(secret[:-9], FORMAT)
+    assert (truncated.oauth_secrets, truncated.incomplete) == ([], 1)

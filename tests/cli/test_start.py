@@ -45,6 +45,7 @@ SIGNATURES = ("cryptography", "jwt")
         # A proxy with `ledger.backend = "postgres"`, before it reads its configuration.
         ("import keyproxy.process.run", ("pydantic", "redis", "re2", "keyproxy.admin", "keyproxy.demo")),
         ("import keyproxy.admin.app", ("redis", "re2", "keyproxy.demo", "keyproxy.process.app")),
+        ("import keyproxy.authorize.app", ("redis", "re2", "pydantic", "keyproxy.demo", "keyproxy.process.app")),
     ],
 )
 def test_a_start_imports_no_library_that_the_command_does_not_need(line: str, needless: tuple[str, ...]) -> None:

@@ -19,7 +19,7 @@ from keyproxy.http.headers import FieldNames
 from keyproxy.http.routes import ANY_ROUTE
 from keyproxy.http_messages import RequestHead
 from keyproxy.metrics.access_log import AccessLog
-from keyproxy.model import COMPLETED, AgentToken, Ending, Grant, Identity, Permit
+from keyproxy.model import COMPLETED, AgentToken, Ending, Grant, Identity, OAuthSession, Permit
 from keyproxy.ports.exchange import Exchange
 from keyproxy.reasons import Reason
 from keyproxy.wire.parsing.head_beginnings import refused_line
@@ -480,3 +480,12 @@ def test_a_judged_request_is_logged_with_its_categories_and_any_other_with_null(
 
 def test_requests_of_other_routes_are_logged_without_these(logged: Logged) -> None:
     assert "tokens_in" not in line_of(logged, ended(head_of()))
+
+
+def test_a_line_names_grant_and_client_of_an_oauth_token_and_is_unchanged_without(logged: Logged) -> None:
+    one, other = ended(head_of()), ended(head_of())
+    one.identity = dataclasses.replace(fakes.identity(), key_id="ses_1", oauth=OAuthSession("gra_1", "cli_1"))
+    other.identity = fakes.identity()
+    with_token, with_key = line_of(logged, one), line_of(logged, other)
+    assert (with_token["key_id"], with_token["grant"], with_token["oauth_client"]) == ("ses_1", "gra_1", "cli_1")
+    assert with_token.keys() - with_key.keys() == {"grant", "oauth_client"}

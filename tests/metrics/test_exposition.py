@@ -20,6 +20,7 @@ from keyproxy.admin.service import ENDPOINTS
 from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.ai.tools.tool import Tool
 from keyproxy.ai.tools.tool_call import ToolCall
+from keyproxy.authorize.metrics import AUTHORIZE_METRICS, OAuthCounts
 from keyproxy.config.schema import LedgerSettings, RouteRow
 from keyproxy.config.tools.anomaly_settings import SIGNALS
 from keyproxy.config.tools.tool_settings import ToolRow
@@ -490,6 +491,12 @@ def admin_page() -> str:
     return Catalogue(ADMIN_METRICS, lambda: scrape).render().decode()
 
 
+def authorization_server_page() -> str:
+    counts = OAuthCounts()
+    counts.requests["token", "ok"] += 1
+    return Catalogue(AUTHORIZE_METRICS, lambda: counts).render().decode()
+
+
 def described(text: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """(name, type, labels) of every metric of a page but those of the process."""
     for family in text_string_to_metric_families(text):
@@ -515,6 +522,7 @@ DECLARED: dict[str, tuple[Metric[Any], ...]] = {
     "Of a proxy": PROXY_METRICS,
     "Of a supervisor": SUPERVISOR_METRICS,
     "Of an admin process": ADMIN_METRICS,
+    "Of an authorization server": AUTHORIZE_METRICS,
 }
 
 
@@ -534,6 +542,7 @@ def test_every_declared_metric_is_on_its_page_with_its_labels(heading: str) -> N
         "Of a proxy": populated,
         "Of a supervisor": lambda: workers_page(by_state={"ready": 1}),
         "Of an admin process": admin_page,
+        "Of an authorization server": authorization_server_page,
     }
     declared = [(one.name, one.kind.value, tuple(sorted(one.labels))) for one in DECLARED[heading]]
     assert sorted(described(pages[heading]())) == sorted(declared)
@@ -612,7 +621,7 @@ def test_every_metric_named_in_the_repository_exists(path: Path) -> None:
     known = {row[0].strip("`") for rows in tables().values() for row in rows}
     histograms = {row[0].strip("`") for rows in tables().values() for row in rows if row[1] == "histogram"}
     known |= {name + suffix for name in histograms for suffix in ("_bucket", "_sum", "_count")}
-    others = {"keyproxy_proxy", "keyproxy_admin", "keyproxy_broken", "keyproxy_restored"}
+    others = {"keyproxy_proxy", "keyproxy_admin", "keyproxy_authorize", "keyproxy_broken", "keyproxy_restored"}
     text = path.read_text(encoding="utf-8")
     if path.name == "CHANGELOG.md":
         text = ""  # also names former metrics

@@ -13,7 +13,7 @@ from pydantic.json_schema import models_json_schema
 from keyproxy import __version__
 from keyproxy.admin.endpoints import Endpoint
 from keyproxy.admin.problems import Problem
-from keyproxy.admin.schemas.field_types import AGENT, AGENT_TOKEN, ID, OBJECT_ID, PLAN_ID, ROLE
+from keyproxy.admin.schemas.field_types import AGENT, AGENT_TOKEN, CLIENT_ID, ID, OBJECT_ID, PLAN_ID, ROLE
 from keyproxy.admin.schemas.request_models import NoQuery, RequestModel
 from keyproxy.admin.schemas.response_models import ProblemDetails
 from keyproxy.http.problem_json import MEDIA_TYPE
@@ -110,7 +110,7 @@ def _operation(endpoint: Endpoint, references: dict[type[BaseModel], Any]) -> di
 
 def _path_parameters(endpoint: Endpoint) -> list[dict[str, Any]]:
     pattern = next((one for start, one in _ID_PATTERNS.items() if endpoint.path.startswith(start)), ID)
-    patterns = {"id": pattern, "kind": ROLE, "agent": AGENT}
+    patterns = {"id": pattern, "kind": ROLE, "agent": AGENT, "client": CLIENT_ID}
     return [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string", "pattern": patterns[name]}}
         for name in _PARAMETER.findall(endpoint.path)

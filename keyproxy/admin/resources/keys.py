@@ -208,12 +208,12 @@ ENDPOINTS: Final = (
     Endpoint("resume_key",
              "Resume a suspended key. For an hour, the signal that suspended it does not suspend it again.",
              Scope.KEYS_WRITE, _resume, {200: Key}, is_conditional=True, refuses=_NOT_THERE),
-    Endpoint("report_leaked_key", "For secret scanners: revoke a leaked key or agent token and return its owner. "
+    Endpoint("report_leaked_key", "For secret scanners: revoke a leaked key or token and return its owner. "
              "`known` is false if it does not exist.",
              Scope.LEAKS_WRITE, _leaked, {200: Leak}, body=LeakReport),
     Endpoint("report_leaked_text",
-             "Revoke every key and agent token in a text, in whatever notation, and list them. Distinguishes no key, "
-             "an incomplete key and an unknown key.",
+             "Revoke every key and token in a text, in whatever notation, and list them. Distinguishes no key, an "
+             "incomplete key and an unknown key.",
              Scope.LEAKS_WRITE, _leaked_text, {200: LeaksFound}, body=LeakText),
     Endpoint("find_keys",
              "Find the keys in a text, or those with this id, hint or name. Changes nothing. The text is in "

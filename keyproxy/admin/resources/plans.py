@@ -25,7 +25,7 @@ from keyproxy.limits.plans.plan_changes import plan_warnings
 from keyproxy.store.directory.directory import AuditFilter, Entity, NotFound
 
 _NOT_THERE: Final = frozenset({Problem.NOT_FOUND})
-_COUNTS: Final = dict.fromkeys(("tenants", "users", "keys", "agents"))
+_COUNTS: Final = dict.fromkeys(("tenants", "users", "keys", "agents", "grants"))
 _EXPORT_PAGE: Final = 500
 
 

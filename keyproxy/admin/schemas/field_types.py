@@ -24,6 +24,7 @@ SCOPE = r"^[A-Za-z0-9][A-Za-z0-9._:/\-]{0,63}$"
 ROLE = r"^[a-z][a-z0-9_\-]{0,63}$"
 AGENT = r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,63}$"
 AGENT_TOKEN = r"^agt_[0-9A-Za-z]{22}$"  # noqa: S105 - the form of an id
+CLIENT_ID = r"^[ -~]{1,2000}$"
 OBJECT_ID = r"^[A-Za-z0-9._:@|+~/=,!$\-]{1,256}$"
 
 NAMESPACE = r"^(path|query|header|json):[^=\x00-\x1f\x7f]{1,256}=[^\x00-\x1f\x7f]{0,512}$"
@@ -35,6 +36,7 @@ Reason = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=500)]
 CategoryName = Annotated[str, StringConstraints(pattern=ROLE)]
 BoundValue = Annotated[str, StringConstraints(pattern=NAMESPACE)]
 KeyScope = Annotated[str, StringConstraints(pattern=SCOPE)]
+ClientId = Annotated[str, StringConstraints(pattern=CLIENT_ID)]
 AgentId = Annotated[str, StringConstraints(pattern=AGENT)]
 Role = Annotated[str, StringConstraints(pattern=ROLE)]
 AuditedId = Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=400)]

@@ -33,28 +33,37 @@ class AgentTokenShown(ResponseModel):
 
 
 class Leak(ResponseModel):
-    """Whether the key or agent token exists, whether it was working until now, its owner, and which of them it is."""
+    """Whether the key or token exists, whether it was working until now, its owner, and which of them it is."""
 
     known: bool
     revoked_now: bool
     tenant: str | None
     user: str | None
     key: Key | None
-    agent_token: Annotated[AgentTokenShown | None, Field(description="Omitted for a key.")] = None
+    agent_token: Annotated[AgentTokenShown | None, Field(description="Omitted for anything else.")] = None
+    session: Annotated[str, Field(description="Of an OAuth token: the session, which has ended; else omitted.")] = ""
+    client: Annotated[str, Field(description="Of an OAuth token or a client secret: the client; else omitted.")] = ""
 
 
 class LeakedKey(ResponseModel):
-    """A key or agent token that was found in a text. `revoked_now`: it was not revoked before."""
+    """A key, token or secret that was found in a text. `revoked_now`: it was not revoked before.
 
-    key: Annotated[str, Field(description="The key. If there is an `agent_token`: the one that it was cut from.")]
-    agent_token: Annotated[str, Field(description="The agent token that was found; omitted for a key.")] = ""
-    user: str
-    tenant: str
+    The secret of an OAuth client is not revoked: create another client, then delete this one.
+    """
+
+    key: Annotated[
+        str, Field(description="The key; of an `agent_token`, the one that it was cut from; omitted for OAuth.")
+    ] = ""
+    agent_token: Annotated[str, Field(description="The agent token that was found; else omitted.")] = ""
+    session: Annotated[str, Field(description="Of an OAuth token: the session, which has ended; else omitted.")] = ""
+    client: Annotated[str, Field(description="Of an OAuth token or a client secret: the client; else omitted.")] = ""
+    user: Annotated[str | None, Field(description="null: the secret of a client that is no service.")]
+    tenant: str | None
     revoked_now: bool
 
 
 class LeaksFound(ResponseModel):
-    """The keys and agent tokens in a text, now revoked; how many are incomplete or mistyped, and how many unknown."""
+    """The keys and tokens in a text, now revoked; how many are incomplete or mistyped, and how many unknown."""
 
     found: list[LeakedKey]
     incomplete: int

@@ -107,7 +107,8 @@ class AuditQuery(RequestModel):
     entity: (
         Literal[
             "tenant", "user", "key", "plan", "token", "window", "role", "owned", "template", "agent", "agent_token",
-            "approval", "consent", "provider_key", "network",
+            "approval", "consent", "provider_key", "network", "oauth_client", "oauth_grant", "oauth_session",
+            "oauth_subject",
         ]
         | None
     ) = None  # fmt: skip
@@ -263,7 +264,7 @@ class KeysRevoke(RequestModel):
 
 
 class LeakReport(RequestModel):
-    """A leaked key or agent token: either itself or its SHA-256."""
+    """A leaked key or token: either itself or its SHA-256."""
 
     without_default: ClassVar[frozenset[str]] = frozenset({"key", "digest"})
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["key"]}, {"required": ["digest"]}]})

@@ -185,6 +185,7 @@ class Plan(ResponseModel):
     users: _Count
     keys: _Count
     agents: _Count
+    grants: _Count
 
 
 class PlanShown(Plan):

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from keyproxy.authorize.browser.authorize_endpoint import AuthorizeEndpoint
 from keyproxy.authorize.browser.connections import UserPage
-from keyproxy.authorize.browser.consent import Consent
+from keyproxy.authorize.browser.consent import ConsentEndpoint
 from keyproxy.authorize.browser.cookies import Cookies
 from keyproxy.authorize.browser.judged_clients import ClientJudge, JudgedClients
 from keyproxy.authorize.browser.key_login import KeyLogin
@@ -29,7 +29,7 @@ _COOKIE_BYTES: Final = 32
 class AfterLogin:
     """Continues after a login: its ticket is that of an authorization request, or of the user page."""
 
-    consent: Consent
+    consent: ConsentEndpoint
     user_page: UserPage
 
     async def proceed(self, request: web.Request, content: Content, user: SignedIn) -> web.Response:
@@ -45,7 +45,7 @@ class BrowserFlow:
         self._context = context
         self._settings = context.settings.oauth
         self._clients = JudgedClients(clients, lambda request: self._count(Rate.NEW_DOCUMENTS, request))
-        self._authorizations = Authorizations(context.database)
+        self._authorizations = Authorizations(context.database, context.store_now)
         self.tickets: Final = Tickets(context.ticket_secrets, lambda: context.now().wall_seconds)
         self.cookies: Final = Cookies(self._settings.issuer, self._new_cookie)
         self.after_login: Final = AfterLogin(self._consent(), self._user_page())
@@ -72,8 +72,8 @@ class BrowserFlow:
             *login.endpoints(),
         )
 
-    def _consent(self) -> Consent:
-        return Consent(
+    def _consent(self) -> ConsentEndpoint:
+        return ConsentEndpoint(
             self._settings.issuer, self._clients, self._authorizations, tickets=self.tickets, cookies=self.cookies,
             entropy=self._context.entropy, client_stored=self._client_stored,
         )  # fmt: skip

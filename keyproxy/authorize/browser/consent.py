@@ -34,7 +34,7 @@ _DENY: Final = "deny"
 _STATUSES: Final = {"client_unknown": 400}
 
 
-class Consent:
+class ConsentEndpoint:
     """Shows the page for a decision, and carries the decision out."""
 
     def __init__(

@@ -62,18 +62,18 @@ class ClientAuthentication:
         issuer: str,
         use_once: UseOnce,
         now: Callable[[], Moment],
+        before_fetch: Callable[[web.Request], None],
     ) -> None:
-        """`issuer`: the audience of assertions. `now`: the clock."""
+        """`issuer`: the audience of assertions. `now`: the clock. `before_fetch`: see `Clients.judge`."""
         self._clients = clients
         self._documents = documents
         self._issuer = issuer
         self._use_once = use_once
         self._now = now
+        self._before_fetch = before_fetch
 
-    async def authenticate(
-        self, form: Mapping[str, str], request: web.Request, *, before_fetch: Callable[[], None] = lambda: None
-    ) -> Client:
-        """The authenticated client, or a public one that presents its id. `before_fetch`: see `Clients.judge`.
+    async def authenticate(self, form: Mapping[str, str], request: web.Request) -> Client:
+        """The authenticated client, or a public one that presents its id.
 
         Raises OAuthError: `invalid_request` for two methods at once, `invalid_client` for an unknown or disabled client
         and for a failed authentication, `temporarily_unavailable` if its keys cannot be fetched. Raises StoreUnavailable.
@@ -87,7 +87,7 @@ class ClientAuthentication:
             raise shown.invalid(refusal.detail) from refusal
         request[CLIENT] = client.row_id
         if shown.assertion is not None:
-            await self._check_assertion(client, shown, shown.assertion, before_fetch)
+            await self._check_assertion(client, shown, shown.assertion, lambda: self._before_fetch(request))
         else:
             _check_without_assertion(client, shown, request.get(PEER_CERTIFICATE))
         return client

@@ -5,11 +5,16 @@ from __future__ import annotations
 import ssl
 from typing import NamedTuple
 
+from aiohttp import web
+
 from keyproxy.authorize.clients.authentication import ClientAuthentication, UseOnce
 from keyproxy.authorize.clients.client_directory import Clients
 from keyproxy.authorize.clients.document_fetcher import DocumentFetcher, Resolve
 from keyproxy.authorize.clients.documents import Documents
 from keyproxy.authorize.context import Context
+from keyproxy.authorize.endpoint import ADDRESS
+from keyproxy.authorize.rate_limits import Rate
+from keyproxy.authorize.responses import too_many_requests
 from keyproxy.config.oauth.client_rules import client_policy, document_networks
 from keyproxy.config.oauth.oauth_settings import OAuthSettings
 from keyproxy.oauth.client_policy import ClientPolicy
@@ -38,7 +43,15 @@ def client_parts(context: Context, use_once: UseOnce, *, resolve: Resolve | None
 
     documents = Documents(policy, fetcher, now=context.now, count=count)
     clients = Clients(policy, ClientRows(context.database), documents)
-    authentication = ClientAuthentication(clients, documents, issuer=oauth.issuer, use_once=use_once, now=context.now)
+
+    def limit(request: web.Request) -> None:
+        seconds = context.rate_limits.count(Rate.NEW_DOCUMENTS, request.get(ADDRESS, ""))
+        if seconds:
+            raise too_many_requests(seconds)
+
+    authentication = ClientAuthentication(
+        clients, documents, issuer=oauth.issuer, use_once=use_once, now=context.now, before_fetch=limit
+    )
     return ClientParts(policy, clients, authentication)
 
 

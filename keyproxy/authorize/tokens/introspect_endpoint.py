@@ -14,7 +14,7 @@ from aiohttp import web
 
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.authorize.clients.authentication import ClientAuthentication
-from keyproxy.authorize.endpoint import CLIENT, TOKEN, USER, Endpoint
+from keyproxy.authorize.endpoint import TOKEN, USER, Endpoint
 from keyproxy.authorize.form import form_of
 from keyproxy.authorize.rate_limits import Rate
 from keyproxy.authorize.responses import json_response
@@ -65,7 +65,6 @@ class IntrospectEndpoint:
         bearer = _bearer(request)
         if bearer is None:
             client = await self._authentication.authenticate(form, request)
-            request[CLIENT] = client.row_id
             if client.kind is not ClientKind.REGISTERED or client.auth_method is AuthMethod.NONE:
                 raise OAuthError("invalid_client", "Only confidential clients may introspect tokens.", status=401)
             reader = TokenReader(client_row=client.row_id)

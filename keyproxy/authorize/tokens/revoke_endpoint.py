@@ -5,7 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from keyproxy.authorize.clients.authentication import ClientAuthentication
-from keyproxy.authorize.endpoint import CLIENT, USER, Endpoint
+from keyproxy.authorize.endpoint import USER, Endpoint
 from keyproxy.authorize.form import form_of
 from keyproxy.authorize.rate_limits import Rate
 from keyproxy.authorize.responses import json_response
@@ -36,7 +36,6 @@ class RevokeEndpoint:
         """Handle a request. Raises OAuthError and StoreUnavailable."""
         form = await form_of(request)
         client = await self._authentication.authenticate(form, request)
-        request[CLIENT] = client.row_id
         token = form.get("token")
         if token is None:
             raise OAuthError("invalid_request", "'token' is missing.")

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.authorize.clients.authentication import ClientAuthentication
-from keyproxy.authorize.endpoint import CLIENT, GRANT_TYPE, PEER_CERTIFICATE, USER, Endpoint
+from keyproxy.authorize.endpoint import GRANT_TYPE, PEER_CERTIFICATE, USER, Endpoint
 from keyproxy.authorize.form import form_of
 from keyproxy.authorize.rate_limits import Rate
 from keyproxy.authorize.responses import json_response
@@ -60,7 +60,6 @@ class TokenEndpoint:
         if grant_type in self._exchanges:
             request[GRANT_TYPE] = grant_type
         client = await self._authentication.authenticate(form, request)
-        request[CLIENT] = client.row_id
         if grant_type is None:
             raise OAuthError("invalid_request", "'grant_type' is missing.")
         exchange = self._exchanges.get(grant_type)

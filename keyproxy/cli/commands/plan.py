@@ -14,7 +14,7 @@ from keyproxy.limits.plan import LIMIT_MAX, NO_LIMITS, REQUEST_RATE, SPEND, Inva
 from keyproxy.limits.plans.plan_changes import Change, change_to, changed_plan, differences, plan_warnings, removal_of
 from keyproxy.store.directory.directory import Entity
 
-_COLUMNS: Final = ("id", "limits", "tenants", "users", "keys", "agents")
+_COLUMNS: Final = ("id", "limits", "tenants", "users", "keys", "agents", "grants")
 
 #: Removes a limit.
 _NONE: Final = "none"

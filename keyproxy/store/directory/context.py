@@ -45,6 +45,7 @@ _RULES: Final = (
     (re.compile(r"window_credits_reason_check"), "a reason has 1 to 500 characters"),
     (re.compile(r"window_credits_bound"), "a limit and its credits together must stay from 0 to 10^15"),
     (re.compile(r"approvals_reason_check"), "a reason has at most 500 characters"),
+    (re.compile(r"oauth_subjects_\w+_check"), "an issuer and a subject have 1 to 1000 bytes"),
     (
         re.compile(r"api_keys_scopes_check|roles_scopes_check"),
         "a scope is one word such as jobs:write, without wildcards, and a key or role has at most 64 of them",
@@ -166,8 +167,8 @@ class DirectoryContext:
 
     def _visible(self, kind: str, entity_id: str, row: Row | None) -> Entity:
         entity = None if row is None else ENTITIES[kind](row)
-        # Plans and roles are shared by all tenants.
-        is_visible = kind in ("plan", "role") or (
+        # Plans, roles and clients are shared by all tenants.
+        is_visible = kind in ("plan", "role", "client") or (
             entity is not None and self.includes_tenant(entity["id" if kind == "tenant" else "tenant"])
         )
         if entity is None or not is_visible:

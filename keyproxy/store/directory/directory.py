@@ -10,6 +10,7 @@ Each kind of entity has its own object, and all share one context. The command l
 from __future__ import annotations
 
 from keyproxy.auth.api_key import KeyFormat
+from keyproxy.config.schema import Settings
 from keyproxy.config.tools.tool_settings import ApprovalSettings
 from keyproxy.store.directory.access.owned_ids import OwnedIdStore
 from keyproxy.store.directory.access.prompts import PromptTemplateStore
@@ -37,6 +38,11 @@ from keyproxy.store.directory.import_keys import ImportedKey, ImportReport, KeyI
 from keyproxy.store.directory.key_batches import KeyBatches, Revocation
 from keyproxy.store.directory.keys import KeyFilter, KeyStore
 from keyproxy.store.directory.leaked_keys import LeakedKeys
+from keyproxy.store.directory.oauth.client_wish import OAuthClientWish
+from keyproxy.store.directory.oauth.grants import OAuthGrantStore
+from keyproxy.store.directory.oauth.oauth_clients import OAuthClientStore
+from keyproxy.store.directory.oauth.sessions import OAuthSessionStore
+from keyproxy.store.directory.oauth.subjects import OAuthSubjectStore
 from keyproxy.store.directory.plans import PlanStore
 from keyproxy.store.directory.provider_keys.provider_keys import ProviderKeyStore, SecretHandler
 from keyproxy.store.postgres.database import StatementRunner
@@ -60,6 +66,7 @@ __all__ = [
     "KeyWish",
     "NotFound",
     "NotPermitted",
+    "OAuthClientWish",
     "Outdated",
     "Revocation",
     "TooManyTokens",
@@ -80,11 +87,14 @@ class Directory:
         mint: OperatorMint | None = None,
         approvals: ApprovalSettings | None = None,
         secrets: SecretHandler | None = None,
+        settings: Settings | None = None,
     ) -> None:
         """`tenant_id`: the tenant that this directory is bound to; None: it is not bound. `mint`: for `agent_tokens`.
 
         `approvals`: for how long decisions on approvals are valid. `secrets`: for `provider_keys`.
+        `settings`: for `oauth_clients` and `oauth_subjects`.
         """
+        settings = settings or Settings()
         context = DirectoryContext(database, key_format, actor, tenant_id)
         self.tenants = TenantStore(context)
         self.users = UserStore(context)
@@ -102,4 +112,8 @@ class Directory:
         self.prompts = PromptTemplateStore(context)
         self.provider_keys = ProviderKeyStore(context, secrets)
         self.credits = CreditStore(context)
+        self.oauth_clients = OAuthClientStore(context, settings)
+        self.oauth_grants = OAuthGrantStore(context)
+        self.oauth_sessions = OAuthSessionStore(context)
+        self.oauth_subjects = OAuthSubjectStore(context, settings)
         self.audit = AuditLog(context)

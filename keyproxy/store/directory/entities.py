@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 from keyproxy.auth.api_key import SecretKey
 from keyproxy.auth.base62 import ALPHABET
 from keyproxy.store.directory.errors import Invalid
+from keyproxy.store.directory.oauth.oauth_entities import OAUTH_ENTITIES
 from keyproxy.store.postgres.database import Row
 from keyproxy.store.postgres.json_values import read_json
 from keyproxy.store.postgres.times import time_text
@@ -36,6 +37,8 @@ _NOT_VERSIONED: Final = frozenset(
         "tenants",
         "agents",
         "tokens",
+        "grants",
+        "sessions",
         "state",
         "created",
         "changed",
@@ -171,6 +174,7 @@ def _plan(row: Row) -> Entity:
         "users": row["users"],
         "keys": row["keys"],
         "agents": row["agents"],
+        "grants": row["grants"],
     }
 
 
@@ -309,6 +313,7 @@ ENTITIES: Final = {
     "approval": _approval,
     "consent": _consent,
     "provider_key": _provider_key,
+    **OAUTH_ENTITIES,
 }
 
 #: The fields of each kind that can be changed.
@@ -317,4 +322,6 @@ CHANGEABLE: Final = {
     "user": frozenset({"plan", "test_plan", "roles", "disabled"}),
     "key": frozenset({"name", "plan", "scopes", "roles", "acts_for"}),
     "agent": frozenset({"plan", "roles", "disabled"}),
+    "client": frozenset({"disabled"}),
+    "grant": frozenset({"plan"}),
 }

@@ -1,4 +1,4 @@
-"""Look keys up by pasted text, a hint, an id or a name; revoke keys and agent tokens that have leaked."""
+"""Look keys up by pasted text, a hint, an id or a name; revoke keys, agent tokens and OAuth tokens that have leaked."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from keyproxy.model import KeyDigest
 from keyproxy.store.directory.context import DirectoryContext
 from keyproxy.store.directory.entities import ENTITIES, Entity
 from keyproxy.store.directory.errors import Invalid, NotFound
+from keyproxy.store.directory.oauth import leaked_secrets
+from keyproxy.store.directory.oauth.leaked_secrets import LeakedSecrets
 from keyproxy.store.identities import drf_api_keys
 from keyproxy.store.postgres.database import Row
 
@@ -33,10 +35,12 @@ _UNKNOWN: Final[Entity] = {"known": False, "revoked_now": False, "user": None, "
 
 
 class _Matches(NamedTuple):
-    """The ids of the keys and agent tokens of this store that are in a text, and the number of those it does not have."""
+    """The ids of the keys and agent tokens of this store that are in a text, the secrets of OAuth that are in it, and the
+    number of those that the store does not have."""
 
     keys: list[str]
     agent_tokens: list[str]
+    secrets: LeakedSecrets
     unknown: int
 
 
@@ -47,10 +51,11 @@ class LeakedKeys:
     _context: DirectoryContext
 
     async def report_digest(self, digest: bytes, reason: str) -> Entity:
-        """Revoke the leaked key or agent token with this SHA-256 digest (32 bytes), and return its owner.
+        """Revoke the leaked key or token with this SHA-256 digest (32 bytes), and return its owner.
 
-        `known`: whether there is one. `revoked_now`: whether this call revoked it. `key`: the key, None if it is an agent
-        token; only then there is `agent_token`.
+        `known`: whether there is one. `revoked_now`: whether this call revoked it. `key`: the key, None if it is
+        something else: an `agent_token`; an OAuth token, with `session`, which ends, and `client`; or the secret of a
+        `client`, which is not disabled.
         """
         if len(digest) != 32:
             raise Invalid("the digest of a key must have 32 bytes (64 hexadecimal digits)")
@@ -59,6 +64,11 @@ class LeakedKeys:
             tokens = await self._context.fetch("agent_tokens_of_digests", [digest], self._context.tenant_id)
             if tokens:
                 return await self._revoke("agent_token", tokens[0], reason)
+            secrets = await leaked_secrets.find(self._context, [KeyDigest(digest)])
+            if secrets.digests:
+                async with self._context.transaction() as transaction:
+                    leaks = await leaked_secrets.end(transaction, secrets)
+                return _UNKNOWN | ({"known": True, **leaks[0]} if leaks else {})
         return await self._revoke("key", row, reason)
 
     async def report_key(self, key: SecretKey, reason: str) -> Entity:
@@ -93,11 +103,12 @@ class LeakedKeys:
         }
 
     async def report_text(self, text: bytes, reason: str) -> Entity:
-        """Revoke every key and agent token in a text, in any notation. Raises Invalid if the text is too long.
+        """Revoke every key and token in a text, in any notation. Raises Invalid if the text is too long.
 
-        `found`: the keys (`key`, `user`, `tenant`, `revoked_now`) and the tokens, which also have the member
-        `agent_token`; their `key` is the one that they were cut from, which is not revoked. `incomplete`: the number of
-        truncated ones. `unknown`: the number of those that are not in this store.
+        `found`: the keys (`key`, `user`, `tenant`, `revoked_now`) and the agent tokens, which also have the member
+        `agent_token`; their `key` is the one that they were cut from, which is not revoked. An OAuth token has `session`
+        and `client` in place of `key`: the session ends. The secret of a client has `client`, which is not disabled.
+        `incomplete`: the number of truncated ones. `unknown`: the number of those that are not in this store.
         """
         scan = await self._scan(text)
         matches = await self._matched(scan)
@@ -110,8 +121,12 @@ class LeakedKeys:
             revoked = {row["id"] for row in rows}
             shown = [("key", await transaction.fetch_row("key", key_id)) for key_id in matches.keys]
             shown += [("agent_token", await transaction.fetch_row("agent_token", one)) for one in matches.agent_tokens]
+            of_oauth = await leaked_secrets.end(transaction, matches.secrets)
         return {
-            "found": [_leak(kind, ENTITIES[kind](row), revoked) for kind, row in shown if row is not None],
+            "found": [
+                *(_leak(kind, ENTITIES[kind](row), revoked) for kind, row in shown if row is not None),
+                *of_oauth,
+            ],
             "incomplete": scan.incomplete,
             "unknown": matches.unknown,
         }
@@ -153,11 +168,14 @@ class LeakedKeys:
         presented = {token.digest() for token in scan.agent_tokens}
         candidates_of_tokens = dict.fromkeys((*presented, *map(KeyDigest, scan.digests)))
         tokens = await self._ids_of(list(candidates_of_tokens), "agent_tokens_of_digests")
-        meant = {secret.digest() for secret in (*scan.keys, *scan.presented)} | presented
-        if not secrets and not presented and len(scan.digests) == 1:
+        of_oauth = {secret.digest() for secret in scan.oauth_secrets}
+        leaked = await leaked_secrets.find(self._context, [*of_oauth, *map(KeyDigest, scan.digests)])
+        meant = {secret.digest() for secret in (*scan.keys, *scan.presented)} | presented | of_oauth
+        if not secrets and not presented and not of_oauth and len(scan.digests) == 1:
             meant |= set(digests)
-        unknown = scan.admin_tokens + sum(digest not in ids and digest not in tokens for digest in meant)
-        return _Matches(list(dict.fromkeys(ids.values())), list(dict.fromkeys(tokens.values())), unknown)
+        known = ids.keys() | tokens.keys() | leaked.digests
+        unknown = scan.admin_tokens + len(meant - known)
+        return _Matches(list(dict.fromkeys(ids.values())), list(dict.fromkeys(tokens.values())), leaked, unknown)
 
     async def _ids_of(self, digests: list[KeyDigest], statement: str = "keys_of_digests") -> dict[KeyDigest, str]:
         ids: dict[KeyDigest, str] = {}

@@ -64,7 +64,7 @@ class PlanStore:
         return {**plan, "created": created, "changed": changed, "previous": None if created else before}
 
     async def get(self, name: str) -> Entity:
-        """Return one plan, with its limits and the numbers of its tenants, users, keys and agents."""
+        """Return one plan, with its limits and the numbers of its tenants, users, keys, agents and grants."""
         return await self._context.get("plan", name)
 
     async def list_by_id(self, after: str, limit: int) -> list[Entity]:
@@ -72,7 +72,7 @@ class PlanStore:
         return await self._context.list_entities("plan", "plans", after, limit)
 
     async def delete(self, name: str, *, if_match: str | None = None) -> Entity:
-        """Delete a plan. Raises Conflict if it is assigned to a tenant, user, key or agent."""
+        """Delete a plan. Raises Conflict if it is assigned to a tenant, user, key, agent or grant."""
         self._context.require_unbound("delete a plan")
         try:
             return await self._context.delete("plan", name, if_match)
@@ -80,7 +80,7 @@ class PlanStore:
             if not error.constraint.endswith("plan_id_fkey"):
                 raise
             plan = await self.get(name)
-            counts = ((kind, plan[f"{kind}s"]) for kind in ("tenant", "user", "key", "agent"))
+            counts = ((kind, plan[f"{kind}s"]) for kind in ("tenant", "user", "key", "agent", "grant"))
             uses = " and ".join(f"{count} {kind}{'s' * (count != 1)}" for kind, count in counts if count)
             raise Conflict(
                 f"plan {name!r} is assigned to {uses or 'other objects'}: assign another plan first"

@@ -6,7 +6,7 @@ A consent is one transaction: the row of the client, the grant and the code exis
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Final
@@ -79,18 +79,19 @@ class Consented:
 class Authorizations:
     """The operations of browser logins. All methods raise StoreUnavailable."""
 
-    def __init__(self, database: StatementRunner) -> None:
+    def __init__(self, database: StatementRunner, now: Callable[[], datetime] | None = None) -> None:
+        """`now`: a clock in place of the database's, from which a code lives."""
         self._database = database
+        self._now = now
 
     async def key(self, digest: bytes) -> Row | None:
         """The key of a login, None if there is none with this digest."""
         rows = await self._database.fetch("login_key", digest)
         return rows[0] if rows else None
 
-    async def consent(
-        self, client: Client, user: ConsentingUser, code: NewCode, *, now: datetime | None = None
-    ) -> Consented:
-        """Store the client, the grant and the code. `now`: None for the time of the database. Raises ConsentRefused."""
+    async def consent(self, client: Client, user: ConsentingUser, code: NewCode) -> Consented:
+        """Store the client, the grant and the code. Raises ConsentRefused."""
+        now = None if self._now is None else self._now()
         try:
             async with self._acting(user.user_id) as transaction:
                 code = replace(code, scopes=await self._permitted(transaction, user, code.scopes))

@@ -18,9 +18,9 @@ from keyproxy.auth.api_key import ENTROPY_BYTES, KeyFormat
 from keyproxy.config.oauth.oauth_settings import OAuthSettings
 from keyproxy.oauth.client import Client
 from keyproxy.oauth.oauth_error import OAuthError
-from keyproxy.oauth.refresh_verdict import RefreshUse, RefreshVerdict, judge_refresh
 from keyproxy.store.directory.entities import random_digits
 from keyproxy.store.oauth import token_rules
+from keyproxy.store.oauth.refresh_verdict import RefreshUse, RefreshVerdict, judge_refresh
 from keyproxy.store.oauth.token_values import (
     AccessTokenState,
     CodeExchange,

@@ -937,12 +937,13 @@ INSERT INTO keyproxy.plans (id, limits) VALUES ($1, $2::text::jsonb) ON CONFLICT
 UPDATE keyproxy.plans SET limits = $2::text::jsonb WHERE id = $1;
 
 -- name: plan
--- The plan with the numbers of tenants, users, keys and agents that have it. Needs: the plan_id indexes.
+-- The plan with the numbers of tenants, users, keys, agents and grants that have it. Needs: the plan_id indexes.
 SELECT p.id, p.limits::text AS limits, p.created_at,
        (SELECT count(*) FROM keyproxy.tenants AS t WHERE p.id IN (t.plan_id, t.test_plan_id)) AS tenants,
        (SELECT count(*) FROM keyproxy.users AS u WHERE p.id IN (u.plan_id, u.test_plan_id)) AS users,
        (SELECT count(*) FROM keyproxy.api_keys AS k WHERE k.plan_id = p.id) AS keys,
-       (SELECT count(*) FROM keyproxy.agents AS a WHERE a.plan_id = p.id) AS agents
+       (SELECT count(*) FROM keyproxy.agents AS a WHERE a.plan_id = p.id) AS agents,
+       (SELECT count(*) FROM keyproxy.oauth_grants AS g WHERE g.plan_id = p.id) AS grants
 FROM keyproxy.plans AS p
 WHERE p.id = $1;
 
@@ -952,7 +953,8 @@ SELECT p.id, p.limits::text AS limits, p.created_at,
        (SELECT count(*) FROM keyproxy.tenants AS t WHERE p.id IN (t.plan_id, t.test_plan_id)) AS tenants,
        (SELECT count(*) FROM keyproxy.users AS u WHERE p.id IN (u.plan_id, u.test_plan_id)) AS users,
        (SELECT count(*) FROM keyproxy.api_keys AS k WHERE k.plan_id = p.id) AS keys,
-       (SELECT count(*) FROM keyproxy.agents AS a WHERE a.plan_id = p.id) AS agents
+       (SELECT count(*) FROM keyproxy.agents AS a WHERE a.plan_id = p.id) AS agents,
+       (SELECT count(*) FROM keyproxy.oauth_grants AS g WHERE g.plan_id = p.id) AS grants
 FROM keyproxy.plans AS p
 WHERE p.id > $1
 ORDER BY p.id
@@ -1052,13 +1054,20 @@ WHERE k.id = ANY ($1::text[]) AND k.acts_for <> 'none' AND k.plan_id IS NULL
 ORDER BY t.id;
 
 -- name: authority_of_key
--- What the key $1 has, and what the ceilings of its user and tenant allow; null: there is no ceiling.
+-- What the key or OAuth session $1 has, and what the ceilings of its user and tenant allow; null: there is no ceiling.
 SELECT k.scopes AS key_scopes, k.roles, keyproxy.scopes_of_roles(u.roles) AS user_ceiling,
        keyproxy.scopes_of_roles(t.roles) AS tenant_ceiling
 FROM keyproxy.api_keys AS k
 JOIN keyproxy.users AS u ON u.id = k.user_id
 JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
-WHERE k.id = $1;
+WHERE k.id = $1
+UNION ALL
+SELECT s.scopes, '{}', keyproxy.scopes_of_roles(u.roles), keyproxy.scopes_of_roles(t.roles)
+FROM keyproxy.oauth_sessions AS s
+JOIN keyproxy.oauth_grants AS g ON g.id = s.grant_id
+JOIN keyproxy.users AS u ON u.id = g.user_id
+JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
+WHERE s.id = $1;
 
 -- name: add_owned
 -- No row if the id has an owner.
@@ -1253,13 +1262,19 @@ LEFT JOIN keyproxy.plans AS p ON p.id = CASE WHEN $2 THEN coalesce(u.test_plan_i
 WHERE u.id = $1;
 
 -- name: limits_of_key_pool
--- As limits_of_tenant_pool, of the key $1, which shares its pool with the keys that it replaces. $2 has no effect: a key has
--- one mode.
+-- As limits_of_tenant_pool, of the key $1, which shares its pool with the keys that it replaces, or of the OAuth grant or
+-- session $1. $2 has no effect: each has one mode. Needs: api_keys (id), oauth_grants (id), oauth_sessions (id).
 SELECT coalesce(k.lineage, k.id) AS pool_id, u.tenant_id, k.is_test, p.limits
 FROM keyproxy.api_keys AS k
 JOIN keyproxy.users AS u ON u.id = k.user_id
 LEFT JOIN keyproxy.plans AS p ON p.id = k.plan_id
-WHERE k.id = $1 AND $2::bool IS NOT NULL;
+WHERE k.id = $1 AND $2::bool IS NOT NULL
+UNION ALL
+SELECT g.id, u.tenant_id, g.is_test, p.limits
+FROM keyproxy.oauth_grants AS g
+JOIN keyproxy.users AS u ON u.id = g.user_id
+LEFT JOIN keyproxy.plans AS p ON p.id = g.plan_id
+WHERE g.id = coalesce((SELECT s.grant_id FROM keyproxy.oauth_sessions AS s WHERE s.id = $1), $1);
 
 -- name: create_admin_token
 INSERT INTO keyproxy.admin_tokens (id, digest, hint, name, scopes, tenant_id, expires_at)
@@ -1394,8 +1409,12 @@ SELECT (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM keyproxy.usag
        pg_snapshot_xmax(pg_current_snapshot())::text AS not_begun;
 
 -- name: digest_of_key
--- The digest of a key, the parameter of identities_by_digest.
-SELECT k.digest FROM keyproxy.api_keys AS k WHERE k.id = $1;
+-- The digest of a key, or of the newest access token of an OAuth session: the parameter of identities_by_digest.
+-- Needs: api_keys (id), oauth_access_tokens (session_id, expires_at).
+SELECT k.digest FROM keyproxy.api_keys AS k WHERE k.id = $1
+UNION ALL (
+    SELECT a.digest FROM keyproxy.oauth_access_tokens AS a WHERE a.session_id = $1 ORDER BY a.expires_at DESC LIMIT 1
+);
 
 -- name: digest_of_agent_token
 -- The digest of an agent token, the parameter of agent_token_identities.
@@ -1944,6 +1963,235 @@ WITH ended AS (
 )
 SELECT (SELECT count(*) FROM ended)::int AS grants,
        (SELECT count(*) FROM keyproxy.oauth_sessions AS s WHERE s.grant_id IN (SELECT e.id FROM ended AS e))::int AS sessions;
+-- name: client
+-- The client with the number of its grants and the users of its service grants. Needs: oauth_clients (id), oauth_grants
+-- (client_id).
+SELECT c.id, c.client_id, c.kind, c.name, c.redirect_uris, c.auth_method, c.jwks::text AS jwks, c.tls_subject, c.created_at,
+       c.disabled_at,
+       (SELECT count(*) FROM keyproxy.oauth_grants AS g WHERE g.client_id = c.id) AS grants,
+       ARRAY(SELECT g.user_id FROM keyproxy.oauth_grants AS g WHERE g.client_id = c.id AND g.is_service ORDER BY g.user_id)
+           AS users
+FROM keyproxy.oauth_clients AS c
+WHERE c.id = $1;
+
+-- name: clients
+-- As client, in the order of ids, after $1, at most $2; of one kind $3, if not null.
+SELECT c.id, c.client_id, c.kind, c.name, c.redirect_uris, c.auth_method, c.jwks::text AS jwks, c.tls_subject, c.created_at,
+       c.disabled_at,
+       (SELECT count(*) FROM keyproxy.oauth_grants AS g WHERE g.client_id = c.id) AS grants,
+       ARRAY(SELECT g.user_id FROM keyproxy.oauth_grants AS g WHERE g.client_id = c.id AND g.is_service ORDER BY g.user_id)
+           AS users
+FROM keyproxy.oauth_clients AS c
+WHERE c.id > $1 AND ($3::text IS NULL OR c.kind = $3)
+ORDER BY c.id
+LIMIT $2;
+
+-- name: hold_client
+SELECT c.id FROM keyproxy.oauth_clients AS c WHERE c.id = $1 FOR NO KEY UPDATE;
+
+-- name: add_client
+-- No row if there is one with this id. $3: the kind, $6: how it authenticates.
+INSERT INTO keyproxy.oauth_clients
+    (id, client_id, kind, name, redirect_uris, auth_method, secret_digest, jwks, tls_subject)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8::text::jsonb, $9)
+ON CONFLICT (id) DO NOTHING
+RETURNING id;
+
+-- name: change_client
+-- As change_tenant.
+UPDATE keyproxy.oauth_clients AS c
+SET disabled_at = CASE
+        WHEN w.change -> 'disabled' = 'true' THEN coalesce(c.disabled_at, now())
+        WHEN w.change -> 'disabled' = 'false' THEN NULL
+        ELSE c.disabled_at
+    END
+FROM (SELECT $2::text::jsonb AS change) AS w
+WHERE c.id = $1;
+
+-- name: delete_client
+DELETE FROM keyproxy.oauth_clients WHERE id = $1;
+
+-- name: add_service_grant
+-- The grant $1 with which the client $3 gets tokens for the user $2 by itself.
+INSERT INTO keyproxy.oauth_grants (id, user_id, client_id, resource, scopes, is_test, is_service)
+VALUES ($1, $2, $3, $4, $5, $6, true);
+
+-- name: grant
+-- Needs: oauth_grants (id), users (id), oauth_clients (id), oauth_sessions (grant_id).
+SELECT g.id, g.user_id, u.tenant_id, g.client_id, c.name AS client_name, g.resource, g.scopes, g.is_test, g.is_service,
+       g.plan_id, g.granted_at,
+       (SELECT count(*) FROM keyproxy.oauth_sessions AS s WHERE s.grant_id = g.id) AS sessions
+FROM keyproxy.oauth_grants AS g
+JOIN keyproxy.users AS u ON u.id = g.user_id
+JOIN keyproxy.oauth_clients AS c ON c.id = g.client_id
+WHERE g.id = $1;
+
+-- name: grants
+-- As grant, in the order of ids, after $1, at most $2; of one tenant $3, if not null.
+SELECT g.id, g.user_id, u.tenant_id, g.client_id, c.name AS client_name, g.resource, g.scopes, g.is_test, g.is_service,
+       g.plan_id, g.granted_at,
+       (SELECT count(*) FROM keyproxy.oauth_sessions AS s WHERE s.grant_id = g.id) AS sessions
+FROM keyproxy.oauth_grants AS g
+JOIN keyproxy.users AS u ON u.id = g.user_id
+JOIN keyproxy.oauth_clients AS c ON c.id = g.client_id
+WHERE g.id > $1 AND ($3::text IS NULL OR u.tenant_id = $3)
+ORDER BY g.id
+LIMIT $2;
+
+-- name: grants_of_user
+-- As grant, those of the user $1 in the order of ids, after $2, at most $3. Needs: oauth_grants (user_id).
+SELECT g.id, g.user_id, u.tenant_id, g.client_id, c.name AS client_name, g.resource, g.scopes, g.is_test, g.is_service,
+       g.plan_id, g.granted_at,
+       (SELECT count(*) FROM keyproxy.oauth_sessions AS s WHERE s.grant_id = g.id) AS sessions
+FROM keyproxy.oauth_grants AS g
+JOIN keyproxy.users AS u ON u.id = g.user_id
+JOIN keyproxy.oauth_clients AS c ON c.id = g.client_id
+WHERE g.user_id = $1 AND g.id > $2
+ORDER BY g.id
+LIMIT $3;
+
+-- name: hold_grant
+SELECT g.id FROM keyproxy.oauth_grants AS g WHERE g.id = $1 FOR NO KEY UPDATE;
+
+-- name: change_grant
+-- As change_tenant.
+UPDATE keyproxy.oauth_grants AS g
+SET plan_id = CASE WHEN w.change ? 'plan' THEN w.change ->> 'plan' ELSE g.plan_id END
+FROM (SELECT $2::text::jsonb AS change) AS w
+WHERE g.id = $1;
+
+-- name: delete_grant
+DELETE FROM keyproxy.oauth_grants WHERE id = $1;
+
+-- name: delete_grants_of_user
+-- At most $2. Needs: oauth_grants (user_id).
+DELETE FROM keyproxy.oauth_grants AS g
+WHERE g.id = ANY (ARRAY(SELECT o.id FROM keyproxy.oauth_grants AS o WHERE o.user_id = $1 ORDER BY o.id LIMIT $2))
+RETURNING g.id;
+
+-- name: count_grants_of_user
+-- Needs: oauth_grants (user_id).
+SELECT count(*) AS grants FROM keyproxy.oauth_grants AS g WHERE g.user_id = $1;
+
+-- name: session
+-- Needs: oauth_sessions (id), oauth_grants (id), users (id), oauth_clients (id).
+SELECT s.id, s.grant_id, g.user_id, u.tenant_id, g.client_id, c.name AS client_name, s.presented_as, s.scopes, g.is_test,
+       s.via_key, s.via_issuer, s.via_subject, s.created_at, s.expires_at, s.last_used_at
+FROM keyproxy.oauth_sessions AS s
+JOIN keyproxy.oauth_grants AS g ON g.id = s.grant_id
+JOIN keyproxy.users AS u ON u.id = g.user_id
+JOIN keyproxy.oauth_clients AS c ON c.id = g.client_id
+WHERE s.id = $1;
+
+-- name: sessions
+-- As session, in the order of ids, after $1, at most $2; of one tenant $3, if not null.
+SELECT s.id, s.grant_id, g.user_id, u.tenant_id, g.client_id, c.name AS client_name, s.presented_as, s.scopes, g.is_test,
+       s.via_key, s.via_issuer, s.via_subject, s.created_at, s.expires_at, s.last_used_at
+FROM keyproxy.oauth_sessions AS s
+JOIN keyproxy.oauth_grants AS g ON g.id = s.grant_id
+JOIN keyproxy.users AS u ON u.id = g.user_id
+JOIN keyproxy.oauth_clients AS c ON c.id = g.client_id
+WHERE s.id > $1 AND ($3::text IS NULL OR u.tenant_id = $3)
+ORDER BY s.id
+LIMIT $2;
+
+-- name: sessions_of_user
+-- As session, those of the user $1 in the order of ids, after $2, at most $3. Needs: oauth_grants (user_id),
+-- oauth_sessions (grant_id).
+SELECT s.id, s.grant_id, g.user_id, u.tenant_id, g.client_id, c.name AS client_name, s.presented_as, s.scopes, g.is_test,
+       s.via_key, s.via_issuer, s.via_subject, s.created_at, s.expires_at, s.last_used_at
+FROM keyproxy.oauth_sessions AS s
+JOIN keyproxy.oauth_grants AS g ON g.id = s.grant_id
+JOIN keyproxy.users AS u ON u.id = g.user_id
+JOIN keyproxy.oauth_clients AS c ON c.id = g.client_id
+WHERE g.user_id = $1 AND s.id > $2
+ORDER BY s.id
+LIMIT $3;
+
+-- name: hold_session
+SELECT s.id FROM keyproxy.oauth_sessions AS s WHERE s.id = $1 FOR NO KEY UPDATE;
+
+-- name: delete_session
+DELETE FROM keyproxy.oauth_sessions WHERE id = $1;
+
+-- name: delete_sessions
+-- Of the user $1, the tenant $2, where not null; at most $3. Needs: oauth_sessions (id); for a user: oauth_grants
+-- (user_id), oauth_sessions (grant_id).
+DELETE FROM keyproxy.oauth_sessions AS s
+WHERE s.id = ANY (ARRAY(
+    SELECT o.id
+    FROM keyproxy.oauth_sessions AS o
+    JOIN keyproxy.oauth_grants AS g ON g.id = o.grant_id
+    JOIN keyproxy.users AS u ON u.id = g.user_id
+    WHERE ($1::text IS NULL OR g.user_id = $1) AND ($2::text IS NULL OR u.tenant_id = $2)
+    ORDER BY o.id
+    LIMIT $3
+    FOR UPDATE OF o
+))
+RETURNING s.id;
+
+-- name: count_sessions
+-- As delete_sessions.
+SELECT count(*) AS sessions
+FROM keyproxy.oauth_sessions AS s
+JOIN keyproxy.oauth_grants AS g ON g.id = s.grant_id
+JOIN keyproxy.users AS u ON u.id = g.user_id
+WHERE ($1::text IS NULL OR g.user_id = $1) AND ($2::text IS NULL OR u.tenant_id = $2);
+
+-- name: sessions_of_secrets
+-- The sessions of the access and refresh tokens with one of the digests $1; of one tenant $2, if not null. Also of tokens that
+-- have expired or were used: they show which session has leaked.
+-- Needs: oauth_access_tokens (digest), oauth_refresh_tokens (digest), oauth_sessions (id), oauth_grants (id), users (id).
+SELECT t.digest, s.id
+FROM (
+    SELECT a.digest, a.session_id FROM keyproxy.oauth_access_tokens AS a WHERE a.digest = ANY($1::bytea[])
+    UNION ALL
+    SELECT r.digest, r.session_id FROM keyproxy.oauth_refresh_tokens AS r WHERE r.digest = ANY($1::bytea[])
+) AS t
+JOIN keyproxy.oauth_sessions AS s ON s.id = t.session_id
+JOIN keyproxy.oauth_grants AS g ON g.id = s.grant_id
+JOIN keyproxy.users AS u ON u.id = g.user_id
+WHERE $2::text IS NULL OR u.tenant_id = $2
+ORDER BY s.id;
+
+-- name: clients_of_secrets
+-- The clients whose secret has one of the digests $1, with the user of a service grant; of one tenant $2, if not null. Reads
+-- all clients, since only operators run this, and rarely. Needs: oauth_grants (client_id), users (id).
+SELECT DISTINCT ON (c.id) c.secret_digest AS digest, c.id, g.user_id, u.tenant_id
+FROM keyproxy.oauth_clients AS c
+LEFT JOIN keyproxy.oauth_grants AS g ON g.client_id = c.id AND g.is_service
+LEFT JOIN keyproxy.users AS u ON u.id = g.user_id
+WHERE c.secret_digest = ANY($1::bytea[]) AND ($2::text IS NULL OR u.tenant_id = $2)
+ORDER BY c.id, g.resource;
+
+-- name: add_subject
+-- Links the subject $2 of the issuer $1 to the user $3. No row if it is linked.
+INSERT INTO keyproxy.oauth_subjects (issuer, subject, user_id) VALUES ($1, $2, $3)
+ON CONFLICT (issuer, subject) DO NOTHING
+RETURNING subject;
+
+-- name: subject
+-- Needs: oauth_subjects (issuer, subject), users (id).
+SELECT o.issuer, o.subject, o.user_id, u.tenant_id, o.created_at
+FROM keyproxy.oauth_subjects AS o
+JOIN keyproxy.users AS u ON u.id = o.user_id
+WHERE o.issuer = $1 AND o.subject = $2;
+
+-- name: hold_subject
+SELECT o.subject FROM keyproxy.oauth_subjects AS o WHERE o.issuer = $1 AND o.subject = $2 FOR UPDATE;
+
+-- name: subjects
+-- In the order of issuer and subject, after the issuer $1 and subject $2, at most $3; of the user $4, the tenant $5, where
+-- not null. Needs: oauth_subjects (issuer, subject), oauth_subjects (user_id).
+SELECT o.issuer, o.subject, o.user_id, u.tenant_id, o.created_at
+FROM keyproxy.oauth_subjects AS o
+JOIN keyproxy.users AS u ON u.id = o.user_id
+WHERE (o.issuer, o.subject) > ($1, $2) AND ($4::text IS NULL OR o.user_id = $4) AND ($5::text IS NULL OR u.tenant_id = $5)
+ORDER BY o.issuer, o.subject
+LIMIT $3;
+
+-- name: delete_subject
+DELETE FROM keyproxy.oauth_subjects WHERE issuer = $1 AND subject = $2;
 
 -- name: hold_oauth_code
 -- Locks the authorization code with the digest $1; its grant first, in the order of a deletion.
@@ -2198,3 +2446,9 @@ FROM (
 JOIN keyproxy.oauth_grants AS g ON g.id = issued.grant_id
 JOIN keyproxy.oauth_clients AS c ON c.id = g.client_id
 LIMIT 1;
+
+-- name: tend_oauth
+-- Deletes what has ended, at most $1 rows of each table: see the function. $2: the days of a grant without a session; $3: where
+-- the previous call has stopped; $4: the time, null: now.
+SELECT t.next, t.is_more, t.sessions
+FROM keyproxy.tend_oauth($1, $2, $3, coalesce($4::timestamptz, clock_timestamp())) AS t;

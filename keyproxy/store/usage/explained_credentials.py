@@ -1,19 +1,24 @@
-"""The credential that an explanation is about: a key, a key that acts for a user, or an agent token."""
+"""The credential that an explanation is about: a key, one that acts for a user, an agent token, or an OAuth session."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final, NamedTuple
 
+from keyproxy.auth.authorization import refused_delegation
 from keyproxy.model import Identity
 from keyproxy.store.directory.errors import Invalid, NotFound
 from keyproxy.store.identities.delegated_rows import acting_identity, token_identity
-from keyproxy.store.identities.identity_rows import identity_of
+from keyproxy.store.identities.identity_rows import NO_RESOURCES, TokenResources, identity_of
 from keyproxy.store.identities.lookup_batcher import UNUSABLE
 from keyproxy.store.postgres.database import Row, StatementRunner
 
 _MAY_NOT_ACT: Final = "The key acts for its owner only: see `key set-acts-for`."
+_SESSION_ID: Final = re.compile("ses_[0-9A-Za-z]{22}")
+_SESSION_MAY_NOT_ACT: Final = "An OAuth session acts for the user who has consented only."
 _MAY_NOT_ACT_FOR: Final = "The user does not exist, is disabled, or belongs to another tenant than the key."
 
 
@@ -29,18 +34,34 @@ class ExplainedCredential(NamedTuple):
 
 
 async def key_credential(
-    database: StatementRunner, key_id: str, act_for: str | None, header_prefix: str
+    database: StatementRunner,
+    key_id: str,
+    act_for: str | None,
+    header_prefix: str,
+    *,
+    resources: TokenResources = NO_RESOURCES,
 ) -> ExplainedCredential:
-    """A key, acting for a user if one is given. Raises NotFound, Invalid, StoreUnavailable."""
+    """A key, acting for a user if one is given; or an OAuth session, with the newest of its access tokens.
+
+    `resources`: what OAuth tokens must be for. Raises NotFound, Invalid, StoreUnavailable.
+    """
     digests = [row["digest"] for row in await database.fetch("digest_of_key", key_id)]
-    if act_for is None:
+    is_session = _SESSION_ID.fullmatch(key_id) is not None
+    if act_for is None or is_session:
         rows = await database.fetch("identities_by_digest", digests)
     else:
         rows = await database.fetch("acting_identities", digests, [act_for] * len(digests))
     authorities = await database.fetch("authority_of_key", key_id)
     if not rows or not authorities:
-        raise NotFound(f"there is no key {key_id!r}")
+        what = "no session with an access token" if is_session else "no key"
+        raise NotFound(f"there is {what} {key_id!r}")
     (row,), (authority,) = rows, authorities
+    if is_session:
+        identity = _built(partial(identity_of, resources=resources), row, header_prefix, f"session {key_id!r}")
+        shown = _shown(identity, authority)
+        if act_for is None:
+            return ExplainedCredential(identity, shown)
+        return ExplainedCredential(refused_delegation(identity), shown, _SESSION_MAY_NOT_ACT)
     identity = _built(identity_of if act_for is None else acting_identity, row, header_prefix, f"key {key_id!r}")
     if act_for is None:
         return ExplainedCredential(identity, _shown(identity, authority))

@@ -13,6 +13,7 @@ from keyproxy.config.schema import Settings
 from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.model import Moment
 from keyproxy.reasons import Reason, Refusal
+from keyproxy.store.identities.identity_rows import TokenResources
 from keyproxy.store.ledger.explain import Explanation, Question, explain_identity
 from keyproxy.store.postgres.database import Database
 from keyproxy.store.usage.explained_credentials import ExplainedCredential, key_credential, token_credential
@@ -45,9 +46,14 @@ class UsageService(UsageReader):
         return await windows_of_user(self._database, user_id, self._configured, is_test=is_test, now=self._now)
 
     async def explained(self, key_id: str, question: Question) -> dict[str, Any]:
-        """The decision on a request with this key, and the state of each limit. Nothing is charged or sent."""
+        """The decision on a request with this key or OAuth session, and the state of each limit.
+
+        Nothing is charged or sent.
+        """
         prefix = self._configured.identity.header_prefix
-        credential = await key_credential(self._database, key_id, question.act_for, prefix)
+        oauth = self._configured.oauth
+        resources = TokenResources(oauth.resource, oauth.test_resource)
+        credential = await key_credential(self._database, key_id, question.act_for, prefix, resources=resources)
         return await self._explained(credential, question)
 
     async def explained_token(self, token_id: str, question: Question) -> dict[str, Any]:

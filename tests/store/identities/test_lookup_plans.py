@@ -1,4 +1,4 @@
-"""The lookups of pairs, of agent tokens and of OAuth tokens read a bounded number of rows each, whatever the statistics are."""
+"""Lookups of credentials read a bounded number of rows each, whatever the statistics are."""
 
 from __future__ import annotations
 
@@ -37,9 +37,11 @@ SELECT 'agt_' || lpad(n::text, 20, '0') || '_' || d, sha256(('token ' || n || ' 
        now() + interval '10 minutes'
 FROM generate_series(1, $1::int) AS n, unnest('{0,1}'::int[]) AS d;
 INSERT INTO keyproxy.oauth_clients (id, client_id, kind)
-SELECT 'cli_' || left(encode(sha256(n::text::bytea), 'hex'), 32), n::text, 'document' FROM generate_series(1, $1::int) AS n;
+SELECT 'cli_' || left(encode(sha256(n::text::bytea), 'hex'), 32), n::text, 'document'
+FROM generate_series(1, $1::int) AS n;
 INSERT INTO keyproxy.oauth_grants (id, user_id, client_id, resource, scopes, plan_id)
-SELECT 'gra_' || lpad(n::text, 22, '0'), 'u_' || n, 'cli_' || left(encode(sha256(n::text::bytea), 'hex'), 32), 'r', '{a}', 'p'
+SELECT 'gra_' || lpad(n::text, 22, '0'), 'u_' || n, 'cli_' || left(encode(sha256(n::text::bytea), 'hex'), 32), 'r',
+       '{a}', 'p'
 FROM generate_series(1, $1::int) AS n;
 INSERT INTO keyproxy.oauth_sessions (id, grant_id, presented_as, scopes, expires_at, via_key)
 SELECT 'ses_' || lpad(n::text, 22, '0'), 'gra_' || lpad(n::text, 22, '0'), 'c', '{a}', 'infinity', 'key_' || n
@@ -62,7 +64,8 @@ async def stale(own_dsn: str) -> AsyncIterator[Sql]:
     """Tables whose statistics were collected when they had many pages and no rows."""
     sql: Sql = await asyncpg.connect(own_dsn)
     tables = (
-        "users", "api_keys", "agents", "agent_tokens", "oauth_clients", "oauth_grants", "oauth_sessions", "oauth_access_tokens",
+        "users", "api_keys", "agents", "agent_tokens", "oauth_clients", "oauth_grants", "oauth_sessions",
+        "oauth_access_tokens",
     )  # fmt: skip
     for table in tables:
         await sql.execute(f"ALTER TABLE keyproxy.{table} DISABLE TRIGGER ALL")

@@ -10,7 +10,10 @@ import pytest
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.model import Identity
 from keyproxy.reasons import Reason
+from keyproxy.store.directory.errors import NotFound
 from keyproxy.store.identities.identity_rows import NO_RESOURCES, TokenResources
+from keyproxy.store.postgres.database import Database
+from keyproxy.store.usage.explained_credentials import key_credential
 from tests.store.conftest import MakeRig
 from tests.store.harness import Rig, Sql, add_key, add_keys, add_user, change_rows
 from tests.store.oauth_rows import (
@@ -349,3 +352,42 @@ async def test_session_of_a_key_is_stored_with_the_expiry_of_the_key_at_the_late
     assert await signed_in.fetchval(
         "SELECT max(expires_at) FROM keyproxy.oauth_sessions WHERE via_key IS NOT NULL"
     ) == (await signed_in.fetchval("SELECT expires_at FROM keyproxy.api_keys"))
+
+
+# -- explanations and credits
+
+
+async def test_explanation_of_a_session_is_that_of_its_newest_token(database: Database, sql: Sql) -> None:
+    await add_grant(sql)
+    await sql.execute("INSERT INTO keyproxy.roles (id, scopes) VALUES ('r', '{jobs:write}')")
+    await sql.execute("UPDATE keyproxy.users SET roles = '{r}'")
+    await add_session(sql, scopes=("jobs:read", "jobs:write"))
+    with pytest.raises(NotFound, match="no session with an access token"):
+        await key_credential(database, session_id(), None, "X-", resources=BOTH)
+    await add_access_token(sql, 1, scopes=("jobs:read",), expires="now() + interval '1 minute'")
+    await add_access_token(sql, 2, scopes=("jobs:read", "jobs:write"))
+    found = await key_credential(database, session_id(), None, "X-", resources=BOTH)
+    assert (found.identity.standing, sorted(found.identity.scopes)) == (None, ["jobs:write"])
+    assert found.shown["key"] == session_id()
+    assert found.shown["key_scopes"] == ["jobs:read", "jobs:write"]
+    assert (found.shown["user_ceiling"], found.shown["tenant_ceiling"], found.shown["roles"]) == (
+        ["jobs:write"],
+        None,
+        [],
+    )
+    acting = await key_credential(database, session_id(), "u_43", "X-", resources=BOTH)
+    assert (acting.identity.standing, acting.why_refused[:16]) == (Reason.DELEGATION_REFUSED, "An OAuth session")
+    elsewhere = await key_credential(database, session_id(), None, "X-")
+    assert elsewhere.identity.standing is Reason.KEY_INVALID
+
+
+@pytest.mark.parametrize("owner", [grant_id(), session_id()])
+async def test_windows_of_a_grant_can_be_credited_by_the_id_of_the_grant_or_a_session(
+    database: Database, sql: Sql, owner: str
+) -> None:
+    await sql.execute("""INSERT INTO keyproxy.plans (id, limits) VALUES ('one', '{"requests_per_day": 1}')""")
+    await add_grant(sql, plan="one")
+    await add_session(sql)
+    (row,) = await database.fetch("limits_of_key_pool", owner, False)
+    assert (row["pool_id"], row["tenant_id"], row["is_test"]) == (grant_id(), "acme", False)
+    assert "requests_per_day" in row["limits"]

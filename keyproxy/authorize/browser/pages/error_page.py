@@ -27,6 +27,6 @@ def error_page(error: PageError, language: str) -> web.Response:
 
 
 def error_text(message: str, language: str, values: Mapping[str, str], *, status: int) -> str:
-    """The text of an error as HTML. A code of the protocol without a text of its own has a general one."""
-    texts = ERRORS.get(message) or ERRORS["server_error" if status >= _SERVER_ERRORS else "invalid_request"]
+    """The text of an error as HTML. A name without a text has a general one."""
+    texts = ERRORS.get(message) or ERRORS["internal_error" if status >= _SERVER_ERRORS else "request_malformed"]
     return texts[language].format_map({name: isolated(value) for name, value in values.items()})

@@ -54,7 +54,7 @@ ERRORS: Final[Mapping[str, Mapping[str, str]]] = {
         "ko": "프로그램의 설명(클라이언트 메타데이터 문서)을 사용할 수 없습니다.",
         "ja": "プログラムの説明（クライアントメタデータ文書）を使用できませんでした。",
     },
-    "temporarily_unavailable": {
+    "store_unavailable": {
         "en": "The service is unavailable at the moment. Try again in a minute.",
         "ko": "지금은 서비스를 사용할 수 없습니다. 잠시 후 다시 시도해 주세요.",
         "ja": "現在サービスを利用できません。しばらくしてからもう一度お試しください。",
@@ -134,17 +134,17 @@ ERRORS: Final[Mapping[str, Mapping[str, str]]] = {
         "ko": "이 페이지는 이런 방식으로 사용할 수 없습니다.",
         "ja": "このページはこの方法では利用できません。",
     },
-    "too_large": {
+    "body_too_large": {
         "en": "The request is too large.",
         "ko": "요청이 너무 큽니다.",
         "ja": "リクエストが大きすぎます。",
     },
-    "invalid_request": {
+    "request_malformed": {
         "en": "The request is malformed.",
         "ko": "요청의 형식이 잘못되었습니다.",
         "ja": "リクエストの形式が正しくありません。",
     },
-    "server_error": {
+    "internal_error": {
         "en": "Something went wrong on this server. Try again later.",
         "ko": "서버에 오류가 발생했습니다. 나중에 다시 시도해 주세요.",
         "ja": "サーバーでエラーが発生しました。後でもう一度お試しください。",

@@ -32,7 +32,8 @@ button { min-height: 2.75rem; padding: .5rem 1rem; font: inherit; font-weight: 6
 button:hover { border-color: var(--text); }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
 .choices { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; margin-top: 1.5rem; }
-.choices + p, form + form, form button:only-of-type { margin-top: 1rem; } section { border-top: 1px solid var(--line); }
+.choices + p { margin-top: 1rem; } section { border-top: 1px solid var(--line); margin-top: 1rem; padding-top: .25rem; }
+section > form { margin: 1rem 0; } li form { margin: .5rem 0 1rem; }
 """
 
 _DIGEST: Final = base64.b64encode(hashlib.sha256(_STYLE.encode("utf-8")).digest()).decode("ascii")

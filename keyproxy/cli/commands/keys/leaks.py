@@ -15,20 +15,22 @@ from keyproxy.store.directory.directory import Entity
 from keyproxy.store.directory.interface import DirectoryOperations
 from keyproxy.store.directory.leaked_keys import MATCHES_MAX
 
-_LEAK_COLUMNS: Final = ("agent_token", "key", "user", "tenant", "revoked_now")
+_LEAK_COLUMNS: Final = ("agent_token", "key", "session", "client", "user", "tenant", "revoked_now")
+_KEY_COLUMNS: Final = tuple(name for name in _LEAK_COLUMNS if name not in ("session", "client"))
 _STDIN: Final = "-"
 
 
-@click.command("report-leaked", short_help="Revoke every key and agent token in a text on stdin.")
+@click.command("report-leaked", short_help="Revoke every key and token in a text on stdin.")
 @click.argument("source", metavar="[-]", required=False)
 @click.option("--digest", metavar="HEX", help="The SHA-256 of the key, instead of text on stdin.")
 @click.option("--reason", default="leaked", show_default=True, help="Why the key is revoked, and where it was found.")
 @takes_call
 def key_report_leaked(call: Call, source: str | None, digest: str | None, reason: str) -> None:
-    """Revoke every key and agent token in a leaked text, and list their owners.
+    """Revoke every key and token in a leaked text, and list their owners.
 
     For an agent token, the output also has the key that it was cut from, which keeps working: its tokens live for at most
-    15 minutes.
+    15 minutes. The session of an OAuth access or refresh token ends. For the secret of an OAuth client, the output has
+    the client, which keeps working: create another one, then delete it.
 
     Reads the text from stdin as found: headers, logs, scripts, JSON, URLs, keys wrapped over lines; or the 64 hexadecimal
     digits of a key's SHA-256. The argument - is stdin, as in other commands. Status 1 if the text contains no key of this
@@ -46,7 +48,8 @@ def key_report_leaked(call: Call, source: str | None, digest: str | None, reason
     if call.as_json:
         call.print_result(report, ())
     elif report["found"]:
-        call.print_result(report["found"], _LEAK_COLUMNS)
+        has_oauth = any("client" in leak for leak in report["found"])
+        call.print_result(report["found"], _LEAK_COLUMNS if has_oauth else _KEY_COLUMNS)
     reasons = _reasons(report)
     if not report["found"]:
         raise Failure("; ".join(reasons) or "there is no key in this text")
@@ -101,15 +104,27 @@ async def _reported(directory: DirectoryOperations, digest: str | None, text: by
     found = await directory.leaked_keys.report_digest(_hex_digest(digest or ""), reason)
     if not found["known"]:
         return {"found": [], "incomplete": 0, "unknown": 1}
-    token, key = found.get("agent_token"), found["key"]
-    subject = {"key": key["id"]} if token is None else {"agent_token": token["id"], "key": token["key"]}
-    leak = {**subject, **{name: found[name] for name in ("user", "tenant", "revoked_now")}}
+    leak = {**_subject(found), **{name: found[name] for name in ("user", "tenant", "revoked_now")}}
     return {"found": [leak], "incomplete": 0, "unknown": 0}
 
 
+def _subject(found: Entity) -> Entity:
+    """Which key, token or client a report on one digest is about."""
+    token, key = found.get("agent_token"), found["key"]
+    if token is not None:
+        return {"agent_token": token["id"], "key": token["key"]}
+    if key is not None:
+        return {"key": key["id"]}
+    return {name: found[name] for name in ("session", "client") if name in found}
+
+
 def _reasons(report: Entity) -> list[str]:
-    """Describe the keys in a text that were not found: unknown, incomplete or mistyped ones."""
-    reasons = []
+    """Describe what remains to be done: secrets that still work, and keys that are unknown, incomplete or mistyped."""
+    reasons = [
+        f"the secret of the client {leak['client']} still works: create another client, then delete this one"
+        for leak in report["found"]
+        if "client" in leak and "session" not in leak
+    ]
     if report["unknown"]:
         count, verb = _counted(report["unknown"])
         reasons.append(

@@ -55,7 +55,6 @@ COMMENT ON COLUMN keyproxy.oauth_grants.client_id IS 'the id of the row in oauth
 CREATE UNIQUE INDEX oauth_grants_service ON keyproxy.oauth_grants (client_id, resource) WHERE is_service;
 CREATE INDEX oauth_grants_client_id ON keyproxy.oauth_grants (client_id);
 CREATE INDEX oauth_grants_plan_id ON keyproxy.oauth_grants (plan_id) WHERE plan_id IS NOT NULL;
-CREATE INDEX oauth_grants_granted_at ON keyproxy.oauth_grants (granted_at) WHERE NOT is_service;
 
 -- One sign-in of one device. A session that was ended has no row.
 CREATE TABLE keyproxy.oauth_sessions (
@@ -188,7 +187,9 @@ BEGIN
 END
 $$;
 CREATE TRIGGER note_update AFTER UPDATE ON keyproxy.oauth_sessions FOR EACH ROW
-    WHEN ((OLD.id, OLD.grant_id, OLD.expires_at, OLD.via_key) IS DISTINCT FROM (NEW.id, NEW.grant_id, NEW.expires_at, NEW.via_key))
+    -- A token is stored with the expiry of its session at the latest, so that a longer session changes none.
+    WHEN ((OLD.id, OLD.grant_id, OLD.via_key) IS DISTINCT FROM (NEW.id, NEW.grant_id, NEW.via_key)
+          OR NEW.expires_at < OLD.expires_at)
     EXECUTE FUNCTION keyproxy.note_session_change();
 
 CREATE FUNCTION keyproxy.note_grant_change() RETURNS trigger
@@ -230,8 +231,8 @@ CREATE TRIGGER note_truncate AFTER TRUNCATE ON keyproxy.oauth_clients
 
 -- A sign-in with a key does not outlive what the key allowed. The deletion of a key cascades to its sessions and codes.
 --
--- Codes go first: a transaction that redeems a code holds its row until the session is visible, so that the second statement
--- finds the session of a code that the first one had to wait for.
+-- Codes are locked first: a transaction that redeems a code holds its row until the session is visible, so that a later
+-- statement finds the session.
 CREATE FUNCTION keyproxy.end_key_logins() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 BEGIN
@@ -244,6 +245,7 @@ BEGIN
         RETURN NULL;
     END IF;
     IF NEW.expires_at IS DISTINCT FROM OLD.expires_at THEN
+        PERFORM FROM keyproxy.oauth_codes AS c WHERE c.via_key = NEW.id FOR UPDATE;
         UPDATE keyproxy.oauth_codes AS c SET expires_at = NEW.expires_at
         WHERE c.via_key = NEW.id AND c.expires_at > NEW.expires_at;
         UPDATE keyproxy.oauth_sessions AS s SET expires_at = NEW.expires_at
@@ -263,26 +265,40 @@ CREATE TRIGGER end_logins AFTER UPDATE ON keyproxy.api_keys FOR EACH ROW
           (NEW.user_id, NEW.scopes, NEW.roles, NEW.is_test, NEW.expires_at, NEW.revoked_at IS NULL, NEW.suspended_at IS NULL))
     EXECUTE FUNCTION keyproxy.end_key_logins();
 
--- A role that loses scopes narrows the keys that have it: end what was granted beyond what they still have.
-CREATE FUNCTION keyproxy.end_logins_beyond_roles() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
+-- A role that loses scopes narrows the keys that have it: end what was granted beyond what they still have. Null: any role.
+CREATE FUNCTION keyproxy.end_logins_beyond_roles(of_role text, lost text[]) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 BEGIN
-    IF TG_OP = 'UPDATE' AND NEW.id = OLD.id AND NEW.scopes @> OLD.scopes THEN
-        RETURN NULL;
-    END IF;
     DELETE FROM keyproxy.oauth_codes AS c USING keyproxy.api_keys AS k
-    WHERE k.id = c.via_key AND k.roles <> '{}'
+    WHERE k.id = c.via_key AND (of_role IS NULL AND k.roles <> '{}' OR k.roles @> ARRAY[of_role])
+      AND (lost IS NULL OR c.scopes && lost)
       AND NOT c.scopes <@ keyproxy.effective_scopes(k.scopes, k.roles, NULL, NULL);
     DELETE FROM keyproxy.oauth_sessions AS s USING keyproxy.api_keys AS k
-    WHERE k.id = s.via_key AND k.roles <> '{}'
+    WHERE k.id = s.via_key AND (of_role IS NULL AND k.roles <> '{}' OR k.roles @> ARRAY[of_role])
+      AND (lost IS NULL OR s.scopes && lost)
       AND NOT s.scopes <@ keyproxy.effective_scopes(k.scopes, k.roles, NULL, NULL);
+END
+$$;
+
+CREATE FUNCTION keyproxy.end_role_logins() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF TG_OP = 'TRUNCATE' THEN
+        PERFORM keyproxy.end_logins_beyond_roles(NULL, NULL);
+    ELSIF TG_OP = 'DELETE' OR NEW.id <> OLD.id THEN
+        PERFORM keyproxy.end_logins_beyond_roles(OLD.id, OLD.scopes);
+    ELSIF NOT NEW.scopes @> OLD.scopes THEN
+        PERFORM keyproxy.end_logins_beyond_roles(
+            OLD.id, ARRAY(SELECT s.scope FROM unnest(OLD.scopes) AS s (scope) WHERE s.scope <> ALL (NEW.scopes))
+        );
+    END IF;
     RETURN NULL;
 END
 $$;
 CREATE TRIGGER end_logins AFTER UPDATE OR DELETE ON keyproxy.roles
-    FOR EACH ROW EXECUTE FUNCTION keyproxy.end_logins_beyond_roles();
+    FOR EACH ROW EXECUTE FUNCTION keyproxy.end_role_logins();
 CREATE TRIGGER end_logins_truncate AFTER TRUNCATE ON keyproxy.roles
-    FOR EACH STATEMENT EXECUTE FUNCTION keyproxy.end_logins_beyond_roles();
+    FOR EACH STATEMENT EXECUTE FUNCTION keyproxy.end_role_logins();
 
 -- The lock on the key makes a code that is inserted while the key changes visible to the trigger above, or ends here.
 CREATE FUNCTION keyproxy.tie_code_to_key() RETURNS trigger
@@ -415,18 +431,21 @@ $$;
 -- are `grant_days` old, except those of services; and clients without a grant, except those that an operator has entered or
 -- disabled.
 --
--- `after`: where the previous call stopped looking for sessions with too many refresh tokens; `next`: where this one did,
--- empty at the end. `is_more`: there may be more to delete. `sessions`: how many have expired.
+-- What no index shows is looked for in the next `10 * portion` rows: sessions with too many refresh tokens, unused grants and
+-- unused clients. `after`: the ids of the rows at which the previous call stopped, in this order; `next`: those at which this one
+-- did, empty at the end of a table. `is_more`: there may be more to delete. `sessions`: how many have expired.
 --
 -- Whether a grant or client is unused is judged by a second statement, which sees what was committed before its row was locked.
 CREATE FUNCTION keyproxy.tend_oauth(
-    portion int, grant_days int, after text, right_now timestamptz,
-    OUT next text, OUT is_more boolean, OUT sessions int
+    portion int, grant_days int, after text[], right_now timestamptz,
+    OUT next text[], OUT is_more boolean, OUT sessions int
 ) LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off SET lock_timeout = '250ms'
 SET keyproxy.actor = 'oauth:gc' AS $$
 DECLARE
     kept_max constant int := 64;
+    step constant int := 10 * portion;
+    forgotten_at constant timestamptz := right_now - make_interval(days => grant_days);
     done int;
     most int := 0;
     unused text[];
@@ -470,7 +489,7 @@ BEGIN
     most := greatest(most, sessions);
 
     swept := ARRAY(
-        SELECT o.id FROM keyproxy.oauth_sessions AS o WHERE o.id > after ORDER BY o.id LIMIT 10 * portion
+        SELECT o.id FROM keyproxy.oauth_sessions AS o WHERE o.id > after[1] ORDER BY o.id LIMIT step
     );
     DELETE FROM keyproxy.oauth_refresh_tokens AS t WHERE t.digest = ANY (ARRAY(
         SELECT o.digest FROM unnest(swept) AS s (id)
@@ -482,31 +501,39 @@ BEGIN
     ));
     GET DIAGNOSTICS done = ROW_COUNT;
     most := greatest(most, done);
-    -- The same sessions again if not all of their tokens went.
+    -- The same rows again if there may be more to delete of them.
     IF done < portion THEN
-        next := CASE WHEN cardinality(swept) = 10 * portion THEN swept[cardinality(swept)] ELSE '' END;
+        next[1] := CASE WHEN cardinality(swept) = step THEN swept[step] ELSE '' END;
     END IF;
 
+    swept := ARRAY(SELECT o.id FROM keyproxy.oauth_grants AS o WHERE o.id > after[2] ORDER BY o.id LIMIT step);
     unused := ARRAY(
         SELECT o.id FROM keyproxy.oauth_grants AS o
-        WHERE NOT o.is_service AND o.granted_at <= right_now - make_interval(days => grant_days)
-          AND NOT EXISTS (SELECT FROM keyproxy.oauth_sessions AS s WHERE s.grant_id = o.id)
-          AND NOT EXISTS (SELECT FROM keyproxy.oauth_codes AS c WHERE c.grant_id = o.id AND c.redeemed_at IS NULL)
-        ORDER BY o.granted_at LIMIT portion FOR UPDATE SKIP LOCKED
+        WHERE o.id = ANY (swept) AND NOT o.is_service AND o.granted_at <= forgotten_at
+          AND (SELECT true FROM keyproxy.oauth_sessions AS s WHERE s.grant_id = o.id LIMIT 1) IS NULL
+          AND (SELECT true FROM keyproxy.oauth_codes AS c WHERE c.grant_id = o.id AND c.redeemed_at IS NULL LIMIT 1) IS NULL
+        LIMIT portion FOR UPDATE SKIP LOCKED
     );
+    IF cardinality(unused) < portion THEN
+        next[2] := CASE WHEN cardinality(swept) = step THEN swept[step] ELSE '' END;
+    END IF;
     DELETE FROM keyproxy.oauth_grants AS g
-    WHERE g.id = ANY (unused) AND g.granted_at <= right_now - make_interval(days => grant_days)
+    WHERE g.id = ANY (unused) AND g.granted_at <= forgotten_at
       AND NOT EXISTS (SELECT FROM keyproxy.oauth_sessions AS s WHERE s.grant_id = g.id)
       AND NOT EXISTS (SELECT FROM keyproxy.oauth_codes AS c WHERE c.grant_id = g.id AND c.redeemed_at IS NULL);
     GET DIAGNOSTICS done = ROW_COUNT;
     most := greatest(most, done);
 
+    swept := ARRAY(SELECT o.id FROM keyproxy.oauth_clients AS o WHERE o.id > after[3] ORDER BY o.id LIMIT step);
     unused := ARRAY(
         SELECT o.id FROM keyproxy.oauth_clients AS o
-        WHERE o.kind <> 'registered' AND o.disabled_at IS NULL
-          AND NOT EXISTS (SELECT FROM keyproxy.oauth_grants AS g WHERE g.client_id = o.id)
+        WHERE o.id = ANY (swept) AND o.kind <> 'registered' AND o.disabled_at IS NULL
+          AND (SELECT true FROM keyproxy.oauth_grants AS g WHERE g.client_id = o.id LIMIT 1) IS NULL
         LIMIT portion FOR UPDATE SKIP LOCKED
     );
+    IF cardinality(unused) < portion THEN
+        next[3] := CASE WHEN cardinality(swept) = step THEN swept[step] ELSE '' END;
+    END IF;
     DELETE FROM keyproxy.oauth_clients AS c
     WHERE c.id = ANY (unused) AND c.disabled_at IS NULL
       AND NOT EXISTS (SELECT FROM keyproxy.oauth_grants AS g WHERE g.client_id = c.id);
@@ -514,4 +541,4 @@ BEGIN
     is_more := greatest(most, done) >= portion;
 END
 $$;
-REVOKE EXECUTE ON FUNCTION keyproxy.tend_oauth(int, int, text, timestamptz) FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION keyproxy.tend_oauth(int, int, text[], timestamptz) FROM PUBLIC;

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 
-from keyproxy.oauth.refresh_verdict import SUCCESSORS_MAX, RefreshUse, RefreshVerdict, judge_refresh
+from keyproxy.store.oauth.refresh_verdict import SUCCESSORS_MAX, RefreshUse, RefreshVerdict, judge_refresh
 
 UNUSED = RefreshUse(is_replaced=False, is_used=False, is_past_grace=False, successors=0, has_used_successor=False)
 USED = dataclasses.replace(UNUSED, is_used=True, successors=1)

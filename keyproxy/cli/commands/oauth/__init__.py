@@ -1,0 +1,1 @@
+"""keyproxy oauth."""

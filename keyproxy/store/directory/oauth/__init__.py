@@ -1,0 +1,1 @@
+"""OAuth clients, grants, sessions and subjects, as operators handle them."""
