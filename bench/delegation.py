@@ -95,7 +95,7 @@ class _Rows:
             "may_act": True, "expires_wall_seconds": None, "is_revoked": False, "is_suspended": False,
             "is_disabled": False,
             "owner_id": "u_worker", "user_id": "u_worker", "tenant_id": "acme", "key_pool": "k",
-            "is_retiring": False, "key_limits": None, "user_limits": None, "tenant_limits": None,
+            "is_retiring": False, "key_limits": None, "user_limits": None, "tenant_limits": None, "oauth_client": None,
         }  # fmt: skip
         if name == "acting_identities":
             pairs = zip(*arguments, strict=True)

@@ -1,7 +1,12 @@
-"""The cookie that binds tickets to a browser, and the check that a form was sent by a page of this server."""
+"""The cookies that bind tickets to a browser, and the check that a form was sent by a page of this server.
+
+The name of such a cookie depends on its value, so that two tabs that open at once, when there is none yet, do not replace
+that of each other. Later tabs share one.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from typing import Final
@@ -15,6 +20,10 @@ from keyproxy.authorize.endpoint import PageError
 _COOKIE_SECONDS: Final = 3_600
 
 _VALUE = re.compile(r"[A-Za-z0-9_-]{43}")
+_NAME_DIGITS: Final = 8
+
+#: How many cookies of logins are read; more than a few take a browser that opens as many tabs at once.
+_LOGINS_MAX: Final = 20
 
 #: `none`: the user has entered the address. A browser that does not send the header sends no cookie of SameSite=Lax
 #: with a form of another site.
@@ -28,22 +37,24 @@ class Cookies:
         """`issuer`: http is for loopback. `new_value`: 43 random base64url characters."""
         self._is_secure = issuer.startswith("https://")
         prefix = "__Host-" if self._is_secure else ""
-        self._login = f"{prefix}keyproxy-login"
+        self._login = f"{prefix}keyproxy-login-"
         self._user_page = f"{prefix}keyproxy-user"
         self._new_value = new_value
 
     def browser(self, request: web.Request) -> str | None:
-        """The value that tickets are bound to, None without the cookie."""
-        value = request.cookies.get(self._login)
-        return value if value is not None and _VALUE.fullmatch(value) else None
+        """The values that tickets are bound to, joined; None without a cookie. See `Tickets.open`."""
+        values = [
+            value for name, value in request.cookies.items() if _VALUE.fullmatch(value) and name == self._name_of(value)
+        ]
+        return ".".join(values[:_LOGINS_MAX]) or None
 
     def browser_or_new(self, request: web.Request) -> str:
-        """The value that tickets are bound to. Logins in several tabs of one browser share it."""
-        return self.browser(request) or self._new_value()
+        """The value that a new ticket is bound to."""
+        return (self.browser(request) or self._new_value()).partition(".")[0]
 
     def keep_browser(self, response: web.StreamResponse, value: str) -> None:
-        """Set the cookie that tickets are bound to."""
-        self._set(response, self._login, value, _COOKIE_SECONDS)
+        """Set the cookie that a ticket is bound to."""
+        self._set(response, self._name_of(value), value, _COOKIE_SECONDS)
 
     def user_page(self, request: web.Request) -> str | None:
         """The ticket of the user page, None without one."""
@@ -56,6 +67,9 @@ class Cookies:
     def drop_user_page(self, response: web.StreamResponse) -> None:
         """Delete the ticket of the user page."""
         self._set(response, self._user_page, "", 0)
+
+    def _name_of(self, value: str) -> str:
+        return self._login + hashlib.sha256(value.encode("ascii")).hexdigest()[:_NAME_DIGITS]
 
     def _set(self, response: web.StreamResponse, name: str, value: str, seconds: int) -> None:
         response.set_cookie(

@@ -57,13 +57,17 @@ class Tickets:
     def seal(
         self, content: Mapping[str, Any], cookie: str, *, purpose: Purpose, seconds: float = TICKET_SECONDS
     ) -> str:
-        """Return a ticket that is bound to this cookie."""
-        payload = {"for": purpose.value, "until": self._now() + seconds, "cookie": _digest(cookie), "is": content}
+        """Return a ticket that is bound to this cookie; to the first one, if it is several that are joined with dots."""
+        bound = _digest(cookie.partition(".")[0])
+        payload = {"for": purpose.value, "until": self._now() + seconds, "cookie": bound, "is": content}
         body = _text(orjson.dumps(payload))
         return f"{body}.{_seal(self._secrets[0], body)}"
 
     def open(self, ticket: str, cookie: str | None, *, purpose: Purpose) -> Content:
-        """Return the content. Raises PageError: 403 without the cookie, 400 for an altered or expired ticket."""
+        """Return the content. `cookie`: those of the browser, joined with dots.
+
+        Raises PageError: 403 without the cookie, 400 for an altered or expired ticket.
+        """
         if cookie is None:
             raise PageError(403, "cookie_missing", detail="the request has no cookie of a login")
         self._secret_of(ticket)
@@ -73,7 +77,7 @@ class Tickets:
         if self._now() >= payload["until"]:
             is_user_page = purpose is Purpose.USER_PAGE
             raise PageError(400, "user_page_expired" if is_user_page else "ticket_expired")
-        if not hmac.compare_digest(payload["cookie"], _digest(cookie)):
+        if not any(hmac.compare_digest(payload["cookie"], _digest(one)) for one in cookie.split(".")):
             raise PageError(403, "cookie_foreign", detail="the ticket is bound to the cookie of another browser")
         content: Content = payload["is"]
         return content

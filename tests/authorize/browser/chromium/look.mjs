@@ -40,6 +40,7 @@ await page.goto(authorize);
 await look(page, 'login');
 await page.fill('input[name=key]', 'kp_live_wrong');
 await page.keyboard.press('Enter');
+await page.waitForSelector('[role=alert]');
 await look(page, 'failed-login');
 await page.fill('input[name=key]', key);
 await page.keyboard.press('Enter');
