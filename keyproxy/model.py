@@ -72,7 +72,8 @@ class AgentToken:
 class OAuthSession:
     """The session of an OAuth client behind an identity, whose key id is that of the session.
 
-    `bound_to`: SHA-256 of the client's certificate, which the connection must have (RFC 8705); None: any will do.
+    `client_id`: that of the client's row, `cli_…`. `bound_to`: SHA-256 of the client's certificate, which the connection
+    must have (RFC 8705); None: any will do.
     """
 
     grant_id: str

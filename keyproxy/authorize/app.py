@@ -30,6 +30,7 @@ from keyproxy.platform.tasks import cancel_all
 from keyproxy.process import startup_conflicts
 from keyproxy.process.control_socket import Control
 from keyproxy.process.ops_listener import Check, OpsListener, Verdict, gathered
+from keyproxy.process.store_health import check_chores
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.postgres.database import Database, StoreUnavailable
 from keyproxy.wire.tls import TlsError, server_context, show
@@ -132,7 +133,10 @@ class AuthorizationServer:
         )
 
     async def _checks(self) -> Mapping[str, Check]:
-        return await gathered({"store": self._check_store})
+        return await gathered({"store": self._check_store, "housekeeping": self._check_housekeeping})
+
+    async def _check_housekeeping(self) -> Check:
+        return check_chores([self._parts.cleanup.tending])
 
     async def _check_store(self) -> Check:
         """Metadata and registration need no store, so that it makes the process unready for none of them."""

@@ -35,11 +35,15 @@ Task: TypeAlias = Callable[[], Awaitable[None]]
 
 
 class Parts(NamedTuple):
-    """What an authorization server consists of. `tasks`: by their name in the log; they run until a reload."""
+    """What an authorization server consists of. `tasks`: by their name in the log; they run until a reload.
+
+    `cleanup`: one of them.
+    """
 
     endpoints: tuple[Endpoint, ...]
     error_page: ErrorPage
     tasks: Mapping[str, Task]
+    cleanup: OAuthCleanup
 
 
 class PartsFault(Exception):
@@ -69,7 +73,8 @@ def parts_of(context: Context) -> Parts:
         *browser.endpoints(login),
         *_token_endpoints(context, tokens, clients.authentication),
     )
-    return Parts(endpoints, _error_page(context), {**tasks, "oauth_cleanup": _cleanup(context).run})
+    cleanup = _cleanup(context)
+    return Parts(endpoints, _error_page(context), {**tasks, "oauth_cleanup": cleanup.run}, cleanup)
 
 
 def _cleanup(context: Context) -> OAuthCleanup:

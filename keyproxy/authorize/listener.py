@@ -113,6 +113,11 @@ class AuthorizeListener:
             await self._runner.cleanup()
             self._runner = None
 
+    @property
+    def open_connections(self) -> int:
+        """The number of open connections."""
+        return 0 if self._connections is None else len(self._connections.open)
+
     @web.middleware
     async def _outermost(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         served, request_id = self.served, secrets.token_hex(16)

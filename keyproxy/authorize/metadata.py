@@ -13,8 +13,8 @@ from keyproxy.authorize.context import Context
 from keyproxy.authorize.endpoint import Endpoint, Handler
 from keyproxy.config.addresses import port_of
 from keyproxy.config.oauth.oauth_settings import LANGUAGES, OFF, OAuthSettings
+from keyproxy.oauth.discovery.server_metadata import server_metadata
 from keyproxy.oauth.protected_resource import document, paths
-from keyproxy.oauth.server_metadata import server_metadata
 
 _SERVER: Final = "/.well-known/oauth-authorization-server"
 _OPENID: Final = "/.well-known/openid-configuration"

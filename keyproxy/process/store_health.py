@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from keyproxy.process.ops_listener import Check, Verdict
+from keyproxy.store.housekeeping import Chore
 from keyproxy.store.store import Store
 
 
@@ -50,6 +53,10 @@ def check_reaping(store: Store) -> Check:
 def check_housekeeping(store: Store) -> Check:
     """Whether old rows are deleted. Growing tables do not affect requests yet, so this never makes the proxy unready."""
     # `check_ledger` already reports this one.
-    chores = [chore for chore in store.chores if chore is not store.ledger.conversation.reaping]
+    return check_chores([chore for chore in store.chores if chore is not store.ledger.conversation.reaping])
+
+
+def check_chores(chores: Iterable[Chore]) -> Check:
+    """Whether these kinds of cleanup succeed. Never makes a process unready."""
     failing = [f"cannot {chore.what}: {chore.failing_because}" for chore in chores if chore.failing_because]
     return Check(Verdict.DEGRADED, "; ".join(failing)) if failing else Check(Verdict.OK)

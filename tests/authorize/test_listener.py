@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 from aiohttp import web
 
+from keyproxy.authorize.connections import Bounds
 from keyproxy.authorize.endpoint import CLIENT, GRANT_TYPE, OUTCOME, USER, Endpoint, PageError
 from keyproxy.authorize.form import BODY_BYTES_MAX, form_of
 from keyproxy.authorize.metrics import AUTHORIZE_METRICS
@@ -17,6 +18,7 @@ from keyproxy.metrics.exposition import Catalogue
 from keyproxy.oauth.oauth_error import OAuthError
 from keyproxy.store.postgres.database import Database, StoreUnavailable
 from tests.authorize.authority import Authority, Reply, authorizing
+from tests.waiting import until
 
 KEY = "kp_live_" + "a" * 49
 
@@ -275,3 +277,21 @@ async def test_body_that_does_not_arrive_ends_with_408(authority: Authority, mon
     reading = authority.session.post(f"{authority.url}/form", data=slow(), headers=FORM)
     async with asyncio.timeout(5), reading as response:
         assert (response.status, (await response.json())["error"]) == (408, "invalid_request")
+
+
+async def test_connection_beyond_the_bound_gets_a_refusal_that_can_be_repeated(database: Database) -> None:
+    released = asyncio.Event()
+
+    async def busy(_request: web.Request) -> web.Response:
+        await released.wait()
+        return web.Response()
+
+    endpoint = Endpoint("busy", ("/busy",), {"GET": busy})
+    async with authorizing(database, endpoints=[endpoint], bounds=Bounds(connections_max=1)) as authority:
+        waiting = asyncio.create_task(authority.call("GET", "/busy"))
+        await until(lambda: authority.listener.open_connections == 1)
+        refused = await authority.call("GET", "/nowhere")
+        assert (refused.status, refused.error) == (503, "temporarily_unavailable")
+        assert int(refused.headers["Retry-After"]) > 0
+        released.set()
+        assert (await waiting).status == 200

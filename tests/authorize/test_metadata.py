@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from keyproxy.oauth.protected_resource import document
 from keyproxy.store.postgres.database import Database
 from tests.authorize.authority import SCOPES, Authority, authorizing
 
 SERVER = "/.well-known/oauth-authorization-server"
 OPENID = "/.well-known/openid-configuration"
+RESOURCE = "/.well-known/oauth-protected-resource"
 
 
 async def test_server_metadata_name_every_endpoint_at_the_issuers_origin(authority: Authority) -> None:
@@ -74,3 +76,21 @@ async def test_scripts_of_any_origin_read_the_metadata_without_credentials(autho
     assert (preflight.status, preflight.headers["Access-Control-Allow-Origin"]) == (204, "*")
     assert "GET" in preflight.headers["Access-Control-Allow-Methods"]
     assert "MCP-Protocol-Version" in preflight.headers["Access-Control-Allow-Headers"]
+
+
+async def test_resources_have_the_metadata_that_the_proxy_publishes(authority: Authority) -> None:
+    settings = authority.context.settings.oauth
+    live, test = (document(resource, authority.url, SCOPES) for resource in (settings.resource, settings.test_resource))
+    for path, content in ((RESOURCE, live), (f"{RESOURCE}/mcp", live), (f"{RESOURCE}/test-mcp", test)):
+        reply = await authority.call("GET", path, headers={"Origin": "https://inspector.example"})
+        assert (reply.status, reply.body) == (200, content)
+        assert reply.headers["Access-Control-Allow-Origin"] == "*"
+    assert (await authority.call("GET", f"{RESOURCE}/other")).status == 404
+
+
+async def test_host_selects_between_resources_of_one_path(database: Database) -> None:
+    live, test = "https://mcp.example.com/mcp", "https://test.example.com/mcp"
+    async with authorizing(database, resource=live, test_resource=test) as authority:
+        for host, resource in (("mcp.example.com", live), ("TEST.example.com", test), ("other.example", live)):
+            reply = await authority.call("GET", f"{RESOURCE}/mcp", headers={"Host": host})
+            assert reply.json["resource"] == resource

@@ -96,4 +96,5 @@ class KeyLogin(Login):
         )
 
     def _form(self, ticket: str, content: Content) -> LoginForm:
-        return LoginForm(ticket, self._settings.issuer, content["resource"], content["client_name"])
+        client, redirect_uri = content["client_name"], content.get("redirect_uri", "")
+        return LoginForm(ticket, self._settings.issuer, content["resource"], client, redirect_uri)

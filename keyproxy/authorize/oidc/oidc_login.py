@@ -25,7 +25,7 @@ from keyproxy.authorize.oidc.provider import LoginFault, Provider, error_code
 from keyproxy.authorize.oidc.provider_metadata import ProviderUnavailable
 from keyproxy.authorize.oidc.subject import ClaimsFault, Subject
 from keyproxy.authorize.rate_limits import Rate
-from keyproxy.oauth.server_metadata import origin
+from keyproxy.oauth.discovery.server_metadata import origin
 from keyproxy.store.oauth.subjects import LinkedUser, Subjects
 
 CALLBACK_PATH: Final = "/oauth/callback"

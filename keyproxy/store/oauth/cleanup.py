@@ -1,7 +1,7 @@
 """Deletes codes, tokens, sessions, grants and clients of OAuth that have ended, once a minute.
 
-Several processes may run this; only one works at a time. A call looks for unused grants and clients, and for sessions with
-too many refresh tokens, in the next 10,000 rows of each table, so that its duration does not depend on their number.
+Several processes may run this; only one works at a time. A call looks for unused grants and clients, and for sessions
+with too many refresh tokens, in the next 10,000 rows of each table, so that its duration does not depend on their number.
 """
 
 from __future__ import annotations

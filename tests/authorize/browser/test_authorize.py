@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
-import asyncpg
-import pytest
 from yarl import URL
 
 from keyproxy.config.oauth.oauth_settings import KnownClientRow
 from keyproxy.store.postgres.database import Database
 from tests.authorize.authority import Authority, authorizing
 from tests.authorize.browser.browser import REDIRECT_URI, STATE, Browser, forms_of
-
-Sql: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+from tests.store.harness import Sql
 
 #: What changes in a good request, and the error that the client gets.
 SENT_TO_CLIENT: list[tuple[dict[str, str | None], str]] = [
@@ -77,13 +72,12 @@ async def test_errors_before_client_and_redirect_uri_are_pages_without_location(
             assert 'role="alert"' in reply.text
 
 
-@pytest.mark.parametrize("name", ["client_id", "redirect_uri", "state", "scope", "resource", "unknown"])
-async def test_repeated_parameter_is_a_page(authority: Authority, name: str) -> None:
+async def test_repeated_parameter_is_a_page(authority: Authority) -> None:
     browser = Browser(authority)
     parameters = browser.parameters(await browser.client()) | {"unknown": "1"}
-    reply = await browser.get("/oauth/authorize", query=[*parameters.items(), (name, parameters[name])])
-    assert reply.status == 400
-    assert "Location" not in reply.headers
+    for name, value in parameters.items():
+        reply = await browser.get("/oauth/authorize", query=[*parameters.items(), (name, value)])
+        assert (reply.status, "Location" in reply.headers) == (400, False), name
 
 
 async def test_redirect_uri_with_a_parameter_of_responses_is_refused(authority: Authority) -> None:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
-import asyncpg
-import pytest
-
 from tests.authorize.authority import Authority, Reply, pkce
 from tests.authorize.browser.browser import REDIRECT_URI, Browser, forms_of
-
-Sql: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+from tests.store.harness import Sql
 
 PATH = "/oauth/connections"
 
@@ -127,17 +121,15 @@ async def test_user_page_is_open_for_15_minutes_and_to_this_browser_alone(author
     assert (await browser.submit(page, ("end", "all"))).status == 400
 
 
-@pytest.mark.parametrize("change", [
-    "UPDATE keyproxy.api_keys SET revoked_at = now()", "UPDATE keyproxy.users SET disabled_at = now()",
-])  # fmt: skip
-async def test_user_page_closes_with_its_login(authority: Authority, sql: Sql, change: str) -> None:
-    user = await authority.user()
-    browser, secret = Browser(authority), user["key"]["secret"]
-    await connect(browser, secret)
-    page = await opened(browser, secret)
-    await sql.execute(change)
-    assert (await browser.submit(page, ("end", "all"))).status == 403
-    assert forms_of(await browser.get(PATH))[0].action == "/oauth/login"
+async def test_user_page_closes_with_its_login(authority: Authority, sql: Sql) -> None:
+    for number, change in enumerate(("api_keys SET revoked_at = now()", "users SET disabled_at = now()")):
+        user = await authority.user(f"u_{number}")
+        browser, secret = Browser(authority), user["key"]["secret"]
+        await connect(browser, secret)
+        page = await opened(browser, secret)
+        await sql.execute(f"UPDATE keyproxy.{change}")
+        assert (await browser.submit(page, ("end", "all"))).status == 403
+        assert forms_of(await browser.get(PATH))[0].action == "/oauth/login"
 
 
 async def test_login_of_the_user_page_grants_no_client_anything(authority: Authority, sql: Sql) -> None:

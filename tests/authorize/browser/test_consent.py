@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TypeAlias
-
-import asyncpg
-import pytest
 
 from tests.authorize.authority import Authority
 from tests.authorize.browser.browser import Browser
-
-Sql: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+from tests.store.harness import Sql, until_blocked
 
 COUNTS = (
     "SELECT (SELECT count(*) FROM keyproxy.oauth_clients), (SELECT count(*) FROM keyproxy.oauth_grants),"
@@ -38,15 +33,29 @@ ENDED = [
 ]
 
 
-@pytest.mark.parametrize("change", ENDED)
-async def test_login_that_ends_before_the_decision_grants_nothing(authority: Authority, sql: Sql, change: str) -> None:
+async def test_login_that_ends_before_the_decision_grants_nothing(authority: Authority, sql: Sql) -> None:
+    browser = Browser(authority)
+    client_id = await browser.client()
+    for number, change in enumerate(ENDED):
+        user = await authority.user(f"u_{number}", f"t_{number}")
+        consent = await browser.sign_in(await browser.authorize(client_id), user["key"]["secret"])
+        await sql.execute(change)
+        reply = await browser.decide(consent)
+        assert (reply.status, "Location" in reply.headers) == (403, False), change
+        assert 'role="alert"' in reply.text
+        assert await counts(sql) == (0, 0, 0)
+
+
+async def test_key_that_is_revoked_during_the_decision_grants_nothing(authority: Authority, sql: Sql) -> None:
     user = await authority.user()
     browser = Browser(authority)
     consent = await browser.sign_in(await browser.authorize(await browser.client()), user["key"]["secret"])
-    await sql.execute(change)
-    reply = await browser.decide(consent)
+    async with sql.transaction():
+        await sql.execute("UPDATE keyproxy.api_keys SET revoked_at = now()")
+        deciding = asyncio.create_task(browser.decide(consent))
+        await until_blocked(sql, "oauth_codes")
+    reply = await deciding
     assert (reply.status, "Location" in reply.headers) == (403, False)
-    assert 'role="alert"' in reply.text
     assert await counts(sql) == (0, 0, 0)
 
 

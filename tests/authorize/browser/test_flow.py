@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import AsyncIterator
-from typing import TypeAlias
 
-import asyncpg
 import pytest
 
 from keyproxy.store.postgres import roles
@@ -15,8 +13,7 @@ from keyproxy.store.postgres.database import Database
 from tests.authorize.authority import Authority, authorizing, pkce
 from tests.authorize.browser.browser import REDIRECT_URI, STATE, Browser
 from tests.server import as_role, may_log_in
-
-Sql: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+from tests.store.harness import Sql
 
 
 @pytest.fixture
@@ -76,14 +73,11 @@ async def test_code_of_a_consent_is_exchanged_for_tokens(authority: Authority, s
     assert authority.counts.clients["value"] == 1
 
 
-@pytest.mark.parametrize("decision", ["deny"])
-async def test_denied_request_returns_to_the_client_with_its_state(
-    authority: Authority, sql: Sql, decision: str
-) -> None:
+async def test_denied_request_returns_to_the_client_with_its_state(authority: Authority, sql: Sql) -> None:
     user = await authority.user()
     browser = Browser(authority)
     consent = await browser.sign_in(await browser.authorize(await browser.client()), user["key"]["secret"])
-    reply = await browser.decide(consent, decision)
+    reply = await browser.decide(consent, "deny")
     assert reply.status == 303
     assert reply.location.query["error"] == "access_denied"
     assert (reply.location.query["state"], reply.location.query["iss"]) == (STATE, authority.url)

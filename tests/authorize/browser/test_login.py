@@ -6,17 +6,14 @@ import json
 import re
 from collections.abc import AsyncIterator
 from datetime import timedelta
-from typing import TypeAlias
 
-import asyncpg
 import pytest
 
 from keyproxy.config.oauth.oauth_settings import OAuthSettings
 from keyproxy.store.postgres.database import Database
 from tests.authorize.authority import Authority, authorizing
 from tests.authorize.browser.browser import Browser, forms_of
-
-Sql: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+from tests.store.harness import Sql
 
 
 async def test_login_grants_at_most_the_scopes_of_the_key(authority: Authority) -> None:
@@ -42,23 +39,20 @@ async def test_roles_of_user_and_tenant_bound_a_login(authority: Authority, sql:
     assert "jobs:write" not in consent.text
 
 
-@pytest.mark.parametrize(("is_test", "path", "status"), [
-    (False, "/mcp", 200), (True, "/test-mcp", 200), (False, "/test-mcp", 403), (True, "/mcp", 403),
-])  # fmt: skip
-async def test_live_keys_authorize_the_resource_and_test_keys_the_test_resource(
-    authority: Authority, sql: Sql, is_test: bool, path: str, status: int
-) -> None:
-    user = await authority.user()
-    await sql.execute("UPDATE keyproxy.api_keys SET is_test = $1", is_test)
+async def test_live_keys_authorize_the_resource_and_test_keys_the_test_resource(authority: Authority, sql: Sql) -> None:
+    secret = (await authority.user())["key"]["secret"]
     browser = Browser(authority)
-    login = await browser.authorize(await browser.client(), resource=authority.url + path)
-    consent = await browser.sign_in(login, user["key"]["secret"])
-    assert consent.status == status
-    if status == 200:
-        await browser.decide(consent)
-        row = await sql.fetchrow("SELECT resource, is_test FROM keyproxy.oauth_grants")
-        assert row is not None
-        assert tuple(row) == (authority.url + path, is_test)
+    client_id = await browser.client()
+    for is_test in (False, True):
+        await sql.execute("UPDATE keyproxy.api_keys SET is_test = $1", is_test)
+        for path, is_of_tests in (("/mcp", False), ("/test-mcp", True)):
+            login = await browser.authorize(client_id, resource=authority.url + path)
+            consent = await browser.sign_in(login, secret)
+            assert consent.status == (200 if is_test is is_of_tests else 403)
+            if consent.status == 200:
+                await browser.decide(consent)
+    rows = await sql.fetch("SELECT resource, is_test FROM keyproxy.oauth_grants ORDER BY is_test")
+    assert [tuple(row) for row in rows] == [(f"{authority.url}/mcp", False), (f"{authority.url}/test-mcp", True)]
 
 
 #: How a key stops working, and a word of the page that reports it.
@@ -72,18 +66,18 @@ ENDED = [
 ]
 
 
-@pytest.mark.parametrize(("change", "word"), ENDED)
-async def test_key_that_does_not_work_signs_in_no_user(authority: Authority, sql: Sql, change: str, word: str) -> None:
-    user = await authority.user()
+async def test_key_that_does_not_work_signs_in_no_user(authority: Authority, sql: Sql) -> None:
     browser = Browser(authority)
     login = await browser.authorize(await browser.client())
-    await sql.execute(change)
-    reply = await browser.sign_in(login, user["key"]["secret"])
-    assert reply.status == 403
-    assert word in reply.text
-    assert 'role="alert"' in reply.text
-    assert user["key"]["secret"] not in reply.text
-    assert forms_of(reply)[0].visible == ["key"], "the user can try another key"
+    for number, (change, word) in enumerate(ENDED):
+        secret = (await authority.user(f"u_{number}", f"t_{number}"))["key"]["secret"]
+        await sql.execute(change)
+        reply = await browser.sign_in(login, secret)
+        assert reply.status == 403, change
+        assert word in reply.text
+        assert 'role="alert"' in reply.text
+        assert secret not in reply.text
+        assert forms_of(reply)[0].visible == ["key"], "the user can try another key"
 
 
 async def test_tokens_and_secrets_of_other_kinds_sign_in_no_user(authority: Authority) -> None:

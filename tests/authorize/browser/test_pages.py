@@ -132,7 +132,8 @@ async def test_every_page_is_confined_and_runs_no_script(authority: Authority) -
         assert not re.search(r"\son\w+=", page.text)
 
 
-@pytest.mark.parametrize(("ui_locales", "accepted", "language"), [
+#: `ui_locales`, Accept-Language, and the language of the pages.
+PREFERENCES = [
     (None, "", "en"),
     (None, "ko-KR,ko;q=0.9,en;q=0.8", "ko"),
     (None, "en;q=0.5, ja;q=0.8", "ja"),
@@ -140,16 +141,17 @@ async def test_every_page_is_confined_and_runs_no_script(authority: Authority) -
     ("ja", "ko", "ja"),
     ("fr ko-KR en", "ja", "ko"),
     ("fr", "ja", "ja"),
-])  # fmt: skip
-async def test_pages_are_in_the_language_of_the_user(
-    authority: Authority, ui_locales: str | None, accepted: str, language: str
-) -> None:
-    browser = Browser(authority, language=accepted)
-    login = await browser.authorize(await browser.client(), ui_locales=ui_locales)
-    assert f'<html lang="{language}">' in login.text
-    assert TEXTS["login_button"][language] in login.text
-    # So is the page after it, which the browser asks for without `ui_locales`.
-    assert f'<html lang="{language}">' in (await browser.sign_in(login, "wrong")).text
+]
+
+
+async def test_pages_are_in_the_language_of_the_user(authority: Authority) -> None:
+    for ui_locales, accepted, language in PREFERENCES:
+        browser = Browser(authority, language=accepted)
+        login = await browser.authorize(await browser.client(), ui_locales=ui_locales)
+        assert f'<html lang="{language}">' in login.text
+        assert TEXTS["login_button"][language] in login.text
+        # So is the page after it, which the browser asks for without `ui_locales`.
+        assert f'<html lang="{language}">' in (await browser.sign_in(login, "wrong")).text
 
 
 async def test_use_another_account_begins_the_same_request_again(authority: Authority) -> None:

@@ -9,18 +9,20 @@ from aiohttp import web
 from keyproxy.authorize.browser.pages import layout
 from keyproxy.authorize.browser.pages.display import isolated
 from keyproxy.authorize.browser.pages.page_texts import text
+from keyproxy.oauth import redirect_uris
 
 
 class LoginForm(NamedTuple):
     """What the page shows. `client`: the name of the program that wants to connect; None: the user page follows.
 
-    `problem`: the name of the text of a failed attempt, empty before the first one.
+    `redirect_uri`: that of the program. `problem`: the name of the text of a failed attempt, empty before the first one.
     """
 
     ticket: str
     issuer: str
     resource: str
     client: str | None
+    redirect_uri: str = ""
     problem: str = ""
 
 
@@ -31,7 +33,8 @@ def login_page(form: LoginForm, language: str, *, status: int = 200) -> web.Resp
         intent = text("login_for_user_page", language, resource=resource)
     else:
         name = f"<strong>{isolated(form.client or text('unnamed', language))}</strong>"
-        intent = text("login_for_client", language, client=name, resource=resource)
+        host = isolated(redirect_uris.shown_target(form.redirect_uri))
+        intent = text("login_for_client", language, client=name, host=host, resource=resource)
     failed = layout.alert(text(form.problem, language)).replace("<p ", '<p id="problem" ') if form.problem else ""
     invalid = ' aria-invalid="true" aria-describedby="problem hint"' if form.problem else ' aria-describedby="hint"'
     body = (

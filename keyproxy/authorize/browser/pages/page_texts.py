@@ -9,9 +9,9 @@ TEXTS: Final[Mapping[str, Mapping[str, str]]] = {
     # -- login
     "login_title": {"en": "Sign in", "ko": "로그인", "ja": "サインイン"},
     "login_for_client": {
-        "en": "{client} wants to connect to {resource}.",
-        "ko": "{client}에서 {resource}에 연결하려고 합니다.",
-        "ja": "{client} が {resource} への接続を求めています。",
+        "en": "{client} ({host}) wants to connect to {resource}.",
+        "ko": "{client} ({host})에서 {resource}에 연결하려고 합니다.",
+        "ja": "{client}（{host}）が {resource} への接続を求めています。",
     },
     "login_for_user_page": {
         "en": "Sign in to see the programs that are connected to {resource}.",
