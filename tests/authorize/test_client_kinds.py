@@ -67,8 +67,8 @@ async def connect(
     return str(reply.json["refresh_token"])
 
 
-def refresh(token: str, **more: str) -> dict[str, str]:
-    return {"grant_type": "refresh_token", "refresh_token": token, **more}
+def refresh(refresh_token: str, **more: str) -> dict[str, str]:
+    return {"grant_type": "refresh_token", "refresh_token": refresh_token, **more}
 
 
 @pytest.mark.parametrize("repeats_uri", [True, False])
@@ -135,6 +135,11 @@ async def test_document_client_with_keys_must_sign_for_its_code_and_each_refresh
     token = await connect(authority, client_id, secret, proof=sign(client_id))
     for form in (refresh(token, client_id=client_id), refresh(token, **sign(client_id, OTHER_KEY))):
         assert (await exchange(authority, form)).error == "invalid_client"
+    # Neither the redirect URI of a known client nor a code of one's own makes it another client, which need not sign.
+    other = await Browser(authority).code(client_id, secret, redirect_uri=LISTED)
+    for more in ({"scope": ""}, {"code": "x"}, {"token": "x"}, {"code": other}):
+        form = refresh(token, client_id=client_id, redirect_uri=LISTED, **more)
+        assert (await exchange(authority, form)).error == "invalid_client", more
     assert (await exchange(authority, refresh(token, **sign(client_id)))).status == 200
 
 
