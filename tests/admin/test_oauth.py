@@ -46,7 +46,12 @@ SETTINGS = Settings(
     oauth_login=OAuthLogin(issuer=IDP),
 )
 VALUE_ID = encode_value_id(["https://acme.example/cb"], "Acme")
-JWKS = {"keys": [{"kty": "EC", "crv": "P-256", "x": "eA", "y": "eQ", "kid": "k1"}]}
+#: The example of RFC 7517, appendix A.1.
+KEY = {
+    "kty": "EC", "crv": "P-256", "kid": "k1", "x": "MKBCTNIcKUSDii11ySs3526iDZ8AiTo7Tu6KPAqv7D4",
+    "y": "4Etl6SRW2YiLUrN5vfvVHuhp7x8PxltmWWlbbM4IFyM",
+}  # fmt: skip
+JWKS = {"keys": [KEY]}
 APP_URIS = ("https://app.example/cb", "com.example.app:/cb")
 WORKER = OAuthClientWish("worker", AuthMethod.CLIENT_SECRET, user="u_1", scopes=("jobs:write",))
 
@@ -132,11 +137,15 @@ async def test_client_authenticates_by_key_by_certificate_or_not_at_all(operatio
         {"tls_subject": "dns:worker.example.com"},
         {"auth_method": AuthMethod.TLS_CLIENT_AUTH, "tls_subject": "worker.example.com"},
         {"auth_method": AuthMethod.TLS_CLIENT_AUTH, "tls_subject": "dns:"},
+        {"auth_method": AuthMethod.TLS_CLIENT_AUTH, "tls_subject": "dn:worker"},
         {"auth_method": AuthMethod.PRIVATE_KEY_JWT, "jwks": {}},
         {"auth_method": AuthMethod.PRIVATE_KEY_JWT, "jwks": {"keys": []}},
-        {"auth_method": AuthMethod.PRIVATE_KEY_JWT, "jwks": {"keys": [{"kty": "EC"}] * 17}},
+        {"auth_method": AuthMethod.PRIVATE_KEY_JWT, "jwks": {"keys": [KEY] * 17}},
+        {"auth_method": AuthMethod.PRIVATE_KEY_JWT, "jwks": {"keys": [{**KEY, "y": KEY["x"]}]}},
+        {"auth_method": AuthMethod.PRIVATE_KEY_JWT, "jwks": {"keys": [{**KEY, "use": "enc"}]}},
+        {"auth_method": AuthMethod.PRIVATE_KEY_JWT, "jwks": {"keys": [{**KEY, "x5c": "x" * 70_000}]}},
         {"auth_method": AuthMethod.PRIVATE_KEY_JWT, "jwks": {"keys": [{"kty": "oct", "k": "private-canary"}]}},
-        {"auth_method": AuthMethod.PRIVATE_KEY_JWT, "jwks": {"keys": [{**JWKS["keys"][0], "d": "private-canary"}]}},
+        {"auth_method": AuthMethod.PRIVATE_KEY_JWT, "jwks": {"keys": [{**KEY, "d": "private-canary"}]}},
     ],
 )
 async def test_invalid_client_is_refused_and_nothing_is_stored(api: Api, changes: dict[str, Any]) -> None:

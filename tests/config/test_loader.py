@@ -15,13 +15,16 @@ from keyproxy.config import loader
 from keyproxy.config.categories import CATEGORY_KEYS
 from keyproxy.config.loader import Config, ConfigError
 from keyproxy.config.models import MODEL_KEYS
+from keyproxy.config.oauth.oauth_settings import KnownClientRow
 from keyproxy.config.schema import TABLES, RouteRow, Settings, attribute
 from keyproxy.config.tools.provider_settings import ProviderRow
 from keyproxy.config.tools.tool_settings import ToolRow
 
 EXAMPLE = (Path(__file__).parents[2] / "config.example.toml").read_text(encoding="utf-8")
 #: The same with the example model, category and route uncommented.
-EXAMPLE_WITH_ROUTE = re.sub(r"(?m)^# (?=\[\[(?:models|categories|tools|providers|routes)\]\]|\w+ = )", "", EXAMPLE)
+EXAMPLE_WITH_ROUTE = re.sub(
+    r"(?m)^# (?=\[\[(?:models|categories|tools|providers|oauth\.known_clients|routes)\]\]|\w+ = )", "", EXAMPLE
+)
 
 #: Every key of the file, with its default.
 DEFAULTS = {
@@ -93,6 +96,7 @@ def test_the_example_s_route_has_every_key_and_shows_the_defaults_of_those_that_
     (category,) = document.pop("categories")
     (tool,) = document.pop("tools")
     (provider,) = document.pop("providers")
+    known_clients = document["oauth"].pop("known_clients")
     assert rows(document) == DEFAULTS
     assert list(route) == [key.name for key in dataclasses.fields(RouteRow)]
     assert (route["error_shape"], route["model"], route["cap_field"], route["idempotency"]) == (
@@ -102,6 +106,7 @@ def test_the_example_s_route_has_every_key_and_shows_the_defaults_of_those_that_
     assert list(category) == list(CATEGORY_KEYS)
     assert list(tool) == [key.name for key in dataclasses.fields(ToolRow)]
     assert list(provider) == [key.name for key in dataclasses.fields(ProviderRow)]
+    assert list(known_clients[0]) == [key.name for key in dataclasses.fields(KnownClientRow)]
     assert route["binds"] == []
     assert (route["prompt"], route["category"], route["unregistered"]) == ("", "", "")
 
@@ -480,7 +485,8 @@ def test_everything_is_shown_in_the_order_of_the_file_with_routes_last(reader: R
     settings = reader.load(EXAMPLE_WITH_ROUTE).settings
     shown: dict[str, Any] = dict(loader.flatten(settings))
     assert list(shown) == [
-        *map(".".join, DEFAULTS), "models[1]", "categories[1]", "tools[1]", "providers[1]", "routes[1]",
+        *map(".".join, DEFAULTS), "models[1]", "categories[1]", "tools[1]", "providers[1]",
+        *(f"oauth.known_clients[{number}]" for number in range(1, 6)), "routes[1]",
     ]  # fmt: skip
     assert [shown[".".join(key)] for key in DEFAULTS] == list(DEFAULTS.values())
     assert shown["routes[1]"] == dataclasses.asdict(settings.routes[0])

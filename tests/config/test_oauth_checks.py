@@ -271,3 +271,10 @@ def test_known_clients_of_the_package_are_valid_and_configured_ones_replace_them
     assert [uri for _, uri in rows if redirect_uris.fault(uri.replace("{}", "a"), packaged.schemes)] == []
     settings = load(tmp_path, config(tables=f'{KNOWN}redirect_uris = ["https://acme.example/cb"]\n'))
     assert [client.name for client in client_policy(settings).known.clients] == ["Acme"]
+
+
+def test_example_shows_the_known_clients_of_the_package(tmp_path: Path) -> None:
+    example = Path(__file__).parents[2].joinpath("config.example.toml").read_text(encoding="utf-8")
+    rows = example[example.index("# [[oauth.known_clients]]") :].partition("\n\n")[0]
+    shown = load(tmp_path, "\n".join(line.removeprefix("#").strip() for line in rows.splitlines()))
+    assert known_clients(shown.oauth_known_clients).clients == known_clients(()).clients

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from keyproxy.auth.names import is_scope
 from keyproxy.oauth import client_ids, redirect_uris
@@ -23,7 +22,6 @@ from keyproxy.store.directory.errors import Invalid
 #: The start of the ids of rows.
 ROW_PREFIX: Final = "cli_"
 
-_TLS_SUBJECT: Final = re.compile(r"(?:dns|uri|dn):[^\x00-\x1f\x7f]{1,1000}")
 _SCOPES_MAX: Final = 64
 
 JWKS_BYTES_MAX: Final = 65_536
@@ -103,23 +101,31 @@ class OAuthClientWish:
             raise Invalid("authentication by TLS, and no other method, requires a subject")
         if self.jwks is not None:
             _check_jwks(self.jwks)
-        if self.tls_subject is not None and _TLS_SUBJECT.fullmatch(self.tls_subject) is None:
-            raise Invalid("a TLS subject is dns:, uri: or dn: and the exact value, such as dns:worker.example.com")
+        if self.tls_subject is not None:
+            _check_tls_subject(self.tls_subject)
+
+
+def _check_tls_subject(tls_subject: str) -> None:
+    # The libraries for signatures take longer to load than a command runs; so below.
+    from keyproxy.signing.certificates import subject_fault
+
+    if fault := subject_fault(tls_subject):
+        raise Invalid(f"the TLS subject {fault}")
 
 
 def _check_jwks(jwks: object) -> None:
     keys = jwks.get("keys") if isinstance(jwks, dict) else None
-    if not isinstance(keys, list) or not 1 <= len(keys) <= _KEYS_MAX:
+    if not isinstance(jwks, dict) or not isinstance(keys, list) or not 1 <= len(keys) <= _KEYS_MAX:
         raise Invalid(f'a JSON Web Key Set is an object with "keys", a list of 1 to {_KEYS_MAX} keys')
     if len(json.dumps(jwks)) > JWKS_BYTES_MAX:
         raise Invalid(f"a JSON Web Key Set has at most {JWKS_BYTES_MAX} bytes")
     for key in keys:
-        _check_key(key)
+        # Never quoted: it may be a private key by mistake.
+        if not isinstance(key, dict) or key.get("kty") not in _KEY_TYPES:
+            raise Invalid(f"a key of the set is not a public key of the type {', '.join(sorted(_KEY_TYPES))}")
+        if not _SECRET_MEMBERS.isdisjoint(key):
+            raise Invalid("a key of the set is a private key: store its public half only")
+    from keyproxy.signing.key_sets import ALGORITHMS, KeySet
 
-
-def _check_key(key: Any) -> None:
-    # Never quoted: it may be a private key by mistake.
-    if not isinstance(key, dict) or key.get("kty") not in _KEY_TYPES:
-        raise Invalid(f"a key of the set is not a public key of the type {', '.join(sorted(_KEY_TYPES))}")
-    if not _SECRET_MEMBERS.isdisjoint(key):
-        raise Invalid("a key of the set is a private key: store its public half only")
+    if not len(KeySet(jwks)):
+        raise Invalid(f"no key of the set can verify {', '.join(ALGORITHMS)}: RSA keys need 2048 bits or more")
