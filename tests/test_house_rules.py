@@ -84,7 +84,7 @@ HOMES = {
     "re2": {"process"},
     "redis": {"store"},
     "uvloop": {"cli", "demo"},
-    "yarl": {"authorize"},
+    "yarl": {"authorize", "demo"},
 }
 
 MODULE_LINES_MAX = 400

@@ -40,7 +40,7 @@ def _resource_metadata(settings: OAuthSettings) -> Iterator[Endpoint]:
     for resource in filter(None, (settings.resource, settings.test_resource)):
         content = document(resource, settings.issuer, settings.scopes)
         for path in paths(resource):
-            by_path[path][urlsplit(resource).netloc.lower()] = content
+            by_path[path].setdefault(urlsplit(resource).netloc.lower(), content)
     for path, by_host in by_path.items():
         yield Endpoint("resource_metadata", (path,), {"GET": _handler(by_host)}, is_cross_origin=True)
 

@@ -18,13 +18,17 @@ _OFFLINE_ACCESS: Final = "offline_access"
 
 def document(resource: str, issuer: str, scopes: Sequence[str]) -> bytes:
     """The metadata of one resource, as JSON. `scopes`: that may be requested for it."""
-    offered = [scope for scope in scopes if scope != _OFFLINE_ACCESS]
     content: dict[str, object] = {"resource": resource, "authorization_servers": [issuer]}
-    if offered:
+    if offered := resource_scopes(scopes):
         # Empty lists must be left out. RFC 9728 section 3.2.
         content["scopes_supported"] = offered
     content["bearer_methods_supported"] = ["header"]
     return json.dumps(content, separators=(",", ":")).encode("utf-8")
+
+
+def resource_scopes(scopes: Sequence[str]) -> list[str]:
+    """Those of the scopes that a resource names to clients."""
+    return [scope for scope in scopes if scope != _OFFLINE_ACCESS]
 
 
 def paths(resource: str) -> tuple[str, ...]:

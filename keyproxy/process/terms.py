@@ -28,7 +28,7 @@ from keyproxy.http.headers import FieldNames
 from keyproxy.http.path_patterns import placeholder_pattern
 from keyproxy.http.routes import RouteTable
 from keyproxy.model import NO_TOKENS, Moment, Route
-from keyproxy.oauth.protected_resource import document, metadata_url, paths
+from keyproxy.oauth.protected_resource import document, metadata_url, paths, resource_scopes
 from keyproxy.platform import clock
 from keyproxy.ports.agent_token_mint import AgentTokenMint
 from keyproxy.ports.gate import Assertions
@@ -172,7 +172,9 @@ def build_terms(
 
 def _challenges(settings: Settings) -> Challenges:
     oauth = settings.oauth
-    return Challenges(metadata_url(oauth.resource), oauth.scopes) if oauth.is_configured else Challenges()
+    if not oauth.is_configured:
+        return Challenges()
+    return Challenges(metadata_url(oauth.resource), resource_scopes(oauth.scopes))
 
 
 def _key_format(settings: Settings) -> KeyFormat:

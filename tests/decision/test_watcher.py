@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tracemalloc
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from keyproxy.http.forwarding import FULL, NONE, TrustRule
 from keyproxy.limits.allowance import Allowance
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Plan
-from keyproxy.model import Grant, Identity, Permit, Route
+from keyproxy.model import Grant, Identity, OAuthSession, Permit, Route
 from keyproxy.ports.exchange import Exchange
 from keyproxy.ports.signals import MANY, Habit, Signal, Signals
 from keyproxy.reasons import Reason
@@ -101,6 +102,14 @@ def test_models_and_networks_of_admitted_requests_are_learned_until_they_are_kno
     assert len(signals.habits) == 2
     watcher.take([ended(OTHER)])
     assert values(signals)[2:] == [("key_of_u_7", "new_network", b"198.51.100.0/24")]
+
+
+def test_sessions_of_oauth_have_no_habits_and_raise_no_signals(watcher: Watcher, signals: FakeSignals) -> None:
+    session = dataclasses.replace(WHO, key_id="ses_1", oauth=OAuthSession("gra_1", "cli_1"))
+    for _ in range(2):
+        watcher.take([ended(session, model="gpt-4o")] * 1_000)
+        watcher.take([ended(session, reason=Reason.SCOPE_INSUFFICIENT)] * 100)
+    assert (signals.habits, signals.signals) == ([], [])
 
 
 def test_networks_of_a_key_with_many_are_not_learned(watcher: Watcher, signals: FakeSignals) -> None:

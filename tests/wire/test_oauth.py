@@ -23,7 +23,10 @@ from tests.wire.conftest import KEY, Start, Wire, request
 ORIGIN: Final = "https://mcp.example.com"
 BARE: Final = "/.well-known/oauth-protected-resource"
 OAUTH: Final = OAuthSettings(
-    issuer=ORIGIN, resource=f"{ORIGIN}/mcp", test_resource=f"{ORIGIN}/test", scopes=["jobs:write", "jobs:read"]
+    issuer=ORIGIN,
+    resource=f"{ORIGIN}/mcp",
+    test_resource=f"{ORIGIN}/test",
+    scopes=["jobs:write", "offline_access", "jobs:read"],
 )
 METADATA: Final = f'resource_metadata="{ORIGIN}{BARE}/mcp"'
 API_KEY: Final = 'Api-Key realm="keyproxy"'

@@ -21,7 +21,7 @@ from keyproxy.authorize.browser.login import Login, Proceed
 from keyproxy.authorize.browser.tickets import Content, Purpose, Tickets
 from keyproxy.authorize.context import Context
 from keyproxy.authorize.endpoint import ADDRESS, USER, Endpoint, PageError, SignedIn
-from keyproxy.authorize.oidc.provider import LoginFault, Provider, error_code
+from keyproxy.authorize.oidc.provider import IdentityProvider, LoginFault, error_code
 from keyproxy.authorize.oidc.provider_metadata import ProviderUnavailable
 from keyproxy.authorize.oidc.subject import ClaimsFault, Subject
 from keyproxy.authorize.rate_limits import Rate
@@ -44,7 +44,7 @@ class OidcLogin(Login):
         """Raises TlsError."""
         self._login = context.settings.oauth_login
         self._redirect_uri = origin(context.settings.oauth.issuer) + CALLBACK_PATH
-        self._provider = Provider(self._login, context.login_secret, self._redirect_uri, now=context.now)
+        self._provider = IdentityProvider(self._login, context.login_secret, self._redirect_uri, now=context.now)
         self._subjects = Subjects(context.database)
         self._tickets = tickets
         self._cookies = cookies

@@ -42,7 +42,7 @@ class LoginFault(Exception):
     """The provider refuses a code, or its id_token is invalid. The text is for the operator."""
 
 
-class Provider:
+class IdentityProvider:
     """One OpenID provider under one configuration: see the module."""
 
     def __init__(
@@ -195,7 +195,7 @@ class Provider:
             raise ProviderUnavailable(f"{metadata.jwks_uri}: {fault}") from None
 
     def __repr__(self) -> str:
-        return f"Provider({self._login.issuer!r}, is_known={self._metadata is not None}, {self._keys!r})"
+        return f"IdentityProvider({self._login.issuer!r}, is_known={self._metadata is not None}, {self._keys!r})"
 
 
 def _members(body: bytes) -> Mapping[str, Any]:

@@ -117,6 +117,9 @@ class Watcher:
                 if self._watches_failures and exchange.reason is Reason.KEY_INVALID:
                     self._count_failure(exchange, now)
                 continue
+            if identity.oauth is not None:
+                # The store learns the habits of keys only, so that those of a session would be sent with each request.
+                continue
             key_id = identity.key_id
             watch = keys.get(key_id) or self._watch(key_id, now.mono_seconds)
             if exchange.permit is None:

@@ -11,7 +11,7 @@ import jwt
 import pytest
 from aiohttp import web
 
-from keyproxy.authorize.oidc.provider import LoginFault, Provider
+from keyproxy.authorize.oidc.provider import IdentityProvider, LoginFault
 from keyproxy.authorize.oidc.provider_metadata import ProviderUnavailable
 from keyproxy.config.oauth.oauth_settings import OAuthLogin
 from keyproxy.model import Moment
@@ -41,7 +41,7 @@ class Known:
         self.idp = idp
         self.clock = Clock()
         login = OAuthLogin(kind="oidc", issuer=idp.issuer, client_id=CLIENT_ID)
-        self.provider = Provider(login, secret, REDIRECT, now=self.clock, seconds_max=seconds_max)
+        self.provider = IdentityProvider(login, secret, REDIRECT, now=self.clock, seconds_max=seconds_max)
 
     async def claims(self, issuer: str | None = "", *, nonce: str = "n1") -> Mapping[str, Any]:
         """The claims of a login."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from pathlib import Path
 
 import asyncpg
 import pytest
 
+import keyproxy
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.oauth.oauth_settings import OAuthSettings
 from keyproxy.oauth.client import Client, ClientKind
@@ -20,7 +23,7 @@ from keyproxy.store.oauth.cleanup import OAuthCleanup
 from keyproxy.store.oauth.subjects import Subjects
 from keyproxy.store.oauth.token_values import CodeExchange, RefreshExchange, TokenReader
 from keyproxy.store.oauth.tokens import TokenStore
-from keyproxy.store.postgres import migrations, roles
+from keyproxy.store.postgres import migrations, queries, roles
 from keyproxy.store.postgres.database import Database, StoreUnavailable
 from tests.server import as_role, may_log_in
 from tests.store.harness import Sql, add_key, add_user
@@ -174,3 +177,34 @@ async def test_authorization_server_reads_the_state_of_the_schema(dsn: str, sql:
     role = f"{prefix}_authorize"
     await sql.execute(may_log_in(dsn, role))
     assert (await migrations.state(as_role(dsn, role))).pending == []
+
+
+_PACKAGE = Path(keyproxy.__file__).parent
+_SIDES = {"authorize": ("store/oauth", "authorize"), "admin": ("store/directory",)}
+_FETCHED = re.compile(r'\bfetch(?:_row)?\(\s*"([a-z_]+)"')
+
+
+@pytest.mark.parametrize("side", _SIDES)
+async def test_role_may_run_every_statement_of_its_side(dsn: str, sql: Sql, prefix: str, side: str) -> None:
+    files = [file for folder in _SIDES[side] for file in (_PACKAGE / folder).rglob("*.py")]
+    used = {name for file in files for name in _FETCHED.findall(file.read_text(encoding="utf-8"))}
+    role = f"{prefix}_{side}"
+    await roles.create(dsn, prefix, provisions=True)
+    await sql.execute(may_log_in(dsn, role))
+    client: Sql = await asyncpg.connect(as_role(dsn, role))
+    statements = queries.load()
+    refused = []
+    # Without GENERIC_PLAN, which PostgreSQL 15 does not have.
+    await client.execute("SET plan_cache_mode = force_generic_plan")
+    for name in sorted(used):
+        count = max(map(int, re.findall(r"\$(\d+)", statements[name])), default=0)
+        arguments = f"({', '.join(['NULL'] * count)})" if count else ""
+        await client.execute(f"PREPARE one AS {statements[name]}")
+        try:
+            await client.execute(f"EXPLAIN EXECUTE one{arguments}")
+        except asyncpg.InsufficientPrivilegeError as error:
+            refused.append(f"{name}: {error}")
+        await client.execute("DEALLOCATE one")
+    await client.close()
+    assert len(used) > 10
+    assert refused == []
