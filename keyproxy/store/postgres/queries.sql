@@ -2181,12 +2181,21 @@ WHERE o.issuer = $1 AND o.subject = $2;
 SELECT o.subject FROM keyproxy.oauth_subjects AS o WHERE o.issuer = $1 AND o.subject = $2 FOR UPDATE;
 
 -- name: subjects
--- In the order of issuer and subject, after the issuer $1 and subject $2, at most $3; of the user $4, the tenant $5, where
--- not null. Needs: oauth_subjects (issuer, subject), oauth_subjects (user_id).
+-- In the order of issuer and subject, after the issuer $1 and subject $2, at most $3; of one tenant $4, if not null.
+-- Needs: oauth_subjects (issuer, subject).
 SELECT o.issuer, o.subject, o.user_id, u.tenant_id, o.created_at
 FROM keyproxy.oauth_subjects AS o
 JOIN keyproxy.users AS u ON u.id = o.user_id
-WHERE (o.issuer, o.subject) > ($1, $2) AND ($4::text IS NULL OR o.user_id = $4) AND ($5::text IS NULL OR u.tenant_id = $5)
+WHERE (o.issuer, o.subject) > ($1, $2) AND ($4::text IS NULL OR u.tenant_id = $4)
+ORDER BY o.issuer, o.subject
+LIMIT $3;
+
+-- name: subjects_of_user
+-- As subjects, those of the user $4. Needs: oauth_subjects (user_id).
+SELECT o.issuer, o.subject, o.user_id, u.tenant_id, o.created_at
+FROM keyproxy.oauth_subjects AS o
+JOIN keyproxy.users AS u ON u.id = o.user_id
+WHERE o.user_id = $4 AND (o.issuer, o.subject) > ($1, $2)
 ORDER BY o.issuer, o.subject
 LIMIT $3;
 
