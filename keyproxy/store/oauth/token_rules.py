@@ -39,7 +39,7 @@ def is_replay(code: Row, shown: CodeExchange) -> bool:
 
 def check_code(code: Row, client: Client, shown: CodeExchange, rules: OAuthSettings) -> None:
     """Check a code. A request with wrong values leaves it as it is."""
-    if code["presented_as"] != client.presented_as:
+    if (code["client_row"], code["presented_as"]) != (client.row_id, client.presented_as):
         raise invalid_grant("The code was issued to another client.", "another client id")
     if not hmac.compare_digest(code["challenge"], shown.challenge):
         raise invalid_grant("'code_verifier' does not match the challenge.", "wrong verifier")
@@ -54,7 +54,8 @@ def check_code(code: Row, client: Client, shown: CodeExchange, rules: OAuthSetti
 
 def check_refresh(token: Row, client: Client) -> None:
     """Check whose refresh token it is, and whether it or its session has expired."""
-    if token["client_row"] != client.row_id and token["presented_as"] != client.presented_as:
+    # The row decides, which the client has been authenticated as: ids that were presented may mean another row today.
+    if token["client_row"] != client.row_id:
         raise invalid_grant("The refresh token was issued to another client.", "another client id")
     if token["is_expired"]:
         raise invalid_grant("The refresh token has expired.", "expired refresh token")

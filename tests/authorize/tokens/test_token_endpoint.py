@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from keyproxy.auth.api_key import KeyFormat
+from keyproxy.config.oauth.oauth_settings import KnownClientRow
 from keyproxy.store.postgres.database import Database
 from tests.authorize.authority import Authority, authorizing
 from tests.authorize.tokens.token_requests import (
@@ -19,7 +20,7 @@ from tests.authorize.tokens.token_requests import (
 )
 from tests.store.conftest import relay, short_directory  # noqa: F401 - fixtures
 from tests.store.harness import Relay, Sql
-from tests.store.oauth_rows import CLIENT, RESOURCE, TEST_RESOURCE
+from tests.store.oauth_rows import CLIENT, RESOURCE, TEST_RESOURCE, add_client, add_grant
 
 SERVICE = {"grant_type": "client_credentials"}
 
@@ -144,6 +145,24 @@ async def test_service_gets_a_token_for_its_secret(authority: Authority, sql: Sq
             assert reply.json.keys() == {"access_token", "token_type", "expires_in", "scope"}
             assert reply.json["scope"] == "jobs:write"
         assert ("WWW-Authenticate" in reply.headers) is (status == 401 and bool(headers))
+
+
+async def test_code_of_a_listed_client_does_not_authenticate_a_service_with_the_same_id(
+    database: Database, sql: Sql
+) -> None:
+    """A listed client may present any id, also one that an operator registers later."""
+    known = (KnownClientRow("Acme", ["https://acme.example/cb"]),)
+    async with authorizing(database, resource=RESOURCE, known_clients=known) as authority:
+        await add_client(sql, "listed:Acme", "listed")
+        await add_grant(sql, client_id="listed:Acme")
+        await add_service(sql)
+        own, foreign = await new_code(sql, 2, grant=9), await new_code(sql)
+        await sql.execute("UPDATE keyproxy.oauth_codes SET client_id = $1", WORKER)
+        issued = await token(authority, code_form(own, client_id=""), headers=basic())
+        stolen = refresh_form(issued, client_id=WORKER)
+        assert (await token(authority, stolen | {"code": foreign})).error == "invalid_grant"
+        assert (await token(authority, stolen)).error == "invalid_client"
+        assert (await token(authority, stolen, headers=basic())).status == 200
 
 
 async def test_disabled_service_gets_no_token(authority: Authority, sql: Sql) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 from typing import Any
 
@@ -65,12 +66,13 @@ async def test_code_is_redeemed_for_a_session_with_a_refresh_token_and_an_access
     ("client", "changes", "code"),
     [
         (OTHER_CLIENT, {}, "invalid_grant"),
+        (dataclasses.replace(CLIENT, client_id="listed:Acme"), {}, "invalid_grant"),
         (CLIENT, {"verifier": "another"}, "invalid_grant"),
         (CLIENT, {"redirect_uri": "https://acme.example/cb/"}, "invalid_grant"),
         (CLIENT, {"resource": "https://elsewhere.example"}, "invalid_target"),
         (CLIENT, {"resource": TEST_RESOURCE}, "invalid_target"),
     ],
-    ids=["client", "verifier", "redirect_uri", "unknown resource", "another resource"],
+    ids=["client", "row", "verifier", "redirect_uri", "unknown resource", "another resource"],
 )
 async def test_wrong_values_leave_the_code_good(
     tokens: TokenStore, sql: Sql, client: Client, changes: dict[str, Any], code: str

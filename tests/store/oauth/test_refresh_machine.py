@@ -292,7 +292,7 @@ def test_store_judges_refreshes_like_the_model_whatever_happens_at_once(store: _
     run_state_machine_as_test(
         RefreshesInStore,
         settings=settings(
-            max_examples=8, stateful_step_count=16, deadline=None, database=None,
+            max_examples=6, stateful_step_count=14, deadline=None, database=None,
             suppress_health_check=list(HealthCheck),
         ),
     )  # fmt: skip

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import signal
 import sys
 from typing import Any
 
 import pytest
 
+from keyproxy.oauth.client import Client
 from keyproxy.oauth.oauth_error import OAuthError
 from keyproxy.store.oauth.token_values import IssuedTokens, RefreshExchange
 from keyproxy.store.oauth.tokens import SESSION_TOKENS_MAX, TokenStore
@@ -142,10 +144,13 @@ async def test_refused_request_uses_nothing(
     assert await sql.fetchval("SELECT count(*) FROM keyproxy.oauth_refresh_tokens WHERE used_at IS NULL") == 1
 
 
+@pytest.mark.parametrize(
+    "other", [OTHER_CLIENT, dataclasses.replace(CLIENT, client_id="listed:Acme")], ids=["another id", "another row"]
+)
 async def test_refresh_token_of_another_client_is_refused_without_effect(
-    tokens: TokenStore, issued: IssuedTokens
+    tokens: TokenStore, issued: IssuedTokens, other: Client
 ) -> None:
-    assert await error_of(tokens.refresh(OTHER_CLIENT, refreshed(issued))) == "invalid_grant"
+    assert await error_of(tokens.refresh(other, refreshed(issued))) == "invalid_grant"
     assert await error_of(tokens.refresh(CLIENT, refreshed(issued))) == ""
 
 
