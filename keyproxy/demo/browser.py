@@ -6,7 +6,6 @@ from html.parser import HTMLParser
 from urllib.parse import urljoin
 
 import aiohttp
-from yarl import URL
 
 _FORMS = ("/oauth/login", "/oauth/consent")
 
@@ -33,7 +32,7 @@ async def allow(url: str, key: str) -> list[str]:
     seen: list[str] = []
     # Without `unsafe`, cookies of IP addresses are dropped.
     async with aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True)) as session:
-        response = await session.get(URL(url, encoded=True))
+        response = await session.get(url)
         while True:
             seen.append(response.url.path)
             form = _Form(await response.text())

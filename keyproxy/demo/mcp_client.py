@@ -33,7 +33,7 @@ class SignInFailed(Exception):
     """The authorization server refused the client or its user. The text is the reason."""
 
 
-class ToolCall(NamedTuple):
+class McpCall(NamedTuple):
     """The response to a call. `received`: what the MCP server received; `code`: of a refusal."""
 
     status: int
@@ -110,12 +110,12 @@ class McpClient:
         """Exchange the refresh token for new tokens, and return them."""
         return await self._token(grant_type="refresh_token", refresh_token=self._tokens["refresh_token"])
 
-    async def call(self, tool: str, arguments: Mapping[str, object]) -> ToolCall:
+    async def call(self, tool: str, arguments: Mapping[str, object]) -> McpCall:
         """Call a tool with the access token."""
         async with self._post("tools/call", {"name": tool, "arguments": arguments}) as response:
             content = await response.json(content_type=None)
             received = content.get("result", {}).get("structuredContent", {})
-            return ToolCall(response.status, received, content.get("error", {}).get("data", {}).get("code", ""))
+            return McpCall(response.status, received, content.get("error", {}).get("data", {}).get("code", ""))
 
     async def _token(self, **form: str) -> Mapping[str, Any]:
         form |= {"client_id": self.client_id, "resource": self._resource["resource"]}

@@ -160,7 +160,7 @@ class OAuthScene:
     async def _end(self, client: McpClient) -> None:
         title = self.begin("An operator ends the session, and its tokens with it", f"{MCP_PATH}   {_TOOL}")
         (session,) = await self.directory.oauth_sessions.list_by_id("", 10)
-        arguments = ("oauth", "session", "revoke", session["id"], "--yes")
+        arguments = ("oauth", "session", "revoke", session["id"])
         click.echo(f"   $ keyproxy {shlex.join(arguments)}")
         _, error = await tools.run(self.config_path, *arguments)
         ended = time.monotonic()

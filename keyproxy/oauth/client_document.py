@@ -16,9 +16,10 @@ from keyproxy.oauth.names import clean_name, is_too_long
 
 _PORT: Final = 443
 _PORT_MAX: Final = 65_535
+_HOST_CHARACTERS_MAX: Final = 253
 
 _URL: Final = re.compile(
-    r"https://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?::(?P<port>[0-9]{1,5}))?"
+    r"https://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*)(?::(?P<port>[0-9]{1,5}))?"
     r"(?P<path>/(?:[A-Za-z0-9\-._~:/@!$&'()*+,;=]|%[0-9A-Fa-f]{2})+)"
     r"(?P<query>\?(?:[A-Za-z0-9\-._~:/?@!$&'()*+,;=]|%[0-9A-Fa-f]{2})*)?"
 )
@@ -54,6 +55,8 @@ def document_url(text: str) -> DocumentUrl | None:
     if not 1 <= port <= _PORT_MAX:
         return None
     host = parts["host"].lower().strip("[]")
+    if len(host) > _HOST_CHARACTERS_MAX:
+        return None
     return DocumentUrl(text, host, port, _is_address(host) or _ENDS_IN_NUMBER.fullmatch(host) is not None)
 
 

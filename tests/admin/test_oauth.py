@@ -451,10 +451,12 @@ async def test_commands_manage_clients_grants_sessions_and_subjects(
     for number in (1, 2, 3):
         await add_session(sql, number)
     assert len(await run_json("session", "list", "--user", "u_1")) == len(await run_json("session", "list")) == 3
-    assert (await run_json("session", "revoke", session_id(1), "--yes"))["deleted"] is True
+    assert (await run_json("session", "revoke", session_id(1)))["deleted"] is True
+    asked = await run("oauth", "session", "revoke", "--user", "u_1", by=by)
+    assert (asked.status, "--yes" in asked.err) == (1, True)
     assert await run_json("session", "revoke", "--user", "u_1", "--yes") == {"revoked": 2}
     assert await run_json("session", "revoke", "--all", "--yes") == {"revoked": 0}
-    assert (await run_json("grant", "revoke", grant_id(), "--yes"))["deleted"] is True
+    assert (await run_json("grant", "revoke", grant_id()))["deleted"] is True
     assert await run_json("grant", "revoke", "--user", "u_1", "--yes") == {"revoked": 3}
     assert (await run_json("subject", "link", "alice", "--user", "u_1"))["issuer" if by == "database" else "user"]
     assert [one["subject"] for one in await run_json("subject", "list", "--user", "u_1")] == ["alice"]

@@ -204,7 +204,11 @@ NOT_DOCUMENTS = [
     "https://acme.example/\u00e9",
     "https://acme.example/c\n",
     "https:///c",
-    "https://-a/c",
+    "https://a..b/c",
+    "https://.a/c",
+    "https://a./c",
+    "https://" + "a" * 64 + ".example/c",
+    "https://" + "a." * 127 + "b/c",
     "https://%31.example/c",
     "https://acme.example/" + "a" * 2_000,
 ]

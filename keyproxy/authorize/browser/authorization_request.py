@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode
 
 from keyproxy.authorize.browser.tickets import Content
 from keyproxy.config.oauth.oauth_settings import OAuthSettings
@@ -108,7 +108,8 @@ def judge(
 
 def has_response_parameters(redirect_uri: str) -> bool:
     """Whether the query of a redirect URI has a parameter that responses add."""
-    query = urlsplit(redirect_uri).query
+    # Not urlsplit, which fails for URIs such as https://[ that are judged only afterwards.
+    query = redirect_uri.partition("?")[2]
     return bool(query) and any(name in _OF_RESPONSES for name, _ in parse_qsl(query, keep_blank_values=True))
 
 

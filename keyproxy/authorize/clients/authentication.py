@@ -33,8 +33,8 @@ _BASIC: Final = "basic"
 _CHALLENGE: Final = 'Basic realm="keyproxy"'
 _RETRY_SECONDS: Final = 60
 
-#: The parameters that hold something that was issued to the client.
-_CREDENTIALS: Final = ("code", "refresh_token", "token")
+#: The parameter with what was issued to the client, by grant type; without one, a token is revoked or introspected.
+_CREDENTIALS: Final = {None: "token", "authorization_code": "code", "refresh_token": "refresh_token"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class ClientAuthentication:
         and for a failed authentication, `temporarily_unavailable` if its keys cannot be fetched. Raises StoreUnavailable.
         """
         shown = _shown(form, request.headers.get("Authorization"))
-        credential = next((form[name] for name in _CREDENTIALS if name in form), None)
+        credential = form.get(_CREDENTIALS.get(form.get("grant_type"), ""))
         digest = None if credential is None else hashlib.sha256(credential.encode("utf-8", "surrogatepass")).digest()
         try:
             client = await self._clients.presented(shown.client_id, form.get("redirect_uri"), credential=digest)

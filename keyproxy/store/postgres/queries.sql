@@ -2190,12 +2190,21 @@ WHERE o.issuer = $1 AND o.subject = $2;
 SELECT o.subject FROM keyproxy.oauth_subjects AS o WHERE o.issuer = $1 AND o.subject = $2 FOR UPDATE;
 
 -- name: subjects
--- In the order of issuer and subject, after the issuer $1 and subject $2, at most $3; of the user $4, the tenant $5, where
--- not null. Needs: oauth_subjects (issuer, subject), oauth_subjects (user_id).
+-- In the order of issuer and subject, after the issuer $1 and subject $2, at most $3; of one tenant $4, if not null.
+-- Needs: oauth_subjects (issuer, subject).
 SELECT o.issuer, o.subject, o.user_id, u.tenant_id, o.created_at
 FROM keyproxy.oauth_subjects AS o
 JOIN keyproxy.users AS u ON u.id = o.user_id
-WHERE (o.issuer, o.subject) > ($1, $2) AND ($4::text IS NULL OR o.user_id = $4) AND ($5::text IS NULL OR u.tenant_id = $5)
+WHERE (o.issuer, o.subject) > ($1, $2) AND ($4::text IS NULL OR u.tenant_id = $4)
+ORDER BY o.issuer, o.subject
+LIMIT $3;
+
+-- name: subjects_of_user
+-- As subjects, those of the user $4. Needs: oauth_subjects (user_id).
+SELECT o.issuer, o.subject, o.user_id, u.tenant_id, o.created_at
+FROM keyproxy.oauth_subjects AS o
+JOIN keyproxy.users AS u ON u.id = o.user_id
+WHERE o.user_id = $4 AND (o.issuer, o.subject) > ($1, $2)
 ORDER BY o.issuer, o.subject
 LIMIT $3;
 
@@ -2203,19 +2212,28 @@ LIMIT $3;
 DELETE FROM keyproxy.oauth_subjects WHERE issuer = $1 AND subject = $2;
 
 -- name: hold_oauth_code
--- Locks the authorization code with the digest $1; its grant first, in the order of a deletion.
--- Needs: oauth_codes (digest), oauth_grants (id).
-WITH parent AS MATERIALIZED (
-    SELECT c.digest
-    FROM keyproxy.oauth_codes AS c
-    JOIN keyproxy.oauth_grants AS g ON g.id = c.grant_id
-    WHERE c.digest = $1
+-- Locks the authorization code with the digest $1. First what its session will refer to, in the order in which a deletion
+-- of the user reaches it: the key or subject of the login, the grant.
+-- Needs: oauth_codes (digest), api_keys (id), oauth_subjects (issuer, subject), oauth_grants (id).
+WITH code AS MATERIALIZED (
+    SELECT c.grant_id, c.via_key, c.via_issuer, c.via_subject FROM keyproxy.oauth_codes AS c WHERE c.digest = $1
+), login_key AS MATERIALIZED (
+    SELECT k.id FROM keyproxy.api_keys AS k WHERE k.id = (SELECT code.via_key FROM code) FOR KEY SHARE OF k
+), login_subject AS MATERIALIZED (
+    SELECT s.user_id
+    FROM keyproxy.oauth_subjects AS s
+    WHERE s.issuer = (SELECT code.via_issuer FROM code) AND s.subject = (SELECT code.via_subject FROM code)
+      AND (SELECT count(*) FROM login_key) >= 0
+    FOR KEY SHARE OF s
+), parent AS MATERIALIZED (
+    SELECT g.id
+    FROM keyproxy.oauth_grants AS g
+    WHERE g.id = (SELECT code.grant_id FROM code) AND (SELECT count(*) FROM login_subject) >= 0
     FOR KEY SHARE OF g
 )
 SELECT c.digest
 FROM keyproxy.oauth_codes AS c
-JOIN parent ON parent.digest = c.digest
-WHERE c.digest = $1
+WHERE c.digest = $1 AND c.grant_id = (SELECT parent.id FROM parent)
 FOR UPDATE OF c;
 
 -- name: oauth_code

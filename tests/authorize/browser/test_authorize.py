@@ -62,6 +62,7 @@ async def test_errors_before_client_and_redirect_uri_are_pages_without_location(
         {"redirect_uri": "https://ACME.example/cb"},
         {"redirect_uri": "//acme.example/cb"},
         {"redirect_uri": "javascript:alert(1)"},
+        {"redirect_uri": "https://[::1/cb"},
     ):
         # A later fault must not turn the page into a redirect.
         for later in ({}, {"response_type": "token"}):

@@ -55,7 +55,6 @@ def grant_revoke(call: Call, grant_id: str | None, user_id: str | None, *, yes: 
     if (grant_id is None) == (user_id is None):
         raise click.UsageError("pass the id of a grant, or --user")
     if grant_id is not None:
-        confirm(f"Revoke {grant_id} with its sessions?", yes=yes)
         call.print_result(call.run(lambda directory: directory.oauth_grants.delete(grant_id)), ("id", "deleted"))
         return
     owner = str(user_id)
@@ -114,7 +113,6 @@ def session_revoke(call: Call, session_id: str | None, user_id: str | None, *, e
     if (session_id is not None) + (user_id is not None) + ends_all != 1:
         raise click.UsageError("pass the id of a session, or --user, or --all")
     if session_id is not None:
-        confirm(f"End {session_id}?", yes=yes)
         call.print_result(call.run(lambda directory: directory.oauth_sessions.delete(session_id)), ("id", "deleted"))
         return
     confirm("End all sessions of all users?" if ends_all else f"End all sessions of user {user_id}?", yes=yes)

@@ -20,8 +20,8 @@ _COMMANDS: Final = {
 def oauth_group() -> None:
     """Manage OAuth clients, and what they have: grants of users, and sessions, which are single devices.
 
-    A user who consents creates all three; there is nothing to set up for each user or device. `client` is for programs
-    that get tokens without a user, and for refusing one program.
+    A user who consents creates all three; there is nothing to set up for each user or device. `client` registers programs
+    that get tokens by themselves, and disables any program.
 
     \b
     keyproxy oauth client create worker --user u_42 --scope jobs:write --auth client_secret

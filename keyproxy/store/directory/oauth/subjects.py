@@ -50,11 +50,14 @@ class OAuthSubjectStore:
     async def list_page(self, cursor: str | None, limit: int, *, user_id: str | None = None) -> EntityPage:
         """List subjects, ordered by issuer and subject; only those of a user, if given.
 
-        `cursor`: the previous page's `next`, None for the first page.
+        `cursor`: the previous page's `next`, None for the first page. Raises NotFound for an unknown user.
         """
         after = _position(cursor)
-        tenant = self._context.tenant_id
-        rows = await self._context.fetch("subjects", *after, limit, user_id, tenant)
+        if user_id is None:
+            rows = await self._context.fetch("subjects", *after, limit, self._context.tenant_id)
+        else:
+            await self._context.get("user", user_id)
+            rows = await self._context.fetch("subjects_of_user", *after, limit, user_id)
         following = json.dumps([rows[-1]["issuer"], rows[-1]["subject"]]) if len(rows) == limit > 0 else None
         return EntityPage([ENTITIES["subject"](row) for row in rows], following)
 
