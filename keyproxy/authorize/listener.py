@@ -62,6 +62,7 @@ class Served:
         settings = context.settings
         self._trust = TrustRule(settings.oauth.trusted_proxies, recorded=settings.log.client_address)
         self._trusts_unix = "unix" in settings.oauth.trusted_proxies
+        self._has_warned = False
 
     def client_of(self, request: web.Request) -> Hop:
         """The client: the peer or, behind trusted proxies, the right-most untrusted one of X-Forwarded-For."""
@@ -69,9 +70,20 @@ class Served:
             (_FORWARDED_FOR, value.encode("utf-8", "surrogateescape"))
             for value in request.headers.getall("X-Forwarded-For", [])
         ]
+        peer, is_trusted = UNKNOWN, self._trusts_unix
         if request.remote:
-            return self._trust.client([*fields, (_FORWARDED_FOR, request.remote.encode())], UNKNOWN)
-        return self._trust.client(fields, UNKNOWN) if self._trusts_unix else UNKNOWN
+            peer = self._trust.client([(_FORWARDED_FOR, request.remote.encode())], UNKNOWN)
+            is_trusted = peer.is_trusted
+        if is_trusted:
+            return self._trust.client(fields, peer)
+        if fields and not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "X-Forwarded-For from %s is ignored, because oauth.trusted_proxies does not name it: if it is a proxy,"
+                " all of its clients share one rate limit",
+                request.remote or "a unix socket",
+            )
+        return peer
 
 
 class AuthorizeListener:

@@ -7,10 +7,11 @@ import contextlib
 import functools
 import json
 import os
+import secrets
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ import pytest
 
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.store.directory.directory import Actor, Directory, KeyWish
+from keyproxy.store.postgres import migrations, scratch_databases
 from keyproxy.store.postgres.database import Database
 from tests import waiting
 from tests.rawhttp import Client, Upstream, connect, free_port
+from tests.server import Server
 
 ROOT = Path(__file__).parents[2]
 
@@ -275,3 +278,19 @@ async def configure(tmp_path: Path) -> AsyncIterator[Configure]:
 def site(configure: Configure, dsn: str) -> Site:
     """A site over this test's database, with the usual settings."""
     return configure(dsn)
+
+
+@pytest.fixture(scope="session")
+def deployment(postgres: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Both processes, for all tests of clients."""
+    # It starts processes with the environment of this module.
+    from tests.acceptance.oauth_deployment import deployed
+
+    name = f"kp_test_oauth_{secrets.token_hex(4)}"
+    asyncio.run(scratch_databases.create(postgres.dsn("postgres"), name))
+    asyncio.run(migrations.migrate(postgres.dsn(name)))
+    try:
+        with deployed(postgres.dsn(name), tmp_path_factory.mktemp("oauth")) as deployment:
+            yield deployment
+    finally:
+        asyncio.run(scratch_databases.drop(postgres.dsn("postgres"), name))

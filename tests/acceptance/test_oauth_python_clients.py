@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 import threading
 import webbrowser
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import asyncpg
@@ -28,26 +27,11 @@ from mcp.shared.auth import (
 from pydantic import AnyUrl
 from yarl import URL
 
-from keyproxy.store.postgres import migrations, scratch_databases
-from tests.acceptance.oauth_deployment import Deployment, deployed
+from tests.acceptance.oauth_deployment import Deployment
 from tests.authorize.user_agent import browsing
-from tests.server import Server
 from tests.store.harness import Sql
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using in-memory token storage")
-
-
-@pytest.fixture(scope="module")
-def deployment(postgres: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """Both processes, for all tests of this module."""
-    name = f"kp_test_oauth_{secrets.token_hex(4)}"
-    asyncio.run(scratch_databases.create(postgres.dsn("postgres"), name))
-    asyncio.run(migrations.migrate(postgres.dsn(name)))
-    try:
-        with deployed(postgres.dsn(name), tmp_path_factory.mktemp("oauth")) as deployment:
-            yield deployment
-    finally:
-        asyncio.run(scratch_databases.drop(postgres.dsn("postgres"), name))
 
 
 @pytest.fixture

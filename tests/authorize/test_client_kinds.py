@@ -168,7 +168,7 @@ async def test_stolen_code_and_token_of_a_confidential_client_are_worth_nothing_
     code = await Browser(authority).code("web", secret)
     stolen = {"grant_type": "authorization_code", "code": code, "code_verifier": pkce()[0]}
     for more in ({"client_id": "web"}, {"client_id": "other", "redirect_uri": LISTED}, {"client_id": value}):
-        assert (await exchange(authority, stolen, **more)).status in (400, 401), more
+        assert (await exchange(authority, stolen | more)).status in (400, 401), more
     assert (await exchange(authority, stolen, basic("web"))).status == 200
 
 

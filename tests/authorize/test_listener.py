@@ -209,10 +209,16 @@ async def test_client_is_the_rightmost_untrusted_address(authority: Authority, f
         assert authority.log[0]["peer"] == peer
 
 
-async def test_forwarded_address_of_an_untrusted_peer_is_ignored(database: Database) -> None:
+async def test_forwarded_address_of_an_untrusted_peer_is_ignored_with_one_warning(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
     async with authorizing(database) as authority:
-        await authority.call("GET", "/nowhere", headers={"X-Forwarded-For": "192.0.2.7"})
+        for _ in range(2):
+            await authority.call("GET", "/nowhere", headers={"X-Forwarded-For": "192.0.2.7"})
         assert authority.log[0]["peer"] == "127.0.0.1"
+    assert [record.message[:46] for record in caplog.records if "X-Forwarded-For" in record.message] == [
+        "X-Forwarded-For from 127.0.0.1 is ignored, bec"
+    ]
 
 
 async def _from(authority: Authority, address: str, path: str = "/limited") -> Reply:

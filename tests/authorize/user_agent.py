@@ -35,12 +35,12 @@ class UserAgent:
     """One browser. `key`: what the user enters to sign in."""
 
     def __init__(self, session: aiohttp.ClientSession, key: str) -> None:
-        self._session = session
+        self.session = session
         self._key = key
 
     async def decide(self, url: str, decision: str = ALLOW) -> str:
         """Open an authorization URL, sign in and decide. Returns the URL of the client that the browser is sent to."""
-        page_url, page = await self._page(await self._session.get(URL(url, encoded=True), allow_redirects=False))
+        page_url, page = await self._page(await self.session.get(URL(url, encoded=True), allow_redirects=False))
         login = Form(page)
         signed_in = await self._post(page_url, login, {"key": self._key})
         page_url, page = await self._page(signed_in)
@@ -51,7 +51,7 @@ class UserAgent:
     async def _post(self, page_url: str, form: Form, fields: Mapping[str, str]) -> aiohttp.ClientResponse:
         url = urljoin(page_url, form.action)
         headers = {"Sec-Fetch-Site": "same-origin", "Origin": str(URL(page_url).origin())}
-        return await self._session.post(url, data={**form.fields, **fields}, headers=headers, allow_redirects=False)
+        return await self.session.post(url, data={**form.fields, **fields}, headers=headers, allow_redirects=False)
 
     async def _page(self, response: aiohttp.ClientResponse) -> tuple[str, str]:
         text = await response.text()

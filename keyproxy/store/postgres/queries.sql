@@ -2208,19 +2208,28 @@ LIMIT $3;
 DELETE FROM keyproxy.oauth_subjects WHERE issuer = $1 AND subject = $2;
 
 -- name: hold_oauth_code
--- Locks the authorization code with the digest $1; its grant first, in the order of a deletion.
--- Needs: oauth_codes (digest), oauth_grants (id).
-WITH parent AS MATERIALIZED (
-    SELECT c.digest
-    FROM keyproxy.oauth_codes AS c
-    JOIN keyproxy.oauth_grants AS g ON g.id = c.grant_id
-    WHERE c.digest = $1
+-- Locks the authorization code with the digest $1. First what its session will refer to, in the order in which a deletion
+-- of the user reaches it: the key or subject of the login, the grant.
+-- Needs: oauth_codes (digest), api_keys (id), oauth_subjects (issuer, subject), oauth_grants (id).
+WITH code AS MATERIALIZED (
+    SELECT c.grant_id, c.via_key, c.via_issuer, c.via_subject FROM keyproxy.oauth_codes AS c WHERE c.digest = $1
+), login_key AS MATERIALIZED (
+    SELECT k.id FROM keyproxy.api_keys AS k WHERE k.id = (SELECT code.via_key FROM code) FOR KEY SHARE OF k
+), login_subject AS MATERIALIZED (
+    SELECT s.user_id
+    FROM keyproxy.oauth_subjects AS s
+    WHERE s.issuer = (SELECT code.via_issuer FROM code) AND s.subject = (SELECT code.via_subject FROM code)
+      AND (SELECT count(*) FROM login_key) >= 0
+    FOR KEY SHARE OF s
+), parent AS MATERIALIZED (
+    SELECT g.id
+    FROM keyproxy.oauth_grants AS g
+    WHERE g.id = (SELECT code.grant_id FROM code) AND (SELECT count(*) FROM login_subject) >= 0
     FOR KEY SHARE OF g
 )
 SELECT c.digest
 FROM keyproxy.oauth_codes AS c
-JOIN parent ON parent.digest = c.digest
-WHERE c.digest = $1
+WHERE c.digest = $1 AND c.grant_id = (SELECT parent.id FROM parent)
 FOR UPDATE OF c;
 
 -- name: oauth_code
