@@ -79,8 +79,8 @@ class Served:
         if fields and not self._has_warned:
             self._has_warned = True
             _log.warning(
-                "X-Forwarded-For from %s is ignored, because oauth.trusted_proxies does not name it: if it is a proxy, all"
-                " of its clients share one rate limit",
+                "X-Forwarded-For from %s is ignored, because oauth.trusted_proxies does not name it: if it is a proxy,"
+                " all of its clients share one rate limit",
                 request.remote or "a unix socket",
             )
         return peer

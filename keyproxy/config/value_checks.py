@@ -157,6 +157,17 @@ def route_scopes(value: list[str]) -> str | None:
     return f"{bad[0]!r} is not a valid scope" if bad else None
 
 
+#: An identity with more effective scopes has none.
+_OFFERED_SCOPES_MAX: Final = 128
+
+
+def offered_scopes(value: list[str]) -> str | None:
+    """The scopes that the authorization server offers."""
+    if len(value) > _OFFERED_SCOPES_MAX:
+        return f"must have at most {_OFFERED_SCOPES_MAX} scopes, not {len(value)}"
+    return route_scopes(value)
+
+
 _TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 

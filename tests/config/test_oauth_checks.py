@@ -92,6 +92,11 @@ def load(tmp_path: Path, text: str) -> Settings:
         (config('document_hosts = ["acme.example:443"]'), "oauth.document_hosts", "not a host name"),
         (config('document_networks = ["10.0.0.1/8"]'), "oauth.document_networks", "host bits set"),
         (config('document_networks = ["intranet"]'), "oauth.document_networks", "intranet"),
+        (
+            f"[oauth]\nscopes = {json.dumps([f'a:{number}' for number in range(129)])}\n",
+            "oauth.scopes",
+            "at most 128 scopes",
+        ),
         (config("access_token_seconds = 59"), "oauth.access_token_seconds", "at least 60"),
         (config("access_token_seconds = 86401"), "oauth.access_token_seconds", "at most 86400"),
         (config("refresh_grace_seconds = 601"), "oauth.refresh_grace_seconds", "at most 600"),

@@ -43,7 +43,7 @@ class OAuthSettings:
     issuer: str = setting("")
     resource: str = setting("")
     test_resource: str = setting("")
-    scopes: list[str] = setting([], value_checks.route_scopes)
+    scopes: list[str] = setting([], value_checks.offered_scopes)
     secret_file: str = setting("")
     secret_previous_file: str = setting("")
     access_token_seconds: int = setting(900, within(60, 86_400))

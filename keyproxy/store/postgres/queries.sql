@@ -1910,14 +1910,19 @@ RETURNING xmax = 0 AS is_new;
 SELECT c.disabled_at IS NOT NULL AS is_disabled FROM keyproxy.oauth_clients AS c WHERE c.id = $1 FOR SHARE;
 
 -- name: keep_oauth_grant
--- Grants the client $3 of the user $2 the scopes $5 for the resource $4, in addition to those that the grant has. $1: the id
--- of a new grant. No row: the grant is that of a service, which an operator decides about.
+-- Grants the client $3 of the user $2 the scopes $5 for the resource $4, in addition to those that the grant has; beyond 128,
+-- earlier ones go. $1: the id of a new grant. No row: the grant is that of a service, which an operator decides about.
 -- Needs: oauth_grants (user_id, client_id, resource).
 INSERT INTO keyproxy.oauth_grants AS g (id, user_id, client_id, resource, scopes, is_test, granted_at)
 VALUES ($1, $2, $3, $4, $5, $6, coalesce($7::timestamptz, clock_timestamp()))
 ON CONFLICT (user_id, client_id, resource) DO UPDATE
 SET scopes = ARRAY(
-        SELECT DISTINCT s.scope COLLATE "C" AS scope FROM unnest(g.scopes || excluded.scopes) AS s (scope) ORDER BY scope
+        SELECT kept.scope
+        FROM (SELECT DISTINCT s.scope COLLATE "C" AS scope, s.scope = ANY (excluded.scopes) AS is_new
+              FROM unnest(g.scopes || excluded.scopes) AS s (scope)
+              ORDER BY is_new DESC, scope
+              LIMIT 128) AS kept
+        ORDER BY kept.scope
     ),
     is_test = excluded.is_test, granted_at = excluded.granted_at
 WHERE NOT g.is_service

@@ -87,3 +87,15 @@ async def test_resources_of_one_client_are_grants_of_their_own(authorizations: A
     assert again.grant_id == first.grant_id
     rows = await sql.fetch("SELECT scopes, is_test FROM keyproxy.oauth_grants ORDER BY is_test")
     assert [tuple(row) for row in rows] == [(["a", "b", "c"], False), (["c"], True)]
+
+
+async def test_grant_has_at_most_128_scopes_and_the_new_ones_among_them(
+    authorizations: Authorizations, sql: Sql
+) -> None:
+    earlier = [f"a:{number}" for number in range(128)]
+    await authorizations.consent(DOCUMENT, USER, code(1, *earlier))
+    await authorizations.consent(DOCUMENT, USER, code(2, "z", "a:5"))
+    scopes = await sql.fetchval("SELECT scopes FROM keyproxy.oauth_grants")
+    assert len(scopes) == 128
+    assert {"z", "a:5"} <= set(scopes)
+    assert set(scopes) <= {*earlier, "z"}

@@ -181,6 +181,21 @@ async def test_deletion_of_the_grant_at_the_same_time_leaves_no_session(tokens: 
     assert await sql.fetchval(SESSIONS) == 0
 
 
+@pytest.mark.parametrize("table", ["api_keys", "oauth_grants"])
+async def test_redemption_that_waits_for_a_deletion_holds_nothing_that_the_deletion_needs(
+    tokens: TokenStore, sql: Sql, table: str
+) -> None:
+    await add_user(sql)
+    await add_key(sql)
+    digest = await add_code(sql, via_key="key_1")
+    async with sql.transaction():
+        await sql.execute(f"SELECT FROM keyproxy.{table} FOR UPDATE")
+        redeeming = asyncio.create_task(error_of(tokens.redeem(CLIENT, exchange(digest))))
+        await until_blocked(sql, "login_key")
+        await sql.execute("SELECT FROM keyproxy.oauth_codes FOR UPDATE NOWAIT")
+    assert await redeeming == ""
+
+
 async def test_outage_consumes_no_code(relay: Relay, sql: Sql, clock: WallClock) -> None:
     database = Database(relay.dsn, pool_size_max=2, statement_timeout_seconds=5.0)
     await database.open()
