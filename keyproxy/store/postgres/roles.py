@@ -130,7 +130,10 @@ _AUTHORIZE: Final = {
     "oauth_codes": _ALL,
     "oauth_assertions": _ALL,
 }
-_AUTHORIZE_FUNCTIONS: Final = {"tend_oauth(integer, integer, text[], timestamp with time zone)": "EXECUTE"}
+_AUTHORIZE_FUNCTIONS: Final = {
+    "tend_oauth(integer, integer, text[], timestamp with time zone)": "EXECUTE",
+    "hold_login_key(text)": "EXECUTE",
+}
 
 #: What it also may do if it creates the users that the identity provider knows.
 _PROVISIONS: Final = {"users": "SELECT, INSERT"}
