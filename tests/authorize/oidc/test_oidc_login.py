@@ -8,16 +8,20 @@ import hashlib
 import hmac
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import asyncpg
 import pytest
 from jwt.algorithms import ECAlgorithm
 
+from keyproxy.authorize.app import AuthorizationServer, RejectedConfig
 from keyproxy.authorize.oidc.subject import ClaimsFault, Subject
-from keyproxy.config.oauth.oauth_settings import OAuthLogin
+from keyproxy.config.oauth.oauth_settings import OAuthLogin, OAuthSettings
+from keyproxy.config.schema import Settings
 from keyproxy.store.postgres.database import Database
 from tests.authorize.authority import Authority, Reply, authorizing
+from tests.authorize.oidc.browser import CLIENT_ID as PROGRAM_ID
 from tests.authorize.oidc.browser import Browser, query
 from tests.authorize.oidc.idp import CLIENT_ID, CLIENT_SECRET, Idp, running_idp
 from tests.signing.test_id_tokens import encoded
@@ -334,3 +338,42 @@ def test_created_user_id_depends_on_issuer_and_subject() -> None:
     assert len(ids) == 4
     assert {len(one) for one in ids} == {26}
     assert all(one.startswith("usr_") and one[4:].isalnum() for one in ids)
+
+
+async def test_subject_that_is_unlinked_before_the_decision_gets_no_code(database: Database, sql: Sql) -> None:
+    async with signing_in(database) as (_authority, idp, browser):
+        await linked(sql, idp)
+        page = await returned(idp, browser)
+        await sql.execute("DELETE FROM keyproxy.oauth_subjects")
+        decided = await browser.decide(page)
+        assert (decided.status, "Location" in decided.headers) == (403, False)
+        assert await sql.fetchval(ROWS) == 0
+
+
+async def test_unlinking_a_subject_ends_the_sessions_that_it_has_opened(database: Database, sql: Sql) -> None:
+    async with signing_in(database) as (authority, idp, browser):
+        await linked(sql, idp)
+        tokens = await browser.exchange(await browser.decide(await returned(idp, browser)))
+        await sql.execute("DELETE FROM keyproxy.oauth_subjects")
+        form = {
+            "grant_type": "refresh_token", "refresh_token": tokens.json["refresh_token"], "client_id": PROGRAM_ID,
+        }  # fmt: skip
+        assert (await authority.call("POST", "/oauth/token", form=form)).error == "invalid_grant"
+        assert await sql.fetchval("SELECT count(*) FROM keyproxy.oauth_access_tokens") == 0
+
+
+@pytest.mark.parametrize("content", [None, b"", b" \n", "é".encode()])
+def test_server_does_not_start_without_the_secret_that_it_needs_at_the_provider(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    (tmp_path / "oauth").write_bytes(b"s" * 32)
+    if content is not None:
+        (tmp_path / "idp").write_bytes(content)
+    oauth = OAuthSettings(
+        issuer="http://127.0.0.1:1", resource="http://127.0.0.1:1/mcp", secret_file=str(tmp_path / "oauth")
+    )
+    login = OAuthLogin(
+        kind="oidc", issuer="https://idp.example", client_id="c", client_secret_file=str(tmp_path / "idp")
+    )
+    with pytest.raises(RejectedConfig, match=r"oauth\.login\.client_secret_file"):
+        AuthorizationServer(Settings(oauth=oauth, oauth_login=login), "postgresql:///none")
