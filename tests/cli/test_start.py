@@ -24,7 +24,7 @@ def _tables(table: CommandTable) -> Iterator[CommandTable]:
 
 def test_a_command_is_listed_by_its_own_name() -> None:
     tables = list(_tables(cli.root))
-    assert {table.name for table in tables} == {"root", "key", "agent"}
+    assert {table.name for table in tables} == {"root", "key", "agent", "oauth"}
     for table in tables:
         context = click.Context(table)
         for name in table.list_commands(context):

@@ -57,7 +57,7 @@ def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
         "info": {
             "title": "keyproxy admin API",
             "version": __version__,
-            "description": "Manage tenants, users, keys, agents, plans, roles, owned ids and OAuth; read audit log and usage.",
+            "description": "Manage tenants, users, keys, agents, OAuth, plans, roles, owned ids; read audit and usage.",
         },
         "security": [{"token": []}],
         "paths": paths,

@@ -49,12 +49,16 @@ class RemoteOAuthGrants:
     def __init__(self, client: AdminClient) -> None:
         self._client = client
         self._list = ListById(client, "list_grants")
+        self._lists: dict[str, ListById] = {}
 
     async def get(self, grant_id: str) -> Entity:
         return await self._client.call("show_grant", grant_id)
 
     async def list_by_id(self, after: str, limit: int, *, user_id: str | None = None) -> list[Entity]:
-        return await self._list.page(after, limit, user=user_id)
+        if user_id is None:
+            return await self._list.page(after, limit)
+        listed = self._lists.setdefault(user_id, ListById(self._client, "list_grants_of_user", user_id))
+        return await listed.page(after, limit)
 
     async def change(self, grant_id: str, changes: Mapping[str, Any]) -> Entity:
         return await self._client.call("change_grant", grant_id, **changes)

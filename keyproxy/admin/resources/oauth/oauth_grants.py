@@ -73,8 +73,8 @@ class OAuthSessions(Page):
     items: list[OAuthSessionShown]
 
 
-class OfUserQuery(Paged):
-    """Selects grants or sessions."""
+class SessionsQuery(Paged):
+    """Selects sessions."""
 
     user: Id | None = None
 
@@ -99,9 +99,7 @@ class OAuthRevoked(ResponseModel):
 
 
 async def _grants(request: ApiRequest) -> ApiResponse:
-    query: OfUserQuery = request.query
-    grants = request.directory.oauth_grants
-    return await page(query, lambda after, limit: grants.list_by_id(after, limit, user_id=query.user))
+    return await page(request.query, request.directory.oauth_grants.list_by_id)
 
 
 async def _grants_of_user(request: ApiRequest) -> ApiResponse:
@@ -130,7 +128,7 @@ async def _revoke_grants(request: ApiRequest) -> ApiResponse:
 
 
 async def _sessions(request: ApiRequest) -> ApiResponse:
-    query: OfUserQuery = request.query
+    query: SessionsQuery = request.query
     sessions = request.directory.oauth_sessions
     return await page(query, lambda after, limit: sessions.list_by_id(after, limit, user_id=query.user))
 
@@ -149,7 +147,7 @@ async def _revoke_sessions(request: ApiRequest) -> ApiResponse:
 
 ENDPOINTS: Final = (
     Endpoint("list_grants", "List grants, sorted by id.",
-             Scope.OAUTH_READ, _grants, {200: OAuthGrants}, query=OfUserQuery, refuses=_NOT_THERE),
+             Scope.OAUTH_READ, _grants, {200: OAuthGrants}, query=Paged),
     Endpoint("list_grants_of_user", "List the grants of a user, sorted by id.",
              Scope.OAUTH_READ, _grants_of_user, {200: OAuthGrants}, query=Paged, refuses=_NOT_THERE),
     Endpoint("revoke_grants", "Revoke grants of a user with their sessions, at most 1000: see `remaining`.",
@@ -163,7 +161,7 @@ ENDPOINTS: Final = (
              "Revoke a grant with its sessions: its tokens are refused within a second. The user can consent again.",
              Scope.OAUTH_WRITE, _delete_grant, {200: Deleted}, is_conditional=True, refuses=_NOT_THERE),
     Endpoint("list_sessions", "List OAuth sessions, sorted by id.",
-             Scope.OAUTH_READ, _sessions, {200: OAuthSessions}, query=OfUserQuery, refuses=_NOT_THERE),
+             Scope.OAUTH_READ, _sessions, {200: OAuthSessions}, query=SessionsQuery, refuses=_NOT_THERE),
     Endpoint("show_session", "One OAuth session.",
              Scope.OAUTH_READ, _session, {200: OAuthSessionShown}, refuses=_NOT_THERE),
     Endpoint("delete_session", "End an OAuth session: its tokens are refused within a second.",
