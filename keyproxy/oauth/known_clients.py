@@ -18,6 +18,13 @@ class KnownClient:
     redirect_uris: tuple[str, ...]
     client_ids: tuple[str, ...] = ()
 
+    @property
+    def hosts(self) -> frozenset[str]:
+        """The hosts of the vendor: those of its https redirect URIs and client ids."""
+        return frozenset(
+            redirect_uris.host(uri) for uri in (*self.redirect_uris, *self.client_ids) if uri.startswith("https:")
+        )
+
     def presented_as(self, client_id: str) -> Client:
         """The client that a request with this id comes from."""
         return Client(LISTED_PREFIX + self.name, client_id, ClientKind.LISTED, self.name, self.redirect_uris)

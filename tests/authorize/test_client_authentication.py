@@ -284,6 +284,31 @@ async def test_sent_assertion_is_verified_with_the_keys_of_the_document_also_for
         assert reply.status == status, (form, reply.body)
 
 
+async def test_keys_of_a_listed_client_are_fetched_from_its_vendors_hosts_where_other_documents_are_not_accepted(
+    database: Database, documents: DocumentServer, tmp_path: Any
+) -> None:
+    listed = documents.publish(
+        "/listed",
+        "localhost",
+        token_endpoint_auth_method="private_key_jwt",
+        jwks_uri=documents.url("/keys", "localhost"),
+    )
+    documents.responses["/keys"] = json.dumps(jwks(KEY)).encode()
+    async with authorizing(
+        database,
+        known_clients=(KnownClientRow("Listed", ["https://listed.example/cb"], [listed]),),
+        documents="off",
+        document_networks=["127.0.0.0/8", "::1/128"],
+        document_ca_file=documents.ca_file(tmp_path),
+        **BEHIND_PROXY,
+    ) as authority:
+        sign = Assertions(authority).form
+        assert (await revoke(authority, sign(listed))).status == 200
+        assert (await revoke(authority, sign(listed, OTHER_KEY))).status == 401
+        assert (await revoke(authority, sign(documents.publish("/other", "localhost")))).status == 401
+        assert "/other" not in documents.requests
+
+
 async def test_new_key_of_a_client_works_and_unknown_ones_cause_one_fetch_in_30_seconds(
     with_documents: Authority, documents: DocumentServer
 ) -> None:

@@ -113,25 +113,18 @@ class ClientAuthentication:
     async def _verified(
         self, client: Client, assertion: ClientAssertion, before_fetch: Callable[[], None]
     ) -> VerifiedAssertion:
-        described = await self._with_keys(client, before_fetch)
-        keys = await self._documents.keys_of(described, before_fetch=before_fetch)
+        keys = await self._documents.keys_of(client, before_fetch=before_fetch)
         try:
             return self._verify(assertion, keys)
         except UnknownKey:
-            if not described.jwks_uri:
+            if client.kind is ClientKind.REGISTERED:
                 raise
         # The client may have a new key.
-        renewed = await self._documents.keys_of(described, before_fetch=before_fetch, is_renewed=True)
+        renewed = await self._documents.keys_of(client, before_fetch=before_fetch, is_renewed=True)
         return self._verify(assertion, renewed)
 
     def _verify(self, assertion: ClientAssertion, keys: KeySet) -> VerifiedAssertion:
         return client_assertions.verify(assertion, keys, self._issuer, self._now().wall_seconds)
-
-    async def _with_keys(self, client: Client, before_fetch: Callable[[], None]) -> Client:
-        """The client with its keys. Those of a listed client are in the document that its id may be the URL of."""
-        if client.kind is ClientKind.REGISTERED:
-            return client
-        return await self._documents.client(client.presented_as, before_fetch=before_fetch)
 
 
 def _shown(form: Mapping[str, str], authorization: str | None) -> _Shown:

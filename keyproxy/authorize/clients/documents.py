@@ -9,10 +9,11 @@ from keyproxy.authorize.clients.document_cache import DocumentCache
 from keyproxy.authorize.clients.document_fetcher import DocumentFetcher
 from keyproxy.model import Moment
 from keyproxy.oauth import client_document
-from keyproxy.oauth.client import Client
+from keyproxy.oauth.client import Client, ClientKind
 from keyproxy.oauth.client_document import DocumentUrl
 from keyproxy.oauth.client_policy import ClientPolicy
 from keyproxy.oauth.client_refusals import DocumentRefused, UnknownClient
+from keyproxy.oauth.known_clients import KnownClient
 from keyproxy.signing.compact_jwt import JwtFault
 from keyproxy.signing.key_sets import KeySet
 
@@ -41,12 +42,12 @@ class Documents:
         )
         self._keys = DocumentCache(fetcher, _key_set, now=now, count=count)
 
-    def url(self, client_id: str) -> DocumentUrl:
-        """The URL of a document that the policy allows. Raises UnknownClient."""
+    def url(self, client_id: str, known: KnownClient | None = None) -> DocumentUrl:
+        """The URL of a document that the policy allows, or that of a known client. Raises UnknownClient."""
         url = client_document.document_url(client_id)
         if url is None:
             raise UnknownClient("the client id is not the URL of a document")
-        if not self._policy.allows_document(url):
+        if not self._allows(url, known):
             raise UnknownClient("documents of this host are not accepted here")
         return url
 
@@ -61,17 +62,25 @@ class Documents:
     async def keys_of(self, client: Client, *, before_fetch: Callable[[], None], is_renewed: bool = False) -> KeySet:
         """The keys of a client, none if it has none. Raises ClientRefused.
 
-        `is_renewed`: fetch them again, unless that was done a moment ago.
+        Those of a listed client are in the document that its id may be the URL of. Its vendor's hosts are known, so that
+        the policy for the documents of strangers does not apply. `is_renewed`: fetch the keys again, unless that was done
+        a moment ago.
         """
+        known = self._policy.known.by_row(client.client_id) if client.kind is ClientKind.LISTED else None
+        if client.kind is not ClientKind.REGISTERED:
+            client = await self._clients.get(self.url(client.presented_as, known), before_fetch=before_fetch)
         if client.jwks is not None:
             return _key_set("", client.jwks.encode("utf-8"))
         if not client.jwks_uri:
             return KeySet({"keys": []})
         url = client_document.document_url(client.jwks_uri)
-        if url is None or not self._policy.allows_document(url):
+        if url is None or not self._allows(url, known):
             raise DocumentRefused("jwks_uri is not an acceptable URL")
         age = _KEYS_AGE_SECONDS if is_renewed else None
         return await self._keys.get(url, before_fetch=before_fetch, age_seconds_max=age)
+
+    def _allows(self, url: DocumentUrl, known: KnownClient | None) -> bool:
+        return self._policy.allows_document(url) or (known is not None and url.host in known.hosts)
 
 
 def _key_set(_url: str, content: bytes) -> KeySet:

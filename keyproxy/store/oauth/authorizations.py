@@ -137,6 +137,9 @@ class Authorizations:
         self, transaction: Transaction, user: ConsentingUser, wanted: tuple[str, ...]
     ) -> tuple[str, ...]:
         """The wanted scopes that the login still permits. Raises ConsentRefused."""
+        if user.via_key is not None:
+            # First of all, as a revocation does, which then ends codes and sessions.
+            await transaction.fetch("hold_login_key", user.via_key)
         row = await transaction.fetch_row("consenting_user", *_login(user))
         if row is None or not row["is_enabled"]:
             raise ConsentRefused("account_disabled")

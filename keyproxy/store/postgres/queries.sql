@@ -1874,6 +1874,10 @@ JOIN keyproxy.users AS u ON u.id = k.user_id
 JOIN keyproxy.tenants AS t ON t.id = u.tenant_id
 WHERE k.digest = $1;
 
+-- name: hold_login_key
+-- Locks the key $1 of a sign-in against a change until the end of the transaction. Needs: api_keys (id).
+SELECT keyproxy.hold_login_key($1);
+
 -- name: consenting_user
 -- Whether the user $1 is enabled, and what the login permits now: the key $2, or the subject $4 at the issuer $3, where not
 -- null. `scopes`: those of the key; null without one.
@@ -1961,9 +1965,12 @@ RETURNING s.id;
 -- Ends the grant $3 of the user $1, or all grants if that is null; of the mode $2, if not null. Returns how many sessions end.
 -- Needs: oauth_grants (user_id, client_id, resource), oauth_sessions (grant_id).
 WITH ended AS (
-    DELETE FROM keyproxy.oauth_grants AS g
-    WHERE g.user_id = $1 AND NOT g.is_service AND ($2::boolean IS NULL OR g.is_test = $2)
-      AND ($3::text IS NULL OR g.id = $3)
+    DELETE FROM keyproxy.oauth_grants AS g WHERE g.id = ANY (ARRAY(
+        SELECT o.id FROM keyproxy.oauth_grants AS o
+        WHERE o.user_id = $1 AND NOT o.is_service AND ($2::boolean IS NULL OR o.is_test = $2)
+          AND ($3::text IS NULL OR o.id = $3)
+        ORDER BY o.id FOR UPDATE
+    ))
     RETURNING g.id
 )
 SELECT (SELECT count(*) FROM ended)::int AS grants,
@@ -2071,7 +2078,9 @@ DELETE FROM keyproxy.oauth_grants WHERE id = $1;
 -- name: delete_grants_of_user
 -- At most $2. Needs: oauth_grants (user_id).
 DELETE FROM keyproxy.oauth_grants AS g
-WHERE g.id = ANY (ARRAY(SELECT o.id FROM keyproxy.oauth_grants AS o WHERE o.user_id = $1 ORDER BY o.id LIMIT $2))
+WHERE g.id = ANY (ARRAY(
+    SELECT o.id FROM keyproxy.oauth_grants AS o WHERE o.user_id = $1 ORDER BY o.id LIMIT $2 FOR UPDATE
+))
 RETURNING g.id;
 
 -- name: count_grants_of_user
@@ -2214,7 +2223,7 @@ DELETE FROM keyproxy.oauth_subjects WHERE issuer = $1 AND subject = $2;
 WITH code AS MATERIALIZED (
     SELECT c.grant_id, c.via_key, c.via_issuer, c.via_subject FROM keyproxy.oauth_codes AS c WHERE c.digest = $1
 ), login_key AS MATERIALIZED (
-    SELECT k.id FROM keyproxy.api_keys AS k WHERE k.id = (SELECT code.via_key FROM code) FOR KEY SHARE OF k
+    SELECT keyproxy.hold_login_key(code.via_key) FROM code WHERE code.via_key IS NOT NULL
 ), login_subject AS MATERIALIZED (
     SELECT s.user_id
     FROM keyproxy.oauth_subjects AS s

@@ -53,7 +53,7 @@ async def test_key_that_is_revoked_during_the_decision_grants_nothing(authority:
     async with sql.transaction():
         await sql.execute("UPDATE keyproxy.api_keys SET revoked_at = now()")
         deciding = asyncio.create_task(browser.decide(consent))
-        await until_blocked(sql, "oauth_codes")
+        await until_blocked(sql, "hold_login_key")
     reply = await deciding
     assert (reply.status, "Location" in reply.headers) == (403, False)
     assert await counts(sql) == (0, 0, 0)

@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 
 from keyproxy.oauth.client import row_id
+from keyproxy.store.postgres import queries
 from tests.store.harness import Sql, add_key, add_user, audit_rows, until_blocked
 from tests.store.oauth_rows import (
     CLIENT,
@@ -329,7 +330,7 @@ async def test_session_that_is_opened_while_its_key_changes_is_ended_or_shortene
     other: Sql = await asyncpg.connect(dsn)
     transaction = rows.transaction()
     await transaction.start()
-    await rows.execute("SELECT FROM keyproxy.oauth_codes WHERE via_key IS NOT NULL FOR UPDATE")
+    await rows.execute(queries.load()["hold_oauth_code"], OTHER)
     changing = asyncio.create_task(other.execute(f"UPDATE keyproxy.api_keys SET {change}"))
     await until_blocked(rows, "UPDATE keyproxy.api_keys")
     await _insert(rows, "oauth_sessions", _session(via_key="key_1"))

@@ -231,8 +231,20 @@ CREATE TRIGGER note_truncate AFTER TRUNCATE ON keyproxy.oauth_clients
 
 -- A sign-in with a key does not outlive what the key allowed. The deletion of a key cascades to its sessions and codes.
 --
--- Codes are locked first: a transaction that redeems a code holds its row until the session is visible, so that a later
--- statement finds the session.
+-- Grants are locked first, as a deletion of them does, and then sessions before codes, each by id: a transaction that redeems a
+-- code holds its grant until the session is visible. One that stores a code holds the key: see hold_login_key.
+CREATE FUNCTION keyproxy.hold_grants_of_key(of_key text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
+DECLARE
+    held text[] := ARRAY(
+        SELECT s.grant_id FROM keyproxy.oauth_sessions AS s WHERE s.via_key = of_key
+        UNION SELECT c.grant_id FROM keyproxy.oauth_codes AS c WHERE c.via_key = of_key
+    );
+BEGIN
+    PERFORM FROM keyproxy.oauth_grants AS g WHERE g.id = ANY (held) ORDER BY g.id FOR UPDATE;
+END
+$$;
+
 CREATE FUNCTION keyproxy.end_key_logins() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 BEGIN
@@ -240,16 +252,21 @@ BEGIN
        OR NOT NEW.scopes @> OLD.scopes OR NOT NEW.roles @> OLD.roles OR NEW.is_test <> OLD.is_test
        -- A user that is renamed keeps its sessions; a key that is given to another user does not.
        OR NEW.user_id <> OLD.user_id AND EXISTS (SELECT FROM keyproxy.users AS u WHERE u.id = OLD.user_id) THEN
+        PERFORM keyproxy.hold_grants_of_key(NEW.id);
+        DELETE FROM keyproxy.oauth_sessions AS s WHERE s.id = ANY (ARRAY(
+            SELECT o.id FROM keyproxy.oauth_sessions AS o WHERE o.via_key = NEW.id ORDER BY o.id FOR UPDATE
+        ));
         DELETE FROM keyproxy.oauth_codes AS c WHERE c.via_key = NEW.id;
-        DELETE FROM keyproxy.oauth_sessions AS s WHERE s.via_key = NEW.id;
         RETURN NULL;
     END IF;
     IF NEW.expires_at IS DISTINCT FROM OLD.expires_at THEN
-        PERFORM FROM keyproxy.oauth_codes AS c WHERE c.via_key = NEW.id FOR UPDATE;
+        PERFORM keyproxy.hold_grants_of_key(NEW.id);
+        UPDATE keyproxy.oauth_sessions AS s SET expires_at = NEW.expires_at WHERE s.id = ANY (ARRAY(
+            SELECT o.id FROM keyproxy.oauth_sessions AS o
+            WHERE o.via_key = NEW.id AND o.expires_at > NEW.expires_at ORDER BY o.id FOR NO KEY UPDATE
+        ));
         UPDATE keyproxy.oauth_codes AS c SET expires_at = NEW.expires_at
         WHERE c.via_key = NEW.id AND c.expires_at > NEW.expires_at;
-        UPDATE keyproxy.oauth_sessions AS s SET expires_at = NEW.expires_at
-        WHERE s.via_key = NEW.id AND s.expires_at > NEW.expires_at;
     END IF;
     IF (NEW.suspended_at IS NULL) <> (OLD.suspended_at IS NULL) THEN
         PERFORM keyproxy.note_tokens_of_sessions(ARRAY(
@@ -269,14 +286,14 @@ CREATE TRIGGER end_logins AFTER UPDATE ON keyproxy.api_keys FOR EACH ROW
 CREATE FUNCTION keyproxy.end_logins_beyond_roles(of_role text, lost text[]) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 BEGIN
-    DELETE FROM keyproxy.oauth_codes AS c USING keyproxy.api_keys AS k
-    WHERE k.id = c.via_key AND (of_role IS NULL AND k.roles <> '{}' OR k.roles @> ARRAY[of_role])
-      AND (lost IS NULL OR c.scopes && lost)
-      AND NOT c.scopes <@ keyproxy.effective_scopes(k.scopes, k.roles, NULL, NULL);
     DELETE FROM keyproxy.oauth_sessions AS s USING keyproxy.api_keys AS k
     WHERE k.id = s.via_key AND (of_role IS NULL AND k.roles <> '{}' OR k.roles @> ARRAY[of_role])
       AND (lost IS NULL OR s.scopes && lost)
       AND NOT s.scopes <@ keyproxy.effective_scopes(k.scopes, k.roles, NULL, NULL);
+    DELETE FROM keyproxy.oauth_codes AS c USING keyproxy.api_keys AS k
+    WHERE k.id = c.via_key AND (of_role IS NULL AND k.roles <> '{}' OR k.roles @> ARRAY[of_role])
+      AND (lost IS NULL OR c.scopes && lost)
+      AND NOT c.scopes <@ keyproxy.effective_scopes(k.scopes, k.roles, NULL, NULL);
 END
 $$;
 
@@ -299,6 +316,14 @@ CREATE TRIGGER end_logins AFTER UPDATE OR DELETE ON keyproxy.roles
     FOR EACH ROW EXECUTE FUNCTION keyproxy.end_role_logins();
 CREATE TRIGGER end_logins_truncate AFTER TRUNCATE ON keyproxy.roles
     FOR EACH STATEMENT EXECUTE FUNCTION keyproxy.end_role_logins();
+
+-- Lock the key of a sign-in, which the authorization server may not change, before grants, sessions and codes.
+CREATE FUNCTION keyproxy.hold_login_key(wanted text) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
+BEGIN
+    PERFORM FROM keyproxy.api_keys AS k WHERE k.id = wanted FOR SHARE;
+END
+$$;
 
 -- The lock on the key makes a code that is inserted while the key changes visible to the trigger above, or ends here.
 CREATE FUNCTION keyproxy.tie_code_to_key() RETURNS trigger
@@ -541,4 +566,4 @@ BEGIN
     is_more := greatest(most, done) >= portion;
 END
 $$;
-REVOKE EXECUTE ON FUNCTION keyproxy.tend_oauth(int, int, text[], timestamptz) FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION keyproxy.tend_oauth(int, int, text[], timestamptz), keyproxy.hold_login_key(text) FROM PUBLIC;
