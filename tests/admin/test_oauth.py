@@ -14,7 +14,7 @@ import pytest
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.cli.remote.admin_client import AdminClient
 from keyproxy.cli.remote.remote_directory import RemoteDirectory
-from keyproxy.config.oauth.oauth_settings import OAuthLogin, OAuthSettings
+from keyproxy.config.oauth.oauth_settings import KnownClientRow, OAuthLogin, OAuthSettings
 from keyproxy.config.schema import Settings
 from keyproxy.oauth.client import AuthMethod, row_id
 from keyproxy.oauth.client_ids import encode_value_id
@@ -180,6 +180,7 @@ async def test_unknown_user_a_taken_id_and_a_missing_resource_are_refused(
         (VALUE_ID, VALUE_ID, "value", "Acme"),
         (CLIENT_ID, CLIENT_ID, "document", CLIENT_ID),
         ("listed:Claude", "listed:Claude", "listed", "Claude"),
+        ("https://claude.ai/oauth/mcp-oauth-client-metadata", "listed:Claude", "listed", "Claude"),
     ],
 )
 async def test_client_is_disabled_before_it_has_a_row_and_enabled_again(
@@ -195,6 +196,17 @@ async def test_client_is_disabled_before_it_has_a_row_and_enabled_again(
     enabled = await operations.oauth_clients.change(disabled["id"], {"disabled": False})
     assert enabled == {**disabled, "disabled_at": None}
     assert await operations.oauth_clients.delete(presented) == {"id": disabled["id"], "deleted": True}
+
+
+async def test_registered_client_precedes_a_known_one_with_its_id(api: Api) -> None:
+    known = KnownClientRow("Known", ["https://known.example/cb"], ["worker"])
+    settings = replace(SETTINGS, oauth_known_clients=(known,))
+    clients = Directory(api.database, KeyFormat(), Actor("cli:test", "host"), settings=settings).oauth_clients
+    assert (await clients.change("worker", {"disabled": True}))["client_id"] == "listed:Known"
+    await clients.create(WORKER)
+    assert (await clients.get("worker"))["kind"] == "registered"
+    assert (await clients.change("worker", {"disabled": True}))["kind"] == "registered"
+    assert (await clients.change("listed:Known", {"disabled": False}))["kind"] == "listed"
 
 
 @pytest.mark.parametrize("presented", ["worker", "cli_" + "0" * 32, "listed:Nobody's", "kpc1_AAAA"])
@@ -447,10 +459,15 @@ async def test_commands_manage_clients_grants_sessions_and_subjects(
     await api.directory.plans.set("basic", {})
     assert (await run_json("grant", "set-plan", granted[0]["id"], "basic"))["plan"] == "basic"
     assert (await run_json("grant", "set-plan", granted[0]["id"], "--none"))["plan"] is None
+    limited = await run_json("grant", "set-plan", "--user", "u_1", "basic")
+    assert [(one["id"], one["plan"]) for one in limited] == [(one["id"], "basic") for one in granted]
+    await run_json("grant", "set-plan", "--user", "u_1", "--none")
     await add_grant(sql, user="u_1")
     for number in (1, 2, 3):
         await add_session(sql, number)
-    assert len(await run_json("session", "list", "--user", "u_1")) == len(await run_json("session", "list")) == 3
+    assert (
+        len(await run_json("session", "list", "--user", "u_1")) == len(await run_json("session", "list", "--all")) == 3
+    )
     assert (await run_json("session", "revoke", session_id(1)))["deleted"] is True
     asked = await run("oauth", "session", "revoke", "--user", "u_1", by=by)
     assert (asked.status, "--yes" in asked.err) == (1, True)
@@ -471,10 +488,14 @@ async def test_commands_manage_clients_grants_sessions_and_subjects(
         ("client", "create", "worker", "--auth", "basic"),
         ("grant", "revoke"),
         ("grant", "revoke", "gra_1", "--user", "u_1"),
+        ("session", "list", "--user", "u_1", "--all"),
         ("session", "revoke"),
         ("session", "revoke", "ses_1", "--all"),
         ("session", "revoke", "--user", "u_1", "--all"),
         ("grant", "set-plan", "gra_1"),
+        ("grant", "set-plan", "--user", "u_1"),
+        ("grant", "set-plan", "gra_1", "basic", "--user", "u_1"),
+        ("grant", "set-plan", "--plan", "basic"),
         ("subject", "link", "alice"),
     ],
 )
