@@ -11,6 +11,7 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import Final
 
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.authorize.browser.tickets import SecretFileError, secrets_of
@@ -33,9 +34,12 @@ from keyproxy.process.ops_listener import Check, OpsListener, Verdict, gathered
 from keyproxy.process.store_health import check_chores
 from keyproxy.store.background import BackgroundTask
 from keyproxy.store.postgres.database import Database, StoreUnavailable
-from keyproxy.wire.tls import TlsError, server_context, show
+from keyproxy.wire.tls import TlsError, server_context
 
 _log = logging.getLogger(__name__)
+
+#: For how long a check of readiness waits for the store; less than the ops listener waits for a check.
+_STORE_SECONDS: Final = 2.0
 
 
 class RejectedConfig(Exception):
@@ -48,7 +52,7 @@ class AuthorizationServer:
     def __init__(self, settings: Settings, dsn: str) -> None:
         """Raises RejectedConfig, TlsError."""
         self._settings = settings
-        self._tls, self._mtls = _contexts(settings)
+        self._contexts = _contexts(settings)
         self._database = Database(
             dsn,
             pool_size_max=settings.store.pool_size_max,
@@ -96,14 +100,12 @@ class AuthorizationServer:
         """Bind all sockets, then serve them. Returns the listeners by their address."""
         oauth = self._settings.oauth
         ops_socket = stack.enter_context(contextlib.closing(_bound(self._settings, oauth.ops_address)))
-        places = [(oauth.address, self._tls), *([(oauth.mtls_address, self._mtls)] if oauth.mtls_address else [])]
-        bound = [
-            (stack.enter_context(contextlib.closing(_bound(self._settings, address))), tls) for address, tls in places
-        ]
+        addresses = filter(None, (oauth.address, oauth.mtls_address))
+        bound = [stack.enter_context(contextlib.closing(_bound(self._settings, address))) for address in addresses]
         served = Served(self._context, self._parts)
         listeners = {}
-        for sock, tls in bound:
-            is_mtls = tls is not None and tls is self._mtls
+        for sock, tls in zip(bound, self._contexts, strict=False):
+            is_mtls = sock is not bound[0]
             listener = AuthorizeListener(
                 served, log_line=log_line, bounds=Bounds(oauth.connections_max), is_mtls=is_mtls
             )
@@ -139,11 +141,14 @@ class AuthorizationServer:
         return check_chores([self._parts.cleanup.tending])
 
     async def _check_store(self) -> Check:
-        """Metadata and registration need no store, so that it makes the process unready for none of them."""
+        """An outage only degrades the process: metadata and registration need no store."""
         try:
-            await self._database.fetch("responds")
+            async with asyncio.timeout(_STORE_SECONDS):
+                await self._database.fetch("responds")
         except StoreUnavailable as error:
             return Check(Verdict.DEGRADED, str(error))
+        except TimeoutError:
+            return Check(Verdict.DEGRADED, f"no response within {_STORE_SECONDS:g} s")
         return Check(Verdict.OK)
 
     def _metrics_page(self) -> Callable[[], Awaitable[bytes]]:
@@ -157,7 +162,7 @@ class AuthorizationServer:
 
     def _warn_of_unencrypted_secrets(self) -> None:
         # Only a warning: a TLS proxy in front, a pod or a container requires this setup.
-        if self._tls is None and not is_loopback(self._settings.oauth.address):
+        if self._contexts[0] is None and not is_loopback(self._settings.oauth.address):
             _log.warning(
                 "oauth.address: %s is not loopback, and oauth.tls_certificate_file is not set: keys, codes and tokens"
                 " cross the network unencrypted unless a TLS proxy is in front",
@@ -184,20 +189,17 @@ class AuthorizationServer:
         """Apply a new configuration. Raises TlsError, RejectedConfig, without an effect then."""
         if _fixed(settings) != _fixed(self._settings):
             raise RejectedConfig(
-                "store, log, the addresses of [oauth], oauth.socket_mode, oauth.connections_max,"
-                " oauth.mtls_client_ca_file and the presence of a certificate cannot change in a reload: restart the"
-                " authorization server"
+                "store, log, the addresses of [oauth], oauth.socket_mode, oauth.connections_max and the presence of a"
+                " certificate cannot change in a reload: restart the authorization server"
             )
-        _contexts(settings)  # validate before changing anything
+        contexts = _contexts(settings)
         context = self._context_of(settings)
         parts = _parts_of(context)
-        for tls in (self._tls, self._mtls):
-            if tls is not None:
-                show(tls, settings.oauth.tls_certificate_file, settings.oauth.tls_key_file)
         self._settings, self._context, self._parts = settings, context, parts
         served = Served(context, parts)
-        for listener in listeners:
-            listener.served = served
+        for listener, tls in zip(listeners, contexts, strict=False):
+            # New contexts, so that a client's certificate is verified by the CAs of now.
+            listener.change(served, tls)
         await self._tasks.end()
         self._tasks.start(parts)
 
@@ -236,7 +238,6 @@ def _fixed(settings: Settings) -> tuple[object, ...]:
         oauth.address,
         oauth.ops_address,
         oauth.mtls_address,
-        oauth.mtls_client_ca_file,
         oauth.socket_mode,
         oauth.connections_max,
         bool(oauth.tls_certificate_file),
@@ -246,6 +247,8 @@ def _fixed(settings: Settings) -> tuple[object, ...]:
 def _contexts(settings: Settings) -> tuple[ssl.SSLContext | None, ssl.SSLContext | None]:
     """The TLS contexts of the listener, and of the one for clients with certificates. Raises TlsError."""
     oauth = settings.oauth
+    if oauth.mtls_address and not (oauth.tls_certificate_file and oauth.mtls_client_ca_file):
+        raise TlsError("oauth.mtls_address: needs oauth.tls_certificate_file and oauth.mtls_client_ca_file")
     if not oauth.tls_certificate_file:
         return None, None
     try:

@@ -87,7 +87,7 @@ class Served:
 
 
 class AuthorizeListener:
-    """An HTTP server over the endpoints. `served` can be replaced while requests are in flight."""
+    """An HTTP server over the endpoints. What it serves can change while requests are in flight."""
 
     def __init__(
         self,
@@ -116,6 +116,12 @@ class AuthorizeListener:
             raise RuntimeError("the runner was set up and has no server")
         self._connections = AuthorizeConnections(self._runner.server, self._bounds)
         await self._connections.start(sock, tls)
+
+    def change(self, served: Served, tls: ssl.SSLContext | None) -> None:
+        """Serve this from the next request on, and use this context from the next connection on."""
+        self.served = served
+        if self._connections is not None:
+            self._connections.tls = tls
 
     async def close(self) -> None:
         """Stop accepting connections; requests in flight finish within a time limit."""

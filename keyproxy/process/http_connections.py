@@ -70,12 +70,13 @@ class Connections:
         self._log = log
         self._loop = asyncio.get_running_loop()
         self._listening: SocketListener | None = None
-        self._tls: ssl.SSLContext | None = None
+        #: Of the next connections.
+        self.tls: ssl.SSLContext | None = None
         self.open: set[_Connection] = set()
 
     async def start(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
         """Accept on a bound socket."""
-        self._tls = tls
+        self.tls = tls
         self._listening = SocketListener(sock, self._loop, open_=self._open, has_room=self._has_room)
         self._listening.start()
 
@@ -88,11 +89,11 @@ class Connections:
     async def _open(self, sock: socket.socket) -> None:
         """Make a connection from an accepted socket: at once without TLS, else after the handshake."""
         accepted, seconds = None, None
-        if self._tls is not None:
+        if self.tls is not None:
             accepted, seconds = AcceptedSocket(sock, _without_tls), self._bounds.handshake_seconds
             accepted.open()
         try:
-            await self._loop.connect_accepted_socket(self._accepted, sock, ssl=self._tls, ssl_handshake_timeout=seconds)
+            await self._loop.connect_accepted_socket(self._accepted, sock, ssl=self.tls, ssl_handshake_timeout=seconds)
         except OSError:
             if accepted is not None:
                 await accepted.close(self._loop)

@@ -212,6 +212,24 @@ async def test_reload_applies_a_good_configuration_and_rejects_a_bad_one(host: H
     assert await has_scope()
 
 
+async def test_reload_verifies_certificates_of_clients_by_the_new_authority(host: Host) -> None:
+    authorities = host.config.with_name("ca.pem")
+
+    async def is_accepted() -> bool:
+        try:
+            return (await host.call("/oauth/token", {}, is_mtls=True, shows_certificate=True))[0] in (400, 401)
+        except (aiohttp.ClientError, ssl.SSLError, ConnectionError):
+            return False
+
+    async def is_refused() -> bool:
+        return not await is_accepted()
+
+    for authority, is_expected in ((trustme.CA(), is_refused), (host.authority, is_accepted)):
+        authority.cert_pem.write_to_path(str(authorities))
+        os.kill(host.process.running.pid, signal.SIGHUP)
+        await until(is_expected, "the new authority is used")
+
+
 async def test_sigterm_ends_the_process_with_status_0(host: Host) -> None:
     host.process.running.send_signal(signal.SIGTERM)
     assert await asyncio.to_thread(host.process.running.wait, 30) == 0
@@ -231,6 +249,7 @@ async def test_sigterm_ends_the_process_with_status_0(host: Host) -> None:
         ({"secret_previous_file": "/nowhere"}, {}, "oauth.secret_previous_file: cannot be read"),
         ({"tls_certificate_file": "/nowhere"}, {}, "oauth.tls_certificate_file: /nowhere"),
         ({"document_ca_file": "/nowhere"}, {}, "oauth.document_ca_file: "),
+        ({"mtls_address": "127.0.0.1:0"}, {}, "oauth.mtls_address: needs oauth.tls_certificate_file"),
         ({}, {"kind": "oidc", "client_secret_file": "/nowhere"}, "oauth.login.client_secret_file: /nowhere"),
         ({}, {"kind": "oidc", "ca_file": "/nowhere"}, "oauth.login.ca_file: /nowhere"),
     ],

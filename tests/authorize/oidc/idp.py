@@ -7,6 +7,7 @@ import base64
 import collections
 import contextlib
 import hashlib
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
@@ -127,15 +128,15 @@ class Idp:
 
 
 @contextlib.asynccontextmanager
-async def running_idp(idp: Idp | None = None) -> AsyncIterator[Idp]:
+async def running_idp(idp: Idp | None = None, tls: ssl.SSLContext | None = None) -> AsyncIterator[Idp]:
     """A provider on a loopback port."""
     idp = idp or Idp()
     runner = web.AppRunner(idp.app(), shutdown_timeout=0.1)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
         await site.start()
-        idp.issuer = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        idp.issuer = f"{'https' if tls else 'http'}://127.0.0.1:{runner.addresses[0][1]}"
         yield idp
     finally:
         await runner.cleanup()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jwt
 import pytest
+import trustme
 from aiohttp import web
 
 from keyproxy.authorize.oidc.provider import IdentityProvider, LoginFault
@@ -63,6 +66,18 @@ async def test_login_is_verified_with_one_request_for_metadata_and_keys() -> Non
         for _ in range(3):
             assert (await one.claims())["sub"] == "s-1"
         assert one.idp.requests == {DISCOVERY: 1, "/jwks": 1, "/token": 3}
+
+
+async def test_certificate_of_the_provider_is_verified_with_its_ca_file(tmp_path: Path) -> None:
+    certificates, tls = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    certificates.issue_cert("127.0.0.1").configure_cert(tls)
+    certificates.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    async with running_idp(tls=tls) as idp:
+        for ca_file, is_trusted in ((str(tmp_path / "ca.pem"), True), ("", False)):
+            login = OAuthLogin(issuer=idp.issuer, client_id=CLIENT_ID, ca_file=ca_file)
+            provider = IdentityProvider(login, CLIENT_SECRET, REDIRECT, now=Clock())
+            with contextlib.nullcontext() if is_trusted else pytest.raises(ProviderUnavailable, match="Certificate"):
+                assert (await provider.metadata()).token_endpoint == f"{idp.issuer}/token"
 
 
 async def test_client_authenticates_in_the_form_if_the_provider_does_not_take_basic() -> None:

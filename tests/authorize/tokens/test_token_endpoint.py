@@ -160,8 +160,8 @@ async def test_code_of_a_listed_client_does_not_authenticate_a_service_with_the_
         await sql.execute("UPDATE keyproxy.oauth_codes SET client_id = $1", WORKER)
         issued = await token(authority, code_form(own, client_id=""), headers=basic())
         stolen = refresh_form(issued, client_id=WORKER)
-        assert (await token(authority, stolen | {"code": foreign})).error == "invalid_grant"
-        assert (await token(authority, stolen)).error == "invalid_client"
+        for form in (stolen, stolen | {"code": foreign}):
+            assert (await token(authority, form)).error == "invalid_client"
         assert (await token(authority, stolen, headers=basic())).status == 200
 
 
