@@ -74,6 +74,7 @@ async def test_linked_subject_gets_tokens_of_its_user(database: Database, sql: S
         asked = query(begun.headers["Location"])
         assert asked["scope"] == "openid"  # those of the client stay here, as the resource does
         assert (asked["code_challenge_method"], "resource" in asked) == ("S256", False)
+        assert "." not in asked["state"]  # a ticket is readable; the provider gets it encrypted
         idp.code(begun.headers["Location"])
         page = await browser.return_with(begun.headers["Location"])
         tokens = await browser.exchange(await browser.decide(page))
