@@ -39,6 +39,7 @@ from yarl import URL
 from tests.acceptance.oauth_deployment import Deployment
 from tests.authorize.user_agent import browsing
 from tests.store.harness import Sql
+from tests.waiting import until
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using in-memory token storage")
 
@@ -315,11 +316,22 @@ async def test_machine_gets_tokens_for_its_user_without_a_browser(deployment: De
         assert tokens.refresh_token is None
 
 
-def test_log_of_the_authorization_server_has_no_secret(deployment: Deployment) -> None:
+async def test_log_of_the_authorization_server_names_the_parties_and_no_secret(deployment: Deployment) -> None:
+    device = Device(deployment, await deployment.key("u_logged"), "Logged")
+    await device.call("logged")
+    device.provider.context.token_expiry_time = 1.0
+    await device.call("logged")
+
+    def issued_lines() -> list[dict[str, Any]]:
+        return [line for line in deployment.requests("/oauth/token") if line["user"] == "u_logged"]
+
+    await until(lambda: len(issued_lines()) == 2, "both requests are logged")
+    issued = issued_lines()
+    assert [(line["grant_type"], line["status"]) for line in issued] == [
+        ("authorization_code", 200),
+        ("refresh_token", 200),
+    ]
+    assert all(line["client"].startswith("cli_") and line["peer"] == device.address for line in issued)
     text = deployment.log.read_text(encoding="utf-8")
-    assert '"route":"/oauth/token"' in text
     for secret in ("kp_access_", "kp_refresh_", "kp_live_", "code=", "verifier"):
         assert secret not in text
-    issued = [line for line in deployment.requests("/oauth/token") if line["status"] == 200]
-    assert {line["grant_type"] for line in issued} == {"authorization_code", "refresh_token", "client_credentials"}
-    assert all(line["client"].startswith("cli_") and line["user"].startswith("u_") for line in issued)
