@@ -35,6 +35,9 @@ CALLBACK_PATH: Final = "/oauth/callback"
 _NONCE: Final = "oidc nonce"
 _VERIFIER: Final = "oidc code verifier"
 
+#: With a code, it fits the line of a request to the callback.
+_STATE_CHARACTERS_MAX: Final = 12_000
+
 _RETRY_AFTER: Final = {"seconds": "30"}
 
 
@@ -62,12 +65,15 @@ class OidcLogin(Login):
             metadata = await self._provider.metadata()
         except ProviderUnavailable as error:
             raise _unavailable(error) from error
+        state = self._states.seal(ticket)
+        if len(state) > _STATE_CHARACTERS_MAX:
+            raise PageError(400, "request_malformed", detail="the request is too long to pass through the provider")
         parameters = {
             "response_type": "code",
             "client_id": self._login.client_id,
             "redirect_uri": self._redirect_uri,
             "scope": " ".join(self._login.scopes),
-            "state": self._states.seal(ticket),
+            "state": state,
             "nonce": self._tickets.derived(ticket, _NONCE),
             "code_challenge": _s256(self._tickets.derived(ticket, _VERIFIER)),
             "code_challenge_method": "S256",
