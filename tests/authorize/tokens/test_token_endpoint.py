@@ -56,6 +56,7 @@ async def test_alias_serves_the_same_endpoint(authority: Authority, sql: Sql) ->
 FAULTS: list[tuple[dict[str, str], int, str]] = [
     ({"grant_type": ""}, 400, "invalid_request"),
     ({"grant_type": "password"}, 400, "unsupported_grant_type"),
+    ({"grant_type": "password", "client_id": ""}, 400, "unsupported_grant_type"),
     ({"grant_type": "urn:ietf:params:oauth:grant-type:device_code"}, 400, "unsupported_grant_type"),
     ({"grant_type": "client_credentials"}, 400, "unauthorized_client"),
     ({"code": ""}, 400, "invalid_request"),
