@@ -112,7 +112,8 @@ def _content(issued: IssuedTokens) -> dict[str, object]:
     }
     if issued.refresh_token is not None:
         content["refresh_token"] = issued.refresh_token.reveal().decode("ascii")
-    content["scope"] = " ".join(issued.scopes)
+    if issued.scopes:
+        content["scope"] = " ".join(issued.scopes)
     return content
 
 

@@ -47,6 +47,12 @@ async def test_refresh_token_is_exchanged_for_its_successor(authority: Authority
     assert second.json["refresh_token"] != first.json["refresh_token"]
 
 
+async def test_tokens_without_scopes_name_none(authority: Authority, sql: Sql) -> None:
+    """RFC 6749 has no empty list of scopes."""
+    reply = await token(authority, code_form(await new_code(sql, scopes=())))
+    assert (reply.status, "scope" in reply.json) == (200, False)
+
+
 async def test_alias_serves_the_same_endpoint(authority: Authority, sql: Sql) -> None:
     reply = await authority.call("POST", "/token", form=code_form(await new_code(sql)))
     assert reply.status == 200
