@@ -2318,7 +2318,7 @@ FOR NO KEY UPDATE OF s;
 SELECT m.now, s.id AS session_id, s.presented_as, s.scopes AS session_scopes,
        r.expires_at <= m.now OR s.expires_at <= m.now AS is_expired, g.client_id AS client_row, g.user_id, g.resource, g.scopes AS grant_scopes,
        r.replaced_at IS NOT NULL AS is_replaced, r.used_at IS NOT NULL AS is_used,
-       coalesce(m.now - r.used_at > make_interval(secs => $3), false) AS is_past_grace,
+       coalesce(r.used_at < m.now - make_interval(secs => $3), false) AS is_past_grace,
        f.successors, f.has_used_successor,
        u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL OR k.revoked_at IS NOT NULL OR k.suspended_at IS NOT NULL
            OR coalesce(k.expires_at <= m.now, false) AS is_disabled
@@ -2410,10 +2410,12 @@ RETURNING g.user_id;
 
 -- name: oauth_access_token
 -- The access token with the digest $1, if it works as of $2, null: now, for one of the resources $3: as the proxy judges it.
--- Of the client $4, the tenant $5, if not null. Needs: oauth_access_tokens (digest), oauth_sessions (id), oauth_grants (id),
+-- Of the client $4, the tenant $5, if not null. Times that an SQL client has made infinite are shown as far ones.
+-- Needs: oauth_access_tokens (digest), oauth_sessions (id), oauth_grants (id),
 -- oauth_clients (id), users (id), tenants (id), roles (id).
 SELECT keyproxy.effective_scopes(a.scopes, '{}', u.roles, t.roles) AS scopes, s.presented_as, g.user_id, g.resource,
-       a.issued_at, least(a.expires_at, s.expires_at) AS expires_at, a.bound_to
+       greatest(a.issued_at, timestamptz 'epoch') AS issued_at,
+       least(a.expires_at, s.expires_at, m.now + interval '100 years') AS expires_at, a.bound_to
 FROM (SELECT coalesce($2::timestamptz, clock_timestamp()) AS now) AS m
 JOIN keyproxy.oauth_access_tokens AS a ON a.digest = $1 AND a.expires_at > m.now
 JOIN keyproxy.oauth_sessions AS s ON s.id = a.session_id AND s.expires_at > m.now

@@ -128,6 +128,19 @@ async def test_token_that_the_proxy_refuses_is_not_active(
     assert await tokens.introspect(access(issued), ALL) is None
 
 
+async def test_infinite_times_of_an_sql_client_are_shown_as_far_ones(
+    tokens: TokenStore, sql: Sql, issued: IssuedTokens
+) -> None:
+    await sql.execute("UPDATE keyproxy.oauth_sessions SET expires_at = 'infinity'")
+    await sql.execute("UPDATE keyproxy.oauth_access_tokens SET issued_at = '-infinity', expires_at = 'infinity'")
+    state = await tokens.introspect(access(issued), ALL)
+    assert state is not None
+    assert state.issued_at.timestamp() == 0
+    assert state.expires_at.year > 2100
+    await sql.execute("UPDATE keyproxy.oauth_refresh_tokens SET used_at = 'infinity'")
+    assert (await tokens.refresh(CLIENT, refreshed(issued))).expires_in == 900
+
+
 async def test_refresh_token_is_never_active(tokens: TokenStore, issued: IssuedTokens) -> None:
     assert await tokens.introspect(refresh(issued), ALL) is None
 
