@@ -37,6 +37,8 @@ const provider = {
   saveTokens: (tokens) => { kept.tokens = tokens; },
   codeVerifier: () => kept.verifier,
   saveCodeVerifier: (verifier) => { kept.verifier = verifier; },
+  discoveryState: () => kept.discovery,
+  saveDiscoveryState: (state) => { kept.discovery = state; },
   redirectToAuthorization: (location) => show({ open: location.href }),
   invalidateCredentials: (scope) => {
     if (scope === "all" || scope === "client") delete kept.client;
@@ -53,7 +55,8 @@ async function connected() {
       return client;
     } catch (error) {
       if (!(error instanceof UnauthorizedError)) throw error;
-      await transport.finishAuth(new URL(await next()).searchParams.get("code"));
+      const { searchParams } = new URL(await next());
+      await transport.finishAuth(searchParams.get("code"), searchParams.get("iss") ?? undefined);
     }
   }
 }

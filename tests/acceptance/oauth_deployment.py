@@ -8,7 +8,7 @@ import json
 import secrets
 import ssl
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +19,11 @@ import uvicorn
 from mcp.server.mcpserver import Context, MCPServer
 
 from keyproxy.auth.api_key import KeyFormat
+from keyproxy.config.oauth.oauth_settings import OAuthSettings
+from keyproxy.config.schema import Settings
+from keyproxy.oauth.client import AuthMethod
 from keyproxy.store.directory.directory import Actor, Directory, KeyWish
+from keyproxy.store.directory.oauth.client_wish import OAuthClientWish
 from keyproxy.store.postgres.database import Database
 from tests.authorize.processes import started
 from tests.rawhttp import free_port
@@ -50,15 +54,33 @@ class Deployment:
 
     async def key(self, user: str, scopes: Sequence[str] = SCOPES) -> str:
         """The secret of a key of this user, who is created if missing."""
-        database = Database(self.dsn, pool_size_max=1, statement_timeout_seconds=5.0)
-        await database.open()
-        try:
-            directory = Directory(database, KeyFormat(), Actor("test", "local"))
+        async with self._directory() as directory:
             await directory.tenants.create("acme", "")
             await directory.users.create(user, "acme", None)
             return str((await directory.keys.issue(user, KeyWish(scopes=scopes)))["secret"])
+
+    @contextlib.asynccontextmanager
+    async def _directory(self, settings: Settings | None = None) -> AsyncIterator[Directory]:
+        database = Database(self.dsn, pool_size_max=1, statement_timeout_seconds=5.0)
+        await database.open()
+        try:
+            yield Directory(database, KeyFormat(), Actor("test", "local"), settings=settings)
         finally:
             await database.close()
+
+    async def machine(self, client_id: str, user: str, jwks: object = None) -> str:
+        """Register a client that gets tokens for this user. Returns its secret, empty if it has keys."""
+        await self.key(user)
+        wish = OAuthClientWish(
+            client_id,
+            AuthMethod.CLIENT_SECRET if jwks is None else AuthMethod.PRIVATE_KEY_JWT,
+            user=user,
+            scopes=["jobs:write"],
+            jwks=jwks,
+        )
+        settings = Settings(oauth=OAuthSettings(issuer=self.issuer, resource=self.resource, scopes=list(SCOPES)))
+        async with self._directory(settings) as directory:
+            return str((await directory.oauth_clients.create(wish))["secret"] or "")
 
     def requests(self, route: str) -> list[dict[str, Any]]:
         """The log lines of the authorization server for an endpoint."""

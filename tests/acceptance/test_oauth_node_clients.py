@@ -23,7 +23,8 @@ from tests.authorize.user_agent import browsing
 from tests.rawhttp import free_port
 
 SCRIPT = Path(__file__).with_name("oauth_client.mjs")
-SDK = {"@modelcontextprotocol/sdk": "1.32.2"}
+#: The SDK, and its next version, which checks `iss` of the response.
+SDKS = {"@modelcontextprotocol/sdk": "1.32.2", "@modelcontextprotocol/client": "2.4.0"}
 SUITE = {"@modelcontextprotocol/conformance": "0.2.0-alpha.12"}
 #: The suite needs this version of Node; the package has the program alone.
 NODE_MAJOR = 22
@@ -58,12 +59,12 @@ class Program:
 
 
 @contextlib.asynccontextmanager
-async def program(deployment: Deployment, user: str, *arguments: str) -> AsyncIterator[Program]:
+async def program(deployment: Deployment, sdk: str, user: str, *arguments: str) -> AsyncIterator[Program]:
     """The SDK in a process of its own."""
-    packages = npm_packages.installed(SDK)
+    packages = npm_packages.installed(SDKS)
     key = await deployment.key(user)
     process = await asyncio.create_subprocess_exec(
-        "node", str(SCRIPT), *SDK, deployment.resource, *arguments,
+        "node", str(SCRIPT), sdk, deployment.resource, *arguments,
         cwd=packages, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -75,11 +76,20 @@ async def program(deployment: Deployment, user: str, *arguments: str) -> AsyncIt
         await process.wait()
 
 
-@pytest.mark.parametrize("identifies_by", ["registration", "document"])
-async def test_typescript_sdk_connects_renews_and_connects_again(deployment: Deployment, identifies_by: str) -> None:
-    user = f"u_ts_{identifies_by}"
+@pytest.mark.parametrize(
+    ("package", "identifies_by"),
+    [
+        ("@modelcontextprotocol/sdk", "registration"),
+        ("@modelcontextprotocol/sdk", "document"),
+        ("@modelcontextprotocol/client", "registration"),
+    ],
+)
+async def test_typescript_sdk_connects_renews_and_connects_again(
+    deployment: Deployment, package: str, identifies_by: str
+) -> None:
+    user = f"u_{package.rpartition('/')[2]}_{identifies_by}"
     document = [f"{deployment.documents}/{user}"] if identifies_by == "document" else []
-    async with program(deployment, user, *document) as sdk:
+    async with program(deployment, package, user, *document) as sdk:
         first = await sdk.call("first")
         assert (first["text"], sdk.logins) == (user, 1)
         assert first["client"].startswith("https://" if document else "kpc1_")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import threading
 import webbrowser
 from collections.abc import AsyncIterator, Callable
@@ -13,9 +14,17 @@ import asyncpg
 import fastmcp
 import httpx2
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from fastmcp.client.auth import OAuth
+from jwt.algorithms import ECAlgorithm
 from key_value.aio.stores.memory import MemoryStore
 from mcp.client.auth import OAuthClientProvider, TokenStorage
+from mcp.client.auth.extensions.client_credentials import (
+    ClientCredentialsOAuthProvider,
+    PrivateKeyJWTOAuthProvider,
+    SignedJWTParameters,
+)
 from mcp.client.client import Client
 from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.auth import (
@@ -30,6 +39,7 @@ from yarl import URL
 from tests.acceptance.oauth_deployment import Deployment
 from tests.authorize.user_agent import browsing
 from tests.store.harness import Sql
+from tests.waiting import until
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using in-memory token storage")
 
@@ -273,11 +283,55 @@ async def test_fastmcp_recovers_from_an_id_that_no_server_here_has_made(
         assert result.content[0].text == "u_stale"  # type: ignore[union-attr]
 
 
-def test_log_of_the_authorization_server_has_no_secret(deployment: Deployment) -> None:
+def _machine(deployment: Deployment, client_id: str, method: str, secret: str, key: str) -> OAuthClientProvider:
+    """The SDK's provider for a machine that authenticates itself by this method."""
+    if method == "private_key_jwt":
+        signing = SignedJWTParameters(issuer=client_id, subject=client_id, signing_key=key, signing_algorithm="ES256")
+        return PrivateKeyJWTOAuthProvider(
+            deployment.resource, Memory(), client_id, signing.create_assertion_provider(), issuer=deployment.issuer
+        )
+    return ClientCredentialsOAuthProvider(
+        deployment.resource, Memory(), client_id, secret,
+        token_endpoint_auth_method="client_secret_basic" if method == "client_secret_basic" else "client_secret_post",
+        issuer=deployment.issuer,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["client_secret_basic", "client_secret_post", "private_key_jwt"])
+async def test_machine_gets_tokens_for_its_user_without_a_browser(deployment: Deployment, method: str) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    jwk = json.loads(ECAlgorithm.to_jwk(key.public_key()))
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+    keys = {"keys": [jwk | {"kid": "1", "use": "sig"}]} if method == "private_key_jwt" else None
+    secret = await deployment.machine(f"machine-{method}", f"u_{method}", keys)
+    provider = _machine(deployment, f"machine-{method}", method, secret, pem)
+    async with (
+        httpx2.AsyncClient(auth=provider, timeout=30) as http,
+        Client(streamable_http_client(deployment.resource, http_client=http)) as client,
+    ):
+        result = await client.call_tool("whoami", {"call": method})
+        assert result.content[0].text == f"u_{method}"  # type: ignore[union-attr]
+        tokens = provider.context.current_tokens
+        assert tokens is not None
+        assert tokens.refresh_token is None
+
+
+async def test_log_of_the_authorization_server_names_the_parties_and_no_secret(deployment: Deployment) -> None:
+    device = Device(deployment, await deployment.key("u_logged"), "Logged")
+    await device.call("logged")
+    device.provider.context.token_expiry_time = 1.0
+    await device.call("logged")
+
+    def issued_lines() -> list[dict[str, Any]]:
+        return [line for line in deployment.requests("/oauth/token") if line["user"] == "u_logged"]
+
+    await until(lambda: len(issued_lines()) == 2, "both requests are logged")
+    issued = issued_lines()
+    assert [(line["grant_type"], line["status"]) for line in issued] == [
+        ("authorization_code", 200),
+        ("refresh_token", 200),
+    ]
+    assert all(line["client"].startswith("cli_") and line["peer"] == device.address for line in issued)
     text = deployment.log.read_text(encoding="utf-8")
-    assert '"route":"/oauth/token"' in text
     for secret in ("kp_access_", "kp_refresh_", "kp_live_", "code=", "verifier"):
         assert secret not in text
-    issued = [line for line in deployment.requests("/oauth/token") if line["status"] == 200]
-    assert {line["grant_type"] for line in issued} == {"authorization_code", "refresh_token"}
-    assert all(line["client"].startswith("cli_") and line["user"].startswith("u_") for line in issued)

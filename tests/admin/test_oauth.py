@@ -459,10 +459,15 @@ async def test_commands_manage_clients_grants_sessions_and_subjects(
     await api.directory.plans.set("basic", {})
     assert (await run_json("grant", "set-plan", granted[0]["id"], "basic"))["plan"] == "basic"
     assert (await run_json("grant", "set-plan", granted[0]["id"], "--none"))["plan"] is None
+    limited = await run_json("grant", "set-plan", "--user", "u_1", "basic")
+    assert [(one["id"], one["plan"]) for one in limited] == [(one["id"], "basic") for one in granted]
+    await run_json("grant", "set-plan", "--user", "u_1", "--none")
     await add_grant(sql, user="u_1")
     for number in (1, 2, 3):
         await add_session(sql, number)
-    assert len(await run_json("session", "list", "--user", "u_1")) == len(await run_json("session", "list")) == 3
+    assert (
+        len(await run_json("session", "list", "--user", "u_1")) == len(await run_json("session", "list", "--all")) == 3
+    )
     assert (await run_json("session", "revoke", session_id(1)))["deleted"] is True
     asked = await run("oauth", "session", "revoke", "--user", "u_1", by=by)
     assert (asked.status, "--yes" in asked.err) == (1, True)
@@ -483,10 +488,14 @@ async def test_commands_manage_clients_grants_sessions_and_subjects(
         ("client", "create", "worker", "--auth", "basic"),
         ("grant", "revoke"),
         ("grant", "revoke", "gra_1", "--user", "u_1"),
+        ("session", "list", "--user", "u_1", "--all"),
         ("session", "revoke"),
         ("session", "revoke", "ses_1", "--all"),
         ("session", "revoke", "--user", "u_1", "--all"),
         ("grant", "set-plan", "gra_1"),
+        ("grant", "set-plan", "--user", "u_1"),
+        ("grant", "set-plan", "gra_1", "basic", "--user", "u_1"),
+        ("grant", "set-plan", "--plan", "basic"),
         ("subject", "link", "alice"),
     ],
 )

@@ -31,7 +31,7 @@ class Process:
 
 @contextlib.contextmanager
 def started(command: str, config: Path, live_url: str) -> Iterator[Process]:
-    """A command until the context ends; it is live, and must still run then."""
+    """A command until the context ends; it is live, and SIGTERM must end it with status 0 then."""
     out, err = (config.with_name(f"{command}.{kind}") for kind in ("out", "err"))
     arguments = [sys.executable, "-m", "keyproxy", command, "--config", str(config)]
     with out.open("wb") as out_file, err.open("wb") as err_file:
@@ -40,8 +40,11 @@ def started(command: str, config: Path, live_url: str) -> Iterator[Process]:
             wait_until(lambda: running.poll() is not None or responds(live_url), f"{command} is live", seconds=60)
             assert running.poll() is None, err.read_text(encoding="utf-8")
             yield Process(running, out, err)
-        finally:
             running.send_signal(signal.SIGTERM)
+            # In the order of a parallel run, no test is the last one of a process.
+            assert running.wait(30) == 0, err.read_text(encoding="utf-8")
+        finally:
+            running.kill()
             running.wait(30)
 
 

@@ -486,6 +486,7 @@ def test_a_line_names_grant_and_client_of_an_oauth_token_and_is_unchanged_withou
     one, other = ended(head_of()), ended(head_of())
     one.identity = dataclasses.replace(fakes.identity(), key_id="ses_1", oauth=OAuthSession("gra_1", "cli_1"))
     other.identity = fakes.identity()
-    with_token, with_key = line_of(logged, one), line_of(logged, other)
+    logged.log.write([row(one), row(other)])
+    with_token, with_key = logged.lines()
     assert (with_token["key_id"], with_token["grant"], with_token["oauth_client"]) == ("ses_1", "gra_1", "cli_1")
     assert with_token.keys() - with_key.keys() == {"grant", "oauth_client"}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any, ClassVar, cast
 
 import pytest
 
+from keyproxy.config.oauth.oauth_settings import OAuthSettings
 from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.limits.plan import Plan
-from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, TimeBudget
+from keyproxy.model import PATIENCE_SECONDS, Missing, Moment, OAuthSession, TimeBudget
 from keyproxy.wire.client.connection import ClientConnection
 from keyproxy.wire.upstream.connection import UpstreamConnection
 from tests import fakes
@@ -38,9 +40,18 @@ class _Transport:
     def abort(self) -> None: ...
 
 
-@pytest.mark.parametrize("raw", [request("GET", "/"), request("POST", "/", body=b"x" * 90)])
-async def test_a_known_key_makes_no_task_and_waits_for_nothing_on_its_way_upstream(wire: Wire, raw: bytes) -> None:
+TOKEN = fakes.FORMAT.make_access_token(bytes(32))
+BEARING = request("GET", "/", f"Authorization: Bearer {TOKEN.reveal().decode()}", key=None)
+
+
+@pytest.mark.parametrize("raw", [request("GET", "/"), request("POST", "/", body=b"x" * 90), BEARING])
+async def test_a_known_credential_makes_no_task_and_waits_for_nothing_on_its_way_upstream(
+    start: Start, raw: bytes
+) -> None:
     """The request is written upstream before `data_received` returns, and so is the response."""
+    wire = await start(oauth=OAuthSettings(issuer="https://a.example", resource="https://a.example/mcp"))
+    session = OAuthSession("gra_1", "cli_1")
+    wire.identities.add(TOKEN, dataclasses.replace(fakes.identity(), key_id="ses_1", oauth=session))
     loop = asyncio.get_running_loop()
     near, far = _Transport(), _Transport()
     upstream = UpstreamConnection(wire.pool, loop)

@@ -28,6 +28,7 @@ _LOGINS_MAX: Final = 20
 #: `none`: the user has entered the address. A browser that does not send the header sends no cookie of SameSite=Lax
 #: with a form of another site.
 _OWN_SITES: Final = ("same-origin", "none")
+_SHOWN_CHARACTERS: Final = 20
 
 
 class Cookies:
@@ -81,4 +82,4 @@ def check_form_origin(request: web.Request) -> None:
     """Check that a page of this server sent the form. Raises PageError 403."""
     site = request.headers.get("Sec-Fetch-Site")
     if site is not None and site not in _OWN_SITES:
-        raise PageError(403, "form_foreign", detail=f"Sec-Fetch-Site is {site!r}")
+        raise PageError(403, "form_foreign", detail=f"Sec-Fetch-Site is {site[:_SHOWN_CHARACTERS]!r}")

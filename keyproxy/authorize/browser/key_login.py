@@ -11,7 +11,9 @@ from keyproxy.auth.api_key import KeyFormat, SecretKey
 from keyproxy.authorize.browser import browser_request
 from keyproxy.authorize.browser.cookies import Cookies
 from keyproxy.authorize.browser.login import Login, Proceed
+from keyproxy.authorize.browser.pages.error_texts import ERRORS
 from keyproxy.authorize.browser.pages.login_page import LoginForm, login_page
+from keyproxy.authorize.browser.pages.page_texts import text
 from keyproxy.authorize.browser.tickets import Content, Purpose, Tickets
 from keyproxy.authorize.endpoint import OUTCOME, USER, Endpoint, PageError, SignedIn
 from keyproxy.config.oauth.oauth_settings import OAuthSettings
@@ -19,6 +21,9 @@ from keyproxy.model import Moment
 from keyproxy.store.oauth.authorizations import Authorizations
 
 _ACTIVE: Final = "active"
+
+#: What another key of the user may be able to grant.
+_OTHER_KEY_NEEDED: Final = ("mode_mismatch", "scopes_missing")
 
 #: The texts of keys that do not work, by their state.
 _PROBLEMS: Final = {"expired": "key_expired", "revoked": "key_revoked", "suspended": "key_suspended"}
@@ -69,13 +74,27 @@ class KeyLogin(Login):
         self._observe_seconds(self._now().mono_seconds - began_mono)
         if isinstance(user, SignedIn):
             request[USER] = user.user_id
-            return await self._proceed(request, content, user)
+            return await self._continued(request, ticket, content, user)
         # A good key is accepted regardless of earlier failures.
         wait_seconds = self._login_failed(request)
         if wait_seconds:
             raise PageError(429, "too_many_requests", values={"seconds": str(wait_seconds)})
         request[OUTCOME] = "login_failed"
-        return login_page(self._form(ticket, content)._replace(problem=user), language, status=403)
+        return self._again(ticket, content, text(user, language))
+
+    async def _continued(self, request: web.Request, ticket: str, content: Content, user: SignedIn) -> web.Response:
+        """What follows the login; the form again, for another key, if this one cannot grant what is requested."""
+        try:
+            return await self._proceed(request, content, user)
+        except PageError as error:
+            if error.message not in _OTHER_KEY_NEEDED:
+                raise
+            request[OUTCOME] = error.message
+            return self._again(ticket, content, ERRORS[error.message][content["language"]])
+
+    def _again(self, ticket: str, content: Content, problem: str) -> web.Response:
+        form = self._form(ticket, content)._replace(problem=problem)
+        return login_page(form, content["language"], status=403)
 
     async def _user(self, key: str) -> SignedIn | str:
         """The owner of the key, or the name of the text that reports why it does not work."""

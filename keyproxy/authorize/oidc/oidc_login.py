@@ -1,7 +1,7 @@
 """Login at an OpenID provider: the redirect there, and the callback.
 
-Nothing is stored for a login. Its state is the ticket, which is bound to the browser; nonce and code verifier are derived
-from the ticket by the server alone.
+Nothing is stored for a login. Its state is the ticket, which is bound to the browser, and encrypted, since it passes
+through the provider; nonce and code verifier are derived from the ticket by the server alone.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from keyproxy.authorize.oidc.provider_metadata import ProviderUnavailable
 from keyproxy.authorize.oidc.subject import ClaimsFault, Subject
 from keyproxy.authorize.rate_limits import Rate
 from keyproxy.oauth.discovery.server_metadata import origin
+from keyproxy.signing.state_sealing import StateSealer
 from keyproxy.store.oauth.subjects import LinkedUser, Subjects
 
 CALLBACK_PATH: Final = "/oauth/callback"
@@ -33,6 +34,9 @@ CALLBACK_PATH: Final = "/oauth/callback"
 #: Names of the values that are derived from a ticket.
 _NONCE: Final = "oidc nonce"
 _VERIFIER: Final = "oidc code verifier"
+
+#: With a code, it fits the line of a request to the callback.
+_STATE_CHARACTERS_MAX: Final = 12_000
 
 _RETRY_AFTER: Final = {"seconds": "30"}
 
@@ -47,6 +51,7 @@ class OidcLogin(Login):
         self._provider = IdentityProvider(self._login, context.login_secret, self._redirect_uri, now=context.now)
         self._subjects = Subjects(context.database)
         self._tickets = tickets
+        self._states = StateSealer(context.ticket_secrets, context.entropy)
         self._cookies = cookies
         self._proceed = proceed
         self._context = context
@@ -60,12 +65,15 @@ class OidcLogin(Login):
             metadata = await self._provider.metadata()
         except ProviderUnavailable as error:
             raise _unavailable(error) from error
+        state = self._states.seal(ticket)
+        if len(state) > _STATE_CHARACTERS_MAX:
+            raise PageError(400, "request_malformed", detail="the request is too long to pass through the provider")
         parameters = {
             "response_type": "code",
             "client_id": self._login.client_id,
             "redirect_uri": self._redirect_uri,
             "scope": " ".join(self._login.scopes),
-            "state": ticket,
+            "state": state,
             "nonce": self._tickets.derived(ticket, _NONCE),
             "code_challenge": _s256(self._tickets.derived(ticket, _VERIFIER)),
             "code_challenge_method": "S256",
@@ -85,7 +93,9 @@ class OidcLogin(Login):
 
     async def _callback(self, request: web.Request) -> web.StreamResponse:
         parameters = form.query_of(request)
-        ticket = parameters.get("state", "")
+        ticket = self._states.open(parameters.get("state", ""))
+        if ticket is None:
+            raise PageError(400, "ticket_invalid", detail="the state is altered, or its secret has been replaced")
         content = self._tickets.open(ticket, self._cookies.browser(request), purpose=Purpose.LOGIN)
         request[browser_request.LANGUAGE] = content["language"]
         if "error" in parameters:

@@ -30,7 +30,7 @@ _REFRESH_SECONDS: Final = 3_600.0
 _RETRY_SECONDS: Final = 30.0
 
 #: Logins that find no metadata request them again, but not more often than this.
-_PAUSE_SECONDS: Final = 5.0
+_PAUSE_SECONDS: Final = 1.0
 
 #: An unknown key leads to one request for the keys in this time, so that forged tokens cannot cause many.
 _UNKNOWN_KEY_SECONDS: Final = 30.0

@@ -2223,7 +2223,7 @@ DELETE FROM keyproxy.oauth_subjects WHERE issuer = $1 AND subject = $2;
 WITH code AS MATERIALIZED (
     SELECT c.grant_id, c.via_key, c.via_issuer, c.via_subject FROM keyproxy.oauth_codes AS c WHERE c.digest = $1
 ), login_key AS MATERIALIZED (
-    SELECT k.id FROM keyproxy.api_keys AS k WHERE k.id = (SELECT code.via_key FROM code) FOR KEY SHARE OF k
+    SELECT keyproxy.hold_login_key(code.via_key) FROM code WHERE code.via_key IS NOT NULL
 ), login_subject AS MATERIALIZED (
     SELECT s.user_id
     FROM keyproxy.oauth_subjects AS s

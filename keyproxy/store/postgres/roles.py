@@ -107,8 +107,8 @@ _FUNCTIONS: Final = {
     "credit_window(text, text, boolean, text, text, bigint, bigint, text)": ("", "EXECUTE"),
 }
 
-#: The privileges of the authorization server. Of keys it reads what a sign-in depends on, and not what people call them;
-#: without the right to a change it could not lock the key of a sign-in.
+#: The privileges of the authorization server. Of keys it reads what a sign-in depends on, and not what people call them. It
+#: locks a key by a function, because a lock needs the right to a change.
 _AUTHORIZE: Final = {
     "migrations": "SELECT",
     "tenants": "SELECT",
@@ -117,7 +117,7 @@ _AUTHORIZE: Final = {
     "roles": "SELECT",
     "api_keys": (
         "SELECT (id, user_id, digest, scopes, roles, is_test, plan_id, created_at, expires_at, revoked_at, suspended_at,"
-        " replaces, lineage, acts_for), UPDATE (last_used_at)"
+        " replaces, lineage, acts_for)"
     ),
     # Introspection accepts them.
     "admin_tokens": "SELECT, UPDATE (last_used_at)",

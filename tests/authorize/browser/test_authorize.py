@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from urllib.parse import parse_qsl
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from yarl import URL
 
+from keyproxy.authorize.browser.authorization_request import response_location
 from keyproxy.config.oauth.oauth_settings import KnownClientRow
 from keyproxy.store.postgres.database import Database
 from tests.authorize.authority import Authority, authorizing
@@ -119,6 +124,54 @@ async def test_scopes_of_a_request_are_those_that_are_offered(authority: Authori
     ):
         consent = await browser.sign_in(await browser.authorize(client_id, scope=requested), user["key"]["secret"])
         assert [scope for scope in ("jobs:read", "jobs:write") if f"<li>{scope}</li>" in consent.text] == shown
+
+
+async def test_server_without_scopes_grants_access_without_any(database: Database, sql: Sql) -> None:
+    async with authorizing(database, scopes=[]) as authority:
+        user = await authority.user(scopes=["other"])
+        browser = Browser(authority)
+        client_id = await browser.client()
+        assert (await browser.authorize(client_id, scope="jobs:write")).location.query["error"] == "invalid_scope"
+        await browser.code(client_id, user["key"]["secret"], scope=None)
+        assert await sql.fetchval("SELECT scopes FROM keyproxy.oauth_codes") == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(state=st.none() | st.text(), query=st.sampled_from(["", "?a=1", "?a=%26&b"]))
+def test_client_gets_its_state_back_and_exactly_one_iss(state: str | None, query: str) -> None:
+    redirect_uri = f"com.acme.app:/cb{query}"
+    location = response_location(redirect_uri, state, "https://mcp.example.com", {"code": "c"})
+    assert location.startswith(redirect_uri)
+    assert location.isascii()
+    assert location.isprintable()
+    pairs = parse_qsl(location.partition("?")[2], keep_blank_values=True)
+    added = [("code", "c"), *([] if state is None else [("state", state)]), ("iss", "https://mcp.example.com")]
+    assert pairs[-len(added) :] == added
+    assert sum(name == "iss" for name, _ in pairs) == 1
+
+
+async def test_malformed_requests_of_browsers_are_pages(authority: Authority) -> None:
+    client_id = await Browser(authority).client()
+    for query in ("%", "%zz=1", "client_id=%FF", "a&&b=%00", "=", f"client_id={client_id}&client_id=", "x" * 5_000):
+        reply = await authority.call("GET", f"/oauth/authorize?{query}")
+        assert (reply.status, "Location" in reply.headers) == (400, False), query
+    cookies = (
+        "keyproxy-login-=",
+        "keyproxy-login-00000000=" + "a" * 43,
+        "a b; =; ;;",
+        'keyproxy-user="\\',
+        "\xff=\xff",
+    )
+    for cookie in cookies:
+        for path in ("/oauth/login", "/oauth/consent", "/oauth/connections/end"):
+            form = {"ticket": "a.b", "key": "k", "decision": "allow", "end": "all"}
+            reply = await authority.call("POST", path, form=form, headers={"Cookie": cookie})
+            assert (reply.status, "Location" in reply.headers) == (403, False), cookie
+    for path in ("/oauth/login", "/oauth/consent", "/oauth/connections/end"):
+        for data, media in ((b"ticket=a&ticket=b", "application/x-www-form-urlencoded"), (b"{}", "application/json"),
+                            (b"ticket=%ff", "application/x-www-form-urlencoded")):  # fmt: skip
+            reply = await authority.call("POST", path, data=data, headers={"Content-Type": media})
+            assert (reply.status, 'role="alert"' in reply.text) == (400, True), data
 
 
 async def test_missing_resource_is_the_canonical_one_and_one_slash_is_forgiven(authority: Authority) -> None:

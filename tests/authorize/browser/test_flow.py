@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -111,3 +112,18 @@ async def test_role_of_the_authorization_server_suffices_for_every_step(
     finally:
         await limited.close()
     assert await sql.fetchval("SELECT count(*) FROM keyproxy.oauth_grants") == 0
+
+
+async def test_each_step_of_a_login_may_reach_another_process(database: Database, sql: Sql) -> None:
+    origin = "http://localhost:8082"
+    same: dict[str, Any] = {"issuer": origin, "resource": f"{origin}/mcp", "test_resource": ""}
+    async with authorizing(database, **same) as first, authorizing(database, **same) as second:
+        user = await first.user()
+        browser = Browser(first)
+        login = await browser.authorize(await browser.client())
+        browser.authority = second
+        consent = await browser.sign_in(login, user["key"]["secret"])
+        browser.authority = first
+        reply = await browser.decide(consent)
+        assert reply.location.query["iss"] == origin
+        assert await sql.fetchval("SELECT count(*) FROM keyproxy.oauth_codes") == 1

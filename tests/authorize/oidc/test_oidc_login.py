@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import hmac
 import json
+import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -74,6 +75,7 @@ async def test_linked_subject_gets_tokens_of_its_user(database: Database, sql: S
         asked = query(begun.headers["Location"])
         assert asked["scope"] == "openid"  # those of the client stay here, as the resource does
         assert (asked["code_challenge_method"], "resource" in asked) == ("S256", False)
+        assert "." not in asked["state"]  # a ticket is readable; the provider gets it encrypted
         idp.code(begun.headers["Location"])
         page = await browser.return_with(begun.headers["Location"])
         tokens = await browser.exchange(await browser.decide(page))
@@ -86,8 +88,8 @@ async def test_linked_subject_gets_tokens_of_its_user(database: Database, sql: S
         assert tuple(row) == ("u_42", idp.issuer, "s-1", None)
         assert sum(authority.counts.login_seconds.counts) == 1
         log = json.dumps(authority.log)
-        secrets = (asked["state"], asked["nonce"], "code-1", CLIENT_SECRET, tokens.json["access_token"])
-        assert not [secret for secret in secrets if secret in log]
+        hidden = (asked["state"], asked["nonce"], "code-1", CLIENT_SECRET, tokens.json["access_token"])
+        assert not [one for one in hidden if one in log]
         assert [line["user"] for line in authority.log if line["route"] == "/oauth/callback"] == ["u_42"]
 
 
@@ -261,7 +263,7 @@ async def test_outage_of_the_provider_is_a_page_to_try_again(database: Database,
         assert (begun.status, "Location" in begun.headers) == (503, False)
         assert int(begun.headers["Retry-After"]) > 0
         idp.status = None
-        authority.clock.advance(5)
+        authority.clock.advance(1)
         location = (await browser.begin()).headers["Location"]
         idp.code(location)
         idp.status = 500
@@ -288,13 +290,17 @@ async def test_another_account_can_be_used(database: Database) -> None:
         assert query((await browser.begin(prompt="login")).headers["Location"])["prompt"] == "login"
 
 
-async def test_long_state_of_a_client_passes_through_the_provider(database: Database, sql: Sql) -> None:
+async def test_long_state_of_a_client_passes_through_the_provider_or_is_refused_at_once(
+    database: Database, sql: Sql
+) -> None:
     async with signing_in(database) as (_authority, idp, browser):
         await linked(sql, idp)
-        location = (await browser.begin(state="x" * 2_000)).headers["Location"]
-        idp.code(location)
-        consented = await browser.decide(await browser.return_with(location))
-        assert consented.location.query["state"] == "x" * 2_000
+        state = secrets.token_hex(3_000)
+        location = (await browser.begin(state=state)).headers["Location"]
+        idp.code(location, "c" * 2_000)
+        consented = await browser.decide(await browser.return_with(location, code="c" * 2_000))
+        assert consented.location.query["state"] == state
+        assert (await browser.begin(state=secrets.token_hex(7_000))).status == 400
 
 
 async def test_page_of_the_user_opens_after_the_login(database: Database, sql: Sql) -> None:

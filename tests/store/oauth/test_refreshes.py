@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import signal
 import sys
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -14,8 +16,8 @@ from keyproxy.oauth.client import Client
 from keyproxy.oauth.oauth_error import OAuthError
 from keyproxy.store.oauth.token_values import IssuedTokens, RefreshExchange
 from keyproxy.store.oauth.tokens import SESSION_TOKENS_MAX, TokenStore
-from keyproxy.store.postgres.database import Database, StoreUnavailable
-from tests.store.harness import Relay, Sql, until_blocked
+from keyproxy.store.postgres.database import Database, StoreUnavailable, Transaction
+from tests.store.harness import Relay, Sql, until_blocked, until_row
 from tests.store.oauth.token_requests import (
     CLIENT,
     OTHER_CLIENT,
@@ -226,6 +228,33 @@ async def test_outage_uses_no_refresh_token(relay: Relay, sql: Sql, issued: Issu
     await relay.mend()
     assert await error_of(tokens.refresh(CLIENT, refreshed(issued))) == ""
     await database.close()
+
+
+class _LosingDatabase(Database):
+    """A database whose reply to the end of a transaction is lost."""
+
+    def __init__(self, relay: Relay) -> None:
+        super().__init__(relay.dsn, pool_size_max=1, statement_timeout_seconds=5.0)
+        self._relay = relay
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        async with super().transaction() as begun:
+            yield begun
+            self._relay.loses_replies = True
+
+
+async def test_refresh_whose_reply_is_lost_can_be_repeated(
+    relay: Relay, sql: Sql, tokens: TokenStore, issued: IssuedTokens, clock: WallClock
+) -> None:
+    losing = _LosingDatabase(relay)
+    await losing.open()
+    with pytest.raises(StoreUnavailable):
+        await token_store(losing, clock).refresh(CLIENT, refreshed(issued))
+    await until_row(sql, "SELECT FROM keyproxy.oauth_refresh_tokens WHERE used_at IS NOT NULL")
+    clock.advance(3600)
+    assert await error_of(tokens.refresh(CLIENT, refreshed(issued))) == ""
+    await losing.close()
 
 
 _PROGRAM = """

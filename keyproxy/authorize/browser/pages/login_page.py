@@ -15,7 +15,7 @@ from keyproxy.oauth import redirect_uris
 class LoginForm(NamedTuple):
     """What the page shows. `client`: the name of the program that wants to connect; None: the user page follows.
 
-    `redirect_uri`: that of the program. `problem`: the name of the text of a failed attempt, empty before the first one.
+    `redirect_uri`: that of the program. `problem`: why the last attempt has failed, as HTML; empty before the first one.
     """
 
     ticket: str
@@ -35,7 +35,7 @@ def login_page(form: LoginForm, language: str, *, status: int = 200) -> web.Resp
         name = f"<strong>{isolated(form.client or text('unnamed', language))}</strong>"
         host = isolated(redirect_uris.shown_target(form.redirect_uri))
         intent = text("login_for_client", language, client=name, host=host, resource=resource)
-    failed = layout.alert(text(form.problem, language)).replace("<p ", '<p id="problem" ') if form.problem else ""
+    failed = layout.alert(form.problem).replace("<p ", '<p id="problem" ') if form.problem else ""
     invalid = ' aria-invalid="true" aria-describedby="problem hint"' if form.problem else ' aria-describedby="hint"'
     body = (
         f"<p>{intent}</p>\n{failed}\n"

@@ -10,6 +10,7 @@ import click
 from keyproxy.cli.context import PAGE, Call, all_pages, chosen_plan, confirm, plan_arguments, takes_call, yes_option
 from keyproxy.cli.output import Progress
 from keyproxy.store.directory.directory import Entity
+from keyproxy.store.directory.interface import DirectoryOperations
 
 _GRANT_COLUMNS: Final = (
     "id", "user", "client", "client_name", "resource", "scopes", "is_test", "is_service", "plan", "granted_at",
@@ -63,20 +64,36 @@ def grant_revoke(call: Call, grant_id: str | None, user_id: str | None, *, yes: 
     call.print_result({"revoked": ended}, ())
 
 
-@grant_group.command("set-plan", short_help="Set or remove a grant's plan.")
-@click.argument("grant_id", metavar="ID")
+@grant_group.command("set-plan", short_help="Set or remove the plan of grants.")
+@click.argument("grant_id", metavar="[ID]", required=False)
 @plan_arguments
+@click.option("--user", "user_id", metavar="USER", help="For all of this user, instead of ID.")
 @takes_call
-def grant_set_plan(call: Call, grant_id: str, plan: str | None, named: str | None, *, none: bool) -> None:
+def grant_set_plan(
+    call: Call, grant_id: str | None, plan: str | None, named: str | None, user_id: str | None, *, none: bool
+) -> None:
     """Set or remove a grant's plan, which limits all its sessions together. Takes effect within a second.
 
     The plans of the user and the tenant apply as well.
 
     \b
     keyproxy oauth grant set-plan gra_… basic
+    keyproxy oauth grant set-plan --user u_42 basic
     """
+    if user_id is not None and plan is None:
+        grant_id, plan = None, grant_id
+    if (grant_id is None) == (user_id is None):
+        raise click.UsageError("pass the id of a grant, or --user")
     changes = {"plan": chosen_plan(plan, named, none=none)}
-    call.print_result(call.run(lambda directory: directory.oauth_grants.change(grant_id, changes)), _GRANT_COLUMNS)
+    if grant_id is not None:
+        call.print_result(call.run(lambda directory: directory.oauth_grants.change(grant_id, changes)), _GRANT_COLUMNS)
+        return
+
+    async def change_all(directory: DirectoryOperations) -> list[Entity]:
+        found = await all_pages(lambda after: directory.oauth_grants.list_by_id(after, PAGE, user_id=user_id))
+        return [await directory.oauth_grants.change(grant["id"], changes) for grant in found]
+
+    call.print_result(call.run(change_all), _GRANT_COLUMNS)
 
 
 @click.group("session", short_help="Manage sessions: clients on single devices.")
@@ -86,9 +103,12 @@ def session_group() -> None:
 
 @session_group.command("list")
 @_user_option
+@click.option("--all", "lists_all", is_flag=True, help="Those of all users, as without --user.")
 @takes_call
-def session_list(call: Call, user_id: str | None) -> None:
+def session_list(call: Call, user_id: str | None, *, lists_all: bool) -> None:
     """List sessions."""
+    if lists_all and user_id is not None:
+        raise click.UsageError("pass --user or --all")
     rows = call.run(
         lambda directory: all_pages(lambda after: directory.oauth_sessions.list_by_id(after, PAGE, user_id=user_id))
     )

@@ -317,7 +317,7 @@ CREATE TRIGGER end_logins AFTER UPDATE OR DELETE ON keyproxy.roles
 CREATE TRIGGER end_logins_truncate AFTER TRUNCATE ON keyproxy.roles
     FOR EACH STATEMENT EXECUTE FUNCTION keyproxy.end_role_logins();
 
--- Lock the key of a sign-in, which the authorization server may not change, before anything else is locked.
+-- Lock the key of a sign-in, which the authorization server may not change, before grants, sessions and codes.
 CREATE FUNCTION keyproxy.hold_login_key(wanted text) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 BEGIN
