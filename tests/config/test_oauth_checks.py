@@ -13,7 +13,8 @@ from keyproxy.config import loader
 from keyproxy.config.loader import ConfigError
 from keyproxy.config.oauth import oauth_checks
 from keyproxy.config.oauth.client_rules import client_policy, known_clients
-from keyproxy.config.schema import Settings
+from keyproxy.config.oauth.oauth_settings import OAuthSettings
+from keyproxy.config.schema import Listen, Settings
 from keyproxy.oauth import redirect_uris
 
 ISSUER = "https://mcp.example.com"
@@ -283,3 +284,12 @@ def test_example_shows_the_known_clients_of_the_package(tmp_path: Path) -> None:
     rows = example[example.index("# [[oauth.known_clients]]") :].partition("\n\n")[0]
     shown = load(tmp_path, "\n".join(line.removeprefix("#").strip() for line in rows.splitlines()))
     assert known_clients(shown.oauth_known_clients).clients == known_clients(()).clients
+
+
+@pytest.mark.parametrize("ca_file", ["", "ca.pem"])
+def test_tokens_bound_to_certificates_that_proxies_do_not_ask_for_cause_a_warning(ca_file: str) -> None:
+    settings = Settings(
+        listen=Listen(tls_client_ca_file=ca_file),
+        oauth=OAuthSettings(resource="https://a.example/mcp", mtls_address="127.0.0.1:8443"),
+    )
+    assert any("they refuse these tokens" in one for one in oauth_checks.warnings(settings)) is not bool(ca_file)

@@ -50,10 +50,16 @@ def warnings(settings: Any) -> list[str]:
     needed: dict[str, str] = {}
     for row in settings.routes:
         needed |= {scope: row.match for scope in row.scopes if scope not in offered | needed.keys()}
-    return [
+    found = [
         f"oauth.scopes: has no {scope}, which the route {match!r} requires: no OAuth token can use that route"
         for scope, match in needed.items()
     ]
+    if oauth.mtls_address and not settings.listen.tls_client_ca_file:
+        found.append(
+            "oauth.mtls_address: its tokens are bound to the client's certificate, which proxies do not ask for without"
+            " listen.tls_client_ca_file: they refuse these tokens"
+        )
+    return found
 
 
 def _identifiers(settings: Any) -> Iterator[str]:

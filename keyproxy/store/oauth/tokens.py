@@ -40,6 +40,9 @@ SERVICE_TOKENS_MAX: Final = 10_000
 ORIGIN: Final = "authorize"
 _REUSE_ACTOR: Final = "oauth:reuse"
 
+#: How the names of constraints end that require the row of another table.
+_REFERENCE: Final = "_fkey"
+
 _ATTEMPTS_MAX: Final = 3
 _DAY_SECONDS: Final = 86_400.0
 _ID_DIGITS: Final = 22
@@ -129,7 +132,7 @@ class TokenStore:
         """The state of an access token that the reader may see and that works now."""
         if not self._format.may_be_access_token(token):
             return None
-        resources = token_rules.resources(self.rules)
+        resources = [self.rules.resource, self.rules.test_resource]
         digest = hashlib.sha256(token).digest()
         rows = await self._database.fetch(
             "oauth_access_token", digest, self._moment(), resources, reader.client_row, reader.tenant_id
@@ -146,7 +149,9 @@ class TokenStore:
         try:
             outcome = await self._in_transaction(_actor(client), work)
         except StoreConflict as error:
-            # A parent of the new rows was deleted meanwhile, such as the grant or the key.
+            if not error.constraint.endswith(_REFERENCE):
+                raise
+            # What the new rows refer to was deleted meanwhile, such as the grant or the key.
             raise token_rules.invalid_grant("The grant does not exist any more.", str(error)) from error
         if isinstance(outcome, _SessionEnded):
             self._ended_counts[outcome.why] += 1
