@@ -132,7 +132,7 @@ class TokenStore:
         """The state of an access token that the reader may see and that works now."""
         if not self._format.may_be_access_token(token):
             return None
-        resources = token_rules.resources(self.rules)
+        resources = [self.rules.resource, self.rules.test_resource]
         digest = hashlib.sha256(token).digest()
         rows = await self._database.fetch(
             "oauth_access_token", digest, self._moment(), resources, reader.client_row, reader.tenant_id

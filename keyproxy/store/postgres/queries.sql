@@ -2409,21 +2409,23 @@ WHERE a.digest = $1 AND s.id = a.session_id AND g.id = s.grant_id AND g.client_i
 RETURNING g.user_id;
 
 -- name: oauth_access_token
--- The access token with the digest $1, if it works as of $2, null: now, for one of the resources $3: as the proxy judges it.
--- Of the client $4, the tenant $5, if not null. Times that an SQL client has made infinite are shown as far ones.
--- Needs: oauth_access_tokens (digest), oauth_sessions (id), oauth_grants (id),
--- oauth_clients (id), users (id), tenants (id), roles (id).
+-- The access token with the digest $1, if it works as of $2, null: now, as the proxy judges it. $3: the resource of live
+-- traffic, then that of test traffic. Of the client $4, the tenant $5, if not null. Times that an SQL client has made infinite
+-- are shown as far ones.
+-- Needs: oauth_access_tokens (digest), oauth_sessions (id), oauth_grants (id), oauth_clients (id), users (id), tenants (id),
+-- api_keys (id), roles (id).
 SELECT keyproxy.effective_scopes(a.scopes, '{}', u.roles, t.roles) AS scopes, s.presented_as, g.user_id, g.resource,
        greatest(a.issued_at, timestamptz 'epoch') AS issued_at,
        least(a.expires_at, s.expires_at, m.now + interval '100 years') AS expires_at, a.bound_to
 FROM (SELECT coalesce($2::timestamptz, clock_timestamp()) AS now) AS m
 JOIN keyproxy.oauth_access_tokens AS a ON a.digest = $1 AND a.expires_at > m.now
 JOIN keyproxy.oauth_sessions AS s ON s.id = a.session_id AND s.expires_at > m.now
-JOIN keyproxy.oauth_grants AS g ON g.id = s.grant_id AND g.resource = ANY ($3::text[])
+JOIN keyproxy.oauth_grants AS g ON g.id = s.grant_id AND g.resource = ($3::text[])[CASE WHEN g.is_test THEN 2 ELSE 1 END]
 JOIN keyproxy.oauth_clients AS c ON c.id = g.client_id AND c.disabled_at IS NULL
 JOIN keyproxy.users AS u ON u.id = g.user_id AND u.disabled_at IS NULL
 JOIN keyproxy.tenants AS t ON t.id = u.tenant_id AND t.disabled_at IS NULL
-WHERE ($4::text IS NULL OR c.id = $4) AND ($5::text IS NULL OR t.id = $5);
+WHERE ($4::text IS NULL OR c.id = $4) AND ($5::text IS NULL OR t.id = $5)
+  AND NOT EXISTS (SELECT FROM keyproxy.api_keys AS k WHERE k.id = s.via_key AND k.suspended_at IS NOT NULL);
 
 -- name: use_oauth_assertion
 -- Records the use of the assertion with the digest $1, which expires at $2. No row: it was used before.

@@ -9,7 +9,7 @@ import pytest
 from keyproxy.store.oauth.token_values import IssuedTokens, TokenReader
 from keyproxy.store.oauth.tokens import TokenStore
 from keyproxy.store.postgres.database import Database
-from tests.store.harness import Sql, add_user
+from tests.store.harness import Sql, add_key, add_user
 from tests.store.oauth.token_requests import CLIENT, OTHER_CLIENT, WallClock, exchange, refreshed, token_store
 from tests.store.oauth_rows import RESOURCE, add_code
 
@@ -118,12 +118,17 @@ async def test_readers_see_the_tokens_of_their_client_or_tenant(
         "UPDATE keyproxy.oauth_sessions SET expires_at = now() - interval '1 s'",
         "UPDATE keyproxy.oauth_access_tokens SET expires_at = now() - interval '1 s'",
         "UPDATE keyproxy.oauth_grants SET resource = 'https://before.example'",
+        "UPDATE keyproxy.oauth_grants SET is_test = true",
+        "UPDATE keyproxy.oauth_sessions SET via_key = 'key_1'",
         "DELETE FROM keyproxy.oauth_sessions",
     ],
 )
 async def test_token_that_the_proxy_refuses_is_not_active(
     tokens: TokenStore, sql: Sql, issued: IssuedTokens, change: str
 ) -> None:
+    await add_key(sql)
+    await sql.execute("UPDATE keyproxy.api_keys SET suspended_at = now()")
+    assert await tokens.introspect(access(issued), ALL) is not None
     await sql.execute(change)
     assert await tokens.introspect(access(issued), ALL) is None
 
