@@ -136,7 +136,7 @@ def test_networks_of_the_operator_may_be_connected_to(networks: list[str], addre
     parsed = document_url(url)
     assert parsed is not None
     allowed: list[IpNetwork] = [ipaddress.ip_network(network) for network in networks]
-    DocumentFetcher(allowed, TLS)._check(parsed, [address])
+    assert DocumentFetcher(allowed, TLS)._checked(parsed, [address]) == [address]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,17 @@ def test_addresses_and_other_ports_are_refused_outside_the_networks_of_the_opera
     parsed = document_url(url)
     assert parsed is not None
     with pytest.raises(DocumentRefused):
-        DocumentFetcher([ipaddress.ip_network("10.1.0.0/16")], TLS)._check(parsed, [address])
+        DocumentFetcher([ipaddress.ip_network("10.1.0.0/16")], TLS)._checked(parsed, [address])
+
+
+def test_loopback_address_that_the_operator_does_not_name_is_not_connected_to_beside_one_that_is_named() -> None:
+    url = document_url("https://localhost:8443/c")
+    assert url is not None
+    fetcher = DocumentFetcher(LOOPBACK, TLS)
+    assert fetcher._checked(url, ["::1", "127.0.0.1"]) == ["127.0.0.1"]
+    for addresses in (["::1"], ["127.0.0.1", "10.0.0.1"], ["127.0.0.1", "::ffff:10.0.0.1"], ["::1", "1.1.1.1"]):
+        with pytest.raises(DocumentRefused):
+            fetcher._checked(url, addresses)
 
 
 async def test_name_is_resolved_once_and_the_connection_uses_the_checked_address(

@@ -6,7 +6,7 @@ import base64
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keyproxy.oauth.client import AuthMethod, ClientKind, row_id
@@ -23,17 +23,20 @@ def encoded(content: object, **options: object) -> str:
 
 
 NAMES = st.text(alphabet=st.characters(codec="utf-8"), max_size=40)
+WORDS = st.text("abz", max_size=4)
+HOSTS = st.sampled_from(["localhost", "localhost:1", "127.0.0.1:65535", "[::1]:8080"])
 URIS = st.lists(
     st.one_of(
-        st.from_regex(r"https://[a-z]{1,5}\.example/[a-z?=&]{0,6}", fullmatch=True),
-        st.from_regex(r"http://(localhost|127\.0\.0\.1|\[::1\])(:[1-9][0-9]{0,3})?/[a-z]{0,3}", fullmatch=True),
-        st.from_regex(r"com\.[a-z]{1,4}:/[a-z]{0,3}", fullmatch=True),
+        st.builds("https://{}a.example/{}?x={}".format, WORDS, WORDS, WORDS),
+        st.builds("http://{}/{}".format, HOSTS, WORDS),
+        st.builds("com.{}:/{}".format, WORDS, WORDS),
     ),
     min_size=1,
     max_size=5,
 )
 
 
+@settings(max_examples=50)
 @given(URIS, NAMES)
 def test_id_describes_its_program_and_reads_as_the_same_bytes(uris: list[str], name: str) -> None:
     text = encode_value_id(uris, name)
@@ -44,10 +47,10 @@ def test_id_describes_its_program_and_reads_as_the_same_bytes(uris: list[str], n
     assert encode_value_id(client.redirect_uris, name) == text
 
 
-@given(URIS, NAMES, st.randoms())
-def test_order_repetition_and_loopback_ports_do_not_change_the_id(uris: list[str], name: str, random: object) -> None:
-    del random
-    moved = [uri.replace("localhost:1", "localhost:7") for uri in reversed(uris)]
+@settings(max_examples=50)
+@given(URIS, NAMES)
+def test_order_repetition_and_loopback_ports_do_not_change_the_id(uris: list[str], name: str) -> None:
+    moved = [uri.replace("localhost:1", "localhost:7").replace("[::1]:8080", "[::1]") for uri in reversed(uris)]
     assert encode_value_id([*uris, uris[0]], name) == encode_value_id(moved, name)
 
 

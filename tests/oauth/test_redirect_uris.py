@@ -145,7 +145,7 @@ def test_presented_redirect_uri_does_not_match(registered: str, presented: str) 
 
 
 HOSTS = st.sampled_from(["127.0.0.1", "[::1]", "localhost"])
-PATHS = st.from_regex(r"(/[a-z]{0,3}){0,2}(\?[a-z]=[0-9])?", fullmatch=True)
+PATHS = st.sampled_from(["", "/", "/cb", "/a/cb", "?x=1", "/cb?x=1&y"])
 
 
 @given(host=HOSTS, path=PATHS, ports=st.tuples(st.integers(1, 65_535), st.integers(1, 65_535)))

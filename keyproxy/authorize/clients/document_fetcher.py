@@ -61,26 +61,30 @@ class DocumentFetcher:
         """Fetch a document. Raises DocumentRefused; DocumentUnavailable if a later attempt may succeed."""
         try:
             async with asyncio.timeout(FETCH_SECONDS_MAX):
-                addresses = await self._resolve(url.host, url.port)
-                self._check(url, addresses)
+                addresses = self._checked(url, await self._resolve(url.host, url.port))
                 return await self._get(url, addresses)
         except TimeoutError:
             raise DocumentUnavailable(f"no response within {FETCH_SECONDS_MAX:g} s") from None
         except (OSError, aiohttp.ClientError) as error:
             raise DocumentUnavailable(f"cannot be fetched: {type(error).__name__}: {error}") from error
 
-    def _check(self, url: DocumentUrl, addresses: Sequence[str]) -> None:
-        """Raises DocumentRefused unless every address may be connected to."""
+    def _checked(self, url: DocumentUrl, addresses: Sequence[str]) -> list[str]:
+        """The addresses to connect to. Raises DocumentRefused if one of the host's may not be connected to."""
         if not addresses:
             raise DocumentUnavailable("the host has no address")
-        for text in addresses:
-            address = _parsed(text)
-            if address is not None and is_within(address, self._networks):
+        parsed = [(text, _parsed(text)) for text in addresses]
+        own = [text for text, address in parsed if address is not None and is_within(address, self._networks)]
+        # The name localhost has two addresses, and the operator need not name both.
+        is_loopback_allowed = any(ipaddress.ip_address(text).is_loopback for text in own)
+        for text, address in parsed:
+            if text in own or (is_loopback_allowed and address is not None and address.is_loopback):
                 continue
             if address is None or not is_public(address):
                 raise DocumentRefused(f"the host has the address {text}, which is not public")
             if not url.is_plain:
                 raise DocumentRefused("the URL has an IP address, or another port than 443")
+            own.append(text)
+        return own
 
     async def _get(self, url: DocumentUrl, addresses: Sequence[str]) -> FetchedDocument:
         connector = aiohttp.TCPConnector(

@@ -56,15 +56,12 @@ class TokenEndpoint:
     async def handle(self, request: web.Request) -> web.Response:
         """Handle a request. Raises OAuthError and StoreUnavailable."""
         form = await form_of(request)
-        grant_type = form.get("grant_type")
-        if grant_type in self._exchanges:
-            request[GRANT_TYPE] = grant_type
-        client = await self._authentication.authenticate(form, request)
-        if grant_type is None:
-            raise OAuthError("invalid_request", "'grant_type' is missing.")
+        grant_type = _required(form, "grant_type")
         exchange = self._exchanges.get(grant_type)
         if exchange is None:
             raise OAuthError("unsupported_grant_type", f"The grant types are {', '.join(self._exchanges)}.")
+        request[GRANT_TYPE] = grant_type
+        client = await self._authentication.authenticate(form, request)
         issued = await exchange(client, form, certificate_digest(request))
         request[USER] = issued.user_id
         return json_response(200, _content(issued))
@@ -115,7 +112,8 @@ def _content(issued: IssuedTokens) -> dict[str, object]:
     }
     if issued.refresh_token is not None:
         content["refresh_token"] = issued.refresh_token.reveal().decode("ascii")
-    content["scope"] = " ".join(issued.scopes)
+    if issued.scopes:
+        content["scope"] = " ".join(issued.scopes)
     return content
 
 

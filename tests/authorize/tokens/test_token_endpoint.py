@@ -47,6 +47,12 @@ async def test_refresh_token_is_exchanged_for_its_successor(authority: Authority
     assert second.json["refresh_token"] != first.json["refresh_token"]
 
 
+async def test_tokens_without_scopes_name_none(authority: Authority, sql: Sql) -> None:
+    """RFC 6749 has no empty list of scopes."""
+    reply = await token(authority, code_form(await new_code(sql, scopes=())))
+    assert (reply.status, "scope" in reply.json) == (200, False)
+
+
 async def test_alias_serves_the_same_endpoint(authority: Authority, sql: Sql) -> None:
     reply = await authority.call("POST", "/token", form=code_form(await new_code(sql)))
     assert reply.status == 200
@@ -56,6 +62,7 @@ async def test_alias_serves_the_same_endpoint(authority: Authority, sql: Sql) ->
 FAULTS: list[tuple[dict[str, str], int, str]] = [
     ({"grant_type": ""}, 400, "invalid_request"),
     ({"grant_type": "password"}, 400, "unsupported_grant_type"),
+    ({"grant_type": "password", "client_id": ""}, 400, "unsupported_grant_type"),
     ({"grant_type": "urn:ietf:params:oauth:grant-type:device_code"}, 400, "unsupported_grant_type"),
     ({"grant_type": "client_credentials"}, 400, "unauthorized_client"),
     ({"code": ""}, 400, "invalid_request"),
