@@ -51,7 +51,7 @@ DESCRIPTIONS: Final = {
     Scope.APPROVALS_ADMIN: "decides on calls of kind admin too, on a token without tenant; includes approvals:write",
     Scope.AUDIT_READ: "reads the audit log",
     Scope.USAGE_READ: "reads usage, the state of limits, and explanations of requests",
-    Scope.LEAKS_WRITE: "reports leaked keys and agent tokens",
+    Scope.LEAKS_WRITE: "reports leaked keys and tokens",
     Scope.PROVIDERS_READ: "reads provider keys, without their secrets",
     Scope.PROVIDERS_WRITE: "adds, rotates, revokes, deletes and reseals provider keys",
     Scope.OAUTH_READ: "reads OAuth clients, grants, sessions and linked accounts",

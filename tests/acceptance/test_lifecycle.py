@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import json
@@ -12,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 
 from keyproxy import cli
@@ -861,3 +863,21 @@ def test_roles_are_created_once_and_named(shell: Shell) -> None:
     assert (again["roles"], again["roles_made"]) == (names, [])
     assert "not a valid prefix for roles" in shell.refused("migrate", "--roles", "Two Words")
     assert "--status" in shell.refused("migrate", "--roles", prefix, "--status", status=2)
+
+
+def test_role_of_the_authorization_server_may_create_users_if_that_is_configured(
+    shell: Shell, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = f"kp_{secrets.token_hex(4)}"
+
+    async def may_insert() -> bool:
+        connection = await asyncpg.connect(site.dsn)
+        query = "SELECT has_table_privilege($1, 'keyproxy.users', 'INSERT')"
+        found: bool = await connection.fetchval(query, f"{prefix}_authorize")
+        await connection.close()
+        return found
+
+    for provision in ("create", "link"):
+        monkeypatch.setenv("KEYPROXY_OAUTH__LOGIN__PROVISION", provision)
+        shell.run_json("migrate", "--roles", prefix)
+        assert asyncio.run(may_insert()) is (provision == "create")

@@ -14,12 +14,14 @@ import pytest
 import trustme
 from aiohttp import web
 
+from keyproxy.authorize.oidc import provider
 from keyproxy.authorize.oidc.provider import IdentityProvider, LoginFault
 from keyproxy.authorize.oidc.provider_metadata import ProviderUnavailable
 from keyproxy.config.oauth.oauth_settings import OAuthLogin
 from keyproxy.model import Moment
 from keyproxy.platform import clock
 from tests.authorize.oidc.idp import CLIENT_ID, CLIENT_SECRET, Idp, running_idp
+from tests.waiting import until
 
 REDIRECT = "http://127.0.0.1:9/oauth/callback"
 VERIFIER, CHALLENGE = "v" * 43, "7w_YNF9DSfIdPf_pRjSq646_kPr-2-o9NAl16JGghdM"
@@ -75,9 +77,9 @@ async def test_certificate_of_the_provider_is_verified_with_its_ca_file(tmp_path
     async with running_idp(tls=tls) as idp:
         for ca_file, is_trusted in ((str(tmp_path / "ca.pem"), True), ("", False)):
             login = OAuthLogin(issuer=idp.issuer, client_id=CLIENT_ID, ca_file=ca_file)
-            provider = IdentityProvider(login, CLIENT_SECRET, REDIRECT, now=Clock())
+            one = IdentityProvider(login, CLIENT_SECRET, REDIRECT, now=Clock())
             with contextlib.nullcontext() if is_trusted else pytest.raises(ProviderUnavailable, match="Certificate"):
-                assert (await provider.metadata()).token_endpoint == f"{idp.issuer}/token"
+                assert (await one.metadata()).token_endpoint == f"{idp.issuer}/token"
 
 
 async def test_client_authenticates_in_the_form_if_the_provider_does_not_take_basic() -> None:
@@ -170,6 +172,22 @@ async def test_key_that_the_provider_has_withdrawn_is_not_used_after_the_next_re
         await one.provider.refresh()
         with pytest.raises(LoginFault, match="no key"):
             await one.claims()
+
+
+async def test_metadata_and_keys_are_read_at_the_start_and_again_without_any_login(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(provider, "_REFRESH_SECONDS", 0.01)
+    monkeypatch.setattr(provider, "_RETRY_SECONDS", 0.01)
+    async with known() as one:
+        one.idp.status = 503
+        running = asyncio.create_task(one.provider.run())
+        await until(lambda: one.idp.requests[DISCOVERY] >= 2, "a failed discovery is repeated")
+        one.idp.status = None
+        await until(lambda: one.idp.requests["/jwks"] >= 2, "keys are read again")
+        running.cancel()
+        await asyncio.wait([running])
+        assert "is_known=True" in repr(one.provider)
 
 
 async def test_outage_at_the_start_ends_with_the_first_response_of_the_provider() -> None:

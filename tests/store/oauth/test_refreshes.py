@@ -12,11 +12,15 @@ from typing import Any
 
 import pytest
 
+from keyproxy.model import Identity, Moment
 from keyproxy.oauth.client import Client
 from keyproxy.oauth.oauth_error import OAuthError
+from keyproxy.reasons import Reason
+from keyproxy.store.identities.identity_rows import TokenResources
 from keyproxy.store.oauth.token_values import IssuedTokens, RefreshExchange
 from keyproxy.store.oauth.tokens import SESSION_TOKENS_MAX, TokenStore
 from keyproxy.store.postgres.database import Database, StoreUnavailable, Transaction
+from tests.store.conftest import MakeRig
 from tests.store.harness import Relay, Sql, until_blocked, until_row
 from tests.store.oauth.token_requests import (
     CLIENT,
@@ -28,7 +32,7 @@ from tests.store.oauth.token_requests import (
     refreshed,
     token_store,
 )
-from tests.store.oauth_rows import TEST_RESOURCE, add_code
+from tests.store.oauth_rows import RESOURCE, TEST_RESOURCE, add_code
 
 SESSIONS = "SELECT count(*) FROM keyproxy.oauth_sessions"
 
@@ -228,6 +232,26 @@ async def test_outage_uses_no_refresh_token(relay: Relay, sql: Sql, issued: Issu
     await relay.mend()
     assert await error_of(tokens.refresh(CLIENT, refreshed(issued))) == ""
     await database.close()
+
+
+async def test_proxies_refuse_every_access_token_of_a_session_that_a_stolen_token_has_ended(
+    make_rig: MakeRig, tokens: TokenStore, clock: WallClock, issued: IssuedTokens
+) -> None:
+    rig = await make_rig(
+        resources=TokenResources(RESOURCE, TEST_RESOURCE), now=lambda: Moment(clock.time.timestamp(), 5_000.0)
+    )
+    await rig.feed.poll()
+    second = await tokens.refresh(CLIENT, refreshed(issued))
+    third = await tokens.refresh(CLIENT, refreshed(second))
+    secrets = [one.access_token for one in (issued, second, third)]
+    for secret in secrets:
+        found = await rig.resolve(secret)
+        assert isinstance(found, Identity)
+        assert found.key_id == issued.session_id
+    clock.advance(61)
+    assert await error_of(tokens.refresh(CLIENT, refreshed(issued))) == "invalid_grant"
+    await rig.feed.poll()
+    assert [await rig.resolve(secret) for secret in secrets] == [Reason.KEY_INVALID] * 3
 
 
 class _LosingDatabase(Database):
