@@ -133,6 +133,8 @@ async def test_client_authenticates_by_its_method_alone(authority: Authority, se
         (sign(kid="x"), {}, 401),
         (sign(aud="https://other.example"), {}, 401),
         (sign(iss="by secret"), {}, 401),
+        ({"client_id": "by secret", **sign()}, {}, 401),
+        ({"client_id": "by key", **sign(sub="by secret")}, {}, 401),
         ({"client_assertion": sign()["client_assertion"]}, {}, 401),
         ({**sign(), "client_assertion_type": "urn:ietf:params:oauth:client-assertion-type:saml2-bearer"}, {}, 401),
         ({**sign(), "client_assertion": "x"}, {}, 401),
@@ -146,7 +148,6 @@ async def test_client_authenticates_by_its_method_alone(authority: Authority, se
         ({**post, **sign()}, {}, 400),
         (sign(), basic("by key"), 400),
         ({"client_id": "public"}, basic("by secret"), 400),
-        ({"client_id": "by secret", **sign()}, {}, 400),
     ):
         reply = await revoke(authority, form, headers)
         assert reply.status == status, (form, headers, reply.body)

@@ -136,12 +136,15 @@ def _shown(form: Mapping[str, str], authorization: str | None) -> _Shown:
     if sum(method is not None for method in (basic, secret, text)) > 1:
         raise OAuthError("invalid_request", "Use one method of client authentication.")
     assertion = None if text is None else _assertion(text, form.get("client_assertion_type"))
-    ids = {form.get("client_id")}
-    ids |= {None if basic is None else basic[0], None if assertion is None else assertion.client_id}
-    ids -= {None}
-    if len(ids) > 1:
-        raise OAuthError("invalid_request", "The request names two clients.")
-    client_id = next(iter(ids), None)
+    client_id = form.get("client_id")
+    if basic is not None:
+        if client_id not in (None, basic[0]):
+            raise OAuthError("invalid_request", "The request names two clients.")
+        client_id = basic[0]
+    if assertion is not None:
+        if client_id not in (None, assertion.client_id):
+            raise _invalid_client("assertion: `sub` is not the client id of the request", is_basic=False)
+        client_id = assertion.client_id
     if client_id is None:
         raise _invalid_client("the request names no client", is_basic=False)
     return _Shown(client_id, basic is not None, secret if basic is None else basic[1], assertion)
@@ -191,13 +194,18 @@ def _check_without_assertion(client: Client, shown: _Shown, certificate: bytes |
                 raise shown.invalid("no certificate with the registered subject")
 
 
+def challenges(*, is_basic: bool) -> Mapping[str, str] | None:
+    """The header fields of `invalid_client`. RFC 6749 section 5.2 requires one after an attempt by Authorization."""
+    return {"WWW-Authenticate": _CHALLENGE} if is_basic else None
+
+
 def _invalid_client(detail: str, *, is_basic: bool) -> OAuthError:
     return OAuthError(
         "invalid_client",
         "The client is unknown, or its authentication failed.",
         status=401,
         detail=detail,
-        headers={"WWW-Authenticate": _CHALLENGE} if is_basic else None,
+        headers=challenges(is_basic=is_basic),
     )
 
 

@@ -113,6 +113,7 @@ async def test_token_of_another_client_is_inactive(authority: Authority, sql: Sq
 #: Further parameters and the header of requests that may not introspect.
 OTHERS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "public": ({"client_id": CLIENT_ID}, {}),
+    "public by Basic": ({}, basic(CLIENT_ID, "x")),
     "nothing": ({}, {}),
     "wrong secret": ({"client_id": WORKER, "client_secret": "wrong"}, {}),
     "wrong Basic": ({}, basic(secret="wrong")),
