@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from jwt.algorithms import ECAlgorithm
+from multidict import CIMultiDict
 
 from keyproxy.authorize.clients import composition
 from keyproxy.authorize.endpoint import CLIENT, PEER_CERTIFICATE
@@ -155,6 +156,15 @@ async def test_client_authenticates_by_its_method_alone(authority: Authority, se
         challenge = reply.headers.get("WWW-Authenticate")
         assert challenge == ('Basic realm="keyproxy"' if status == 401 and headers else None)
         assert SECRET.encode() not in reply.body
+
+
+async def test_two_authorization_fields_are_two_methods(authority: Authority, services: None) -> None:
+    authentication = composition.client_parts(authority.context, _never).authentication
+    field = basic("by secret")["Authorization"]
+    headers = CIMultiDict([("Authorization", field), ("Authorization", field)])
+    with pytest.raises(OAuthError) as refused:
+        await authentication.authenticate({}, make_mocked_request("POST", "/oauth/token", headers))
+    assert (refused.value.status, refused.value.code) == (400, "invalid_request")
 
 
 async def test_disabled_client_is_refused_as_an_unknown_one(authority: Authority, services: None, sql: Sql) -> None:

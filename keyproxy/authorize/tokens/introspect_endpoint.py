@@ -13,7 +13,7 @@ from typing import Final
 from aiohttp import web
 
 from keyproxy.auth.api_key import KeyFormat
-from keyproxy.authorize.clients.authentication import ClientAuthentication, challenges
+from keyproxy.authorize.clients.authentication import ClientAuthentication, challenges, has_credential, two_methods
 from keyproxy.authorize.endpoint import TOKEN, USER, Endpoint
 from keyproxy.authorize.form import form_of
 from keyproxy.authorize.rate_limits import Rate
@@ -73,6 +73,8 @@ class IntrospectEndpoint:
                     headers=challenges(is_basic="Authorization" in request.headers),
                 )
             reader = TokenReader(client_row=client.row_id)
+        elif has_credential(form):
+            raise two_methods()
         else:
             reader = await self._reader(bearer, request)
         token = form.get("token")
