@@ -85,7 +85,7 @@ class TokenStore:
     ) -> None:
         """`now`: a clock in place of the database's. `issued`: counts the requests that get tokens, by grant type.
 
-        `ended`: counts the sessions that end here, by reason: `reuse`, `replay` or `revoked`.
+        `ended`: counts the sessions that end here, by reason: `reuse`, `replay`, `revoked` or `disabled`.
         """
         self.rules = rules
         self._issued_counts = collections.Counter() if issued is None else issued
@@ -190,6 +190,9 @@ class TokenStore:
         )
         if verdict is RefreshVerdict.REUSE:
             return await self._end(begun, row["session_id"], "reuse")
+        if row["is_disabled"]:
+            # Its row stays, for when the account is enabled again; the client ends it: it discards its tokens now.
+            self._ended_counts["disabled"] += 1
         token_rules.check_refresh_request(row, shown, self.rules)
         if verdict is RefreshVerdict.TOO_MANY:
             raise OAuthError(
