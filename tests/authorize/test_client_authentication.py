@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from jwt.algorithms import ECAlgorithm
+from multidict import CIMultiDict
 
 from keyproxy.authorize.clients import composition
 from keyproxy.authorize.endpoint import CLIENT, PEER_CERTIFICATE
@@ -154,6 +155,18 @@ async def test_client_authenticates_by_its_method_alone(authority: Authority, se
         challenge = reply.headers.get("WWW-Authenticate")
         assert challenge == ('Basic realm="keyproxy"' if status == 401 and headers else None)
         assert SECRET.encode() not in reply.body
+
+
+async def test_two_authorization_fields_are_refused_since_a_proxy_may_read_the_other_one(
+    authority: Authority, services: None
+) -> None:
+    good, other = basic("by secret"), basic("by key", "x")
+    for fields in ([good, other], [good, good], [{"Authorization": "Bearer x"}, good]):
+        headers = CIMultiDict([(name, value) for field in fields for name, value in field.items()])
+        for path in ("/oauth/revoke", "/oauth/introspect", "/oauth/token"):
+            form = {"token": "none", "grant_type": "client_credentials"}
+            reply = await authority.call("POST", path, form=form, headers=headers)
+            assert (reply.status, reply.error) == (400, "invalid_request"), (path, fields)
 
 
 async def test_disabled_client_is_refused_as_an_unknown_one(authority: Authority, services: None, sql: Sql) -> None:

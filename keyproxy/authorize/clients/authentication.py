@@ -6,7 +6,7 @@ import base64
 import datetime
 import hashlib
 import hmac
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import unquote_plus
@@ -78,7 +78,7 @@ class ClientAuthentication:
         Raises OAuthError: `invalid_request` for two methods at once, `invalid_client` for an unknown or disabled client
         and for a failed authentication, `temporarily_unavailable` if its keys cannot be fetched. Raises StoreUnavailable.
         """
-        shown = _shown(form, request.headers.get("Authorization"))
+        shown = _shown(form, request.headers.getall("Authorization", []))
         credential = form.get(_CREDENTIALS.get(form.get("grant_type"), ""))
         digest = None if credential is None else hashlib.sha256(credential.encode("utf-8", "surrogatepass")).digest()
         try:
@@ -129,9 +129,12 @@ class ClientAuthentication:
         return client_assertions.verify(assertion, keys, self._issuer, self._now().wall_seconds)
 
 
-def _shown(form: Mapping[str, str], authorization: str | None) -> _Shown:
+def _shown(form: Mapping[str, str], authorization: Sequence[str]) -> _Shown:
     """What a request shows of its client. Raises OAuthError."""
-    basic = None if authorization is None else _basic(authorization)
+    if len(authorization) > 1:
+        # A proxy in front may have judged another one of them.
+        raise OAuthError("invalid_request", "Send one Authorization header field.")
+    basic = _basic(authorization[0]) if authorization else None
     secret, text = form.get("client_secret"), form.get("client_assertion")
     if sum(method is not None for method in (basic, secret, text)) > 1:
         raise OAuthError("invalid_request", "Use one method of client authentication.")

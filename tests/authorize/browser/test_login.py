@@ -203,6 +203,29 @@ async def test_cookie_belongs_to_this_origin_alone(secure: Authority, authority:
         assert not any(attribute.startswith("domain") for attribute in attributes)
 
 
+async def test_value_of_another_cookie_never_becomes_the_cookie_of_a_login(secure: Authority) -> None:
+    user = await secure.user()
+    browser = Browser(secure)
+    page = await browser.authorize(await browser.client())
+    (own,) = (f"{name}={value}" for name, value in browser.cookies.items())
+    form = {**forms_of(page)[0].fields, "key": user["key"]["secret"]}
+    for header, status in (
+        (own, 200),
+        (f"a=1; {own}; b=2", 200),
+        (f"a=1;{own}", 200),
+        # What a site of a sibling domain can set: any value without a semicolon.
+        (f"a=1 {own}", 403),
+        (f"a=1\t{own}", 403),
+        (f'a="1" {own}', 403),
+        (f"a={own}", 403),
+        (f"={own}", 403),
+        (own.replace("=", '="') + '"', 403),
+        (own.replace("__Host-", "__host-"), 403),
+    ):
+        reply = await secure.call("POST", "/oauth/login", form=form, headers={"Cookie": header})
+        assert reply.status == status, header
+
+
 async def test_session_of_a_login_ends_with_its_key(authority: Authority, sql: Sql) -> None:
     user = await authority.user(expires_in=timedelta(seconds=30))
     browser = Browser(authority)
