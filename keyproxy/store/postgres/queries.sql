@@ -2145,12 +2145,16 @@ WHERE s.id = ANY (ARRAY(
 RETURNING s.id;
 
 -- name: count_sessions
--- As delete_sessions.
+-- As delete_sessions; of more than 10,000 only these are counted, because each portion of a large number counts again.
 SELECT count(*) AS sessions
-FROM keyproxy.oauth_sessions AS s
-JOIN keyproxy.oauth_grants AS g ON g.id = s.grant_id
-JOIN keyproxy.users AS u ON u.id = g.user_id
-WHERE ($1::text IS NULL OR g.user_id = $1) AND ($2::text IS NULL OR u.tenant_id = $2);
+FROM (
+    SELECT
+    FROM keyproxy.oauth_sessions AS s
+    JOIN keyproxy.oauth_grants AS g ON g.id = s.grant_id
+    JOIN keyproxy.users AS u ON u.id = g.user_id
+    WHERE ($1::text IS NULL OR g.user_id = $1) AND ($2::text IS NULL OR u.tenant_id = $2)
+    LIMIT 10000
+) AS found;
 
 -- name: sessions_of_secrets
 -- The sessions of the access and refresh tokens with one of the digests $1; of one tenant $2, if not null. Also of tokens that

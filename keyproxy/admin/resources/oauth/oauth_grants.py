@@ -92,7 +92,7 @@ class SessionsRevoke(RequestModel):
 
 
 class OAuthRevoked(ResponseModel):
-    """How many this request has ended, at most 1000, and how many there still are: repeat it while not 0."""
+    """How many this request has ended, at most 1000, and how many remain, counted up to 10000: repeat it while not 0."""
 
     revoked: int
     remaining: int

@@ -34,7 +34,7 @@ class OAuthSessionStore:
     async def delete_many(self, *, user_id: str | None = None) -> Entity:
         """End sessions of a user, or of all users, at most REVOKED_MAX. A bound directory ends those of its tenant.
 
-        `revoked`: how many; `remaining`: how many there still are.
+        `revoked`: how many; `remaining`: how many there still are, of which at most 10,000 are counted.
         """
         selection = (user_id, self._context.tenant_id)
         async with self._context.transaction() as transaction:
