@@ -42,8 +42,6 @@ from keyproxy.oauth.oauth_error import OAuthError
 _log = logging.getLogger(__name__)
 
 _SHUTDOWN_SECONDS: Final = 10.0
-#: A callback of the identity provider has the state of a login, which is longer than the request that it began with.
-_LINE_BYTES_MAX: Final = 16_384
 _PATH_CHARACTERS_MAX: Final = 512
 _FORWARDED_FOR: Final = b"x-forwarded-for"
 _FAILURES: Final = (400, 401)
@@ -117,7 +115,6 @@ class AuthorizeListener:
             access_log=None,
             handle_signals=False,
             shutdown_timeout=_SHUTDOWN_SECONDS,
-            max_line_size=_LINE_BYTES_MAX,
         )
         await self._runner.setup()
         if self._runner.server is None:

@@ -23,6 +23,8 @@ from keyproxy.wire.outflow import outstanding_bytes
 from keyproxy.wire.responses.response_heads import DateField
 
 _LINE_BYTES_MAX: Final = 65_536
+#: Of the whole head: aiohttp bounds each field and their number, whose product is several MiB for each connection.
+_HEAD_BYTES_MAX: Final = 131_072
 _TURNED_AWAY_SECONDS: Final = 1.0
 
 #: For how long to read the rest of a request after an early response.
@@ -58,11 +60,30 @@ def _without_tls() -> bytes:
     )
 
 
+def _head_too_large() -> bytes:
+    return (
+        b"HTTP/1.1 431 Request Header Fields Too Large\r\n%bContent-Length: 0\r\nConnection: close\r\n\r\n"
+        % date_line()
+    )
+
+
 class Connections:
     """Accepts connections for one aiohttp server, within bounds."""
 
-    def __init__(self, server: web.Server, bounds: Bounds, *, full: Callable[[], bytes], log: logging.Logger) -> None:
-        """`full`: makes the response to a connection beyond the bound. `log`: the logger for aiohttp."""
+    def __init__(
+        self,
+        server: web.Server,
+        bounds: Bounds,
+        *,
+        full: Callable[[], bytes],
+        log: logging.Logger,
+        line_bytes_max: int = _LINE_BYTES_MAX,
+    ) -> None:
+        """`full`: makes the response to a connection beyond the bound. `log`: the logger for aiohttp.
+
+        `line_bytes_max`: of the request line, and of each field.
+        """
+        self.line_bytes_max: Final = line_bytes_max
         self.evicted = 0
         self._server = server
         self._bounds = bounds
@@ -130,14 +151,18 @@ class _Connection(web.RequestHandler):
             keepalive_timeout=bounds.idle_seconds,
             logger=log,
             lingering_time=_LINGERING_SECONDS,
-            max_line_size=_LINE_BYTES_MAX,
-            max_field_size=_LINE_BYTES_MAX,
+            max_line_size=connections.line_bytes_max,
+            max_field_size=connections.line_bytes_max,
+            auto_decompress=False,
             **cast(dict[str, Any], options),
         )
         self._all = connections
         self._unread_seconds = bounds.unread_seconds
         self._unread_bytes = 0
         self._unread: asyncio.TimerHandle | None = None
+        #: The body that is arriving or has arrived last, and the bytes since then of a head that is not complete.
+        self._body: Any = None
+        self._head_bytes = 0
 
     @property
     def is_idle(self) -> bool:
@@ -160,6 +185,16 @@ class _Connection(web.RequestHandler):
         self._all.open.add(self)
         super().connection_made(transport)
 
+    def data_received(self, data: bytes) -> None:
+        received = self._request_count
+        super().data_received(data)
+        if self._request_count != received:
+            self._body, self._head_bytes = self._messages[-1][1], 0
+        elif self._body is None or self._body.is_eof():
+            self._head_bytes += len(data)
+            if self._head_bytes > _HEAD_BYTES_MAX:
+                self._refuse_head()
+
     def connection_lost(self, exc: BaseException | None) -> None:
         self._all.open.discard(self)
         self._stop_watching()
@@ -172,6 +207,12 @@ class _Connection(web.RequestHandler):
     def resume_writing(self) -> None:
         self._stop_watching()
         super().resume_writing()
+
+    def _refuse_head(self) -> None:
+        """Close the connection, with a response if no other one is being written."""
+        if self.transport is not None and self.is_idle:
+            self.transport.write(_head_too_large())
+        self.force_close()
 
     def _watch_reading(self) -> None:
         self._unread_bytes = 0 if self.transport is None else outstanding_bytes(self.transport)

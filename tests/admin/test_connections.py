@@ -64,6 +64,19 @@ async def test_a_head_that_comes_byte_by_byte_is_cut_off_in_bounded_time(databas
         assert time.monotonic() - started < 2
 
 
+@pytest.mark.parametrize("answers", [0, 2])
+async def test_a_head_without_an_end_is_refused_before_it_fills_the_memory(database: Database, answers: int) -> None:
+    field = b"X-%d: " + b"a" * 60_000 + b"\r\n"
+    async with serving(database) as api, _connected(api) as (reader, writer), asyncio.timeout(10):
+        for _ in range(answers):
+            writer.write(LIVE[:-2] + field % 0 + b"\r\n")
+            assert b" 200 " in await _answer(reader)
+        writer.write(LIVE[:-2] + field % 1 + field % 2)
+        await writer.drain()
+        writer.write(b"X-3: " + b"a" * 12_000)
+        assert (await reader.read()).startswith(b"HTTP/1.1 431 ")
+
+
 async def test_at_the_bound_the_connection_that_has_been_idle_longest_leaves(database: Database) -> None:
     async with serving(database, bounds=Bounds(connections_max=2)) as api, contextlib.AsyncExitStack() as stack:
         held = [await stack.enter_async_context(_connected(api)) for _ in range(2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 from collections.abc import AsyncIterator
 
 import pytest
@@ -100,6 +101,12 @@ FORM = {"Content-Type": "application/x-www-form-urlencoded"}
         ("/form", b'{"a":"1"}', {"Content-Type": "application/json"}, 400),
         ("/form", b"a=1", {"Content-Type": "multipart/form-data"}, 400),
         ("/form", b"a=" + b"x" * BODY_BYTES_MAX, FORM, 413),
+        # A compressed body is never expanded, so that a small one costs no more than its bytes.
+        ("/form", gzip.compress(b"a=1"), FORM | {"Content-Encoding": "gzip"}, 400),
+        ("/form", gzip.compress(b"a" * (4 << 20)), FORM | {"Content-Encoding": "gzip"}, 400),
+        ("/form", b"a=1", FORM | {"Content-Encoding": "gzip"}, 400),
+        ("/form", b"a=1", FORM | {"Content-Encoding": "deflate"}, 400),
+        ("/form", b"a=1", FORM | {"Content-Encoding": "identity"}, {"a": "1"}),
     ],
 )
 async def test_form_is_read_strictly(
