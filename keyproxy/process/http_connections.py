@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple, cast
 
 from aiohttp import web
+from aiohttp.http_parser import RawRequestMessage
 
 from keyproxy.platform import clock
 from keyproxy.wire.handshake import AcceptedSocket
@@ -163,6 +164,7 @@ class _Connection(web.RequestHandler):
         #: The body that is arriving or has arrived last, and the bytes since then of a head that is not complete.
         self._body: Any = None
         self._head_bytes = 0
+        self._is_malformed = False
 
     @property
     def is_idle(self) -> bool:
@@ -186,10 +188,19 @@ class _Connection(web.RequestHandler):
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_malformed:
+            # aiohttp would parse what follows, and keep one more error with these bytes.
+            return
         received = self._request_count
         super().data_received(data)
         if self._request_count != received:
-            self._body, self._head_bytes = self._messages[-1][1], 0
+            message, body = self._messages[-1]
+            self._body, self._head_bytes = body, 0
+            if not isinstance(message, RawRequestMessage):
+                self._is_malformed = True
+                if message.exc is not None:
+                    # Its frames refer to the bytes and to the error: a cycle that occupies memory until a collection.
+                    message.exc.__traceback__ = None
         elif self._body is None or self._body.is_eof():
             self._head_bytes += len(data)
             if self._head_bytes > _HEAD_BYTES_MAX:

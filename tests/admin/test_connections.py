@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import socket
 import ssl
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import trustme
 from aiohttp import web
+from aiohttp.http_exceptions import LineTooLong
 
 from keyproxy.admin.connections import AdminConnections, Bounds
 from keyproxy.store.directory.directory import KeyWish
@@ -75,6 +77,18 @@ async def test_a_head_without_an_end_is_refused_before_it_fills_the_memory(datab
         await writer.drain()
         writer.write(b"X-3: " + b"a" * 12_000)
         assert (await reader.read()).startswith(b"HTTP/1.1 431 ")
+
+
+async def test_bytes_after_a_malformed_head_are_not_kept(database: Database) -> None:
+    async with serving(database) as api, _connected(api) as (reader, writer), asyncio.timeout(10):
+        gc.collect()
+        gc.disable()
+        try:
+            writer.write(LIVE[:-2] + (b"X: " + b"a" * 70_000 + b"\r\n") * 3)
+            assert b" 400 " in await _answer(reader)
+            assert not [one for one in gc.get_objects() if isinstance(one, LineTooLong)]
+        finally:
+            gc.enable()
 
 
 async def test_at_the_bound_the_connection_that_has_been_idle_longest_leaves(database: Database) -> None:
