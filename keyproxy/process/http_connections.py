@@ -2,7 +2,8 @@
 
 aiohttp closes a connection on which no request starts within the keep-alive time, also after a partial head. This module
 bounds the rest: the number of connections, the time for a TLS handshake, and the time for which a client may leave a
-response unread. At the bound the connection that has been idle longest is closed, never one with a request in flight.
+response unread. At the bound the connection that has been idle longest is closed, else the one that has been sending a
+body longest, never one whose complete request is in flight.
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ _SPARED_SECONDS: Final = 0.02
 
 
 class Bounds(NamedTuple):
-    """`idle_seconds`: without a complete head. `unread_seconds`: with an unread response."""
+    """`idle_seconds`: without a complete head. `unread_seconds`: with an unread response. `body_seconds`: for how long a
+    connection that sends a body is spared at the bound."""
 
     connections_max: int = 256
     idle_seconds: float = 30.0
     handshake_seconds: float = 10.0
     unread_seconds: float = 60.0
+    body_seconds: float = 2.0
 
 
 _DATE: Final = DateField()
@@ -129,12 +132,16 @@ class Connections:
         return _Connection(self, self._server, self._bounds, self._log)
 
     def _evict(self) -> bool:
-        """Close the connection that has been idle longest. False if all of them have requests in flight."""
-        before = self._loop.time() - _SPARED_SECONDS
-        idle = [one for one in self.open if one.is_idle and one.idle_since <= before]
-        if not idle:
+        """Close the connection that is worth least. False if all of them have complete requests in flight."""
+        now = self._loop.time()
+        idle = [one for one in self.open if one.is_idle and one.idle_since <= now - _SPARED_SECONDS]
+        sending = [one for one in self.open if one.is_sending and one.sending_since <= now - self._bounds.body_seconds]
+        if idle:
+            longest = min(idle, key=lambda one: one.idle_since)
+        elif sending:
+            longest = min(sending, key=lambda one: one.sending_since)
+        else:
             return False
-        longest = min(idle, key=lambda one: one.idle_since)
         self.open.discard(longest)
         self.evicted += 1
         longest.force_close()
@@ -165,6 +172,7 @@ class _Connection(web.RequestHandler):
         self._body: Any = None
         self._head_bytes = 0
         self._is_malformed = False
+        self.sending_since = 0.0
 
     @property
     def is_idle(self) -> bool:
@@ -175,6 +183,11 @@ class _Connection(web.RequestHandler):
     def idle_since(self) -> float:
         """The start of the current idle time."""
         return self._next_keepalive_close_time - self._keepalive_timeout
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether the body of a request has not arrived completely."""
+        return self._body is not None and not self._body.is_eof()
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
@@ -195,13 +208,13 @@ class _Connection(web.RequestHandler):
         super().data_received(data)
         if self._request_count != received:
             message, body = self._messages[-1]
-            self._body, self._head_bytes = body, 0
+            self._body, self._head_bytes, self.sending_since = body, 0, self._loop.time()
             if not isinstance(message, RawRequestMessage):
                 self._is_malformed = True
                 if message.exc is not None:
                     # Its frames refer to the bytes and to the error: a cycle that occupies memory until a collection.
                     message.exc.__traceback__ = None
-        elif self._body is None or self._body.is_eof():
+        elif not self.is_sending:
             self._head_bytes += len(data)
             if self._head_bytes > _HEAD_BYTES_MAX:
                 self._refuse_head()

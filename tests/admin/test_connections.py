@@ -161,6 +161,28 @@ async def _tried(api: Api) -> int:
     return (await api.call("GET", "/livez", headers={"Connection": "close"})).status
 
 
+async def test_bodies_that_do_not_arrive_keep_no_other_client_out(database: Database) -> None:
+    bounds = Bounds(connections_max=2, body_seconds=0.05)
+    async with serving(database, bounds=bounds) as api, contextlib.AsyncExitStack() as stack, asyncio.timeout(10):
+        head = (
+            f"POST /v1/tenants HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {FILE_TOKEN}\r\n"
+            "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+        ).encode()
+        held = [await stack.enter_async_context(_connected(api)) for _ in range(2)]
+        for _, writer in held:
+            writer.write(head)
+            await asyncio.sleep(0.1)
+            # What drips is not what arrives.
+            writer.write(b"{")
+        async with _connected(api) as (reader, writer):
+            writer.write(LIVE)
+            assert b" 200 " in await _answer(reader)
+        with contextlib.suppress(ConnectionError):
+            assert await held[0][0].read() == b"", "the one that began first is closed"
+        held[1][1].write(b" " * 99)
+        assert b" 400 " in await _answer(held[1][0])
+
+
 async def test_a_client_that_does_not_read_its_response_is_disconnected_in_bounded_time(database: Database) -> None:
     async with serving(database, bounds=Bounds(unread_seconds=0.3)) as api:
         await api.user()
