@@ -194,6 +194,14 @@ async def test_key_in_a_path_is_not_logged(authority: Authority) -> None:
     assert authority.log[0]["path"] == ""
 
 
+async def test_code_or_cookie_in_a_path_is_not_logged(authority: Authority) -> None:
+    secret = "Zk3" * 14 + "x"
+    for path in (f"/oauth/token/{secret}", f"/{secret}/cb", f"/{'a/' * 250}{secret}", f"/x%2F{secret}"):
+        await authority.call("GET", path)
+    assert "Zk3" not in str(authority.log)
+    assert authority.log[0]["path"] == "/oauth/token/..."
+
+
 async def test_log_records_as_much_of_an_address_as_configured(database: Database) -> None:
     async with authorizing(database, log=Log(client_address="network")) as authority:
         await authority.call("GET", "/nowhere")
