@@ -226,6 +226,22 @@ async def test_value_of_another_cookie_never_becomes_the_cookie_of_a_login(secur
         assert reply.status == status, header
 
 
+async def test_grant_has_the_plan_of_the_key_that_signs_in_unless_it_has_one(authority: Authority, sql: Sql) -> None:
+    await sql.execute("INSERT INTO keyproxy.plans (id) VALUES ('small'), ('large')")
+    plan = "SELECT plan_id FROM keyproxy.oauth_grants"
+    user = await authority.user()
+    browser = Browser(authority)
+    client_id = await browser.client()
+    await browser.code(client_id, user["key"]["secret"])
+    assert await sql.fetchval(plan) is None
+    await sql.execute("UPDATE keyproxy.api_keys SET plan_id = 'small'")
+    await browser.code(client_id, user["key"]["secret"])
+    assert await sql.fetchval(plan) == "small", "else the holder of a limited key has tokens without its limits"
+    await sql.execute("UPDATE keyproxy.oauth_grants SET plan_id = 'large'")
+    await browser.code(client_id, user["key"]["secret"])
+    assert await sql.fetchval(plan) == "large", "what an operator has decided stays"
+
+
 async def test_session_of_a_login_ends_with_its_key(authority: Authority, sql: Sql) -> None:
     user = await authority.user(expires_in=timedelta(seconds=30))
     browser = Browser(authority)
