@@ -177,8 +177,9 @@ class Authorizations:
     ) -> str:
         grant_id = f"gra_{random_digits(_ID_DIGITS)}"
         row = await transaction.fetch_row(
-            "keep_oauth_grant", grant_id, user.user_id, client.row_id, code.resource, code.scopes, code.is_test, now
-        )
+            "keep_oauth_grant", grant_id, user.user_id, client.row_id, code.resource, code.scopes, code.is_test, now,
+            user.via_key,
+        )  # fmt: skip
         if row is None:
             raise ConsentRefused("service_client")
         return str(row["id"])

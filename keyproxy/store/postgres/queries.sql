@@ -1915,10 +1915,12 @@ SELECT c.disabled_at IS NOT NULL AS is_disabled FROM keyproxy.oauth_clients AS c
 
 -- name: keep_oauth_grant
 -- Grants the client $3 of the user $2 the scopes $5 for the resource $4, in addition to those that the grant has; beyond 128,
--- earlier ones go. $1: the id of a new grant. No row: the grant is that of a service, which an operator decides about.
--- Needs: oauth_grants (user_id, client_id, resource).
-INSERT INTO keyproxy.oauth_grants AS g (id, user_id, client_id, resource, scopes, is_test, granted_at)
-VALUES ($1, $2, $3, $4, $5, $6, coalesce($7::timestamptz, clock_timestamp()))
+-- earlier ones go. A grant without a plan gets that of the key $8, if not null: a program gets no more than the key of the
+-- sign-in has. $1: the id of a new grant. No row: the grant is that of a service, which an operator decides about.
+-- Needs: oauth_grants (user_id, client_id, resource), api_keys (id).
+INSERT INTO keyproxy.oauth_grants AS g (id, user_id, client_id, resource, scopes, is_test, granted_at, plan_id)
+VALUES ($1, $2, $3, $4, $5, $6, coalesce($7::timestamptz, clock_timestamp()),
+        (SELECT k.plan_id FROM keyproxy.api_keys AS k WHERE k.id = $8))
 ON CONFLICT (user_id, client_id, resource) DO UPDATE
 SET scopes = ARRAY(
         SELECT kept.scope
@@ -1928,7 +1930,7 @@ SET scopes = ARRAY(
               LIMIT 128) AS kept
         ORDER BY kept.scope
     ),
-    is_test = excluded.is_test, granted_at = excluded.granted_at
+    is_test = excluded.is_test, granted_at = excluded.granted_at, plan_id = coalesce(g.plan_id, excluded.plan_id)
 WHERE NOT g.is_service
 RETURNING g.id;
 
