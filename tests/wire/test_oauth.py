@@ -17,8 +17,9 @@ from keyproxy.config.tools.tool_settings import ToolRow
 from keyproxy.model import Ending, Identity, OAuthSession
 from keyproxy.reasons import Reason
 from tests import fakes
-from tests.rawhttp import Message, connect
+from tests.rawhttp import Message, Upstream, connect
 from tests.wire.conftest import KEY, Start, Wire, request
+from tests.wire.test_long import REVOKED_SECONDS, stream
 
 ORIGIN: Final = "https://mcp.example.com"
 BARE: Final = "/.well-known/oauth-protected-resource"
@@ -314,6 +315,17 @@ async def test_a_bound_token_needs_the_connection_with_its_certificate(start: St
             statuses.append((answer.status, answer.status == 200 or json.loads(answer.body)["code"]))
     assert statuses == [(200, True), (401, "api_key_invalid"), (401, "api_key_invalid")]
     assert len(wire.upstream.heads) == 1
+
+
+async def test_an_open_stream_ends_once_its_token_is_bound_to_another_certificate(start: Start) -> None:
+    wire = await start(oauth=OAUTH, serving=Upstream(stream))
+    accept(wire)
+    async with wire.client() as client:
+        await client.send(bearing(ACCESS))
+        await client.reader.readuntil(b"data: 1")
+        accept(wire, bound_to=bytes(32))
+        await client.ends(seconds=REVOKED_SECONDS)
+    assert wire.recorder.seen[0].ending is Ending.CUT
 
 
 def test_tools_may_demand_oauth_tokens_only_where_they_occur() -> None:
