@@ -215,6 +215,17 @@ async def test_no_other_target_is_taken_for_the_metadata(start: Start, target: s
     assert len(wire.upstream.requests) == 1
 
 
+async def test_the_metadata_are_found_where_a_challenge_leads_to_also_if_the_resource_is_encoded(start: Start) -> None:
+    wire = await start(oauth=OAuthSettings(issuer=ORIGIN, resource=f"{ORIGIN}/%7B1%7D"))
+    challenge = (await answer_to(wire, request("GET", "/", key=None))).all("WWW-Authenticate")[0]
+    found = challenge.partition(f'resource_metadata="{ORIGIN}')[2].rstrip('"')
+    assert found == f"{BARE}/%7B1%7D"
+    for target in (found, f"{ORIGIN}{found}"):
+        answer = await answer_to(wire, f"GET {target} HTTP/1.1\r\nHost: mcp.example.com\r\n\r\n".encode())
+        assert json.loads(answer.body)["resource"] == f"{ORIGIN}/%7B1%7D"
+    assert (await answer_to(wire, request("GET", f"{BARE}/{{1}}", key=None))).status in (400, 401)
+
+
 async def test_resources_with_one_path_on_two_hosts_are_selected_by_host(start: Start) -> None:
     wire = await start(oauth=dataclasses.replace(OAUTH, test_resource="https://test.example.com/mcp"))
     for host, resource in (
