@@ -145,6 +145,8 @@ class Authorizations:
         if user.via_key is not None:
             # First of all, as a revocation does, which then ends codes and sessions.
             await transaction.fetch("hold_login_key", user.via_key)
+        elif user.via_issuer is not None:
+            await transaction.fetch("hold_login_subject", user.via_issuer, user.via_subject)
         row = await transaction.fetch_row("consenting_user", *_login(user))
         if row is None or not row["is_enabled"]:
             raise ConsentRefused("account_disabled")

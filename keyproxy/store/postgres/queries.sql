@@ -1878,6 +1878,11 @@ WHERE k.digest = $1;
 -- Locks the key $1 of a sign-in against a change until the end of the transaction. Needs: api_keys (id).
 SELECT keyproxy.hold_login_key($1);
 
+-- name: hold_login_subject
+-- Locks the subject $2 of the issuer $1 against a change until the end of the transaction.
+-- Needs: oauth_subjects (issuer, subject).
+SELECT s.user_id FROM keyproxy.oauth_subjects AS s WHERE s.issuer = $1 AND s.subject = $2 FOR SHARE;
+
 -- name: consenting_user
 -- Whether the user $1 is enabled, and what the login permits now: the key $2, or the subject $4 at the issuer $3, where not
 -- null. `scopes`: those of the key; null without one.
@@ -2235,7 +2240,7 @@ WITH code AS MATERIALIZED (
     FROM keyproxy.oauth_subjects AS s
     WHERE s.issuer = (SELECT code.via_issuer FROM code) AND s.subject = (SELECT code.via_subject FROM code)
       AND (SELECT count(*) FROM login_key) >= 0
-    FOR KEY SHARE OF s
+    FOR SHARE OF s
 ), parent AS MATERIALIZED (
     SELECT g.id
     FROM keyproxy.oauth_grants AS g
