@@ -36,7 +36,7 @@ def login_page(form: LoginForm, language: str, *, status: int = 200) -> web.Resp
         host = isolated(redirect_uris.shown_target(form.redirect_uri))
         intent = text("login_for_client", language, client=name, host=host, resource=resource)
     failed = layout.alert(form.problem).replace("<p ", '<p id="problem" ') if form.problem else ""
-    invalid = ' aria-invalid="true" aria-describedby="problem hint"' if form.problem else ' aria-describedby="hint"'
+    invalid = ' aria-invalid="true" aria-describedby="problem hint" autofocus' if form.problem else ' aria-describedby="hint"'
     body = (
         f"<p>{intent}</p>\n{failed}\n"
         f'<form method="post" action="/oauth/login">{layout.hidden("ticket", form.ticket)}\n'
