@@ -80,12 +80,12 @@ def client_create(
         client_id, _METHODS[method], name, user_id, wanted, is_test=is_test, redirect_uris=uris,
         jwks=None if jwks_path is None else _jwks(jwks_path), tls_subject=tls_subject,
     )  # fmt: skip
-    if user_id is not None:
-        call.warn_of_scopes(wanted)
     run = call.run_for_secret if wish.auth_method is AuthMethod.CLIENT_SECRET else call.run
     made: dict[str, Any] = run(lambda directory: directory.oauth_clients.create(wish))
     with showing_secret(f"the secret of client {made['id']} is lost: `keyproxy oauth client delete {made['id']}`"):
         call.print_result(made, _COLUMNS)
+    if user_id is not None:
+        call.warn_of_scopes(wanted, holder="client")
     if made["secret"] is not None and not call.as_json:
         print_message("this is the only time the secret is shown")
 
