@@ -198,7 +198,7 @@ class AuthorizationServer:
         self._settings, self._context, self._parts = settings, context, parts
         served = Served(context, parts)
         for listener, tls in zip(listeners, contexts, strict=False):
-            # New contexts, so that a client's certificate is verified by the CAs of now.
+            # New contexts, so that a client's certificate is verified by the current CAs.
             listener.change(served, tls)
         await self._tasks.end()
         self._tasks.start(parts)
