@@ -105,9 +105,9 @@ ERRORS: Final[Mapping[str, Mapping[str, str]]] = {
         "ja": f"ログインに使用した API キーまたはアカウントは無効になりました。{_BACK_JA}",
     },
     "scopes_missing": {
-        "en": "This API key has none of the permissions that the program asks for.",
-        "ko": "이 API 키에는 프로그램이 요청한 권한이 없습니다.",
-        "ja": "この API キーには、プログラムが要求する権限がありません。",
+        "en": "This API key has none of the permissions that the program asks for. Use another key, or ask your administrator.",
+        "ko": "이 API 키에는 프로그램이 요청한 권한이 없습니다. 다른 키를 사용하거나 관리자에게 문의하세요.",
+        "ja": "この API キーには、プログラムが要求する権限がありません。別のキーを使用するか、管理者に連絡してください。",
     },
     "live_key_needed": {
         "en": "This API key is for tests only, and the program asks for live access. Enter a live key.",

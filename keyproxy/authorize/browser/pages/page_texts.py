@@ -31,14 +31,14 @@ TEXTS: Final[Mapping[str, Mapping[str, str]]] = {
         "ja": "この API キーは無効です。全体をコピーしたか確認してください。",
     },
     "key_expired": {
-        "en": "This API key has expired.",
-        "ko": "만료된 API 키입니다.",
-        "ja": "この API キーは有効期限が切れています。",
+        "en": "This API key has expired. Enter another key.",
+        "ko": "만료된 API 키입니다. 다른 키를 입력해 주세요.",
+        "ja": "この API キーは有効期限が切れています。別のキーを入力してください。",
     },
     "key_revoked": {
-        "en": "This API key has been revoked.",
-        "ko": "폐기된 API 키입니다.",
-        "ja": "この API キーは失効しています。",
+        "en": "This API key has been revoked. Enter another key.",
+        "ko": "폐기된 API 키입니다. 다른 키를 입력해 주세요.",
+        "ja": "この API キーは失効しています。別のキーを入力してください。",
     },
     "key_suspended": {
         "en": "This API key is suspended. Ask your administrator.",
