@@ -85,7 +85,7 @@ class AuthorizationServer:
             self._tasks.start(self._parts)
             listeners = await self._start_listeners(stack, log.write_line if self._settings.log.access else None)
             self._warn_of_unencrypted_secrets()
-            started(", ".join(listeners))
+            started(f"{', '.join(listeners)}, ops on {self._settings.oauth.ops_address}")
             systemd.notify("READY=1")
             async with asyncio.TaskGroup() as group:
                 changing = group.create_task(self._change_on(again, list(listeners.values()), read_again))
