@@ -111,7 +111,7 @@ class AuthorizationServer:
             )
             stack.push_async_callback(listener.close)
             await listener.start(sock, tls)
-            with_tls = ", mutual TLS" if is_mtls else ", TLS" if tls is not None else ""
+            with_tls = " (mutual TLS)" if is_mtls else " (TLS)" if tls is not None else ""
             listeners[f"{sockets.address_of(sock)}{with_tls}"] = listener
         ops = OpsListener(
             checks=self._checks, metrics=self._metrics_page(), metrics_content_type=CONTENT_TYPE, jwks=None
