@@ -10,18 +10,18 @@ TEXTS: Final[Mapping[str, Mapping[str, str]]] = {
     "login_title": {"en": "Sign in", "ko": "로그인", "ja": "サインイン"},
     "login_for_client": {
         "en": "{client} ({host}) wants to connect to {resource}.",
-        "ko": "{client} ({host})에서 {resource}에 연결하려고 합니다.",
+        "ko": "{client} ({host}) 프로그램이 {resource} 주소에 연결하려고 합니다.",
         "ja": "{client}（{host}）が {resource} への接続を求めています。",
     },
     "login_for_user_page": {
         "en": "Sign in to see the programs that are connected to {resource}.",
-        "ko": "{resource}에 연결된 프로그램을 보려면 로그인하세요.",
+        "ko": "{resource} 주소에 연결된 프로그램을 보려면 로그인하세요.",
         "ja": "{resource} に接続されているプログラムを表示するには、サインインしてください。",
     },
     "key_label": {"en": "API key", "ko": "API 키", "ja": "API キー"},
     "key_hint": {
         "en": "Enter it only at {issuer}. The program does not receive it.",
-        "ko": "{issuer}에서만 입력하세요. 프로그램에는 전달되지 않습니다.",
+        "ko": "{issuer} 주소에서만 입력하세요. 프로그램에는 전달되지 않습니다.",
         "ja": "{issuer} でのみ入力してください。プログラムには渡されません。",
     },
     "login_button": {"en": "Continue", "ko": "계속", "ja": "続ける"},
