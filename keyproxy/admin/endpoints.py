@@ -38,10 +38,13 @@ class ApiConfig(NamedTuple):
         """The members of a response with amounts of money."""
         return {"money_unit": self.settings.money.unit}
 
-    def warnings(self, *keys: Sequence[str]) -> list[str]:
-        """Warnings about the scopes of keys: one that no route requires, or none that any route accepts."""
+    def warnings(self, *keys: Sequence[str], holder: str = "key") -> list[str]:
+        """Warnings about the scopes of keys: one that no route requires, or none that any route accepts.
+
+        `holder`: what has the scopes.
+        """
         distinct = dict.fromkeys(map(tuple, keys))
-        return list(dict.fromkeys(one for scopes in distinct for one in scope_warnings(self.settings, scopes)))
+        return list(dict.fromkeys(one for scopes in distinct for one in scope_warnings(self.settings, scopes, holder)))
 
 
 @dataclass(frozen=True, slots=True)

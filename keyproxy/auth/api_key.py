@@ -144,10 +144,6 @@ class KeyFormat:
         """Whether to look this up as an OAuth refresh token."""
         return self._is_whole(_REFRESH, plaintext)
 
-    def may_be_client_secret(self, plaintext: bytes) -> bool:
-        """Whether to look this up as the secret of an OAuth client."""
-        return self._is_whole(_CLIENT, plaintext)
-
     def may_exist(self, plaintext: bytes) -> bool:
         """Whether to look this up as a key: well-formed with a correct checksum, or a foreign key where allowed.
 

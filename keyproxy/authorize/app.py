@@ -85,7 +85,7 @@ class AuthorizationServer:
             self._tasks.start(self._parts)
             listeners = await self._start_listeners(stack, log.write_line if self._settings.log.access else None)
             self._warn_of_unencrypted_secrets()
-            started(", ".join(listeners))
+            started(f"{', '.join(listeners)}, ops on {self._settings.oauth.ops_address}")
             systemd.notify("READY=1")
             async with asyncio.TaskGroup() as group:
                 changing = group.create_task(self._change_on(again, list(listeners.values()), read_again))
@@ -111,7 +111,7 @@ class AuthorizationServer:
             )
             stack.push_async_callback(listener.close)
             await listener.start(sock, tls)
-            with_tls = ", mutual TLS" if is_mtls else ", TLS" if tls is not None else ""
+            with_tls = " (mutual TLS)" if is_mtls else " (TLS)" if tls is not None else ""
             listeners[f"{sockets.address_of(sock)}{with_tls}"] = listener
         ops = OpsListener(
             checks=self._checks, metrics=self._metrics_page(), metrics_content_type=CONTENT_TYPE, jwks=None
@@ -198,7 +198,7 @@ class AuthorizationServer:
         self._settings, self._context, self._parts = settings, context, parts
         served = Served(context, parts)
         for listener, tls in zip(listeners, contexts, strict=False):
-            # New contexts, so that a client's certificate is verified by the CAs of now.
+            # New contexts, so that a client's certificate is verified by the current CAs.
             listener.change(served, tls)
         await self._tasks.end()
         self._tasks.start(parts)

@@ -194,12 +194,17 @@ class Call:
         days = self.settings().keys.age_days_max
         return timedelta(days=days) if expires_in is None and days else None
 
-    def warn_of_scopes(self, *keys: Sequence[str]) -> None:
-        """Warn of a scope that no route requires, and of a key that every route refuses. `keys`: the scopes of each."""
+    def warn_of_scopes(self, *keys: Sequence[str], holder: str = "key") -> None:
+        """Warn of a scope that no route requires, and of a key that every route refuses. `keys`: the scopes of each.
+
+        `holder`: what has the scopes.
+        """
         if self.admin_url is not None:
             return  # the routes are those of the admin process, which returns its own warnings
         settings = self.settings()
-        warnings = (one for scopes in dict.fromkeys(map(tuple, keys)) for one in scope_warnings(settings, scopes))
+        warnings = (
+            one for scopes in dict.fromkeys(map(tuple, keys)) for one in scope_warnings(settings, scopes, holder)
+        )
         for warning in dict.fromkeys(warnings):
             print_message(f"warning: {warning}")
 

@@ -27,8 +27,8 @@ def shadowed(routes: Sequence[RouteRow]) -> list[str]:
     return found
 
 
-def scope_warnings(settings: Settings, scopes: Collection[str]) -> list[str]:
-    """Warnings about a key's scopes: a misspelled scope, or a key that every route refuses."""
+def scope_warnings(settings: Settings, scopes: Collection[str], holder: str = "key") -> list[str]:
+    """Warnings about scopes: a misspelled one, or a key that every route refuses. `holder`: `client` for a service."""
     routes = settings.routes
     if not routes:
         return []
@@ -39,8 +39,8 @@ def scope_warnings(settings: Settings, scopes: Collection[str]) -> list[str]:
     if unknown or any(set(row.scopes) <= set(scopes) for row in routes):
         return unknown
     if not scopes:
-        return ["the key has no scopes and every route requires one: all its requests will be refused"]
-    return ["no route accepts a key with only these scopes: all its requests will be refused"]
+        return [f"the {holder} has no scopes and every route requires one: all its requests will be refused"]
+    return [f"no route accepts a {holder} with only these scopes: all its requests will be refused"]
 
 
 def cap_warnings(routes: Sequence[RouteRow]) -> list[str]:

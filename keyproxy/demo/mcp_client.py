@@ -97,13 +97,13 @@ class McpClient:
                 "scope": " ".join(self._resource["scopes_supported"]),
             }
             await open_url(f"{self._server['authorization_endpoint']}?{urlencode(query)}")
-            answer = await returned
-        if (answer.get("state"), answer.get("iss")) != (state, self._server["issuer"]):
+            query = await returned
+        if (query.get("state"), query.get("iss")) != (state, self._server["issuer"]):
             raise SignInFailed("the response is not for this request, or not from this server")
-        if "code" not in answer:
-            raise SignInFailed(answer.get("error", "no code"))
+        if "code" not in query:
+            raise SignInFailed(query.get("error", "no code"))
         return await self._token(
-            grant_type="authorization_code", code=answer["code"], redirect_uri=redirect_uri, code_verifier=verifier
+            grant_type="authorization_code", code=query["code"], redirect_uri=redirect_uri, code_verifier=verifier
         )
 
     async def refresh(self) -> Mapping[str, Any]:

@@ -69,7 +69,7 @@ def client_of(url: str, content: bytes, schemes: frozenset[str]) -> Client:
     if metadata.get("client_id") != url:
         raise DocumentRefused("client_id is not the URL of the document")
     if metadata.get("client_secret") is not None:
-        raise DocumentRefused("the document has a client_secret, which everybody can read")
+        raise DocumentRefused("the document has a client_secret, which is public")
     uris = _redirect_uris(metadata, schemes)
     name = metadata.get("client_name") or redirect_uris.host(url)
     if not isinstance(name, str) or is_too_long(clean_name(name)):

@@ -1,4 +1,4 @@
-"""Which IP addresses are public: reachable for everybody, and never this machine or its network.
+"""Which IP addresses are public: reachable from everywhere, and never this machine or its network.
 
 The ranges are those of the IANA registries of special-purpose addresses. The standard library has them too, but their
 meaning there depends on the version of Python.

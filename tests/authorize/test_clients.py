@@ -189,7 +189,7 @@ async def test_token_endpoint_knows_a_client_by_what_was_issued_to_its_id(databa
         client = await judge.presented(issued_to, credential=digest)
         assert isinstance(client, Client)
         assert (client.kind, client.presented_as) == (ClientKind.DOCUMENT, issued_to)
-        # What was issued to one id says nothing about another one.
+        # What was issued to one id is not valid for another one.
         assert await judge.presented("stale", credential=digest) == UnknownClient.__name__
     await sql.execute("UPDATE keyproxy.oauth_sessions SET presented_as = 'stale'")
     await sql.execute(

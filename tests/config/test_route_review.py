@@ -92,3 +92,4 @@ def test_key_that_no_route_accepts_causes_a_warning(
     found = scope_warnings(Settings(routes=tuple(rows)), scopes)
     assert len(found) == (warning is not None)
     assert warning is None or warning in found[0]
+    assert "key" not in " ".join(scope_warnings(Settings(routes=tuple(rows)), scopes, "client"))

@@ -67,7 +67,7 @@ class ConsentEndpoint:
         wanted = AuthorizationRequest.of(content)
         client = await self._judged(request, wanted, user)
         if user.is_test is not None and user.is_test is not wanted.is_test:
-            raise PageError(403, "mode_mismatch")
+            raise PageError(403, "test_key_needed" if wanted.is_test else "live_key_needed")
         scopes = wanted.scopes
         if user.scopes is not None:
             scopes = tuple(scope for scope in scopes if scope in user.scopes)

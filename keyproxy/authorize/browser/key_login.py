@@ -23,7 +23,7 @@ from keyproxy.store.oauth.authorizations import Authorizations
 _ACTIVE: Final = "active"
 
 #: What another key of the user may be able to grant.
-_OTHER_KEY_NEEDED: Final = ("mode_mismatch", "scopes_missing")
+_OTHER_KEY_NEEDED: Final = ("live_key_needed", "test_key_needed", "scopes_missing")
 
 #: The texts of keys that do not work, by their state.
 _PROBLEMS: Final = {"expired": "key_expired", "revoked": "key_revoked", "suspended": "key_suspended"}

@@ -110,7 +110,7 @@ def _secret(name: str, path: str) -> bytes:
     try:
         secret = Path(path).read_bytes()
     except OSError as error:
-        raise SecretFileError(f"{name}: cannot be read: {error}") from error
+        raise SecretFileError(f"{name}: cannot be read: {path}: {error.strerror or error}") from error
     if len(secret) < _SECRET_BYTES_MIN:
         raise SecretFileError(
             f"{name}: a secret must have {_SECRET_BYTES_MIN} bytes or more, for example the output of"

@@ -1,1 +1,1 @@
-"""Who a client is: its id judged, its metadata document fetched, its authentication verified."""
+"""The identity of clients: their ids judged, their metadata documents fetched, their authentication verified."""

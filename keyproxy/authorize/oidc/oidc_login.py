@@ -111,7 +111,7 @@ class OidcLogin(Login):
         return await self._proceed(request, content, signed_in)
 
     async def _subject(self, request: web.Request, ticket: str, parameters: Mapping[str, str]) -> Subject:
-        """Who has signed in. Raises PageError: 503 without a response of the provider, else 403; OAuthError 429."""
+        """Return the subject. Raises PageError: 503 without a response of the provider, else 403; OAuthError 429."""
         began_mono = self._context.now().mono_seconds
         try:
             claims = await self._provider.claims(

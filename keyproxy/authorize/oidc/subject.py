@@ -23,7 +23,7 @@ class ClaimsFault(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Who has signed in. `tenant_id`: the tenant of the configured claim, None without one.
+    """A subject that has signed in. `tenant_id`: the tenant of the configured claim, None without one.
 
     `may_be_created`: a user is created for it if it is not linked.
     """
@@ -56,6 +56,6 @@ def _text(claims: Mapping[str, Any], name: str) -> str:
 
 
 def _tenant(claims: Mapping[str, Any], login: OAuthLogin) -> str | None:
-    """The tenant that the operator has mapped the value of the claim to; only a text is a value."""
+    """The tenant that the operator has mapped the value of the claim to; only a string is a value."""
     value = claims.get(login.tenant_claim) if login.tenant_claim else None
     return login.tenants.get(value) if isinstance(value, str) else None

@@ -17,6 +17,7 @@ from keyproxy.authorize.responses import json_response
 from keyproxy.oauth import pkce
 from keyproxy.oauth.client import AuthMethod, Client, ClientKind
 from keyproxy.oauth.oauth_error import OAuthError
+from keyproxy.signing.certificates import thumbprint
 from keyproxy.store.oauth.token_values import CodeExchange, IssuedTokens, RefreshExchange, ServiceRequest
 from keyproxy.store.oauth.tokens import TokenStore
 
@@ -62,7 +63,7 @@ class TokenEndpoint:
             raise OAuthError("unsupported_grant_type", f"The grant types are {', '.join(self._exchanges)}.")
         request[GRANT_TYPE] = grant_type
         client = await self._authentication.authenticate(form, request)
-        issued = await exchange(client, form, certificate_digest(request))
+        issued = await exchange(client, form, _bound_to(request))
         request[USER] = issued.user_id
         return json_response(200, _content(issued))
 
@@ -98,10 +99,10 @@ class TokenEndpoint:
         return await self._tokens.client_credentials(client, wish)
 
 
-def certificate_digest(request: web.Request) -> bytes | None:
-    """SHA-256 of the client's verified certificate, to which tokens are bound (RFC 8705). None: it has shown none."""
+def _bound_to(request: web.Request) -> bytes | None:
+    """The thumbprint of the client's verified certificate, to which tokens are bound (RFC 8705); None without one."""
     certificate = request.get(PEER_CERTIFICATE)
-    return None if certificate is None else hashlib.sha256(certificate).digest()
+    return None if certificate is None else thumbprint(certificate)
 
 
 def _content(issued: IssuedTokens) -> dict[str, object]:

@@ -23,8 +23,8 @@ def authorize_command(config_path: Path | None) -> None:
     """Run the OAuth 2.1 authorization server: MCP clients connect users through the browser, and machines exchange a
     credential for tokens.
 
-    Serves until SIGTERM: access log on stdout, everything else on stderr. SIGHUP reloads [oauth] except its addresses,
-    the certificate and the secret. /livez, /readyz and /metrics are on oauth.ops_address.
+    Serves until SIGTERM: access log on stdout, everything else on stderr. SIGHUP reloads the configuration, the
+    certificate and the secrets; addresses need a restart. /livez, /readyz and /metrics are on oauth.ops_address.
     """
     # These imports take longer than any other command runs.
     with garbage.importing():

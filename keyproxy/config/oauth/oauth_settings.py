@@ -9,7 +9,7 @@ from keyproxy.config import addresses, value_checks
 from keyproxy.config.value_checks import one_of, within
 from keyproxy.config.value_types import setting
 
-#: Who may register: any client, only those with the redirect URIs of a known client, or none.
+#: Which clients may register: any, only those with the redirect URIs of a known client, or none.
 OPEN: Final = "open"
 LISTED: Final = "listed"
 OFF: Final = "off"

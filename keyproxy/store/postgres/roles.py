@@ -107,7 +107,7 @@ _FUNCTIONS: Final = {
     "credit_window(text, text, boolean, text, text, bigint, bigint, text)": ("", "EXECUTE"),
 }
 
-#: The privileges of the authorization server. Of keys it reads what a sign-in depends on, and not what people call them.
+#: The privileges of the authorization server. Of keys it reads what a sign-in depends on, and not their names.
 #: It locks a key by a function, because a lock needs the right to a change.
 _AUTHORIZE: Final = {
     "migrations": "SELECT",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from tests.authorize.authority import Authority, Reply, pkce
 from tests.authorize.browser.browser import REDIRECT_URI, Browser, forms_of
 from tests.store.harness import Sql
@@ -48,7 +50,9 @@ async def test_user_ends_one_device_one_program_or_all(authority: Authority, sql
     assert page.text.count("<h2>") == 3
     kinds = [ending.partition(":")[0] for ending in endings(page)]
     assert (kinds.count("session"), kinds.count("grant"), kinds.count("all")) == (4, 3, 1)
-    assert page.text.count("<time") == 8
+    times = re.findall(r'<time datetime="([^"]+)">([^<]+)</time>', page.text)
+    assert len(times) == 8
+    assert all(shown == f"{exact[:10]} {exact[11:16]} UTC" for exact, shown in times)
 
     async def end(wanted: str) -> tuple[int, int]:
         reply = await browser.submit(page, ("end", wanted))

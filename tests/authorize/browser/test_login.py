@@ -52,6 +52,8 @@ async def test_live_keys_authorize_the_resource_and_test_keys_the_test_resource(
             assert consent.status == (200 if is_test is is_of_tests else 403)
             if consent.status == 200:
                 await browser.decide(consent)
+            else:
+                assert f"Enter a {'test' if is_of_tests else 'live'} key." in consent.text
     rows = await sql.fetch("SELECT resource, is_test FROM keyproxy.oauth_grants ORDER BY is_test")
     assert [tuple(row) for row in rows] == [(f"{authority.url}/mcp", False), (f"{authority.url}/test-mcp", True)]
 
@@ -99,6 +101,7 @@ async def test_tokens_and_secrets_of_other_kinds_sign_in_no_user(authority: Auth
         reply = await browser.sign_in(login, secret)
         assert reply.status == 403, secret
         assert "not valid" in reply.text
+        assert 'aria-invalid="true" aria-describedby="problem hint" autofocus' in reply.text
 
 
 async def test_ten_failures_are_free_and_a_good_key_is_never_slowed(authority: Authority) -> None:

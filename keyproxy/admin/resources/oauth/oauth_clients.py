@@ -92,7 +92,7 @@ async def _create_client(request: ApiRequest) -> ApiResponse:
     body: OAuthClientCreate = request.body
     fields = {**body.model_dump(), "auth_method": AuthMethod(body.auth_method)}
     client = await request.directory.oauth_clients.create(OAuthClientWish(**fields))
-    warnings = [] if body.user is None else request.config.warnings(body.scopes)
+    warnings = [] if body.user is None else request.config.warnings(body.scopes, holder="client")
     content = {**client, "warnings": warnings}
     return ApiResponse(content, 201, location=f"/v1/oauth-clients/{client['id']}", is_version_of=client)
 

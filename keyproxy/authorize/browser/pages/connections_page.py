@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 from collections.abc import Sequence
+from datetime import datetime
 from typing import NamedTuple
 
 from aiohttp import web
@@ -62,12 +63,14 @@ def _device(row: Row, ticket: str, language: str) -> str:
     last = row["last_token_at"]
     token = text("no_token", language) if last is None else text("last_token", language, time=_time(last))
     form = _form(ticket, f"session:{row['session_id']}", text("end_device", language))
-    return f"<li>{created}, {token}\n{form}</li>"
+    return f"<li>{created}<br>{token}\n{form}</li>"
 
 
 def _time(moment: Instant) -> str:
-    shown = html.escape(time_text(moment) or "")
-    return f'<time datetime="{shown}">{shown}</time>'
+    exact = html.escape(time_text(moment) or "")
+    # To the minute, in a form that all languages read.
+    shown = exact[:16].replace("T", " ") + " UTC" if isinstance(moment, datetime) else exact
+    return f'<time datetime="{exact}">{shown}</time>'
 
 
 def _form(ticket: str, end: str, label: str) -> str:

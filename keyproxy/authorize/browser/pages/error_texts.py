@@ -90,9 +90,9 @@ ERRORS: Final[Mapping[str, Mapping[str, str]]] = {
         "ja": f"ログインの制限時間を過ぎました。{_BACK_JA}",
     },
     "user_page_expired": {
-        "en": "You were signed in for 15 minutes. Open the page of your connections again to sign in.",
-        "ko": "로그인한 지 15분이 지났습니다. 연결 페이지를 다시 열어 로그인해 주세요.",
-        "ja": "サインインから 15 分が経過しました。接続のページをもう一度開いてサインインしてください。",
+        "en": "Your sign-in has ended after 15 minutes. Open the page of your connections again to sign in.",
+        "ko": "로그인한 지 15분이 지나 로그인이 만료되었습니다. 연결 페이지를 다시 열어 로그인해 주세요.",
+        "ja": "サインインから 15 分が経過し、有効期限が切れました。接続のページをもう一度開いてサインインしてください。",
     },
     "account_disabled": {
         "en": "This account is disabled. Ask your administrator.",
@@ -105,14 +105,19 @@ ERRORS: Final[Mapping[str, Mapping[str, str]]] = {
         "ja": f"ログインに使用した API キーまたはアカウントは無効になりました。{_BACK_JA}",
     },
     "scopes_missing": {
-        "en": "This API key has none of the permissions that the program asks for.",
-        "ko": "이 API 키에는 프로그램이 요청한 권한이 없습니다.",
-        "ja": "この API キーには、プログラムが要求する権限がありません。",
+        "en": "This API key has none of the permissions that the program asks for. Use another key, or ask your administrator.",
+        "ko": "이 API 키에는 프로그램이 요청한 권한이 없습니다. 다른 키를 사용하거나 관리자에게 문의하세요.",
+        "ja": "この API キーには、プログラムが要求する権限がありません。別のキーを使用するか、管理者に連絡してください。",
     },
-    "mode_mismatch": {
-        "en": "The program asks for live access and this API key is for tests, or the other way round.",
-        "ko": "프로그램은 실제 환경을 요청했지만 이 API 키는 테스트용이거나, 또는 그 반대입니다.",
-        "ja": "プログラムは本番環境を要求していますが、この API キーはテスト用です（またはその逆です）。",
+    "live_key_needed": {
+        "en": "This API key is for tests only, and the program asks for live access. Enter a live key.",
+        "ko": "이 API 키는 테스트 전용인데 프로그램은 실제 환경에 대한 접근을 요청했습니다. 실제 환경용 키를 입력해 주세요.",
+        "ja": "この API キーはテスト専用ですが、プログラムは本番環境へのアクセスを要求しています。本番用のキーを入力してください。",
+    },
+    "test_key_needed": {
+        "en": "This API key is a live key, and the program asks for test access. Enter a test key.",
+        "ko": "이 API 키는 실제 환경용인데 프로그램은 테스트 환경에 대한 접근을 요청했습니다. 테스트용 키를 입력해 주세요.",
+        "ja": "この API キーは本番用ですが、プログラムはテスト環境へのアクセスを要求しています。テスト用のキーを入力してください。",
     },
     "service_client": {
         "en": "An administrator uses this program as a service of your account, so that it cannot connect in a browser too.",

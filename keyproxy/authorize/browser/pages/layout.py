@@ -18,15 +18,17 @@ _STYLE: Final = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--text); font: 1rem/1.5 system-ui, sans-serif; }
 main { max-width: 34rem; margin: 2rem auto; padding: 1.5rem; background: var(--card); border: 1px solid var(--line);
-  border-radius: .5rem; overflow-wrap: anywhere; }
+  border-radius: .5rem; overflow-wrap: anywhere; } :lang(ko) { word-break: keep-all; }
 h1 { font-size: 1.4rem; line-height: 1.3; margin: 0 0 1rem; } h2 { font-size: 1.1rem; margin: 1.5rem 0 .5rem; }
 ul { padding-inline-start: 1.25rem; } dl { margin: 1rem 0; } dt { color: var(--soft); } dd { margin: 0 0 .75rem; }
-a { color: var(--link); } .soft { color: var(--soft); } .host { font-size: 1.5rem; font-weight: 600; }
+a { color: var(--link); } .soft { color: var(--soft); } .host { font-size: 1.5rem; line-height: 1.3; font-weight: 600; }
+.soft:has(+ .host) { margin-bottom: 0; } .host { margin: 0 0 1rem; } main > :last-child { margin-bottom: 0; }
 .note, .alert { padding: .75rem; border-radius: .375rem; border: 1px solid var(--edge); }
 .note { background: var(--note); } .alert { color: var(--alert); border-color: var(--alert); }
 label { display: block; font-weight: 600; margin-bottom: .25rem; }
 input { width: 100%; min-height: 2.75rem; padding: .5rem; font: inherit; color: inherit; background: var(--card);
   border: 1px solid var(--edge); border-radius: .375rem; }
+[aria-invalid] { border: 2px solid var(--alert); }
 button { min-height: 2.75rem; padding: .5rem 1rem; font: inherit; font-weight: 600; color: var(--text);
   background: var(--card); border: 2px solid var(--edge); border-radius: .375rem; cursor: pointer; }
 button:hover { border-color: var(--text); }

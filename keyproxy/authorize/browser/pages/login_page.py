@@ -36,13 +36,16 @@ def login_page(form: LoginForm, language: str, *, status: int = 200) -> web.Resp
         host = isolated(redirect_uris.shown_target(form.redirect_uri))
         intent = text("login_for_client", language, client=name, host=host, resource=resource)
     failed = layout.alert(form.problem).replace("<p ", '<p id="problem" ') if form.problem else ""
-    invalid = ' aria-invalid="true" aria-describedby="problem hint"' if form.problem else ' aria-describedby="hint"'
+    attributes = 'aria-describedby="hint"'
+    if form.problem:
+        # The focus makes screen readers read the problem with the field.
+        attributes = 'aria-invalid="true" aria-describedby="problem hint" autofocus'
     body = (
         f"<p>{intent}</p>\n{failed}\n"
         f'<form method="post" action="/oauth/login">{layout.hidden("ticket", form.ticket)}\n'
         f'<label for="key">{text("key_label", language)}</label>\n'
         f'<input id="key" name="key" type="password" required autocomplete="current-password" spellcheck="false"'
-        f' autocapitalize="none"{invalid}>\n'
+        f' autocapitalize="none" {attributes}>\n'
         f'<p class="soft" id="hint">{text("key_hint", language, issuer=isolated(form.issuer))}</p>\n'
         f"<button>{text('login_button', language)}</button></form>"
     )

@@ -34,7 +34,7 @@ _client_argument = click.argument("client_id", metavar="CLIENT_ID")
 def client_group() -> None:
     """Manage OAuth clients: the programs that get tokens.
 
-    CLIENT_ID is the id that the client presents, or the one of its row, cli_…
+    CLIENT_ID is the id that the client presents, or the id of its row, cli_…
 
     \b
     keyproxy oauth client create worker --user u_42 --scope jobs:write --auth client_secret
@@ -45,16 +45,18 @@ def client_group() -> None:
 @client_group.command("create", short_help="Register a client.")
 @_client_argument
 @click.option("--auth", "method", required=True, type=click.Choice([*_METHODS]), help="How the client authenticates.")
-@click.option("--user", "user_id", metavar="USER", help="It gets tokens for this user by itself (client_credentials).")
-@click.option("--scope", "wanted", multiple=True, callback=scopes, metavar="SCOPE", help="Of these tokens; repeatable.")
+@click.option("--user", "user_id", metavar="USER", help="The user that the client gets tokens for by itself.")
+@click.option(
+    "--scope", "wanted", multiple=True, callback=scopes, metavar="SCOPE", help="A scope of these tokens; repeatable."
+)
 @click.option("--test", "is_test", is_flag=True, help="These tokens are for oauth.test_resource.")
 @click.option("--redirect-uri", "uris", multiple=True, metavar="URI", help="Where browsers return; repeatable.")
 @click.option(
     "--jwks-file", "jwks_path", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path),
-    help="Its public keys, a JSON Web Key Set, for private_key_jwt.",
+    help="The client's public keys, a JSON Web Key Set, for private_key_jwt.",
 )  # fmt: skip
-@click.option("--tls-subject", metavar="SUBJECT", help="Of its certificate, for tls: dns:NAME, uri:URI or dn:DN.")
-@click.option("--name", default="", metavar="NAME", help="Shown to users. [CLIENT_ID]")
+@click.option("--tls-subject", metavar="SUBJECT", help="What its certificate has, for tls: dns:NAME, uri:URI or dn:DN.")
+@click.option("--name", default="", metavar="NAME", help="The name that users see. [CLIENT_ID]")
 @takes_call
 def client_create(
     call: Call,
@@ -80,12 +82,12 @@ def client_create(
         client_id, _METHODS[method], name, user_id, wanted, is_test=is_test, redirect_uris=uris,
         jwks=None if jwks_path is None else _jwks(jwks_path), tls_subject=tls_subject,
     )  # fmt: skip
-    if user_id is not None:
-        call.warn_of_scopes(wanted)
     run = call.run_for_secret if wish.auth_method is AuthMethod.CLIENT_SECRET else call.run
     made: dict[str, Any] = run(lambda directory: directory.oauth_clients.create(wish))
     with showing_secret(f"the secret of client {made['id']} is lost: `keyproxy oauth client delete {made['id']}`"):
         call.print_result(made, _COLUMNS)
+    if user_id is not None:
+        call.warn_of_scopes(wanted, holder="client")
     if made["secret"] is not None and not call.as_json:
         print_message("this is the only time the secret is shown")
 

@@ -67,7 +67,7 @@ def grant_revoke(call: Call, grant_id: str | None, user_id: str | None, *, yes: 
 @grant_group.command("set-plan", short_help="Set or remove the plan of grants.")
 @click.argument("grant_id", metavar="[ID]", required=False)
 @plan_arguments
-@click.option("--user", "user_id", metavar="USER", help="For all of this user, instead of ID.")
+@click.option("--user", "user_id", metavar="USER", help="All grants of this user, instead of ID.")
 @takes_call
 def grant_set_plan(
     call: Call, grant_id: str | None, plan: str | None, named: str | None, user_id: str | None, *, none: bool
@@ -103,7 +103,7 @@ def session_group() -> None:
 
 @session_group.command("list")
 @_user_option
-@click.option("--all", "lists_all", is_flag=True, help="Those of all users, as without --user.")
+@click.option("--all", "lists_all", is_flag=True, help="Sessions of all users, as without --user.")
 @takes_call
 def session_list(call: Call, user_id: str | None, *, lists_all: bool) -> None:
     """List sessions."""
@@ -117,8 +117,8 @@ def session_list(call: Call, user_id: str | None, *, lists_all: bool) -> None:
 
 @session_group.command("revoke", short_help="End sessions.")
 @click.argument("session_id", metavar="[ID]", required=False)
-@click.option("--user", "user_id", metavar="USER", help="End all of this user.")
-@click.option("--all", "ends_all", is_flag=True, help="End all of all users.")
+@click.option("--user", "user_id", metavar="USER", help="End all sessions of this user.")
+@click.option("--all", "ends_all", is_flag=True, help="End all sessions of all users.")
 @yes_option
 @takes_call
 def session_revoke(call: Call, session_id: str | None, user_id: str | None, *, ends_all: bool, yes: bool) -> None:

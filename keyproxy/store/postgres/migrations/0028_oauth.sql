@@ -429,8 +429,8 @@ ALTER TABLE keyproxy.api_keys ENABLE ALWAYS TRIGGER end_logins;
 ALTER TABLE keyproxy.roles ENABLE ALWAYS TRIGGER end_logins;
 ALTER TABLE keyproxy.roles ENABLE ALWAYS TRIGGER end_logins_truncate;
 
--- The audit log. A client belongs to no tenant; a subject has the name `issuer subject`. As of a user, the log still knows the
--- tenant of a grant that is gone before its sessions.
+-- The audit log. A client belongs to no tenant; the name of a subject is `issuer subject`. The tenant of a grant that was deleted
+-- before its sessions is read from the log, as that of a user is.
 CREATE FUNCTION keyproxy.tenant_of_grant(wanted text) RETURNS text LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp AS $$
     SELECT coalesce(
