@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import secrets
@@ -44,6 +45,9 @@ _MEMORY = Path("/dev/shm")
 _MEMORY_BYTES_MIN = 4 * 2**30
 
 
+# Until all tests are collected: hardly anything of what imports and parameters make is garbage.
+gc.disable()
+
 _IS_COMPILED = not gateway.__file__.endswith(".py")
 
 
@@ -65,6 +69,12 @@ def pytest_configure() -> None:
     sys.dont_write_bytecode = False
     if os.environ.get("EXPECT_COMPILED") == "1" and not _IS_COMPILED:
         raise pytest.UsageError(f"the compiled build was to be tested, not {gateway.__file__}")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what has been imported and collected out of every later collection of garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_report_header() -> str:
