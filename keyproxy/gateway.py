@@ -85,27 +85,29 @@ class Gateway(Gate):
         self._tool_rules = tool_calls.rules
         self._now = now
         self._documents = documents
+        self._document_paths = documents.paths
         self._undecided: set[asyncio.Task[None]] = set()
 
     def begin(self, exchange: Exchange) -> None:
         """Decide on a request: at once if all values are in memory, else after fetching the missing ones."""
         try:
-            head = exchange.head
-            is_document = head is not None and head.line.path in self._documents.paths
-            if is_document and document_requests.respond(exchange, self._documents):
-                return
+            if self._document_paths:
+                head = exchange.head
+                is_document = head is not None and head.line.path in self._document_paths
+                if is_document and document_requests.respond(exchange, self._documents):
+                    return
             permit = self.decide(exchange)
         except Missing as missing:
             self._start(self._fetch_and_decide(exchange, missing))
         except Refusal as refusal:
             exchange.refuse(refusal)
         else:
-            self._carry_out(exchange, permit)
+            if exchange.is_minting:
+                self._serve(exchange, permit)
+            else:
+                exchange.forward(permit)
 
-    def _carry_out(self, exchange: Exchange, permit: Permit) -> None:
-        if not exchange.is_minting:
-            exchange.forward(permit)
-            return
+    def _serve(self, exchange: Exchange, permit: Permit) -> None:
         identity, request = exchange.identity, exchange.mint_request
         assert identity is not None  # noqa: S101 - for the type checker: minting was admitted for it
         assert request is not None  # noqa: S101
@@ -285,7 +287,10 @@ class Gateway(Gate):
             )
             if permit is None:
                 return
-            self._carry_out(exchange, permit)
+            if exchange.is_minting:
+                self._serve(exchange, permit)
+            else:
+                exchange.forward(permit)
         except Refusal as refusal:
             exchange.refuse(refusal)
         except Exception:  # noqa: BLE001 - the outermost boundary of this task
