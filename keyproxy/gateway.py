@@ -91,11 +91,10 @@ class Gateway(Gate):
     def begin(self, exchange: Exchange) -> None:
         """Decide on a request: at once if all values are in memory, else after fetching the missing ones."""
         try:
-            if self._document_paths:
-                head = exchange.head
-                is_document = head is not None and head.line.path in self._document_paths
-                if is_document and document_requests.respond(exchange, self._documents):
-                    return
+            head = exchange.head if self._document_paths else None
+            is_document = head is not None and head.line.path in self._document_paths
+            if is_document and document_requests.respond(exchange, self._documents):
+                return
             permit = self.decide(exchange)
         except Missing as missing:
             self._start(self._fetch_and_decide(exchange, missing))
@@ -285,11 +284,9 @@ class Gateway(Gate):
             permit = await missing.fetch_and_decide(
                 lambda: self.decide(exchange, is_first_lookup=False), lambda: exchange.is_over
             )
-            if permit is None:
-                return
-            if exchange.is_minting:
+            if permit is not None and exchange.is_minting:
                 self._serve(exchange, permit)
-            else:
+            elif permit is not None:
                 exchange.forward(permit)
         except Refusal as refusal:
             exchange.refuse(refusal)
