@@ -61,13 +61,15 @@ async def proxy(dsn: str, prefix: str) -> AsyncIterator[Sql]:
 
 
 async def call(client: Sql, **changes: Any) -> str:
-    """Call the function with valid arguments and these changes. Return the outcome."""
+    """Call the function with valid arguments and these changes. Return the outcome. `expires_in`: seconds from now."""
     values: dict[str, Any] = {
         "new_id": token_id(1), "new_digest": secrets.token_bytes(32), "key_id": "key_1", "token_id": None,
         "for_user": None, "new_agent": "crawler", "role": None, "new_scopes": ["jobs:write"], "new_audience": "keyproxy",
         "new_token_budget": None, "new_request_budget": None, "expires_wall_seconds": time.time() + 300, "depth_max": 1,
         "tokens_max": 1000, "is_operator": False, "operator": "",
     }  # fmt: skip
+    if "expires_in" in changes:
+        changes["expires_wall_seconds"] = time.time() + changes.pop("expires_in")
     values.update(changes)
     outcome: str = await client.fetchval(_MINT, *values.values())
     return outcome
@@ -91,7 +93,7 @@ async def test_proxies_and_the_admin_side_mint(dsn: str, prefix: str) -> None:
         {"for_user": "u_42"}, {"for_user": "u_9"}, {"key_id": "key_2"}, {"key_id": None},
         {"token_id": token_id(9)}, {"role": "unknown"}, {"role": "unknown", "new_scopes": ["other"]},
         {"new_token_budget": -1}, {"new_token_budget": 10**15 + 1}, {"new_request_budget": -1},
-        {"expires_wall_seconds": time.time() + 2000}, {"expires_wall_seconds": time.time() - 1},
+        {"expires_in": 2000}, {"expires_in": -1},
         {"expires_wall_seconds": None}, {"depth_max": -1}, {"depth_max": None}, {"is_operator": None, "key_id": "key_2"},
         {"new_agent": None}, {"tokens_max": 0}, {"tokens_max": None},
     ],
@@ -110,7 +112,7 @@ async def test_call_beyond_the_authority_of_a_key_inserts_no_row(proxy: Sql, sql
     "changes",
     [
         {"new_scopes": ["agents:mint"]}, {"new_token_budget": 11}, {"new_request_budget": 21},
-        {"expires_wall_seconds": time.time() + 800}, {"key_id": "key_2"}, {"for_user": "u_9"}, {"depth_max": 0},
+        {"expires_in": 800}, {"key_id": "key_2"}, {"for_user": "u_9"}, {"depth_max": 0},
     ],
 )  # fmt: skip
 async def test_call_beyond_the_authority_of_a_token_inserts_no_row(
