@@ -85,15 +85,15 @@ class Gateway(Gate):
         self._tool_rules = tool_calls.rules
         self._now = now
         self._documents = documents
-        self._document_paths = documents.paths
+        self._document_targets = documents.targets
         self._undecided: set[asyncio.Task[None]] = set()
 
     def begin(self, exchange: Exchange) -> None:
         """Decide on a request: at once if all values are in memory, else after fetching the missing ones."""
         try:
-            head = exchange.head if self._document_paths else None
-            is_document = head is not None and head.line.path in self._document_paths
-            if is_document and document_requests.respond(exchange, self._documents):
+            head = exchange.head if self._document_targets else None
+            if head is not None and head.line.target in self._document_targets:
+                document_requests.respond(exchange, self._documents)
                 return
             permit = self.decide(exchange)
         except Missing as missing:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from keyproxy.oauth.client_ids import DOCUMENT_PREFIX, decode_value_id
 from keyproxy.oauth.known_clients import KnownClients
 from keyproxy.store.directory.context import DirectoryContext
 from keyproxy.store.directory.entities import Entity, reveal
-from keyproxy.store.directory.errors import Conflict, Invalid
+from keyproxy.store.directory.errors import Conflict, Invalid, NotFound
 from keyproxy.store.directory.oauth.client_wish import ROW_PREFIX, OAuthClientWish
 from keyproxy.store.directory.oauth.grants import new_grant_id
 from keyproxy.store.postgres.database import Transaction
@@ -59,7 +60,8 @@ class OAuthClientStore:
     async def get(self, client: str) -> Entity:
         """Return one client, without its secret, which is not stored."""
         self._context.require_unbound("read clients")
-        return await self._context.get("client", await self._row_id(client))
+        with _presented(client):
+            return await self._context.get("client", await self._row_id(client))
 
     async def list_by_id(self, after: str, limit: int, *, kind: str | None = None) -> list[Entity]:
         """List the clients that have a row, ordered by its id. `kind`: only one of CLIENT_KINDS."""
@@ -80,7 +82,8 @@ class OAuthClientStore:
             if described is not None and described.row_id == row:
                 async with self._context.transaction() as transaction:
                     await _add(transaction, described)
-        return await self._context.change("client", row, changes, if_match)
+        with _presented(client):
+            return await self._context.change("client", row, changes, if_match)
 
     async def delete(self, client: str, *, if_match: str | None = None) -> Entity:
         """Delete a client with its grants and sessions.
@@ -88,7 +91,8 @@ class OAuthClientStore:
         One that is not registered gets a new row when a user consents again: to refuse it, disable it instead.
         """
         self._context.require_unbound("delete clients")
-        return await self._context.delete("client", await self._row_id(client), if_match)
+        with _presented(client):
+            return await self._context.delete("client", await self._row_id(client), if_match)
 
     async def _row_id(self, client: str) -> str:
         """The id of the row of a client. As in authorization requests, a registered client precedes a known one."""
@@ -110,6 +114,15 @@ class OAuthClientStore:
         if not resource:
             raise Conflict(f"oauth.{name} is not configured, so there are no tokens for it")
         return resource
+
+
+@contextlib.contextmanager
+def _presented(client: str) -> Iterator[None]:
+    """Report an unknown client by the id that the caller has used, not by that of its row."""
+    try:
+        yield
+    except NotFound as error:
+        raise NotFound(f"there is no client {client!r}") from error
 
 
 async def _add(transaction: Transaction, client: Client) -> bool:
