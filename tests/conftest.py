@@ -126,8 +126,14 @@ def shared_dsn(common_database: CommonDatabase) -> str:
 
 
 @pytest.fixture
-async def dsn(postgres: Server) -> AsyncIterator[str]:
-    """A migrated, empty database for this test."""
+def dsn(own_dsn: str) -> str:
+    """A migrated, empty database."""
+    return own_dsn
+
+
+@pytest.fixture
+async def own_dsn(postgres: Server) -> AsyncIterator[str]:
+    """A migrated, empty database that this test may break."""
     name = f"test_{secrets.token_hex(6)}"
     await scratch_databases.create(postgres.dsn("postgres"), name, template=_TEMPLATE)
     yield postgres.dsn(name)

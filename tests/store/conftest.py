@@ -27,7 +27,6 @@ from keyproxy.store.identities.identity_rows import NO_RESOURCES, TokenResources
 from keyproxy.store.identities.last_used import LastUsed
 from keyproxy.store.identities.owned_ids import OwnedIdCache
 from keyproxy.store.identities.unknown_credentials import TokenVerifier
-from keyproxy.store.postgres import migrations
 from keyproxy.store.postgres.database import NotificationListener
 from keyproxy.store.prompt_templates import TemplateCache
 from keyproxy.store.signing_keys import SigningKeyCache
@@ -47,13 +46,6 @@ StartServer = Callable[..., EmbeddedServer]
 def dsn(shared_dsn: str) -> str:
     """A migrated, empty database. Emptying a shared one is much faster than cloning one, which takes 0.25 s."""
     return shared_dsn
-
-
-@pytest.fixture
-async def own_dsn(empty_dsn: str) -> str:
-    """A migrated, empty database that this test may break."""
-    await migrations.migrate(empty_dsn)
-    return empty_dsn
 
 
 @pytest.fixture
