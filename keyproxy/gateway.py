@@ -91,8 +91,8 @@ class Gateway(Gate):
         """Decide on a request: at once if all values are in memory, else after fetching the missing ones."""
         try:
             head = exchange.head
-            is_document = head is not None and head.line.path in self._documents.paths
-            if is_document and document_requests.respond(exchange, self._documents):
+            if head is not None and head.line.target in self._documents.targets:
+                document_requests.respond(exchange, self._documents)
                 return
             permit = self.decide(exchange)
         except Missing as missing:

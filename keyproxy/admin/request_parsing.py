@@ -31,6 +31,7 @@ from keyproxy.admin.schemas.request_models import RequestModel
 
 BODY_BYTES_MAX: Final = 1 << 20
 _BODY_SECONDS: Final = 10.0
+_IDENTITY: Final = "identity"
 _ERRORS_MAX: Final = 20
 _INTEGER_CHARACTERS_MAX: Final = 300
 
@@ -84,6 +85,8 @@ async def body_of(request: web.Request, endpoint: Endpoint) -> tuple[bytes, Requ
     """Read the body: its bytes and the validated model. Raises Refused."""
     if endpoint.body is None:
         return b"", None
+    if request.headers.get("Content-Encoding", _IDENTITY).strip().lower() != _IDENTITY:
+        raise Refused(Problem.MEDIA_TYPE, "Send the body without a content encoding.")
     try:
         async with asyncio.timeout(_BODY_SECONDS):
             raw = await request.read()

@@ -46,6 +46,11 @@ _REFRESH: Final = b"refresh"
 _CLIENT: Final = b"client"
 _KINDS: Final = "live|test|admin|access|refresh|client"
 
+#: A secret of OAuth under any prefix.
+_OF_OAUTH = re.compile(
+    rb"[0-9a-z]+_(?:%b|%b|%b)_[0-9A-Za-z]{%d}" % (_ACCESS, _REFRESH, _CLIENT, RANDOM_DIGITS + CHECKSUM_DIGITS)
+)
+
 _LIKE_A_KEY = re.compile(rf"([0-9a-z]+_(?:{_KINDS})_)[0-9a-z]{{{_RECOGNISABLE_DIGITS},}}", re.IGNORECASE)
 
 
@@ -142,11 +147,14 @@ class KeyFormat:
     def may_exist(self, plaintext: bytes) -> bool:
         """Whether to look this up as a key: well-formed with a correct checksum, or a foreign key where allowed.
 
-        A JSON Web Token is an agent token of ours or nothing; its signature is verified before any lookup.
+        A JSON Web Token is an agent token of ours or nothing; its signature is verified before any lookup. A secret of
+        OAuth that was issued under another prefix is nothing, as one under this prefix is no key.
         """
         if self._start.match(plaintext):
             return self._ours.fullmatch(plaintext) is not None and _is_whole(plaintext)
         if not self._accepts_foreign or _FOREIGN.fullmatch(plaintext) is None:
+            return False
+        if _OF_OAUTH.fullmatch(plaintext) is not None and _is_whole(plaintext):
             return False
         return not agent_token_format.is_jwt(plaintext)
 

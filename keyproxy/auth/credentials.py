@@ -112,9 +112,11 @@ def has_access_token(head: RequestHead, key_format: KeyFormat) -> bool:
 
 
 def shows_key(head: RequestHead, text: bytes, key_format: KeyFormat) -> bool:
-    """Whether a text contains the key of the request, in plain or as a password of Basic authentication, or any key in
-    our format."""
-    return key_format.is_within(text) or (bool(head.key_part) and _stands_in(text, head.key_part))
+    """Whether a text contains the key of the request or any key in our format, in plain or as a password of Basic
+    authentication."""
+    if key_format.is_within(text) or any(key_format.is_within(decoded) for decoded in _basic_passwords(text)):
+        return True
+    return bool(head.key_part) and _stands_in(text, head.key_part)
 
 
 def _presented(head: RequestHead) -> SecretKey:
@@ -225,15 +227,20 @@ def _stands_in(text: bytes, part: bytes) -> bool:
         alone = rb"(?<![0-9A-Za-z])%b(?![0-9A-Za-z])" % re.escape(part)
         if re.search(alone, text):
             return True
+    return any(part in decoded for decoded in _basic_passwords(text))
+
+
+def _basic_passwords(text: bytes) -> list[bytes]:
+    """What a text contains as credentials of Basic authentication, decoded."""
+    found = []
     for encoded in _BASIC.findall(text):
         whole = encoded[: len(encoded) - len(encoded) % 4] if len(encoded) % 4 == 1 else encoded
         try:
             decoded = base64.b64decode(whole + b"=" * (-len(whole) % 4))
         except binascii.Error:
             continue
-        if part in decoded:
-            return True
-    return False
+        found.append(decoded)
+    return found
 
 
 def holds_key(target: bytes, key_format: KeyFormat) -> bool:

@@ -21,6 +21,9 @@ _http_log.addFilter(Unreadable())
 #: The bounds in production.
 BOUNDS: Final = Bounds()
 
+#: A callback of the identity provider has the state of a login, which is longer than the request that it began with.
+_LINE_BYTES_MAX: Final = 16_384
+
 _CONTENT: Final = orjson.dumps(
     {"error": "temporarily_unavailable", "error_description": "Too many connections; retry shortly."}
 )
@@ -30,7 +33,7 @@ class AuthorizeConnections(http_connections.Connections):
     """Connections to the authorization server."""
 
     def __init__(self, server: web.Server, bounds: Bounds) -> None:
-        super().__init__(server, bounds, full=_full, log=_http_log)
+        super().__init__(server, bounds, full=_full, log=_http_log, line_bytes_max=_LINE_BYTES_MAX)
 
 
 def _full() -> bytes:

@@ -15,10 +15,13 @@ BODY_BYTES_MAX: Final = 64 << 10
 
 _BODY_SECONDS: Final = 10.0
 _PARAMETERS_MAX: Final = 100
+_IDENTITY: Final = "identity"
 
 
 async def body_of(request: web.Request) -> bytes:
-    """Read the body, within bounds on its size and time. Raises OAuthError."""
+    """Read the body, within bounds on its size and time. Raises OAuthError, also for a compressed one."""
+    if request.headers.get("Content-Encoding", _IDENTITY).strip().lower() != _IDENTITY:
+        raise OAuthError("invalid_request", "Send the body without a content encoding.")
     try:
         async with asyncio.timeout(_BODY_SECONDS):
             return await request.read()

@@ -6,6 +6,7 @@ Paths are compared as sent, before any decoding, so no other spelling of a path 
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import socket
 import ssl
@@ -42,9 +43,9 @@ from keyproxy.oauth.oauth_error import OAuthError
 _log = logging.getLogger(__name__)
 
 _SHUTDOWN_SECONDS: Final = 10.0
-#: A callback of the identity provider has the state of a login, which is longer than the request that it began with.
-_LINE_BYTES_MAX: Final = 16_384
 _PATH_CHARACTERS_MAX: Final = 512
+#: A code, verifier, cookie or ticket in the path of a request that went wrong; no path that is served has such a part.
+_MAY_BE_SECRET: Final = re.compile(r"[A-Za-z0-9._~-]{40,}")
 _FORWARDED_FOR: Final = b"x-forwarded-for"
 _FAILURES: Final = (400, 401)
 
@@ -117,7 +118,6 @@ class AuthorizeListener:
             access_log=None,
             handle_signals=False,
             shutdown_timeout=_SHUTDOWN_SECONDS,
-            max_line_size=_LINE_BYTES_MAX,
         )
         await self._runner.setup()
         if self._runner.server is None:
@@ -227,13 +227,13 @@ def _note_certificate(request: web.Request) -> None:
 
 def _line(request: web.Request, endpoint: Endpoint | None, key_format: KeyFormat) -> dict[str, Any]:
     """The members of a log line that are known from the request. There is no query in it."""
-    path = request.path[:_PATH_CHARACTERS_MAX]
+    path = request.path if endpoint is not None else _MAY_BE_SECRET.sub("...", request.path)
     return {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "request_id": request[REQUEST_ID],
         # Any other method is free text of the client.
         "method": request.method if request.method in hdrs.METH_ALL else "",
-        "path": "" if key_format.is_within(path.encode("utf-8", "replace")) else path,
+        "path": "" if key_format.is_within(request.path.encode("utf-8", "replace")) else path[:_PATH_CHARACTERS_MAX],
         "route": "" if endpoint is None else endpoint.paths[0],
         "token": request.get(TOKEN),
         "grant_type": request.get(GRANT_TYPE),

@@ -12,14 +12,10 @@ from keyproxy.ports.exchange import Exchange
 _ROUTE: Final = Route(name="/.well-known/oauth-protected-resource", is_public=True)
 
 
-def respond(exchange: Exchange, documents: PublishedDocuments) -> bool:
-    """Respond to a request with the path of a document. Return False if it has a query: no document depends on one.
-
-    Raises a Refusal (METHOD_NOT_ALLOWED).
-    """
+def respond(exchange: Exchange, documents: PublishedDocuments) -> None:
+    """Respond to a request with the target of a document. Raises a Refusal (METHOD_NOT_ALLOWED)."""
     head = exchange.head
-    if head is None or len(head.line.path) != len(head.line.target):
-        return False
+    if head is None:
+        return
     exchange.route = _ROUTE
     exchange.respond(documents.response(head))
-    return True

@@ -66,4 +66,7 @@ def reviewed(exchange: Exchange, identities: Identities, now: Moment) -> Identit
     # One that may not act any more, or does not work at all, is refused for that.
     if not is_same and identity.standing is None:
         raise Refusal(Reason.KEY_INVALID, "the credential stands for another user or tenant than at the beginning")
+    session = identity.oauth
+    if session is not None and session.bound_to is not None:
+        _check_certificate(exchange, session.bound_to)
     return identity

@@ -11,10 +11,16 @@ from keyproxy.oauth.client import NAME_CHARACTERS_MAX
 #: separators of lines and paragraphs: what is shown would not be what is stored.
 _UNWANTED: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
 
+#: Of a name, before anything is removed. Normalization takes quadratic time: seconds for the marks that fit a request.
+_READ_CHARACTERS_MAX: Final = 4 * NAME_CHARACTERS_MAX
+
 
 def clean_name(text: str) -> str:
-    """The name without control and bidirectional characters and without repeated spaces; NFC, as shown on pages."""
-    spaced = (" " if character.isspace() else character for character in text)
+    """The name without control and bidirectional characters and without repeated spaces; NFC, as shown on pages.
+
+    Only the first 800 characters are read.
+    """
+    spaced = (" " if character.isspace() else character for character in text[:_READ_CHARACTERS_MAX])
     kept = "".join(one for one in spaced if unicodedata.category(one) not in _UNWANTED)
     return unicodedata.normalize("NFC", " ".join(kept.split()))
 

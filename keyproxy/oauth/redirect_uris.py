@@ -6,6 +6,7 @@ client may have `{}` for one path segment; no URI of another client can contain 
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Collection, Iterable
 from typing import Final
@@ -29,6 +30,8 @@ _HTTPS_AUTHORITY: Final = re.compile(
     r"(?::([0-9]{1,5}))?"
 )
 _LOOPBACK: Final = re.compile(r"(http://(?:127\.0\.0\.1|\[::1\]|localhost))(?::([0-9]{1,5}))?(?=[/?]|$)(.*)")
+#: A host that browsers read as an IP address, whatever its spelling: `0x7f.1` is 127.0.0.1.
+_ADDRESS: Final = re.compile(r"\[.*\]|(?:.*\.)?(?:[0-9]+|0[Xx][0-9A-Fa-f]*)\.?")
 _PORT_MAX: Final = 65_535
 
 _FREE_SEGMENT: Final = r"(?!\.{1,2}(?:/|$))[A-Za-z0-9._~-]+"
@@ -116,6 +119,8 @@ def _https_fault(authority: str | None) -> str | None:
     found = _HTTPS_AUTHORITY.fullmatch(authority or "")
     if found is None:
         return "has no valid host"
+    if _ADDRESS.fullmatch(found[1]) is not None and not _is_plain_address(found[1].lower()):
+        return "has an IP address that is invalid, or that browsers write differently"
     return _port_fault(found[2])
 
 
@@ -124,6 +129,17 @@ def _http_fault(uri: str) -> str | None:
     if loopback is None:
         return "has the scheme http with another host than 127.0.0.1, [::1] or localhost"
     return _port_fault(loopback[2])
+
+
+def _is_plain_address(host: str) -> bool:
+    """Whether a host is an IP address in the form in which browsers show it."""
+    try:
+        if host.startswith("["):
+            address = ipaddress.IPv6Address(host.strip("[]"))
+            return address.ipv4_mapped is None and f"[{address.compressed}]" == host
+        return str(ipaddress.IPv4Address(host)) == host
+    except ValueError:
+        return False
 
 
 def _port_fault(port: str | None) -> str | None:

@@ -381,6 +381,6 @@ class Proxy:
 def _of_store(settings: Settings) -> tuple[object, ...]:
     """The settings that a store is built from."""
     limits, alerts, oauth = settings.limits, settings.alerts.percentages, settings.oauth
-    # Cached identities of OAuth tokens were judged by the resources.
-    resources = oauth.resource, oauth.test_resource
-    return settings.store, settings.cache, settings.identity, settings.ledger, settings.usage, limits, alerts, resources
+    # Cached identities were admitted by the format of their keys; those of OAuth tokens also by the resources.
+    admission = settings.keys.prefix, settings.keys.accept_foreign, oauth.resource, oauth.test_resource
+    return settings.store, settings.cache, settings.identity, settings.ledger, settings.usage, limits, alerts, admission

@@ -2,7 +2,8 @@
 
 aiohttp closes a connection on which no request starts within the keep-alive time, also after a partial head. This module
 bounds the rest: the number of connections, the time for a TLS handshake, and the time for which a client may leave a
-response unread. At the bound the connection that has been idle longest is closed, never one with a request in flight.
+response unread. At the bound the connection that has been idle longest is closed, else the one that has been sending a
+body longest, never one whose complete request is in flight.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple, cast
 
 from aiohttp import web
+from aiohttp.http_parser import RawRequestMessage
 
 from keyproxy.platform import clock
 from keyproxy.wire.handshake import AcceptedSocket
@@ -23,6 +25,8 @@ from keyproxy.wire.outflow import outstanding_bytes
 from keyproxy.wire.responses.response_heads import DateField
 
 _LINE_BYTES_MAX: Final = 65_536
+#: Of the whole head: aiohttp bounds each field and their number, whose product is several MiB for each connection.
+_HEAD_BYTES_MAX: Final = 131_072
 _TURNED_AWAY_SECONDS: Final = 1.0
 
 #: For how long to read the rest of a request after an early response.
@@ -33,12 +37,14 @@ _SPARED_SECONDS: Final = 0.02
 
 
 class Bounds(NamedTuple):
-    """`idle_seconds`: without a complete head. `unread_seconds`: with an unread response."""
+    """`idle_seconds`: without a complete head. `unread_seconds`: with an unread response. `body_seconds`: for how long a
+    connection that sends a body is spared at the bound."""
 
     connections_max: int = 256
     idle_seconds: float = 30.0
     handshake_seconds: float = 10.0
     unread_seconds: float = 60.0
+    body_seconds: float = 2.0
 
 
 _DATE: Final = DateField()
@@ -58,11 +64,30 @@ def _without_tls() -> bytes:
     )
 
 
+def _head_too_large() -> bytes:
+    return (
+        b"HTTP/1.1 431 Request Header Fields Too Large\r\n%bContent-Length: 0\r\nConnection: close\r\n\r\n"
+        % date_line()
+    )
+
+
 class Connections:
     """Accepts connections for one aiohttp server, within bounds."""
 
-    def __init__(self, server: web.Server, bounds: Bounds, *, full: Callable[[], bytes], log: logging.Logger) -> None:
-        """`full`: makes the response to a connection beyond the bound. `log`: the logger for aiohttp."""
+    def __init__(
+        self,
+        server: web.Server,
+        bounds: Bounds,
+        *,
+        full: Callable[[], bytes],
+        log: logging.Logger,
+        line_bytes_max: int = _LINE_BYTES_MAX,
+    ) -> None:
+        """`full`: makes the response to a connection beyond the bound. `log`: the logger for aiohttp.
+
+        `line_bytes_max`: of the request line, and of each field.
+        """
+        self.line_bytes_max: Final = line_bytes_max
         self.evicted = 0
         self._server = server
         self._bounds = bounds
@@ -107,12 +132,16 @@ class Connections:
         return _Connection(self, self._server, self._bounds, self._log)
 
     def _evict(self) -> bool:
-        """Close the connection that has been idle longest. False if all of them have requests in flight."""
-        before = self._loop.time() - _SPARED_SECONDS
-        idle = [one for one in self.open if one.is_idle and one.idle_since <= before]
-        if not idle:
+        """Close the connection that is worth least. False if all of them have complete requests in flight."""
+        now = self._loop.time()
+        idle = [one for one in self.open if one.is_idle and one.idle_since <= now - _SPARED_SECONDS]
+        sending = [one for one in self.open if one.is_sending and one.sending_since <= now - self._bounds.body_seconds]
+        if idle:
+            longest = min(idle, key=lambda one: one.idle_since)
+        elif sending:
+            longest = min(sending, key=lambda one: one.sending_since)
+        else:
             return False
-        longest = min(idle, key=lambda one: one.idle_since)
         self.open.discard(longest)
         self.evicted += 1
         longest.force_close()
@@ -130,14 +159,20 @@ class _Connection(web.RequestHandler):
             keepalive_timeout=bounds.idle_seconds,
             logger=log,
             lingering_time=_LINGERING_SECONDS,
-            max_line_size=_LINE_BYTES_MAX,
-            max_field_size=_LINE_BYTES_MAX,
+            max_line_size=connections.line_bytes_max,
+            max_field_size=connections.line_bytes_max,
+            auto_decompress=False,
             **cast(dict[str, Any], options),
         )
         self._all = connections
         self._unread_seconds = bounds.unread_seconds
         self._unread_bytes = 0
         self._unread: asyncio.TimerHandle | None = None
+        #: The body that is arriving or has arrived last, and the bytes since then of a head that is not complete.
+        self._body: Any = None
+        self._head_bytes = 0
+        self._is_malformed = False
+        self.sending_since = 0.0
 
     @property
     def is_idle(self) -> bool:
@@ -149,6 +184,11 @@ class _Connection(web.RequestHandler):
         """The start of the current idle time."""
         return self._next_keepalive_close_time - self._keepalive_timeout
 
+    @property
+    def is_sending(self) -> bool:
+        """Whether the body of a request has not arrived completely."""
+        return self._body is not None and not self._body.is_eof()
+
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
@@ -159,6 +199,25 @@ class _Connection(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._all.open.add(self)
         super().connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_malformed:
+            # aiohttp would parse what follows, and keep one more error with these bytes.
+            return
+        received = self._request_count
+        super().data_received(data)
+        if self._request_count != received:
+            message, body = self._messages[-1]
+            self._body, self._head_bytes, self.sending_since = body, 0, self._loop.time()
+            if not isinstance(message, RawRequestMessage):
+                self._is_malformed = True
+                if message.exc is not None:
+                    # Its frames refer to the bytes and to the error: a cycle that occupies memory until a collection.
+                    message.exc.__traceback__ = None
+        elif not self.is_sending:
+            self._head_bytes += len(data)
+            if self._head_bytes > _HEAD_BYTES_MAX:
+                self._refuse_head()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._all.open.discard(self)
@@ -172,6 +231,12 @@ class _Connection(web.RequestHandler):
     def resume_writing(self) -> None:
         self._stop_watching()
         super().resume_writing()
+
+    def _refuse_head(self) -> None:
+        """Close the connection, with a response if no other one is being written."""
+        if self.transport is not None and self.is_idle:
+            self.transport.write(_head_too_large())
+        self.force_close()
 
     def _watch_reading(self) -> None:
         self._unread_bytes = 0 if self.transport is None else outstanding_bytes(self.transport)

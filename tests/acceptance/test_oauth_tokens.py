@@ -24,10 +24,10 @@ class Client:
         self._url = f"http://127.0.0.1:{site.proxy_port}"
         self._session = session
 
-    async def call(self, number: int = 1, **headers: str) -> tuple[int, str]:
+    async def call(self, number: int = 1, scheme: str = "Bearer", **headers: str) -> tuple[int, str]:
         """(status, code) of a call with an access token; the code is empty if the upstream responded."""
         token = access_token(number).reveal().decode()
-        given = {"Authorization": f"Bearer {token}"} | {
+        given = {"Authorization": f"{scheme} {token}"} | {
             name.replace("_", "-"): value for name, value in headers.items()
         }
         async with self._session.get(f"{self._url}/v1/jobs", headers=given) as response:
@@ -80,6 +80,12 @@ async def test_a_token_is_good_for_the_configured_resource_until_its_session_end
                 await asyncio.sleep(0.02)
         assert await client.call() == (401, "api_key_invalid")
         assert await client.call(2) == (200, "")
+        # A token in another format than the configured one is none, although it is cached.
+        site.config.write_text(site.config.read_text(encoding="utf-8") + '[keys]\nprefix = "acme"\n', encoding="utf-8")
+        process.send_signal(signal.SIGHUP)
+        await site.until_logged("configuration reloaded", times=3)
+        for scheme in ("Bearer", "Api-Key"):
+            assert await client.call(2, scheme) == (401, "api_key_invalid")
 
         async def is_logged() -> bool:
             lines = [line for line in site.log() if line["path"] == METADATA]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import socket
 import ssl
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import trustme
 from aiohttp import web
+from aiohttp.http_exceptions import LineTooLong
 
 from keyproxy.admin.connections import AdminConnections, Bounds
 from keyproxy.store.directory.directory import KeyWish
@@ -62,6 +64,31 @@ async def test_a_head_that_comes_byte_by_byte_is_cut_off_in_bounded_time(databas
         with contextlib.suppress(ConnectionResetError):
             assert b" 200 " not in gone.result()
         assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("answers", [0, 2])
+async def test_a_head_without_an_end_is_refused_before_it_fills_the_memory(database: Database, answers: int) -> None:
+    field = b"X-%d: " + b"a" * 60_000 + b"\r\n"
+    async with serving(database) as api, _connected(api) as (reader, writer), asyncio.timeout(10):
+        for _ in range(answers):
+            writer.write(LIVE[:-2] + field % 0 + b"\r\n")
+            assert b" 200 " in await _answer(reader)
+        writer.write(LIVE[:-2] + field % 1 + field % 2)
+        await writer.drain()
+        writer.write(b"X-3: " + b"a" * 12_000)
+        assert (await reader.read()).startswith(b"HTTP/1.1 431 ")
+
+
+async def test_bytes_after_a_malformed_head_are_not_kept(database: Database) -> None:
+    async with serving(database) as api, _connected(api) as (reader, writer), asyncio.timeout(10):
+        gc.collect()
+        gc.disable()
+        try:
+            writer.write(LIVE[:-2] + (b"X: " + b"a" * 70_000 + b"\r\n") * 3)
+            assert b" 400 " in await _answer(reader)
+            assert not [one for one in gc.get_objects() if isinstance(one, LineTooLong)]
+        finally:
+            gc.enable()
 
 
 async def test_at_the_bound_the_connection_that_has_been_idle_longest_leaves(database: Database) -> None:
@@ -132,6 +159,28 @@ async def test_a_client_beyond_the_bound_is_refused_and_the_others_continue(data
 
 async def _tried(api: Api) -> int:
     return (await api.call("GET", "/livez", headers={"Connection": "close"})).status
+
+
+async def test_bodies_that_do_not_arrive_keep_no_other_client_out(database: Database) -> None:
+    bounds = Bounds(connections_max=2, body_seconds=0.05)
+    async with serving(database, bounds=bounds) as api, contextlib.AsyncExitStack() as stack, asyncio.timeout(10):
+        head = (
+            f"POST /v1/tenants HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {FILE_TOKEN}\r\n"
+            "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+        ).encode()
+        held = [await stack.enter_async_context(_connected(api)) for _ in range(2)]
+        for _, writer in held:
+            writer.write(head)
+            await asyncio.sleep(0.1)
+            # What drips is not what arrives.
+            writer.write(b"{")
+        async with _connected(api) as (reader, writer):
+            writer.write(LIVE)
+            assert b" 200 " in await _answer(reader)
+        with contextlib.suppress(ConnectionError):
+            assert await held[0][0].read() == b"", "the one that began first is closed"
+        held[1][1].write(b" " * 99)
+        assert b" 400 " in await _answer(held[1][0])
 
 
 async def test_a_client_that_does_not_read_its_response_is_disconnected_in_bounded_time(database: Database) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 
 import asyncpg
@@ -58,6 +59,12 @@ async def test_unknown_nested_fields_get_a_suggestion_too(api: Api) -> None:
 )
 async def test_a_body_that_cannot_be_read_is_refused(api: Api, raw: bytes, code: str) -> None:
     assert (await api.call("POST", "/v1/tenants", data=raw)).code == code
+
+
+async def test_a_compressed_body_is_refused_and_never_expanded(api: Api) -> None:
+    for encoding, raw in (("gzip", gzip.compress(b'{"id": "a"}')), ("gzip", b"no gzip"), ("deflate", b"no deflate")):
+        reply = await api.call("POST", "/v1/tenants", data=raw, headers={"Content-Encoding": encoding})
+        assert (reply.status, reply.code) == (415, "media_type_not_supported"), encoding
 
 
 async def test_a_body_must_be_json_with_its_content_type(api: Api) -> None:

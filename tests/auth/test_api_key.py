@@ -92,6 +92,16 @@ def test_a_foreign_key_may_exist_if_it_is_a_word_of_8_to_512_characters(plaintex
     assert OURS_ONLY.may_exist(plaintext) is (plaintext == ZERO)
 
 
+def test_a_secret_of_oauth_under_another_prefix_is_no_foreign_key() -> None:
+    former = KeyFormat("acme")
+    for make in (former.make_access_token, former.make_refresh_token, former.make_client_secret):
+        secret = make(bytes(32)).reveal()
+        assert not OURS.may_exist(secret)
+        # Another program's key, which happens to look like that, has no such checksum.
+        assert OURS.may_exist(secret[:-1] + b"~")
+        assert OURS.may_exist(secret[:-1] + (b"1" if secret.endswith(b"0") else b"0"))
+
+
 @pytest.mark.parametrize(
     ("text", "is_within"),
     [

@@ -303,6 +303,15 @@ def test_secret_of_oauth_elsewhere_is_refused_even_if_its_digest_is_cached(shown
     assert credentials.shows_key(request, b"x=" + shown[0][1].rpartition(b"_")[2], OAUTH)
 
 
+@pytest.mark.parametrize("secret", [ACCESS, REFRESH, SECRET, b"kp_live_" + bytes(49).replace(b"\0", b"0")])
+def test_any_secret_of_ours_is_found_as_a_password_of_basic_authentication(secret: bytes) -> None:
+    """As a client sends its secret to the authorization server (RFC 6749 section 2.3.1)."""
+    for password in (b"client:" + secret, secret, b"a:" + secret[:30]):
+        text = b'{"authorization": "Basic ' + base64.b64encode(password) + b'"}'
+        assert credentials.shows_key(head((AUTH, b"Bearer x")), text, OAUTH)
+    assert not credentials.shows_key(head((AUTH, b"Bearer x")), b"Basic " + base64.b64encode(b"client:word"), OAUTH)
+
+
 @pytest.mark.parametrize("plaintext", [ACCESS[:-1], ACCESS[:-1] + b"!", ACCESS + b"0", ACCESS.replace(b"0", b"1", 1)])
 def test_malformed_access_token_is_refused_without_a_lookup(plaintext: bytes) -> None:
     with pytest.raises(Refusal) as error:

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import aiohttp
+from multidict import CIMultiDict
 from yarl import URL
 
 from keyproxy.auth.api_key import KeyFormat
@@ -124,11 +125,13 @@ class Authority:
     ) -> Reply:
         """Send one request; redirects are not followed, and cookies not kept. `form`: the body as a form; `content`: as
         JSON; `data`: the raw body."""
-        sent = dict(headers or {})
+        sent: CIMultiDict[str] = CIMultiDict(headers or {})
         if form is not None:
-            data, sent = urlencode(form).encode(), {"Content-Type": "application/x-www-form-urlencoded"} | sent
+            data = urlencode(form).encode()
+            sent.setdefault("Content-Type", "application/x-www-form-urlencoded")
         elif content is not None:
-            data, sent = json.dumps(content).encode(), {"Content-Type": "application/json"} | sent
+            data = json.dumps(content).encode()
+            sent.setdefault("Content-Type", "application/json")
         if query is not None:
             path += "?" + urlencode(query)
         url = URL(self.url + path, encoded=True)

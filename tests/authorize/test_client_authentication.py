@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from jwt.algorithms import ECAlgorithm
+from multidict import CIMultiDict
 
 from keyproxy.authorize.clients import composition
 from keyproxy.authorize.endpoint import CLIENT, PEER_CERTIFICATE
@@ -133,6 +134,8 @@ async def test_client_authenticates_by_its_method_alone(authority: Authority, se
         (sign(kid="x"), {}, 401),
         (sign(aud="https://other.example"), {}, 401),
         (sign(iss="by secret"), {}, 401),
+        ({"client_id": "by secret", **sign()}, {}, 401),
+        ({"client_id": "by key", **sign(sub="by secret")}, {}, 401),
         ({"client_assertion": sign()["client_assertion"]}, {}, 401),
         ({**sign(), "client_assertion_type": "urn:ietf:params:oauth:client-assertion-type:saml2-bearer"}, {}, 401),
         ({**sign(), "client_assertion": "x"}, {}, 401),
@@ -146,7 +149,6 @@ async def test_client_authenticates_by_its_method_alone(authority: Authority, se
         ({**post, **sign()}, {}, 400),
         (sign(), basic("by key"), 400),
         ({"client_id": "public"}, basic("by secret"), 400),
-        ({"client_id": "by secret", **sign()}, {}, 400),
     ):
         reply = await revoke(authority, form, headers)
         assert reply.status == status, (form, headers, reply.body)
@@ -154,6 +156,18 @@ async def test_client_authenticates_by_its_method_alone(authority: Authority, se
         challenge = reply.headers.get("WWW-Authenticate")
         assert challenge == ('Basic realm="keyproxy"' if status == 401 and headers else None)
         assert SECRET.encode() not in reply.body
+
+
+async def test_two_authorization_fields_are_refused_since_a_proxy_may_read_the_other_one(
+    authority: Authority, services: None
+) -> None:
+    good, other = basic("by secret"), basic("by key", "x")
+    for fields in ([good, other], [good, good], [{"Authorization": "Bearer x"}, good]):
+        headers = CIMultiDict([(name, value) for field in fields for name, value in field.items()])
+        for path in ("/oauth/revoke", "/oauth/introspect", "/oauth/token"):
+            form = {"token": "none", "grant_type": "client_credentials"}
+            reply = await authority.call("POST", path, form=form, headers=headers)
+            assert (reply.status, reply.error) == (400, "invalid_request"), (path, fields)
 
 
 async def test_disabled_client_is_refused_as_an_unknown_one(authority: Authority, services: None, sql: Sql) -> None:

@@ -281,6 +281,20 @@ async def test_no_other_status_than_200_is_accepted_and_redirects_are_not_follow
     assert server.requests == [f"/{status}" for status in statuses]
 
 
+async def test_response_that_is_no_http_leaves_a_short_reason(fetched: Fetched, server: DocumentServer) -> None:
+    async def no_http(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.write(b"\0" * 5_000 + b"\nERROR forged\x1b[31m\n")
+        request.transport.close()
+        return web.Response()
+
+    server.responses["/c"] = no_http
+    with pytest.raises(DocumentUnavailable) as refused:
+        await fetched.client(server.url("/c"))
+    assert len(refused.value.detail) < 400, "each request for this client logs it"
+    assert refused.value.detail.isprintable()
+
+
 async def test_content_encoding_is_refused(fetched: Fetched, server: DocumentServer) -> None:
     """A small response must not become a large document."""
     for encoding in ("gzip", "br", "deflate", "x"):

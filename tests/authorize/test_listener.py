@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 from collections.abc import AsyncIterator
 
 import pytest
@@ -100,6 +101,12 @@ FORM = {"Content-Type": "application/x-www-form-urlencoded"}
         ("/form", b'{"a":"1"}', {"Content-Type": "application/json"}, 400),
         ("/form", b"a=1", {"Content-Type": "multipart/form-data"}, 400),
         ("/form", b"a=" + b"x" * BODY_BYTES_MAX, FORM, 413),
+        # A compressed body is never expanded, so that a small one costs no more than its bytes.
+        ("/form", gzip.compress(b"a=1"), FORM | {"Content-Encoding": "gzip"}, 400),
+        ("/form", gzip.compress(b"a" * (4 << 20)), FORM | {"Content-Encoding": "gzip"}, 400),
+        ("/form", b"a=1", FORM | {"Content-Encoding": "gzip"}, 400),
+        ("/form", b"a=1", FORM | {"Content-Encoding": "deflate"}, 400),
+        ("/form", b"a=1", FORM | {"Content-Encoding": "identity"}, {"a": "1"}),
     ],
 )
 async def test_form_is_read_strictly(
@@ -185,6 +192,14 @@ async def test_log_line_names_the_parties_and_no_query(authority: Authority) -> 
 async def test_key_in_a_path_is_not_logged(authority: Authority) -> None:
     await authority.call("GET", f"/{KEY}")
     assert authority.log[0]["path"] == ""
+
+
+async def test_code_or_cookie_in_a_path_is_not_logged(authority: Authority) -> None:
+    secret = "Zk3" * 14 + "x"
+    for path in (f"/oauth/token/{secret}", f"/{secret}/cb", f"/{'a/' * 250}{secret}", f"/x%2F{secret}"):
+        await authority.call("GET", path)
+    assert "Zk3" not in str(authority.log)
+    assert authority.log[0]["path"] == "/oauth/token/..."
 
 
 async def test_log_records_as_much_of_an_address_as_configured(database: Database) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -112,6 +113,14 @@ def test_ten_redirect_uris_are_accepted() -> None:
 def test_name_is_returned_without_characters_that_deceive() -> None:
     assert json.loads(register(body(client_name="Ac\u202eme\n"), OPEN))["client_name"] == "Acme"
     assert "client_name" not in json.loads(register(body(client_name="\u200b"), OPEN))
+
+
+def test_name_of_combining_marks_takes_no_time_that_others_would_wait_for() -> None:
+    began = time.process_time()
+    for name in ("a" + "\u0301\u0316" * 15_000, "\u0301" * 15_000 + "\u0316" * 15_000):
+        with pytest.raises(OAuthError, match="client_name"):
+            register(body(client_name=name), OPEN)
+    assert time.process_time() - began < 0.5, "sorting all of the marks takes seconds"
 
 
 def test_registration_is_not_found_while_it_is_off() -> None:

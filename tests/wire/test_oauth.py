@@ -17,8 +17,9 @@ from keyproxy.config.tools.tool_settings import ToolRow
 from keyproxy.model import Ending, Identity, OAuthSession
 from keyproxy.reasons import Reason
 from tests import fakes
-from tests.rawhttp import Message, connect
+from tests.rawhttp import Message, Upstream, connect
 from tests.wire.conftest import KEY, Start, Wire, request
+from tests.wire.test_long import REVOKED_SECONDS, stream
 
 ORIGIN: Final = "https://mcp.example.com"
 BARE: Final = "/.well-known/oauth-protected-resource"
@@ -214,6 +215,17 @@ async def test_no_other_target_is_taken_for_the_metadata(start: Start, target: s
     assert len(wire.upstream.requests) == 1
 
 
+async def test_the_metadata_are_found_where_a_challenge_leads_to_also_if_the_resource_is_encoded(start: Start) -> None:
+    wire = await start(oauth=OAuthSettings(issuer=ORIGIN, resource=f"{ORIGIN}/%7B1%7D"))
+    challenge = (await answer_to(wire, request("GET", "/", key=None))).all("WWW-Authenticate")[0]
+    found = challenge.partition(f'resource_metadata="{ORIGIN}')[2].rstrip('"')
+    assert found == f"{BARE}/%7B1%7D"
+    for target in (found, f"{ORIGIN}{found}"):
+        answer = await answer_to(wire, f"GET {target} HTTP/1.1\r\nHost: mcp.example.com\r\n\r\n".encode())
+        assert json.loads(answer.body)["resource"] == f"{ORIGIN}/%7B1%7D"
+    assert (await answer_to(wire, request("GET", f"{BARE}/{{1}}", key=None))).status in (400, 401)
+
+
 async def test_resources_with_one_path_on_two_hosts_are_selected_by_host(start: Start) -> None:
     wire = await start(oauth=dataclasses.replace(OAUTH, test_resource="https://test.example.com/mcp"))
     for host, resource in (
@@ -314,6 +326,17 @@ async def test_a_bound_token_needs_the_connection_with_its_certificate(start: St
             statuses.append((answer.status, answer.status == 200 or json.loads(answer.body)["code"]))
     assert statuses == [(200, True), (401, "api_key_invalid"), (401, "api_key_invalid")]
     assert len(wire.upstream.heads) == 1
+
+
+async def test_an_open_stream_ends_once_its_token_is_bound_to_another_certificate(start: Start) -> None:
+    wire = await start(oauth=OAUTH, serving=Upstream(stream))
+    accept(wire)
+    async with wire.client() as client:
+        await client.send(bearing(ACCESS))
+        await client.reader.readuntil(b"data: 1")
+        accept(wire, bound_to=bytes(32))
+        await client.ends(seconds=REVOKED_SECONDS)
+    assert wire.recorder.seen[0].ending is Ending.CUT
 
 
 def test_tools_may_demand_oauth_tokens_only_where_they_occur() -> None:

@@ -7,6 +7,7 @@ which cannot read the cookie, has no effect.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from aiohttp import web
@@ -60,7 +61,8 @@ class UserPage:
         cookie = self._cookies.browser(request)
         if cookie is None:
             raise PageError(403, "cookie_missing")
-        sealed = {"language": content["language"], "user": signed_in_users.content_of(user)}
+        # Without the scopes, which this page does not need: browsers drop a cookie of over 4 KiB.
+        sealed = {"language": content["language"], "user": signed_in_users.content_of(replace(user, scopes=None))}
         ticket = self._tickets.seal(sealed, cookie, purpose=Purpose.USER_PAGE, seconds=USER_PAGE_SECONDS)
         response = web.Response(status=303, headers={"Location": PATH, "Cache-Control": "no-store"})
         self._cookies.keep_user_page(response, ticket)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from aiohttp import web
@@ -44,9 +44,7 @@ class Cookies:
 
     def browser(self, request: web.Request) -> str | None:
         """The values that tickets are bound to, joined; None without a cookie. See `Tickets.open`."""
-        values = [
-            value for name, value in request.cookies.items() if _VALUE.fullmatch(value) and name == self._name_of(value)
-        ]
+        values = [value for name, value in _sent(request) if _VALUE.fullmatch(value) and name == self._name_of(value)]
         return ".".join(values[:_LOGINS_MAX]) or None
 
     def browser_or_new(self, request: web.Request) -> str:
@@ -59,7 +57,7 @@ class Cookies:
 
     def user_page(self, request: web.Request) -> str | None:
         """The ticket of the user page, None without one."""
-        return request.cookies.get(self._user_page)
+        return next((value for name, value in _sent(request) if name == self._user_page), None)
 
     def keep_user_page(self, response: web.StreamResponse, ticket: str) -> None:
         """Set the ticket of the user page."""
@@ -76,6 +74,18 @@ class Cookies:
         response.set_cookie(
             name, value, max_age=seconds, path="/", secure=self._is_secure, httponly=True, samesite="Lax"
         )
+
+
+def _sent(request: web.Request) -> Iterator[tuple[str, str]]:
+    """The cookies of a request by their name, separated as browsers separate them (RFC 6265 section 4.2.1).
+
+    Not `request.cookies`: for that, a space within the value of a cookie begins another one. A site of a sibling domain
+    could set such a value, and with it a cookie whose prefix keeps it from setting that by its name.
+    """
+    for field in request.headers.getall("Cookie", []):
+        for pair in field.split(";"):
+            name, _, value = pair.strip(" ").partition("=")
+            yield name, value
 
 
 def check_form_origin(request: web.Request) -> None:

@@ -6,7 +6,7 @@ import base64
 import datetime
 import hashlib
 import hmac
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import unquote_plus
@@ -78,7 +78,7 @@ class ClientAuthentication:
         Raises OAuthError: `invalid_request` for two methods at once, `invalid_client` for an unknown or disabled client
         and for a failed authentication, `temporarily_unavailable` if its keys cannot be fetched. Raises StoreUnavailable.
         """
-        shown = _shown(form, request.headers.get("Authorization"))
+        shown = _shown(form, request.headers.getall("Authorization", []))
         credential = form.get(_CREDENTIALS.get(form.get("grant_type"), ""))
         digest = None if credential is None else hashlib.sha256(credential.encode("utf-8", "surrogatepass")).digest()
         try:
@@ -129,19 +129,32 @@ class ClientAuthentication:
         return client_assertions.verify(assertion, keys, self._issuer, self._now().wall_seconds)
 
 
-def _shown(form: Mapping[str, str], authorization: str | None) -> _Shown:
+def has_credential(form: Mapping[str, str]) -> bool:
+    """Whether a form authenticates a client."""
+    return "client_secret" in form or "client_assertion" in form
+
+
+def two_methods() -> OAuthError:
+    """The error for a request that authenticates itself in two ways. RFC 6749 section 2.3."""
+    return OAuthError("invalid_request", "Use one method of client authentication.")
+
+
+def _shown(form: Mapping[str, str], authorizations: Sequence[str]) -> _Shown:
     """What a request shows of its client. Raises OAuthError."""
-    basic = None if authorization is None else _basic(authorization)
     secret, text = form.get("client_secret"), form.get("client_assertion")
-    if sum(method is not None for method in (basic, secret, text)) > 1:
-        raise OAuthError("invalid_request", "Use one method of client authentication.")
+    if len(authorizations) + (secret is not None) + (text is not None) > 1:
+        raise two_methods()
+    basic = _basic(authorizations[0]) if authorizations else None
     assertion = None if text is None else _assertion(text, form.get("client_assertion_type"))
-    ids = {form.get("client_id")}
-    ids |= {None if basic is None else basic[0], None if assertion is None else assertion.client_id}
-    ids -= {None}
-    if len(ids) > 1:
-        raise OAuthError("invalid_request", "The request names two clients.")
-    client_id = next(iter(ids), None)
+    client_id = form.get("client_id")
+    if basic is not None:
+        if client_id not in (None, basic[0]):
+            raise OAuthError("invalid_request", "The request names two clients.")
+        client_id = basic[0]
+    if assertion is not None:
+        if client_id not in (None, assertion.client_id):
+            raise _invalid_client("assertion: `sub` is not the client id of the request", is_basic=False)
+        client_id = assertion.client_id
     if client_id is None:
         raise _invalid_client("the request names no client", is_basic=False)
     return _Shown(client_id, basic is not None, secret if basic is None else basic[1], assertion)
@@ -186,9 +199,14 @@ def _check_without_assertion(client: Client, shown: _Shown, certificate: bytes |
             raise shown.invalid("no assertion")
         case AuthMethod.TLS_CLIENT_AUTH:
             if shown.secret is not None:
-                raise OAuthError("invalid_request", "Use one method of client authentication.")
+                raise two_methods()
             if client.tls_subject is None or certificate is None or not has_subject(certificate, client.tls_subject):
                 raise shown.invalid("no certificate with the registered subject")
+
+
+def challenges(*, is_basic: bool) -> Mapping[str, str] | None:
+    """The header fields of `invalid_client`. RFC 6749 section 5.2 requires one after an attempt by Authorization."""
+    return {"WWW-Authenticate": _CHALLENGE} if is_basic else None
 
 
 def _invalid_client(detail: str, *, is_basic: bool) -> OAuthError:
@@ -197,7 +215,7 @@ def _invalid_client(detail: str, *, is_basic: bool) -> OAuthError:
         "The client is unknown, or its authentication failed.",
         status=401,
         detail=detail,
-        headers={"WWW-Authenticate": _CHALLENGE} if is_basic else None,
+        headers=challenges(is_basic=is_basic),
     )
 
 

@@ -37,6 +37,7 @@ _LOOKUPS_MAX: Final = 16
 _MAX_AGE: Final = re.compile(r"max-age=\"?([0-9]{1,10})\"?")
 _NOT_CACHED: Final = ("no-store", "no-cache")
 _TOO_MANY_REQUESTS: Final = 429
+_REASON_CHARACTERS_MAX: Final = 300
 _SERVER_ERRORS: Final = 500
 
 
@@ -66,7 +67,9 @@ class DocumentFetcher:
         except TimeoutError:
             raise DocumentUnavailable(f"no response within {FETCH_SECONDS_MAX:g} s") from None
         except (OSError, aiohttp.ClientError) as error:
-            raise DocumentUnavailable(f"cannot be fetched: {type(error).__name__}: {error}") from error
+            # The text may quote the response.
+            reason = f"{type(error).__name__}: {error}"[:_REASON_CHARACTERS_MAX]
+            raise DocumentUnavailable(f"cannot be fetched: {reason}") from error
 
     def _checked(self, url: DocumentUrl, addresses: Sequence[str]) -> list[str]:
         """The addresses to connect to. Raises DocumentRefused if one of the host's may not be connected to."""

@@ -13,7 +13,7 @@ from typing import Final
 from aiohttp import web
 
 from keyproxy.auth.api_key import KeyFormat
-from keyproxy.authorize.clients.authentication import ClientAuthentication
+from keyproxy.authorize.clients.authentication import ClientAuthentication, challenges, has_credential, two_methods
 from keyproxy.authorize.endpoint import TOKEN, USER, Endpoint
 from keyproxy.authorize.form import form_of
 from keyproxy.authorize.rate_limits import Rate
@@ -66,8 +66,15 @@ class IntrospectEndpoint:
         if bearer is None:
             client = await self._authentication.authenticate(form, request)
             if client.kind is not ClientKind.REGISTERED or client.auth_method is AuthMethod.NONE:
-                raise OAuthError("invalid_client", "Only confidential clients may introspect tokens.", status=401)
+                raise OAuthError(
+                    "invalid_client",
+                    "Only confidential clients may introspect tokens.",
+                    status=401,
+                    headers=challenges(is_basic="Authorization" in request.headers),
+                )
             reader = TokenReader(client_row=client.row_id)
+        elif has_credential(form):
+            raise two_methods()
         else:
             reader = await self._reader(bearer, request)
         token = form.get("token")

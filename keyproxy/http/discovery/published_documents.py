@@ -24,30 +24,30 @@ _PREFLIGHT: Final = OwnResponse(
 
 
 class PublishedDocument(NamedTuple):
-    """A JSON document at a path. `host`: the Host of requests for it."""
+    """A JSON document. `target`: of requests for it, encoded as in the URL; `host`: their Host."""
 
     host: str
-    path: str
+    target: str
     content: bytes
 
 
 class PublishedDocuments:
-    """All published documents. If several have one path, the Host selects, and else the first one counts."""
+    """All published documents. If several have one target, the Host selects, and else the first one counts."""
 
-    __slots__ = ("_by_path", "paths")
+    __slots__ = ("_by_target", "targets")
 
     def __init__(self, documents: Sequence[PublishedDocument]) -> None:
-        self._by_path: Final[dict[bytes, list[tuple[bytes, OwnResponse]]]] = {}
+        self._by_target: Final[dict[bytes, list[tuple[bytes, OwnResponse]]]] = {}
         for document in documents:
             response = OwnResponse(200, b"OK", _FIELDS, document.content)
             one = (document.host.lower().encode("ascii"), response)
-            self._by_path.setdefault(document.path.encode("ascii"), []).append(one)
-        #: The paths of all documents.
-        self.paths: Final = frozenset(self._by_path)
+            self._by_target.setdefault(document.target.encode("ascii"), []).append(one)
+        #: The targets of all documents. None has a query, and a target with one is another one.
+        self.targets: Final = frozenset(self._by_target)
 
     def response(self, head: RequestHead) -> OwnResponse:
         """The response to a request for a document. Raises a Refusal (METHOD_NOT_ALLOWED)."""
-        method, found = head.line.method, self._by_path[head.line.path]
+        method, found = head.line.method, self._by_target[head.line.target]
         if method == b"OPTIONS":
             return _PREFLIGHT
         if method not in (b"GET", b"HEAD"):

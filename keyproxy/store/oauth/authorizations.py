@@ -5,23 +5,20 @@ A consent is one transaction: the row of the client, the grant and the code exis
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Final
 
 from keyproxy.oauth.client import Client, ClientKind
 from keyproxy.store.directory.entities import random_digits
+from keyproxy.store.oauth.transactions import in_transaction
 from keyproxy.store.postgres.database import Row, StatementRunner, StoreConflict, Transaction
 
 CODE_SECONDS: Final = 60
 
 #: More rows of a user are not shown.
 CONNECTIONS_MAX: Final = 500
-
-#: The origin of changes in the audit log.
-_ORIGIN: Final = "authorize"
 
 _ID_DIGITS: Final = 22
 
@@ -91,20 +88,28 @@ class Authorizations:
 
     async def consent(self, client: Client, user: ConsentingUser, code: NewCode) -> Consented:
         """Store the client, the grant and the code. Raises ConsentRefused."""
-        now = None if self._now is None else self._now()
+
+        async def consenting(transaction: Transaction) -> Consented:
+            return await self._consent(transaction, client, user, code)
+
         try:
-            async with self._acting(user.user_id) as transaction:
-                code = replace(code, scopes=await self._permitted(transaction, user, code.scopes))
-                is_new = await self._keep_client(transaction, client)
-                grant_id = await self._grant(transaction, client, user, code, now=now)
-                await transaction.fetch(
-                    "add_oauth_code", code.digest, grant_id, client.presented_as, code.redirect_uri, code.challenge,
-                    code.scopes, user.via_key, user.via_issuer, user.via_subject, CODE_SECONDS, now,
-                )  # fmt: skip
+            return await in_transaction(self._database, _actor(user.user_id), consenting)
         except StoreConflict as conflict:
             if conflict.constraint in _LOGIN_CONSTRAINTS:
                 raise ConsentRefused("login_ended") from conflict
             raise
+
+    async def _consent(
+        self, transaction: Transaction, client: Client, user: ConsentingUser, code: NewCode
+    ) -> Consented:
+        now = None if self._now is None else self._now()
+        code = replace(code, scopes=await self._permitted(transaction, user, code.scopes))
+        is_new = await self._keep_client(transaction, client)
+        grant_id = await self._grant(transaction, client, user, code, now=now)
+        await transaction.fetch(
+            "add_oauth_code", code.digest, grant_id, client.presented_as, code.redirect_uri, code.challenge,
+            code.scopes, user.via_key, user.via_issuer, user.via_subject, CODE_SECONDS, now,
+        )  # fmt: skip
         return Consented(grant_id, code.scopes, is_new)
 
     async def is_login_good(self, user: ConsentingUser) -> bool:
@@ -118,20 +123,20 @@ class Authorizations:
 
     async def end_session(self, user_id: str, session_id: str, *, is_test: bool | None) -> int:
         """End one session of the user. Returns how many have ended."""
-        async with self._acting(user_id) as transaction:
+
+        async def ending(transaction: Transaction) -> int:
             return len(await transaction.fetch("end_oauth_session_of_user", user_id, is_test, session_id))
+
+        return await in_transaction(self._database, _actor(user_id), ending)
 
     async def end_grants(self, user_id: str, grant_id: str | None, *, is_test: bool | None) -> int:
         """End one grant of the user, or all of them for None. Returns how many sessions have ended."""
-        async with self._acting(user_id) as transaction:
-            row = await transaction.fetch_row("end_oauth_grants_of_user", user_id, is_test, grant_id)
-        return 0 if row is None else int(row["sessions"])
 
-    @contextlib.asynccontextmanager
-    async def _acting(self, user_id: str) -> AsyncIterator[Transaction]:
-        async with self._database.transaction() as transaction:
-            await transaction.fetch("say_who_acts", f"user:{user_id}", _ORIGIN)
-            yield transaction
+        async def ending(transaction: Transaction) -> int:
+            row = await transaction.fetch_row("end_oauth_grants_of_user", user_id, is_test, grant_id)
+            return 0 if row is None else int(row["sessions"])
+
+        return await in_transaction(self._database, _actor(user_id), ending)
 
     async def _permitted(
         self, transaction: Transaction, user: ConsentingUser, wanted: tuple[str, ...]
@@ -140,6 +145,8 @@ class Authorizations:
         if user.via_key is not None:
             # First of all, as a revocation does, which then ends codes and sessions.
             await transaction.fetch("hold_login_key", user.via_key)
+        elif user.via_issuer is not None:
+            await transaction.fetch("hold_login_subject", user.via_issuer, user.via_subject)
         row = await transaction.fetch_row("consenting_user", *_login(user))
         if row is None or not row["is_enabled"]:
             raise ConsentRefused("account_disabled")
@@ -172,8 +179,9 @@ class Authorizations:
     ) -> str:
         grant_id = f"gra_{random_digits(_ID_DIGITS)}"
         row = await transaction.fetch_row(
-            "keep_oauth_grant", grant_id, user.user_id, client.row_id, code.resource, code.scopes, code.is_test, now
-        )
+            "keep_oauth_grant", grant_id, user.user_id, client.row_id, code.resource, code.scopes, code.is_test, now,
+            user.via_key,
+        )  # fmt: skip
         if row is None:
             raise ConsentRefused("service_client")
         return str(row["id"])
@@ -181,3 +189,7 @@ class Authorizations:
 
 def _login(user: ConsentingUser) -> tuple[str | None, ...]:
     return (user.user_id, user.via_key, user.via_issuer, user.via_subject)
+
+
+def _actor(user_id: str) -> str:
+    return f"user:{user_id}"

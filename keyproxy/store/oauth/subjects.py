@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
-from keyproxy.store.postgres.database import Database, Row, StoreConflict
-
-_ORIGIN: Final = "authorize"
+from keyproxy.store.oauth.transactions import in_transaction
+from keyproxy.store.postgres.database import Row, StatementRunner, StoreConflict, Transaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +21,7 @@ class LinkedUser:
 class Subjects:
     """Finds the user of a subject, and creates it. All methods raise StoreUnavailable."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: StatementRunner) -> None:
         self._database = database
 
     async def find(self, issuer: str, subject: str) -> LinkedUser | None:
@@ -36,13 +35,15 @@ class Subjects:
         None: there is no such tenant, or the user belongs to another one. Of several processes that do this at once,
         each finds the same user.
         """
+
+        async def creating(transaction: Transaction) -> Sequence[Row]:
+            await transaction.fetch("oauth_create_user", user_id, tenant_id)
+            # A statement of its own: it sees the user that another transaction has created meanwhile.
+            await transaction.fetch("oauth_link_subject", issuer, subject, user_id, tenant_id)
+            return await transaction.fetch("oauth_subject_user", issuer, subject)
+
         try:
-            async with self._database.transaction() as transaction:
-                await transaction.fetch("say_who_acts", f"user:{user_id}", _ORIGIN)
-                await transaction.fetch("oauth_create_user", user_id, tenant_id)
-                # A statement of its own: it sees the user that another transaction has created meanwhile.
-                await transaction.fetch("oauth_link_subject", issuer, subject, user_id, tenant_id)
-                rows = await transaction.fetch("oauth_subject_user", issuer, subject)
+            rows = await in_transaction(self._database, f"user:{user_id}", creating)
         except StoreConflict as error:
             # The tenant or the user has been deleted between two statements.
             if "_fkey" in error.constraint:

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final, NamedTuple, TypeAlias, TypeVar
+from typing import Final, NamedTuple, TypeAlias
 
 from keyproxy.auth.api_key import ENTROPY_BYTES, KeyFormat
 from keyproxy.config.oauth.oauth_settings import OAuthSettings
@@ -29,21 +29,18 @@ from keyproxy.store.oauth.token_values import (
     ServiceRequest,
     TokenReader,
 )
-from keyproxy.store.postgres.database import Row, StatementRunner, StoreConflict, StoreUnavailable, Transaction
-from keyproxy.store.postgres.failures import TRY_AGAIN
+from keyproxy.store.oauth.transactions import ORIGIN, in_transaction
+from keyproxy.store.postgres.database import Row, StatementRunner, StoreConflict, Transaction
 
 #: How many access tokens of a session that have not expired may exist; the oldest is deleted for a new one.
 SESSION_TOKENS_MAX: Final = 64
 SERVICE_TOKENS_MAX: Final = 10_000
 
-#: The origin of changes in the audit log.
-ORIGIN: Final = "authorize"
 _REUSE_ACTOR: Final = "oauth:reuse"
 
 #: How the names of constraints end that require the row of another table.
 _REFERENCE: Final = "_fkey"
 
-_ATTEMPTS_MAX: Final = 3
 _DAY_SECONDS: Final = 86_400.0
 _ID_DIGITS: Final = 22
 
@@ -67,7 +64,6 @@ class _Issue:
 
 
 _Outcome: TypeAlias = IssuedTokens | _SessionEnded
-_Result = TypeVar("_Result")
 
 
 class TokenStore:
@@ -89,7 +85,7 @@ class TokenStore:
     ) -> None:
         """`now`: a clock in place of the database's. `issued`: counts the requests that get tokens, by grant type.
 
-        `ended`: counts the sessions that end here, by reason: `reuse`, `replay` or `revoked`.
+        `ended`: counts the sessions that end here, by reason: `reuse`, `replay`, `revoked` or `disabled`.
         """
         self.rules = rules
         self._issued_counts = collections.Counter() if issued is None else issued
@@ -121,7 +117,7 @@ class TokenStore:
         async def revoking(begun: Transaction) -> Row | None:
             return await begun.fetch_row(name, hashlib.sha256(token).digest(), client.row_id)
 
-        row = await self._in_transaction(_actor(client), revoking)
+        row = await in_transaction(self._database, _actor(client), revoking)
         if row is None:
             return None
         self._ended_counts["revoked"] += is_refresh
@@ -147,7 +143,7 @@ class TokenStore:
         self, grant_type: str, client: Client, work: Callable[[Transaction], Awaitable[_Outcome]]
     ) -> IssuedTokens:
         try:
-            outcome = await self._in_transaction(_actor(client), work)
+            outcome = await in_transaction(self._database, _actor(client), work)
         except StoreConflict as error:
             if not error.constraint.endswith(_REFERENCE):
                 raise
@@ -194,6 +190,9 @@ class TokenStore:
         )
         if verdict is RefreshVerdict.REUSE:
             return await self._end(begun, row["session_id"], "reuse")
+        if row["is_disabled"]:
+            # Its row stays, for when the account is enabled again; the client ends it: it discards its tokens now.
+            self._ended_counts["disabled"] += 1
         token_rules.check_refresh_request(row, shown, self.rules)
         if verdict is RefreshVerdict.TOO_MANY:
             raise OAuthError(
@@ -258,18 +257,6 @@ class TokenStore:
 
     def _moment(self) -> datetime | None:
         return None if self._now is None else self._now()
-
-    async def _in_transaction(self, actor: str, work: Callable[[Transaction], Awaitable[_Result]]) -> _Result:
-        """Run the work in a transaction of this actor, and again after a deadlock, which leaves no trace."""
-        for attempt in range(_ATTEMPTS_MAX):
-            try:
-                async with self._database.transaction() as begun:
-                    await begun.fetch("say_who_acts", actor, ORIGIN)
-                    return await work(begun)
-            except StoreUnavailable as error:
-                if not isinstance(error.__cause__, TRY_AGAIN) or attempt == _ATTEMPTS_MAX - 1:
-                    raise
-        raise AssertionError("the last attempt is final")
 
 
 def _actor(client: Client) -> str:

@@ -1878,6 +1878,11 @@ WHERE k.digest = $1;
 -- Locks the key $1 of a sign-in against a change until the end of the transaction. Needs: api_keys (id).
 SELECT keyproxy.hold_login_key($1);
 
+-- name: hold_login_subject
+-- Locks the subject $2 of the issuer $1 against a change until the end of the transaction.
+-- Needs: oauth_subjects (issuer, subject).
+SELECT s.user_id FROM keyproxy.oauth_subjects AS s WHERE s.issuer = $1 AND s.subject = $2 FOR SHARE;
+
 -- name: consenting_user
 -- Whether the user $1 is enabled, and what the login permits now: the key $2, or the subject $4 at the issuer $3, where not
 -- null. `scopes`: those of the key; null without one.
@@ -1915,10 +1920,12 @@ SELECT c.disabled_at IS NOT NULL AS is_disabled FROM keyproxy.oauth_clients AS c
 
 -- name: keep_oauth_grant
 -- Grants the client $3 of the user $2 the scopes $5 for the resource $4, in addition to those that the grant has; beyond 128,
--- earlier ones go. $1: the id of a new grant. No row: the grant is that of a service, which an operator decides about.
--- Needs: oauth_grants (user_id, client_id, resource).
-INSERT INTO keyproxy.oauth_grants AS g (id, user_id, client_id, resource, scopes, is_test, granted_at)
-VALUES ($1, $2, $3, $4, $5, $6, coalesce($7::timestamptz, clock_timestamp()))
+-- earlier ones go. A grant without a plan gets that of the key $8, if not null: a program gets no more than the key of the
+-- sign-in has. $1: the id of a new grant. No row: the grant is that of a service, which an operator decides about.
+-- Needs: oauth_grants (user_id, client_id, resource), api_keys (id).
+INSERT INTO keyproxy.oauth_grants AS g (id, user_id, client_id, resource, scopes, is_test, granted_at, plan_id)
+VALUES ($1, $2, $3, $4, $5, $6, coalesce($7::timestamptz, clock_timestamp()),
+        (SELECT k.plan_id FROM keyproxy.api_keys AS k WHERE k.id = $8))
 ON CONFLICT (user_id, client_id, resource) DO UPDATE
 SET scopes = ARRAY(
         SELECT kept.scope
@@ -1928,7 +1935,7 @@ SET scopes = ARRAY(
               LIMIT 128) AS kept
         ORDER BY kept.scope
     ),
-    is_test = excluded.is_test, granted_at = excluded.granted_at
+    is_test = excluded.is_test, granted_at = excluded.granted_at, plan_id = coalesce(g.plan_id, excluded.plan_id)
 WHERE NOT g.is_service
 RETURNING g.id;
 
@@ -2233,7 +2240,7 @@ WITH code AS MATERIALIZED (
     FROM keyproxy.oauth_subjects AS s
     WHERE s.issuer = (SELECT code.via_issuer FROM code) AND s.subject = (SELECT code.via_subject FROM code)
       AND (SELECT count(*) FROM login_key) >= 0
-    FOR KEY SHARE OF s
+    FOR SHARE OF s
 ), parent AS MATERIALIZED (
     SELECT g.id
     FROM keyproxy.oauth_grants AS g

@@ -1,9 +1,11 @@
-"""A bound on the model names in records: clients can send any."""
+"""The model names in records, which are bounded and contain no secret: clients can send any."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from typing import Final
+
+from keyproxy.auth.api_key import masked
 
 #: In place of a name that is not recorded.
 OTHER: Final = "other"
@@ -13,7 +15,8 @@ _UNLISTED_MAX: Final = 64
 
 
 class ModelNames:
-    """Replace the names of models that are not configured by OTHER, once a user has sent too many of them on one day."""
+    """Replace the names of models that are not configured by OTHER, once a user has sent too many of them on one day, and
+    those that contain a key or token of any kind: a program that mixes up its settings sends one as a model."""
 
     def __init__(self, listed: Collection[str] = ()) -> None:
         """`listed`: the names of configured models, which are always kept."""
@@ -34,7 +37,7 @@ class ModelNames:
         seen = self._seen.setdefault(user_id, set())
         if name in seen:
             return name
-        if len(seen) >= _UNLISTED_MAX:
+        if len(seen) >= _UNLISTED_MAX or masked(name) != name:
             return OTHER
         seen.add(name)
         return name

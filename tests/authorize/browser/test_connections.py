@@ -148,3 +148,11 @@ async def test_login_of_the_user_page_grants_no_client_anything(authority: Autho
     )  # fmt: skip
     assert reply.status == 400
     assert await sql.fetchval("SELECT count(*) FROM keyproxy.oauth_codes") == 0
+
+
+async def test_page_opens_for_a_key_with_as_many_scopes_as_one_can_have(authority: Authority) -> None:
+    user = await authority.user(scopes=[f"{number:02}:{'s' * 60}" for number in range(64)])
+    browser = Browser(authority)
+    await opened(browser, user["key"]["secret"])
+    (cookie,) = (value for name, value in browser.cookies.items() if name.endswith("user"))
+    assert len(cookie) < 4_000, "browsers drop a cookie of over 4 KiB"

@@ -206,6 +206,45 @@ async def test_cookie_belongs_to_this_origin_alone(secure: Authority, authority:
         assert not any(attribute.startswith("domain") for attribute in attributes)
 
 
+async def test_value_of_another_cookie_never_becomes_the_cookie_of_a_login(secure: Authority) -> None:
+    user = await secure.user()
+    browser = Browser(secure)
+    page = await browser.authorize(await browser.client())
+    (own,) = (f"{name}={value}" for name, value in browser.cookies.items())
+    form = {**forms_of(page)[0].fields, "key": user["key"]["secret"]}
+    for header, status in (
+        (own, 200),
+        (f"a=1; {own}; b=2", 200),
+        (f"a=1;{own}", 200),
+        # What a site of a sibling domain can set: any value without a semicolon.
+        (f"a=1 {own}", 403),
+        (f"a=1\t{own}", 403),
+        (f'a="1" {own}', 403),
+        (f"a={own}", 403),
+        (f"={own}", 403),
+        (own.replace("=", '="') + '"', 403),
+        (own.replace("__Host-", "__host-"), 403),
+    ):
+        reply = await secure.call("POST", "/oauth/login", form=form, headers={"Cookie": header})
+        assert reply.status == status, header
+
+
+async def test_grant_has_the_plan_of_the_key_that_signs_in_unless_it_has_one(authority: Authority, sql: Sql) -> None:
+    await sql.execute("INSERT INTO keyproxy.plans (id) VALUES ('small'), ('large')")
+    plan = "SELECT plan_id FROM keyproxy.oauth_grants"
+    user = await authority.user()
+    browser = Browser(authority)
+    client_id = await browser.client()
+    await browser.code(client_id, user["key"]["secret"])
+    assert await sql.fetchval(plan) is None
+    await sql.execute("UPDATE keyproxy.api_keys SET plan_id = 'small'")
+    await browser.code(client_id, user["key"]["secret"])
+    assert await sql.fetchval(plan) == "small", "else the holder of a limited key has tokens without its limits"
+    await sql.execute("UPDATE keyproxy.oauth_grants SET plan_id = 'large'")
+    await browser.code(client_id, user["key"]["secret"])
+    assert await sql.fetchval(plan) == "large", "what an operator has decided stays"
+
+
 async def test_session_of_a_login_ends_with_its_key(authority: Authority, sql: Sql) -> None:
     user = await authority.user(expires_in=timedelta(seconds=30))
     browser = Browser(authority)

@@ -113,6 +113,7 @@ async def test_token_of_another_client_is_inactive(authority: Authority, sql: Sq
 #: Further parameters and the header of requests that may not introspect.
 OTHERS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "public": ({"client_id": CLIENT_ID}, {}),
+    "public by Basic": ({}, basic(CLIENT_ID, "x")),
     "nothing": ({}, {}),
     "wrong secret": ({"client_id": WORKER, "client_secret": "wrong"}, {}),
     "wrong Basic": ({}, basic(secret="wrong")),
@@ -153,3 +154,10 @@ async def test_admin_token_that_does_not_work_may_not_introspect(authority: Auth
     for change in ("expires_at = now() - interval '1 s'", "revoked_at = now()"):
         await sql.execute(f"UPDATE keyproxy.admin_tokens SET {change}")
         assert (await introspect(authority, "x", headers=headers)).status == 401
+
+
+async def test_admin_token_with_the_credential_of_a_client_is_refused(authority: Authority, sql: Sql) -> None:
+    headers = await admin_token(sql, ["tokens:read"])
+    form = {"token": "x", "client_id": WORKER, "client_secret": SECRET.reveal().decode()}
+    reply = await authority.call("POST", "/oauth/introspect", form=form, headers=headers)
+    assert (reply.status, reply.error) == (400, "invalid_request")

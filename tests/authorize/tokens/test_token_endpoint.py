@@ -128,6 +128,16 @@ async def test_stolen_refresh_token_ends_the_session_once_it_is_used_again(autho
     assert authority.counts.sessions_ended["reuse"] == 1
 
 
+async def test_refresh_of_a_disabled_account_is_refused_and_counted(authority: Authority, sql: Sql) -> None:
+    first = await token(authority, code_form(await new_code(sql)))
+    await sql.execute("UPDATE keyproxy.users SET disabled_at = now()")
+    refused = await token(authority, refresh_form(first))
+    assert (refused.status, refused.error) == (400, "invalid_grant")
+    assert authority.counts.sessions_ended["disabled"] == 1
+    await sql.execute("UPDATE keyproxy.users SET disabled_at = NULL")
+    assert (await token(authority, refresh_form(first))).status == 200
+
+
 #: Header and further parameters of a service's request, and the response.
 SERVICE_REQUESTS: list[tuple[dict[str, str], dict[str, str], int, str]] = [
     (basic(), {}, 200, ""),

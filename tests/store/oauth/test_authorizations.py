@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 
@@ -10,7 +11,7 @@ import pytest
 from keyproxy.oauth.client import AuthMethod, Client, ClientKind
 from keyproxy.store.oauth.authorizations import Authorizations, ConsentingUser, ConsentRefused, NewCode
 from keyproxy.store.postgres.database import Database
-from tests.store.harness import Sql, add_user
+from tests.store.harness import Sql, add_user, until_blocked
 
 USER = ConsentingUser("u_1")
 DOCUMENT = Client(
@@ -76,6 +77,22 @@ async def test_consent_through_a_subject_ends_with_its_link(authorizations: Auth
     await authorizations.consent(DOCUMENT, linked, code())
     await sql.execute("DELETE FROM keyproxy.oauth_subjects")
     assert await sql.fetchval("SELECT count(*) FROM keyproxy.oauth_codes") == 0
+
+
+async def test_consent_through_a_subject_that_is_given_to_another_user_at_the_same_time_is_refused(
+    authorizations: Authorizations, sql: Sql
+) -> None:
+    await add_user(sql, "u_2")
+    await sql.execute("INSERT INTO keyproxy.oauth_subjects VALUES ('https://idp.example', 's', 'u_1')")
+    transaction = sql.transaction()
+    await transaction.start()
+    await sql.execute("UPDATE keyproxy.oauth_subjects SET user_id = 'u_2'")
+    linked = ConsentingUser("u_1", via_issuer="https://idp.example", via_subject="s")
+    consenting = asyncio.create_task(authorizations.consent(DOCUMENT, linked, code()))
+    await until_blocked(sql, "oauth_subjects")
+    await transaction.commit()
+    with pytest.raises(ConsentRefused, match="login_ended"):
+        await consenting
 
 
 async def test_resources_of_one_client_are_grants_of_their_own(authorizations: Authorizations, sql: Sql) -> None:

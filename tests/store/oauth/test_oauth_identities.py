@@ -251,6 +251,28 @@ async def test_changes_of_rows_that_arrive_by_replication_are_noted(rig: Rig) ->
     assert (await resolved(rig)).standing is Reason.ACCOUNT_DISABLED
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("token", "session", "grant", "client", "user", "user disabled", "client disabled"),
+        *("key of the sign-in", "key revoked", "key narrowed", "key suspended"),
+    ],
+)
+async def test_change_without_cascades_ends_the_cached_identity_of_its_tokens(rig: Rig, change: str) -> None:
+    """A superuser that restores or repairs rows turns foreign keys off, and with them their cascades."""
+    await _two_tokens(rig.sql)
+    await rig.feed.poll()
+    for number in (1, 2):
+        await resolved(rig, number)
+    async with rig.sql.transaction():
+        await rig.sql.execute("SET LOCAL session_replication_role = replica")
+        await rig.sql.execute(_CHANGES[change])
+    await rig.feed.poll()
+    assert [rig.is_served(access_token(number)) for number in (1, 2)] == [False, True]
+    found = await rig.resolve(access_token())
+    assert found is Reason.KEY_INVALID or (isinstance(found, Identity) and found.standing is not None)
+
+
 async def test_use_of_tokens_and_keys_is_recorded_to_the_minute(rig: Rig) -> None:
     await add_user(rig.sql)
     secrets = await add_keys(rig.sql, [1, 2])

@@ -280,12 +280,39 @@ async def test_deletion_ends_all_that_depends_on_the_row(rows: Sql, statement: s
     assert await rows.fetchval("SELECT count(session_id) FROM keyproxy.oauth_codes") == 0
 
 
-async def test_subject_that_is_unlinked_ends_its_sessions_and_codes(rows: Sql) -> None:
+@pytest.mark.parametrize(
+    ("statement", "left"),
+    [
+        ("DELETE FROM keyproxy.oauth_subjects", 0),
+        ("UPDATE keyproxy.oauth_subjects SET user_id = 'u_43'", 0),
+        ("UPDATE keyproxy.oauth_subjects SET user_id = 'u_43', subject = 'other'", 0),
+        ("UPDATE keyproxy.oauth_subjects SET subject = 'other'", 1),
+        ("UPDATE keyproxy.users SET id = 'u_new' WHERE id = 'u_42'", 1),
+    ],
+)
+async def test_subject_that_is_unlinked_or_given_to_another_user_ends_its_sessions_and_codes(
+    rows: Sql, statement: str, left: int
+) -> None:
     await _insert(rows, "oauth_sessions", _session(**_VIA_SUBJECT))
     await _insert(rows, "oauth_codes", _code(**_VIA_SUBJECT))
-    await rows.execute("DELETE FROM keyproxy.oauth_subjects")
+    await rows.execute(statement)
+    assert await rows.fetchval("SELECT count(*) FROM keyproxy.oauth_sessions WHERE via_issuer IS NOT NULL") == left
+    assert await rows.fetchval("SELECT count(*) FROM keyproxy.oauth_codes WHERE via_issuer IS NOT NULL") == left
+
+
+async def test_session_that_is_opened_while_its_subject_is_given_to_another_user_is_ended(rows: Sql, dsn: str) -> None:
+    await _insert(rows, "oauth_codes", _code(**_VIA_SUBJECT))
+    other: Sql = await asyncpg.connect(dsn)
+    transaction = rows.transaction()
+    await transaction.start()
+    await rows.execute(queries.load()["hold_oauth_code"], OTHER)
+    giving = asyncio.create_task(other.execute("UPDATE keyproxy.oauth_subjects SET user_id = 'u_43'"))
+    await until_blocked(rows, "UPDATE keyproxy.oauth_subjects")
+    await _insert(rows, "oauth_sessions", _session(**_VIA_SUBJECT))
+    await transaction.commit()
+    await giving
+    await other.close()
     assert await rows.fetchval("SELECT count(*) FROM keyproxy.oauth_sessions WHERE via_issuer IS NOT NULL") == 0
-    assert await rows.fetchval("SELECT count(*) FROM keyproxy.oauth_codes WHERE via_issuer IS NOT NULL") == 0
 
 
 async def test_plan_of_a_grant_cannot_be_deleted(rows: Sql) -> None:

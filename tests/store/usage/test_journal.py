@@ -13,6 +13,7 @@ import orjson
 import pytest
 
 from keyproxy.ai.responses.token_use import TokenUse
+from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.schema import Usage
 from keyproxy.http.forwarding import TrustRule
 from keyproxy.http_messages import RequestFields, RequestHead, RequestLine
@@ -182,6 +183,22 @@ async def test_user_has_at_most_64_unlisted_models_a_day_and_further_ones_are_ot
     assert await send("bob", "m69") == {"m69"}
     clock.advance(86_400)
     assert await send("ann", "m69") == {"m69"}
+
+
+def test_no_secret_is_recorded_as_the_name_of_a_model() -> None:
+    names = ModelNames(["gpt-4o"])
+    formats, entropy = KeyFormat(), bytes(32)
+    for secret in (
+        formats.make(entropy, is_test=False),
+        *(
+            make(entropy)
+            for make in (formats.make_access_token, formats.make_refresh_token, formats.make_client_secret)
+        ),
+    ):
+        plaintext = secret.reveal().decode()
+        for name in (plaintext, f"models/{plaintext}", plaintext[:40]):
+            assert names.kept(name, "ann", 1) == names.kept(name, "ann", 1) == "other"
+    assert names.kept("kp_live_small", "ann", 1) == "kp_live_small"
 
 
 async def test_day_is_that_of_the_ledger_s_clock(database: Database, sql: Sql, clock: Clock) -> None:

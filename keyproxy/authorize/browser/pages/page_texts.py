@@ -58,7 +58,7 @@ TEXTS: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "unnamed": {"en": "A program without a name", "ko": "이름 없는 프로그램", "ja": "名前のないプログラム"},
     "not_verified": {
-        "en": "Not verified: any program can use this name. Check the address below.",
+        "en": "This program is not verified: any program can use this name. Check the address below.",
         "ko": "확인되지 않음: 어떤 프로그램이든 이 이름을 사용할 수 있습니다. 아래 주소를 확인하세요.",
         "ja": "未確認：この名前はどのプログラムでも使用できます。以下のアドレスを確認してください。",
     },

@@ -60,7 +60,7 @@ class OAuthClientStore:
     async def get(self, client: str) -> Entity:
         """Return one client, without its secret, which is not stored."""
         self._context.require_unbound("read clients")
-        with _named(client):
+        with _presented(client):
             return await self._context.get("client", await self._row_id(client))
 
     async def list_by_id(self, after: str, limit: int, *, kind: str | None = None) -> list[Entity]:
@@ -82,7 +82,7 @@ class OAuthClientStore:
             if described is not None and described.row_id == row:
                 async with self._context.transaction() as transaction:
                     await _add(transaction, described)
-        with _named(client):
+        with _presented(client):
             return await self._context.change("client", row, changes, if_match)
 
     async def delete(self, client: str, *, if_match: str | None = None) -> Entity:
@@ -91,7 +91,7 @@ class OAuthClientStore:
         One that is not registered gets a new row when a user consents again: to refuse it, disable it instead.
         """
         self._context.require_unbound("delete clients")
-        with _named(client):
+        with _presented(client):
             return await self._context.delete("client", await self._row_id(client), if_match)
 
     async def _row_id(self, client: str) -> str:
@@ -117,8 +117,8 @@ class OAuthClientStore:
 
 
 @contextlib.contextmanager
-def _named(client: str) -> Iterator[None]:
-    """A client that does not exist is named by the id that the operator has given, not by the id of its row."""
+def _presented(client: str) -> Iterator[None]:
+    """Report an unknown client by the id that the caller has used, not by that of its row."""
     try:
         yield
     except NotFound as error:

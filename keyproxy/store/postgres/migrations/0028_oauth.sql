@@ -220,6 +220,18 @@ CREATE TRIGGER note_update AFTER UPDATE ON keyproxy.oauth_clients FOR EACH ROW
     WHEN ((OLD.id, OLD.disabled_at) IS DISTINCT FROM (NEW.id, NEW.disabled_at))
     EXECUTE FUNCTION keyproxy.note_client_change();
 
+-- With session_replication_role = replica deletions do not cascade: these triggers, which are enabled for that mode alone, note
+-- the tokens that are left. A token without its session, grant or client is no credential.
+CREATE TRIGGER note_orphans AFTER DELETE ON keyproxy.oauth_sessions
+    FOR EACH ROW EXECUTE FUNCTION keyproxy.note_session_change();
+CREATE TRIGGER note_orphans AFTER DELETE ON keyproxy.oauth_grants
+    FOR EACH ROW EXECUTE FUNCTION keyproxy.note_grant_change();
+CREATE TRIGGER note_orphans AFTER DELETE ON keyproxy.oauth_clients
+    FOR EACH ROW EXECUTE FUNCTION keyproxy.note_client_change();
+ALTER TABLE keyproxy.oauth_sessions ENABLE REPLICA TRIGGER note_orphans;
+ALTER TABLE keyproxy.oauth_grants ENABLE REPLICA TRIGGER note_orphans;
+ALTER TABLE keyproxy.oauth_clients ENABLE REPLICA TRIGGER note_orphans;
+
 CREATE TRIGGER note_truncate AFTER TRUNCATE ON keyproxy.oauth_access_tokens
     FOR EACH STATEMENT EXECUTE FUNCTION keyproxy.note_truncate();
 CREATE TRIGGER note_truncate AFTER TRUNCATE ON keyproxy.oauth_sessions
@@ -247,30 +259,32 @@ $$;
 
 CREATE FUNCTION keyproxy.end_key_logins() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
+DECLARE
+    of_key constant text := coalesce(NEW.id, OLD.id);
 BEGIN
-    IF OLD.revoked_at IS NULL AND NEW.revoked_at IS NOT NULL
+    IF TG_OP = 'DELETE' OR OLD.revoked_at IS NULL AND NEW.revoked_at IS NOT NULL
        OR NOT NEW.scopes @> OLD.scopes OR NOT NEW.roles @> OLD.roles OR NEW.is_test <> OLD.is_test
        -- A user that is renamed keeps its sessions; a key that is given to another user does not.
        OR NEW.user_id <> OLD.user_id AND EXISTS (SELECT FROM keyproxy.users AS u WHERE u.id = OLD.user_id) THEN
-        PERFORM keyproxy.hold_grants_of_key(NEW.id);
+        PERFORM keyproxy.hold_grants_of_key(of_key);
         DELETE FROM keyproxy.oauth_sessions AS s WHERE s.id = ANY (ARRAY(
-            SELECT o.id FROM keyproxy.oauth_sessions AS o WHERE o.via_key = NEW.id ORDER BY o.id FOR UPDATE
+            SELECT o.id FROM keyproxy.oauth_sessions AS o WHERE o.via_key = of_key ORDER BY o.id FOR UPDATE
         ));
-        DELETE FROM keyproxy.oauth_codes AS c WHERE c.via_key = NEW.id;
+        DELETE FROM keyproxy.oauth_codes AS c WHERE c.via_key = of_key;
         RETURN NULL;
     END IF;
     IF NEW.expires_at IS DISTINCT FROM OLD.expires_at THEN
-        PERFORM keyproxy.hold_grants_of_key(NEW.id);
+        PERFORM keyproxy.hold_grants_of_key(of_key);
         UPDATE keyproxy.oauth_sessions AS s SET expires_at = NEW.expires_at WHERE s.id = ANY (ARRAY(
             SELECT o.id FROM keyproxy.oauth_sessions AS o
-            WHERE o.via_key = NEW.id AND o.expires_at > NEW.expires_at ORDER BY o.id FOR NO KEY UPDATE
+            WHERE o.via_key = of_key AND o.expires_at > NEW.expires_at ORDER BY o.id FOR NO KEY UPDATE
         ));
         UPDATE keyproxy.oauth_codes AS c SET expires_at = NEW.expires_at
-        WHERE c.via_key = NEW.id AND c.expires_at > NEW.expires_at;
+        WHERE c.via_key = of_key AND c.expires_at > NEW.expires_at;
     END IF;
     IF (NEW.suspended_at IS NULL) <> (OLD.suspended_at IS NULL) THEN
         PERFORM keyproxy.note_tokens_of_sessions(ARRAY(
-            SELECT s.id FROM keyproxy.oauth_sessions AS s WHERE s.via_key = NEW.id
+            SELECT s.id FROM keyproxy.oauth_sessions AS s WHERE s.via_key = of_key
         ));
     END IF;
     RETURN NULL;
@@ -281,6 +295,44 @@ CREATE TRIGGER end_logins AFTER UPDATE ON keyproxy.api_keys FOR EACH ROW
           IS DISTINCT FROM
           (NEW.user_id, NEW.scopes, NEW.roles, NEW.is_test, NEW.expires_at, NEW.revoked_at IS NULL, NEW.suspended_at IS NULL))
     EXECUTE FUNCTION keyproxy.end_key_logins();
+
+-- A deletion cascades, except with session_replication_role = replica.
+CREATE TRIGGER end_orphans AFTER DELETE ON keyproxy.api_keys
+    FOR EACH ROW EXECUTE FUNCTION keyproxy.end_key_logins();
+ALTER TABLE keyproxy.api_keys ENABLE REPLICA TRIGGER end_orphans;
+
+-- An account at the identity provider that is linked to another user keeps no session or code of the former one. The locks are
+-- taken as for a key.
+CREATE FUNCTION keyproxy.end_subject_logins() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
+DECLARE
+    of_issuer constant text := coalesce(NEW.issuer, OLD.issuer);
+    of_subject constant text := coalesce(NEW.subject, OLD.subject);
+    held text[];
+BEGIN
+    -- A user that is renamed keeps its sessions.
+    IF TG_OP = 'UPDATE' AND NOT EXISTS (SELECT FROM keyproxy.users AS u WHERE u.id = OLD.user_id) THEN
+        RETURN NULL;
+    END IF;
+    held := ARRAY(
+        SELECT s.grant_id FROM keyproxy.oauth_sessions AS s WHERE s.via_issuer = of_issuer AND s.via_subject = of_subject
+        UNION SELECT c.grant_id FROM keyproxy.oauth_codes AS c WHERE c.via_issuer = of_issuer AND c.via_subject = of_subject
+    );
+    PERFORM FROM keyproxy.oauth_grants AS g WHERE g.id = ANY (held) ORDER BY g.id FOR UPDATE;
+    DELETE FROM keyproxy.oauth_sessions AS s WHERE s.id = ANY (ARRAY(
+        SELECT o.id FROM keyproxy.oauth_sessions AS o WHERE o.via_issuer = of_issuer AND o.via_subject = of_subject
+        ORDER BY o.id FOR UPDATE
+    ));
+    DELETE FROM keyproxy.oauth_codes AS c WHERE c.via_issuer = of_issuer AND c.via_subject = of_subject;
+    RETURN NULL;
+END
+$$;
+CREATE TRIGGER end_logins AFTER UPDATE ON keyproxy.oauth_subjects FOR EACH ROW
+    WHEN (OLD.user_id <> NEW.user_id) EXECUTE FUNCTION keyproxy.end_subject_logins();
+CREATE TRIGGER end_orphans AFTER DELETE ON keyproxy.oauth_subjects
+    FOR EACH ROW EXECUTE FUNCTION keyproxy.end_subject_logins();
+ALTER TABLE keyproxy.oauth_subjects ENABLE ALWAYS TRIGGER end_logins;
+ALTER TABLE keyproxy.oauth_subjects ENABLE REPLICA TRIGGER end_orphans;
 
 -- A role that loses scopes narrows the keys that have it: end what was granted beyond what they still have. Null: any role.
 CREATE FUNCTION keyproxy.end_logins_beyond_roles(of_role text, lost text[]) RETURNS void
@@ -365,7 +417,7 @@ DECLARE
 BEGIN
     FOR feed IN
         SELECT tgrelid::regclass AS home, tgname FROM pg_trigger
-        WHERE tgname LIKE 'note\_%'
+        WHERE tgname LIKE 'note\_%' AND tgname <> 'note_orphans'
           AND tgrelid IN ('keyproxy.oauth_access_tokens'::regclass, 'keyproxy.oauth_sessions'::regclass,
                           'keyproxy.oauth_grants'::regclass, 'keyproxy.oauth_clients'::regclass)
     LOOP
