@@ -85,13 +85,14 @@ class Gateway(Gate):
         self._tool_rules = tool_calls.rules
         self._now = now
         self._documents = documents
+        self._document_targets = documents.targets
         self._undecided: set[asyncio.Task[None]] = set()
 
     def begin(self, exchange: Exchange) -> None:
         """Decide on a request: at once if all values are in memory, else after fetching the missing ones."""
         try:
-            head = exchange.head
-            if head is not None and head.line.target in self._documents.targets:
+            head = exchange.head if self._document_targets else None
+            if head is not None and head.line.target in self._document_targets:
                 document_requests.respond(exchange, self._documents)
                 return
             permit = self.decide(exchange)
@@ -100,12 +101,12 @@ class Gateway(Gate):
         except Refusal as refusal:
             exchange.refuse(refusal)
         else:
-            self._carry_out(exchange, permit)
+            if exchange.is_minting:
+                self._serve(exchange, permit)
+            else:
+                exchange.forward(permit)
 
-    def _carry_out(self, exchange: Exchange, permit: Permit) -> None:
-        if not exchange.is_minting:
-            exchange.forward(permit)
-            return
+    def _serve(self, exchange: Exchange, permit: Permit) -> None:
         identity, request = exchange.identity, exchange.mint_request
         assert identity is not None  # noqa: S101 - for the type checker: minting was admitted for it
         assert request is not None  # noqa: S101
@@ -283,9 +284,10 @@ class Gateway(Gate):
             permit = await missing.fetch_and_decide(
                 lambda: self.decide(exchange, is_first_lookup=False), lambda: exchange.is_over
             )
-            if permit is None:
-                return
-            self._carry_out(exchange, permit)
+            if permit is not None and exchange.is_minting:
+                self._serve(exchange, permit)
+            elif permit is not None:
+                exchange.forward(permit)
         except Refusal as refusal:
             exchange.refuse(refusal)
         except Exception:  # noqa: BLE001 - the outermost boundary of this task

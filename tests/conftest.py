@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import secrets
@@ -22,6 +23,7 @@ from keyproxy.store.embedded import embedded_postgres
 from keyproxy.store.postgres import migrations, scratch_databases
 from keyproxy.store.postgres.database import Database
 from tests import server as servers
+from tests.common_database import CommonDatabase
 from tests.server import Server
 
 # How properties are searched for: a slow machine is no defect, and a run leaves no files behind.
@@ -31,25 +33,6 @@ settings.register_profile(
 settings.load_profile("keyproxy")
 
 _TEMPLATE = f"kp_test_template_{secrets.token_hex(4)}"
-
-#: Removes what a test may leave behind: connections, then rows. The replica role allows deletes from the audit log.
-_EMPTY = """
-SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
-WHERE datname = current_database() AND pid <> pg_backend_pid();
-SET session_replication_role = replica;
-DO $$
-DECLARE
-    home regclass;
-BEGIN
-    FOR home IN SELECT oid::regclass FROM pg_class
-                WHERE relnamespace = 'keyproxy'::regnamespace AND relkind = 'r'
-                  AND relname NOT IN ('migrations', 'ledger', 'ledger_history') LOOP
-        EXECUTE format('DELETE FROM %s', home);
-    END LOOP;
-END
-$$;
-UPDATE keyproxy.ledger_history SET changed_at = '-infinity', settles_until = '-infinity';
-"""
 
 #: Tests do not need their data to survive a power cut.
 _FAST = {
@@ -61,6 +44,9 @@ _FAST = {
 _MEMORY = Path("/dev/shm")
 _MEMORY_BYTES_MIN = 4 * 2**30
 
+
+# Until all tests are collected: hardly anything of what imports and parameters make is garbage.
+gc.disable()
 
 _IS_COMPILED = not gateway.__file__.endswith(".py")
 
@@ -83,6 +69,12 @@ def pytest_configure() -> None:
     sys.dont_write_bytecode = False
     if os.environ.get("EXPECT_COMPILED") == "1" and not _IS_COMPILED:
         raise pytest.UsageError(f"the compiled build was to be tested, not {gateway.__file__}")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what has been imported and collected out of every later collection of garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_report_header() -> str:
@@ -116,22 +108,21 @@ def postgres() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def common_dsn(postgres: Server) -> Iterator[str]:
+def common_database(postgres: Server) -> Iterator[CommonDatabase]:
     """A migrated database that tests share: see `shared_dsn`."""
     name = f"kp_test_common_{secrets.token_hex(4)}"
-    asyncio.run(scratch_databases.create(postgres.dsn("postgres"), name))
-    asyncio.run(migrations.migrate(postgres.dsn(name)))
-    yield postgres.dsn(name)
+    asyncio.run(scratch_databases.create(postgres.dsn("postgres"), name, template=_TEMPLATE))
+    common = CommonDatabase(postgres.dsn(name))
+    yield common
+    common.close()
     asyncio.run(scratch_databases.drop(postgres.dsn("postgres"), name))
 
 
 @pytest.fixture
-async def shared_dsn(common_dsn: str) -> str:
+def shared_dsn(common_database: CommonDatabase) -> str:
     """The shared database, emptied."""
-    connection = await asyncpg.connect(common_dsn)
-    await connection.execute(_EMPTY)
-    await connection.close()
-    return common_dsn
+    common_database.empty()
+    return common_database.dsn
 
 
 @pytest.fixture

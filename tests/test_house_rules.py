@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import collections
+import functools
 import graphlib
 import io
 import re
@@ -121,17 +122,20 @@ def _room(path: Path) -> str:
     return "" if parts == ("__init__",) else parts[0]
 
 
-def _imports(path: Path) -> Iterator[str]:
+@functools.cache
+def _imports(path: Path) -> tuple[str, ...]:
     """Every module a file imports, also inside functions and under TYPE_CHECKING."""
+    found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{_name(path)} imports relatively"
             if (node.module or "").partition(".")[0] == "keyproxy":
-                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+                found += [f"{node.module}.{alias.name}" for alias in node.names]
             else:
-                yield node.module or ""
+                found.append(node.module or "")
+    return tuple(found)
 
 
 def _functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -140,61 +144,83 @@ def _functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
             yield node
 
 
-@pytest.mark.parametrize("path", MODULES, ids=_name)
-def test_module_imports_only_lower_ranks(path: Path) -> None:
-    here = _room(path)
-    for imported in _imports(path):
-        if imported.partition(".")[0] != "keyproxy":
-            continue
-        there = [*imported.split("."), ""][1]
-        there = there if there in RANKS else ""  # `from keyproxy import __version__`
-        assert there == here or RANKS[there] < RANKS[here], f"{here} imports {there}"
+# A test checks all modules and lists what is wrong: a test per module would cost more than the check.
 
 
-@pytest.mark.parametrize("path", MODULES, ids=_name)
-def test_library_is_imported_only_in_its_home_and_never_below_the_edges(path: Path) -> None:
-    here = _room(path)
-    for imported in _imports(path):
-        library = imported.partition(".")[0]
-        if library in HOMES:
-            assert here in HOMES[library], f"{library} in {here}"
-        else:
-            assert library in sys.stdlib_module_names | {"keyproxy"}, f"{library} has no home"
-        if RANKS[here] < PURE_BELOW:
-            assert library not in IMPURE, f"{library} in the pure room {here}"
+def test_module_imports_only_lower_ranks() -> None:
+    wrong = []
+    for path in MODULES:
+        here = _room(path)
+        for imported in _imports(path):
+            if imported.partition(".")[0] != "keyproxy":
+                continue
+            there = [*imported.split("."), ""][1]
+            there = there if there in RANKS else ""  # `from keyproxy import __version__`
+            if not (there == here or RANKS[there] < RANKS[here]):
+                wrong.append(f"{_name(path)} imports {there}")
+    assert wrong == []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=_name)
-def test_modules_functions_and_signatures_are_within_their_size_limits(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MODULE_LINES_MAX
-    for function in _functions(path):
-        assert function.end_lineno is not None
-        length = function.end_lineno - function.lineno + 1
-        assert length <= FUNCTION_LINES_MAX, f"{function.name} has {length} lines"
-        positional = len(function.args.posonlyargs) + len(function.args.args)
-        is_command = any("command" in ast.unparse(decorator) for decorator in function.decorator_list)
-        is_made_of_parts = function.name == "__init__"
-        assert positional <= POSITIONAL_MAX or is_command or is_made_of_parts, f"{function.name} takes {positional}"
+def test_library_is_imported_only_in_its_home_and_never_below_the_edges() -> None:
+    wrong = []
+    for path in MODULES:
+        here = _room(path)
+        for imported in _imports(path):
+            library = imported.partition(".")[0]
+            if library not in HOMES and library not in sys.stdlib_module_names | {"keyproxy"}:
+                wrong.append(f"{library} in {_name(path)} has no home")
+            if here not in HOMES.get(library, {here}):
+                wrong.append(f"{library} in {_name(path)}")
+            if RANKS[here] < PURE_BELOW and library in IMPURE:
+                wrong.append(f"{library} in the pure room of {_name(path)}")
+    assert wrong == []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=_name)
-def test_every_module_and_public_name_has_a_docstring(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    assert ast.get_docstring(tree), "the module has no docstring"
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
-            assert ast.get_docstring(node), f"{node.name} has no docstring"
+def test_modules_functions_and_signatures_are_within_their_size_limits() -> None:
+    wrong = []
+    for path in MODULES:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > MODULE_LINES_MAX:
+            wrong.append(f"{_name(path)} has {lines} lines")
+        for function in _functions(path):
+            assert function.end_lineno is not None
+            length = function.end_lineno - function.lineno + 1
+            if length > FUNCTION_LINES_MAX:
+                wrong.append(f"{function.name} of {_name(path)} has {length} lines")
+            positional = len(function.args.posonlyargs) + len(function.args.args)
+            if positional <= POSITIONAL_MAX or function.name == "__init__":
+                continue
+            if not any("command" in ast.unparse(decorator) for decorator in function.decorator_list):
+                wrong.append(f"{function.name} of {_name(path)} takes {positional}")
+    assert wrong == []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=_name)
-def test_no_blind_except_below_an_outermost_boundary(path: Path) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for node in ast.walk(ast.parse("\n".join(lines))):
-        if isinstance(node, ast.ExceptHandler):
-            caught = "" if node.type is None else ast.unparse(node.type)
-            assert caught not in ("", "BaseException"), f"line {node.lineno}"
-            if caught == "Exception":
-                assert "outermost boundary" in lines[node.lineno - 1], f"line {node.lineno}"
+def test_every_module_and_public_name_has_a_docstring() -> None:
+    wrong = []
+    for path in MODULES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if not ast.get_docstring(tree):
+            wrong.append(_name(path))
+        wrong += [
+            f"{node.name} of {_name(path)}"
+            for node in tree.body
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            and not (node.name.startswith("_") or ast.get_docstring(node))
+        ]
+    assert wrong == []
+
+
+def test_no_blind_except_below_an_outermost_boundary() -> None:
+    wrong = []
+    for path in MODULES:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.ExceptHandler):
+                caught = "" if node.type is None else ast.unparse(node.type)
+                is_boundary = caught == "Exception" and "outermost boundary" in lines[node.lineno - 1]
+                if caught in ("", "BaseException", "Exception") and not is_boundary:
+                    wrong.append(f"{_name(path)}:{node.lineno}")
+    assert wrong == []
 
 
 def test_no_import_cycles() -> None:

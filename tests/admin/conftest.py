@@ -130,7 +130,7 @@ async def add_oauth_session(api: Api, user: str) -> tuple[str, str]:
 
 
 @pytest.fixture
-async def dsn(shared_dsn: str) -> str:
+def dsn(shared_dsn: str) -> str:
     """A migrated, empty database."""
     return shared_dsn
 

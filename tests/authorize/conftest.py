@@ -11,7 +11,7 @@ from tests.authorize.authority import Authority, authorizing
 
 
 @pytest.fixture
-async def dsn(shared_dsn: str) -> str:
+def dsn(shared_dsn: str) -> str:
     """A migrated, empty database."""
     return shared_dsn
 

@@ -44,7 +44,7 @@ StartServer = Callable[..., EmbeddedServer]
 
 
 @pytest.fixture
-async def dsn(shared_dsn: str) -> str:
+def dsn(shared_dsn: str) -> str:
     """A migrated, empty database. Emptying a shared one is much faster than cloning one, which takes 0.25 s."""
     return shared_dsn
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from keyproxy.reasons import Reason, Refusal
 from tests.rawhttp import OK, Client, Message, Upstream
 from tests.waiting import until
 from tests.wire.conftest import Start, Wire, request
@@ -61,16 +62,17 @@ async def test_g3_connection_that_cannot_be_replaced_burns_no_approval(start: St
     wire = await begin(start, upstream={"connections_max": 1, "connect_timeout_seconds": 0.5})
     await approved(wire, PAY)
     assert (await answer(wire, request("GET", "/other"))).status == 200
-    opening, is_opening = wire.pool._connector.open, asyncio.Event()
+    connector, loop, is_opening = wire.pool._connector, asyncio.get_running_loop(), asyncio.Event()
 
-    async def never(_make: object) -> object:
+    async def create_connection(*arguments: Any, **options: Any) -> object:
         is_opening.set()
-        if leaves:
-            await asyncio.sleep(0.3)
-            return await opening(_make)  # type: ignore[arg-type]
-        return Refusal(Reason.UPSTREAM_UNREACHABLE, "it does not accept")
+        if not leaves:
+            raise ConnectionRefusedError
+        await asyncio.sleep(0.3)
+        return await loop.create_connection(*arguments, **options)
 
-    wire.pool._connector.open = never  # type: ignore[method-assign,assignment]
+    # Not the connector's method: that of a compiled class cannot be replaced.
+    connector._loop = cast("asyncio.AbstractEventLoop", SimpleNamespace(create_connection=create_connection))
     async with wire.client() as client:
         await client.send(PAY)
         await is_opening.wait()
@@ -79,7 +81,7 @@ async def test_g3_connection_that_cannot_be_replaced_burns_no_approval(start: St
         else:
             assert code(await client.answer()) == "upstream_unreachable"
     await until(lambda: len(wire.approvals.approved) == 1)
-    wire.pool._connector.open = opening  # type: ignore[method-assign]
+    connector._loop = loop
     await until(lambda: not wire.pool.counts()["connecting"])
     assert (await answer(wire, PAY)).status == 200
     assert (await answer(wire, request("GET", "/other"))).status == 200

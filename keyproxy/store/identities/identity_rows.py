@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
@@ -82,7 +83,8 @@ def identity_of(row: Row, header_prefix: str, resources: TokenResources = NO_RES
 def _oauth_of(row: Row) -> OAuthSession | None:
     if row["oauth_client"] is None:
         return None
-    return OAuthSession(row["key_pool"], row["oauth_client"], row["bound_to"])
+    # A client has many sessions, and each session several tokens.
+    return OAuthSession(row["key_pool"], sys.intern(row["oauth_client"]), row["bound_to"])
 
 
 def standing_of(row: Row) -> Reason | None:
