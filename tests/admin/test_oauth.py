@@ -212,6 +212,7 @@ async def test_registered_client_precedes_a_known_one_with_its_id(api: Api) -> N
 
 @pytest.mark.parametrize("presented", ["worker", "cli_" + "0" * 32, "listed:Fred's", "kpc1_AAAA"])
 async def test_client_that_no_id_describes_is_not_found(operations: DirectoryOperations, presented: str) -> None:
+    named = re.escape(f"there is no client {presented!r}")
     for disabled in (True, False):
         with pytest.raises(NotFound, match=named):
             await operations.oauth_clients.change(presented, {"disabled": disabled})
