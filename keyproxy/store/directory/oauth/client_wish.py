@@ -37,7 +37,8 @@ class OAuthClientWish:
     """The properties of a registered client.
 
     `user`: the owner of the tokens that it gets by client_credentials, with `scopes`; None: it gets none that way.
-    `is_test`: these tokens are for `oauth.test_resource`. `redirect_uris`: where browsers return; without any it cannot ask users.
+    `is_test`: these tokens are for `oauth.test_resource`. `redirect_uris`: where browsers return; without any it cannot
+    ask users.
     """
 
     client_id: str
