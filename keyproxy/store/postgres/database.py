@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import asyncpg
@@ -73,7 +73,7 @@ Row = asyncpg.Record
 class Transaction:
     """Statements inside one transaction. The server keeps none of them prepared: see the module."""
 
-    def __init__(self, connection: Any, statements: dict[str, str], where: str) -> None:
+    def __init__(self, connection: Any, statements: Mapping[str, str], where: str) -> None:
         self._connection = connection
         self._statements = statements
         self.where = where

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Mapping
 from importlib import resources
 
 _NAME = re.compile(r"^-- name: ([a-z_]+)$", re.MULTILINE)
 
 
-def load() -> dict[str, str]:
-    """All statements by name, without the comments around them. Raises ValueError for a duplicate name."""
+@functools.cache
+def load() -> Mapping[str, str]:
+    """All statements by name, without the comments around them; read once. Raises ValueError for a duplicate name."""
     text = resources.files(__package__).joinpath("queries.sql").read_text(encoding="utf-8")
     _, *parts = _NAME.split(text)
     statements: dict[str, str] = {}
