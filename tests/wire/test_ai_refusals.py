@@ -220,7 +220,12 @@ async def test_requests_for_which_repeats_are_off_are_charged_each_time(start: S
     ("settings", "body", "lines", "expected"),
     [
         (SMALL, b"{%b}" % (b" " * 65_536), (), (413, "body_too_large")),
-        (SMALL, gzip.compress(b"{%b}" % (b" " * 100_000), mtime=0), ("Content-Encoding: gzip",), (413, "body_too_large")),
+        (
+            SMALL,
+            gzip.compress(b"{%b}" % (b" " * 100_000), mtime=0),
+            ("Content-Encoding: gzip",),
+            (413, "body_too_large"),
+        ),
         ({}, gzip.compress(b"{%b}" % (b" " * 500_000), mtime=0), ("Content-Encoding: gzip",), (413, "body_too_large")),
         ({"json_values_max": 3}, b"[1,2,3,4]", (), (400, "request_malformed")),
         ({"json_containers_max": 3}, b"[[],[],[]]", (), (400, "request_malformed")),
