@@ -32,8 +32,6 @@ settings.register_profile(
 )
 settings.load_profile("keyproxy")
 
-_ACCEPTANCE = Path(__file__).parent / "acceptance"
-
 _TEMPLATE = f"kp_test_template_{secrets.token_hex(4)}"
 
 #: Tests do not need their data to survive a power cut.
@@ -71,25 +69,6 @@ def pytest_configure() -> None:
     sys.dont_write_bytecode = False
     if os.environ.get("EXPECT_COMPILED") == "1" and not _IS_COMPILED:
         raise pytest.UsageError(f"the compiled build was to be tested, not {gateway.__file__}")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let two of several processes begin with the tests of whole processes, which wait more than they compute.
-
-    Each process begins with one contiguous part of the list. In the order of their names these tests would all be in the
-    first part: the others would run out of work, and then all would wait at once, with the processor idle.
-    """
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    if workers < 3:
-        return
-    waiting = [item for item in items if _ACCEPTANCE in item.path.parents]
-    modules = list(dict.fromkeys(item.path for item in waiting))
-    late = set(modules[len(modules) // 2 :])
-    first = [item for item in waiting if item.path not in late]
-    second = [item for item in waiting if item.path in late]
-    others = [item for item in items if _ACCEPTANCE not in item.path.parents]
-    between = max(0, len(items) * (workers // 2) // workers - len(first))
-    items[:] = [*first, *others[:between], *second, *others[between:]]
 
 
 def pytest_collection_finish() -> None:
