@@ -35,13 +35,16 @@ class Client:
             return response.status, content.get("code", "")
 
     async def resource(self) -> str:
-        """The resource that the metadata name, and where the challenge of a 401 leads to."""
-        async with self._session.get(f"{self._url}/v1/jobs") as response:
-            challenge = response.headers.getall("WWW-Authenticate")[0]
+        """The resource that the metadata name."""
         async with self._session.get(f"{self._url}{METADATA}") as response:
             resource: str = (await response.json())["resource"]
-        assert resource.replace(ISSUER, f"{ISSUER}{METADATA}") in challenge
         return resource
+
+    async def is_led_to(self, resource: str) -> bool:
+        """Whether the challenge of a 401 leads to the metadata of this resource."""
+        async with self._session.get(f"{self._url}/v1/jobs") as response:
+            challenge = response.headers.getall("WWW-Authenticate")[0]
+        return resource.replace(ISSUER, f"{ISSUER}{METADATA}") in challenge
 
 
 def _resource(config: Path, resource: str) -> None:
@@ -67,12 +70,14 @@ async def test_a_token_is_good_for_the_configured_resource_until_its_session_end
         assert await client.call(2) == await client.call() == (200, "")
         assert site.upstream.requests[-1].one("X-Keyproxy-Key-Id") == session_id(1)
         assert await client.resource() == RESOURCE
+        assert await client.is_led_to(RESOURCE)
         # Another resource: a token for the former one is invalid at once.
         for resource, outcome in ((f"{ISSUER}/other", (401, "api_key_invalid")), (RESOURCE, (200, ""))):
             _resource(site.config, resource)
             process.send_signal(signal.SIGHUP)
             while await client.resource() != resource:
                 await asyncio.sleep(0.02)
+            assert await client.is_led_to(resource)
             assert await client.call() == outcome
         await sql.execute("DELETE FROM keyproxy.oauth_sessions WHERE id = $1", session_id(1))
         async with asyncio.timeout(1.0):
