@@ -53,6 +53,12 @@ async def test_no_request_fails_with_few_connections_and_readiness_reports_the_s
 
     async with site.serving():
         await until(lambda: _has_store(site))
+        # A database that is slow for a moment: lookups overlap, so the proxy needs more connections than it may have.
+        async with sql.transaction():
+            await sql.execute("LOCK TABLE keyproxy.api_keys, keyproxy.changes IN ACCESS EXCLUSIVE MODE")
+            slow = asyncio.gather(*(site.call(key) for key in keys[:64]))
+            await asyncio.sleep(0.5)
+        assert set(await slow) == {(200, "")}
         for _ in range(3):
             await asyncio.gather(*(ask(number) for number in range(CLIENTS)))
             await asyncio.sleep(1.0)
