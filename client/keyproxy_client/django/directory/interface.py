@@ -1,8 +1,8 @@
-"""What both directories do: users are created, disabled, enabled and deleted, keys are issued, rotated and revoked.
+"""The operations on users and keys in keyproxy, which SQL and the admin API implement.
 
-`SqlDirectory` runs statements on a connection of Django, within the transaction that is open there. `ApiDirectory` sends
-requests to the admin API. Every operation may be repeated: repeated, it changes nothing, and only issuing makes another
-key. Each raises DirectoryError and its kinds.
+By SQL they are statements on a connection of Django, in the transaction that is open there; by the admin API they are
+requests. Every operation can be repeated: repeated, it changes nothing, except that issuing makes another key. Each
+raises DirectoryError and its kinds.
 """
 
 from __future__ import annotations
@@ -94,40 +94,48 @@ class Created:
     key: IssuedKey | None = None
 
 
-class Directory(Protocol):
-    """The users and keys of keyproxy. `actor`: the author of the change, for the audit log of keyproxy."""
+class Users(Protocol):
+    """The users of keyproxy. `actor`: the author of a change, for the audit log of keyproxy."""
 
-    def create_user(
+    def create(
         self, user: str, tenant: str, *, actor: str, first_key: KeyWish | None = None, event: str = ""
     ) -> Created:
         """Create a user, with a first live key if `first_key` is given; an existing user stays unchanged, without a key.
 
-        `event` identifies the sign-up, so that its repetition is recognised even after the user was deleted. Raises
-        ProvisionConflict if the id belongs to another tenant, and NotInDirectory if there is no such tenant.
+        `event` identifies the sign-up, so that it is distinguished from an earlier one of a user that was deleted since.
+        Raises ProvisionConflict if the id belongs to another tenant, and NotInDirectory if there is no such tenant.
         """
         ...
 
-    def set_disabled(self, user: str, is_disabled: bool, *, actor: str) -> bool:
-        """Disable or enable a user, and return whether it exists. A disabled user keeps the time of its disabling."""
+    def disable(self, user: str, *, actor: str) -> bool:
+        """Disable a user, and return whether it exists. A disabled user keeps the time at which it was disabled."""
         ...
 
-    def delete_user(self, user: str, *, actor: str) -> bool:
+    def enable(self, user: str, *, actor: str) -> bool:
+        """Enable a user, and return whether it exists."""
+        ...
+
+    def delete(self, user: str, *, actor: str) -> bool:
         """Delete a user with its keys, and return whether it existed."""
         ...
 
-    def get_user(self, user: str) -> DirectoryUser | None:
-        """The user, or None."""
+    def get(self, user: str) -> DirectoryUser | None:
+        """The user, or None. The admin API requires the scope keys:read, here and for lists."""
         ...
 
-    def users(self, tenant: str | None = None, *, batch: int = 500) -> Iterator[DirectoryUser]:
-        """All users, or those of one tenant, in no particular order, read `batch` at a time."""
+    def pages(self, tenant: str | None = None, *, size: int = 500) -> Iterator[list[DirectoryUser]]:
+        """All users, or those of one tenant, in pages that are read when they are needed."""
         ...
 
-    def issue_key(self, user: str, wish: KeyWish, *, actor: str) -> IssuedKey:
+
+class Keys(Protocol):
+    """The keys of keyproxy. `actor`: as for Users."""
+
+    def issue(self, user: str, wish: KeyWish, *, actor: str) -> IssuedKey:
         """Issue a key. Raises NotInDirectory if there is no such user."""
         ...
 
-    def rotate_key(self, key_id: str, *, grace: timedelta, life: timedelta | None, actor: str) -> IssuedKey:
+    def rotate(self, key_id: str, *, grace: timedelta, life: timedelta | None, actor: str) -> IssuedKey:
         """Replace a key. The old one works for `grace` longer, or until its expiry if that is sooner.
 
         The new key has the user, name, scopes and mode of the old one, and its `life`. Raises NotInDirectory, or
@@ -135,10 +143,18 @@ class Directory(Protocol):
         """
         ...
 
-    def revoke_key(self, key_id: str, reason: str, *, actor: str) -> DirectoryKey:
+    def revoke(self, key_id: str, reason: str, *, actor: str) -> DirectoryKey:
         """Revoke a key permanently and return it. A revoked key keeps its time and reason. Raises NotInDirectory."""
         ...
 
-    def keys(self, user: str) -> list[DirectoryKey]:
-        """All keys of a user, the newest first; with the admin API this needs the scope keys:read."""
+    def of_user(self, user: str) -> list[DirectoryKey]:
+        """All keys of a user, the newest first. The admin API requires the scope keys:read."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """The users and keys of keyproxy, over one of the two ways to it."""
+
+    users: Users
+    keys: Keys

@@ -1,5 +1,7 @@
 """The outbox of events for keyproxy, and the sealed credentials of users."""
 
+from typing import ClassVar
+
 import django.db.models.deletion
 import django.utils.timezone
 from django.conf import settings
@@ -9,11 +11,11 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
     initial = True
 
-    dependencies = [
+    dependencies: ClassVar = [
         migrations.swappable_dependency(settings.AUTH_USER_MODEL),
     ]
 
-    operations = [
+    operations: ClassVar = [
         migrations.CreateModel(
             name="OutboxEvent",
             fields=[
