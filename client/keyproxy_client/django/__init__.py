@@ -1,1 +1,1 @@
-"""keyproxy in a Django project: add "keyproxy_client.django" to INSTALLED_APPS and `KEYPROXY` to the settings."""
+"""keyproxy for Django: identity of requests, users and keys that follow the application's users, settings and checks."""
