@@ -53,9 +53,10 @@ _HOLD_KEY: Final = """
 """
 
 _SUCCESSOR: Final = """
-    SELECT id, id = %s FROM keyproxy.api_keys
-    WHERE replaces = %s AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
-    LIMIT 1
+    SELECT id, id = %(new)s FROM keyproxy.api_keys
+    WHERE replaces = %(old)s
+      AND (id = %(new)s OR revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now()))
+    ORDER BY id = %(new)s DESC LIMIT 1
 """
 
 _RETIRE: Final = """
@@ -104,7 +105,7 @@ class SqlKeys:
             if row is None:
                 raise NotInDirectory(f"there is no key {key_id!r} in keyproxy")
             user, name, scopes, is_test, expires, is_revoked, is_expired = row
-            cursor.execute(_SUCCESSOR, [new_id, key_id])
+            cursor.execute(_SUCCESSOR, {"new": new_id, "old": key_id})
             successor = cursor.fetchone()
             if successor is not None and successor[1]:
                 raise AlreadyIssued(new_id)
