@@ -1,0 +1,160 @@
+"""The operations on users and keys in keyproxy, which SQL and the admin API implement.
+
+By SQL they are statements on a connection of Django, in the transaction that is open there; by the admin API they are
+requests. Every operation can be repeated: repeated, it changes nothing, except that issuing makes another key. Each
+raises DirectoryError and its kinds.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Final, Protocol
+
+#: The authors of changes in the audit log of keyproxy. The admin API records the token instead.
+ACTOR_SIGNUP: Final = "django:signup"
+ACTOR_DELETE: Final = "django:delete"
+ACTOR_SYNC: Final = "django:sync"
+ACTOR_ROTATE: Final = "django:rotate"
+
+_ALPHABET: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_ID_DIGITS: Final = 20
+
+
+def actor_of_admin(pk: object) -> str:
+    """The author of a change that a user of Django's admin made."""
+    return f"django:admin:{pk}"
+
+
+def new_key_id() -> str:
+    """A new, random id for a key, in keyproxy's format."""
+    return "key_" + "".join(secrets.choice(_ALPHABET) for _ in range(_ID_DIGITS))
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryUser:
+    """A user in keyproxy."""
+
+    id: str
+    tenant: str
+    disabled_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryKey:
+    """A key in keyproxy, without its secret, which is not stored."""
+
+    id: str
+    user: str
+    hint: str
+    name: str
+    scopes: tuple[str, ...]
+    is_test: bool
+    created_at: datetime
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+    revoke_reason: str | None = None
+    replaces: str | None = None
+    last_used_at: datetime | None = None
+
+    def works_at(self, now: datetime) -> bool:
+        """Whether the key is neither revoked nor expired at this time."""
+        return self.revoked_at is None and (self.expires_at is None or self.expires_at > now)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyWish:
+    """The properties of a new key. `life` None: it never expires."""
+
+    name: str = ""
+    scopes: Sequence[str] = ()
+    is_test: bool = False
+    life: timedelta | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class IssuedKey:
+    """A key that was just issued. `secret` is its plaintext: it exists only here, and no repr shows it."""
+
+    key_id: str
+    user: str
+    is_test: bool
+    expires_at: datetime | None
+    secret: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """The result of creating a user. `is_new` is False if it existed. `key` is the first key, if one was issued now."""
+
+    user: DirectoryUser
+    is_new: bool
+    key: IssuedKey | None = None
+
+
+class Users(Protocol):
+    """The users of keyproxy. `actor`: the author of a change, for the audit log of keyproxy."""
+
+    def create(
+        self, user: str, tenant: str, *, actor: str, first_key: KeyWish | None = None, event: str = ""
+    ) -> Created:
+        """Create a user, with a first live key if `first_key` is given; an existing user stays unchanged, without a key.
+
+        `event` identifies the sign-up, so that it is distinguished from an earlier one of a user that was deleted since.
+        Raises ProvisionConflict if the id belongs to another tenant, and NotInDirectory if there is no such tenant.
+        """
+        ...
+
+    def disable(self, user: str, *, actor: str) -> bool:
+        """Disable a user, and return whether it exists. A disabled user keeps the time at which it was disabled."""
+        ...
+
+    def enable(self, user: str, *, actor: str) -> bool:
+        """Enable a user, and return whether it exists."""
+        ...
+
+    def delete(self, user: str, *, actor: str) -> bool:
+        """Delete a user with its keys, and return whether it existed."""
+        ...
+
+    def get(self, user: str) -> DirectoryUser | None:
+        """The user, or None. The admin API requires the scope keys:read, here and for lists."""
+        ...
+
+    def pages(self, tenant: str | None = None, *, size: int = 500) -> Iterator[list[DirectoryUser]]:
+        """All users, or those of one tenant, in pages that are read when they are needed."""
+        ...
+
+
+class Keys(Protocol):
+    """The keys of keyproxy. `actor`: as for Users."""
+
+    def issue(self, user: str, wish: KeyWish, *, actor: str) -> IssuedKey:
+        """Issue a key. Raises NotInDirectory if there is no such user."""
+        ...
+
+    def rotate(self, key_id: str, *, grace: timedelta, life: timedelta | None, actor: str) -> IssuedKey:
+        """Replace a key. The old one works for `grace` longer, or until its expiry if that is sooner.
+
+        The new key has the user, name, scopes and mode of the old one, and its `life`. Raises NotInDirectory, or
+        KeyConflict if the key is revoked, has expired, or has a working successor.
+        """
+        ...
+
+    def revoke(self, key_id: str, reason: str, *, actor: str) -> DirectoryKey:
+        """Revoke a key permanently and return it. A revoked key keeps its time and reason. Raises NotInDirectory."""
+        ...
+
+    def of_user(self, user: str) -> list[DirectoryKey]:
+        """All keys of a user, the newest first. The admin API requires the scope keys:read."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """The users and keys of keyproxy, over one of the two ways to it."""
+
+    users: Users
+    keys: Keys
