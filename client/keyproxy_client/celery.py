@@ -53,7 +53,7 @@ def _task_protocol(app: Celery) -> object:
     return copy.conf.task_protocol
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Run:
     """The task that runs in this context. `outer` is the task that called it eagerly."""
 
