@@ -76,13 +76,18 @@ class KeyWish:
 
 @dataclass(frozen=True, slots=True)
 class IssuedKey:
-    """A key that was just issued. `secret` is its plaintext: it exists only here, and no repr shows it."""
+    """A key that was just issued. `secret` is its plaintext: it exists only here, and no repr shows it.
+
+    `old_expires_at`: when the key that this one replaces expires.
+    """
 
     key_id: str
     user: str
     is_test: bool
     expires_at: datetime | None
     secret: str = field(repr=False)
+    scopes: tuple[str, ...] = ()
+    old_expires_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +136,21 @@ class Users(Protocol):
 class Keys(Protocol):
     """The keys of keyproxy. `actor`: as for Users."""
 
-    def issue(self, user: str, wish: KeyWish, *, actor: str) -> IssuedKey:
-        """Issue a key. Raises NotInDirectory if there is no such user."""
+    def issue(self, user: str, wish: KeyWish, *, actor: str, request: str = "") -> IssuedKey:
+        """Issue a key. `request` identifies the request, so that its repetition issues no second key.
+
+        Raises NotInDirectory if there is no such user, KeyLimitReached if it has `KEYS_PER_USER_MAX` working keys, and
+        AlreadyIssued if the request was performed before.
+        """
         ...
 
-    def rotate(self, key_id: str, *, grace: timedelta, life: timedelta | None, actor: str) -> IssuedKey:
+    def rotate(
+        self, key_id: str, *, grace: timedelta, life: timedelta | None, actor: str, request: str = ""
+    ) -> IssuedKey:
         """Replace a key. The old one works for `grace` longer, or until its expiry if that is sooner.
 
-        The new key has the user, name, scopes and mode of the old one, and its `life`. Raises NotInDirectory, or
-        KeyConflict if the key is revoked, has expired, or has a working successor.
+        The new key has the user, name, scopes and mode of the old one, and its `life`. Raises NotInDirectory,
+        KeyConflict if the key is revoked, has expired, or has a working successor, and AlreadyIssued like `issue`.
         """
         ...
 
