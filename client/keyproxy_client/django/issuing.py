@@ -38,13 +38,13 @@ def issue_for(
 
     `life`: None for ever; by default that of the settings. Raises DirectoryError.
     """
-    found, owner = directory(), keyproxy_id(user)
+    found, owner, tenant = directory(), keyproxy_id(user), tenant_of(user)
     wish = KeyWish(name, tuple(scopes), is_test, key_life() if life is _BY_SETTINGS else life)
     try:
-        return found.keys.issue(owner, wish, actor=actor, request=request)
+        return found.keys.issue(owner, tenant, wish, actor=actor, request=request)
     except NotInDirectory:
         # A user that is created now would be enabled.
         if settings().provision is None or not getattr(user, "is_active", True):
             raise
-        found.users.create(owner, tenant_of(user), actor=actor)
-        return found.keys.issue(owner, wish, actor=actor, request=request)
+        found.users.create(owner, tenant, actor=actor)
+        return found.keys.issue(owner, tenant, wish, actor=actor, request=request)

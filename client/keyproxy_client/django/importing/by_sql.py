@@ -14,8 +14,8 @@ from typing import Any, Final
 
 from django.db import DatabaseError, connections, transaction
 
+from keyproxy_client import keys as key_format
 from keyproxy_client.django.directory.errors import DirectoryRefused
-from keyproxy_client.django.directory.interface import new_key_id
 from keyproxy_client.django.importing.key_hashes import why_unusable
 from keyproxy_client.django.importing.old_keys import OldKey, Problem
 from keyproxy_client.django.importing.report import ImportReport
@@ -134,7 +134,7 @@ def _problem(key: OldKey, tenants: dict[str, str], present: dict[str, str]) -> s
 
 def _row(key: OldKey) -> dict[str, Any]:
     return {
-        "id": new_key_id(),
+        "id": key_format.new_key_id(),
         "user_id": key.user,
         # A random placeholder until the first use: no key has this digest.
         "digest": secrets.token_bytes(32).hex(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import batched
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -14,7 +14,7 @@ from django.db import connections
 from keyproxy_client.django.importing.by_api import ApiImport
 from keyproxy_client.django.importing.by_sql import SqlImport
 from keyproxy_client.django.importing.csv_file import CsvFile
-from keyproxy_client.django.importing.old_keys import ModelUnusable, OldKey, key_models, owner_field, read_keys
+from keyproxy_client.django.importing.old_keys import ModelUnusable, OldKey, key_models, owner_fields, read_keys
 from keyproxy_client.django.importing.report import ImportReport
 from keyproxy_client.django.management.reporting import Misuse, ReportingCommand
 from keyproxy_client.django.setting_checks import scopes
@@ -68,7 +68,7 @@ class Command(ReportingCommand):
         """Import the keys; a problem of one does not prevent the others."""
         try:
             wanted = scopes(options["scopes"])
-            models = [(model, owner_field(model, options["user_field"])) for model in key_models(options["models"])]
+            models = owner_fields(key_models(options["models"]), options["user_field"])
         except ValueError as error:
             raise Misuse(f"--scope: {error}") from error
         except ModelUnusable as error:
@@ -77,7 +77,8 @@ class Command(ReportingCommand):
         with ExitStack() as stack:
             way = _way(options, stack)
             for model, field in models:
-                for batch in batched(read_keys(model, field, wanted), _BATCH):
+                rows = read_keys(model, field, wanted)
+                while batch := list(islice(rows, _BATCH)):
                     report.problems += [one for one in batch if not isinstance(one, OldKey)]
                     keys = [one for one in batch if isinstance(one, OldKey)]
                     if keys:
