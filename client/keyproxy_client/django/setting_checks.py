@@ -145,7 +145,9 @@ def user_id(value: Any) -> Any:
         raise ValueError(wrong) from None
     fields = [(name, spec, conversion) for _, name, spec, conversion in parts if name is not None]
     if fields:
-        if any(not name.isidentifier() or name.startswith("_") or spec or conversion for name, spec, conversion in fields):
+        if any(
+            not name.isidentifier() or name.startswith("_") or spec or conversion for name, spec, conversion in fields
+        ):
             raise ValueError(f"{wrong}; a field is the name of one attribute")
         return value
     try:

@@ -30,9 +30,7 @@ class SettingsInvalid(ImproperlyConfigured):
 
 def _setting(default: Any, check: checks.Check, *, is_secret: bool = False) -> Any:
     """A field of Settings. A secret is never shown, neither in a fault nor by repr."""
-    return dataclasses.field(
-        default=default, repr=not is_secret, metadata={"check": check, "is_secret": is_secret}
-    )
+    return dataclasses.field(default=default, repr=not is_secret, metadata={"check": check, "is_secret": is_secret})
 
 
 def _dev_identity(value: Any) -> Mapping[str, Any] | None:

@@ -85,7 +85,9 @@ def _find(form: str | Callable[[Any], str], wanted: str) -> Any | None:
         return inverse(wanted)
     inverted = _inverse(form)
     if inverted is None:
-        raise ImproperlyConfigured("KEYPROXY['USER_ID'] has no inverse: it must be a format of one field, or a function")
+        raise ImproperlyConfigured(
+            "KEYPROXY['USER_ID'] has no inverse: it must be a format of one field, or a function"
+        )
     if not wanted.startswith(inverted.before) or not wanted.endswith(inverted.after):
         return None
     value = wanted[len(inverted.before) : len(wanted) - len(inverted.after)]
