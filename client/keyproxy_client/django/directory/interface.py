@@ -137,11 +137,11 @@ class Users(Protocol):
 class Keys(Protocol):
     """The keys of keyproxy. `actor`: as for Users."""
 
-    def issue(self, user: str, wish: KeyWish, *, actor: str, request: str = "") -> IssuedKey:
+    def issue(self, user: str, tenant: str, wish: KeyWish, *, actor: str, request: str = "") -> IssuedKey:
         """Issue a key. `request` identifies the request, so that its repetition issues no second key.
 
-        Raises NotInDirectory if there is no such user, KeyLimitReached if it has `KEYS_PER_USER_MAX` working keys, and
-        AlreadyIssued if the request was performed before.
+        Raises NotInDirectory if there is no such user, ProvisionConflict if it belongs to another tenant,
+        KeyLimitReached if it has `KEYS_PER_USER_MAX` working keys, and AlreadyIssued if the request was performed before.
         """
         ...
 
@@ -159,8 +159,8 @@ class Keys(Protocol):
         """Revoke a key permanently and return it. A revoked key keeps its time and reason. Raises NotInDirectory."""
         ...
 
-    def of_user(self, user: str) -> list[DirectoryKey]:
-        """All keys of a user, the newest first. The admin API requires the scope keys:read."""
+    def of_user(self, user: str, tenant: str) -> list[DirectoryKey]:
+        """All keys of a user of the tenant, the newest first. The admin API requires the scope keys:read."""
         ...
 
 

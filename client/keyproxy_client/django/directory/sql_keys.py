@@ -21,14 +21,17 @@ from keyproxy_client.django.directory.errors import (
     KeyConflict,
     KeyLimitReached,
     NotInDirectory,
+    ProvisionConflict,
 )
 from keyproxy_client.django.directory.interface import DirectoryKey, IssuedKey, KeyWish, id_of_request
 from keyproxy_client.django.directory.sql_connection import translated
 
-_COLUMNS: Final = "id, user_id, hint, name, scopes, is_test, created_at, expires_at, revoked_at, revoke_reason, replaces, last_used_at"
+_COLUMNS: Final = (
+    "id, user_id, hint, name, scopes, is_test, created_at, expires_at, revoked_at, revoke_reason, replaces, last_used_at"
+)
 
 # A lock on the user serialises issues of its keys, so that the count that follows sees all of them.
-_HOLD_USER: Final = "SELECT id FROM keyproxy.users WHERE id = %s FOR NO KEY UPDATE"
+_HOLD_USER: Final = "SELECT tenant_id FROM keyproxy.users WHERE id = %s FOR NO KEY UPDATE"
 
 _COUNT: Final = """
     SELECT count(*) FILTER (WHERE revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())),
@@ -65,6 +68,15 @@ _REVOKE: Final = """
 """
 
 
+_OF_USER: Final = f"""
+    SELECT {_COLUMNS} FROM keyproxy.api_keys
+    WHERE user_id = (SELECT u.id FROM keyproxy.users AS u WHERE u.id = %s AND u.tenant_id = %s)
+    ORDER BY created_at DESC, id
+"""  # noqa: S608 - a constant
+
+_GET: Final = f"SELECT {_COLUMNS} FROM keyproxy.api_keys WHERE id = %s"  # noqa: S608
+
+
 @dataclass(frozen=True, slots=True)
 class SqlKeys:
     """The keys of keyproxy on the connection `alias`. A user has at most `keys_max` working ones when one is issued."""
@@ -74,13 +86,16 @@ class SqlKeys:
     keys_max: int
 
     @sensitive_variables("secret", "values")
-    def issue(self, user: str, wish: KeyWish, *, actor: str, request: str = "") -> IssuedKey:
+    def issue(self, user: str, tenant: str, wish: KeyWish, *, actor: str, request: str = "") -> IssuedKey:
         """See Keys."""
         key_id = id_of_request(request) if request else keys.new_key_id()
         with self._changing(actor) as cursor:
             cursor.execute(_HOLD_USER, [user])
-            if cursor.fetchone() is None:
+            owner = cursor.fetchone()
+            if owner is None:
                 raise NotInDirectory(f"there is no user {user!r} in keyproxy")
+            if owner[0] != tenant:
+                raise ProvisionConflict(f"user {user!r} exists in keyproxy and belongs to another tenant")
             cursor.execute(_COUNT, [key_id, user])
             working, is_repeated = cursor.fetchone()
             if is_repeated:
@@ -121,18 +136,16 @@ class SqlKeys:
         """See Keys."""
         with self._changing(actor) as cursor:
             cursor.execute(_REVOKE, [reason, key_id])
-            cursor.execute(f"SELECT {_COLUMNS} FROM keyproxy.api_keys WHERE id = %s", [key_id])
+            cursor.execute(_GET, [key_id])
             row = cursor.fetchone()
         if row is None:
             raise NotInDirectory(f"there is no key {key_id!r} in keyproxy")
         return _key(row)
 
-    def of_user(self, user: str) -> list[DirectoryKey]:
+    def of_user(self, user: str, tenant: str) -> list[DirectoryKey]:
         """See Keys."""
         with translated(), connections[self.alias].cursor() as cursor:
-            cursor.execute(
-                f"SELECT {_COLUMNS} FROM keyproxy.api_keys WHERE user_id = %s ORDER BY created_at DESC, id", [user]
-            )
+            cursor.execute(_OF_USER, [user, tenant])
             return [_key(row) for row in cursor.fetchall()]
 
     @sensitive_variables("secret")
