@@ -23,9 +23,10 @@ from django.contrib.auth import get_user_model
 from django.core.exceptions import FieldDoesNotExist, ImproperlyConfigured, ValidationError
 from django.utils.module_loading import import_string
 
-from keyproxy_client.django.setting_checks import ID, is_dotted_path
+from keyproxy_client.django.setting_checks import is_dotted_path
 from keyproxy_client.django.settings import Settings, settings
 from keyproxy_client.identity import Identity
+from keyproxy_client.names import is_id
 
 
 class InvalidId(ValueError):
@@ -99,7 +100,7 @@ def _find(form: str | Callable[[Any], str], wanted: str) -> Any | None:
 
 def _valid(key: str, value: object, user: Any) -> str:
     """The value may be an e-mail address: a message names the primary key only."""
-    if not isinstance(value, str) or not ID.fullmatch(value):
+    if not isinstance(value, str) or not is_id(value):
         raise InvalidId(f"{key} gives no valid id for the user with the primary key {user.pk}")
     return value
 
