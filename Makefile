@@ -12,6 +12,7 @@ DSN ?=
 SEEDS ?= 1000
 SECONDS ?= 120
 JOBS ?= 4
+ROWS ?=
 
 # Otherwise each of the many processes would compile every module again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -19,11 +20,12 @@ unexport PYTHONDONTWRITEBYTECODE
 # Tests run in several processes, each with a PostgreSQL of its own.
 IN_JOBS = --numprocesses $(JOBS) --dist worksteal
 
-.PHONY: demo test test-postgres simulate crash check fmt bench bench-setup bench-tokens soak compiled test-compiled hashes setup clean help
+.PHONY: demo test test-client test-postgres simulate crash check fmt bench bench-setup bench-tokens soak compiled test-compiled hashes setup clean help
 
 help:
 	@echo "make demo [ARGS=--once]   run a complete demo on this machine"
 	@echo "make test [ARGS=...]      run all tests against a PostgreSQL of their own, in JOBS=N processes"
+	@echo "make test-client [ROWS=dj52-3.13] [ARGS=...]  run the tests of keyproxy-client in environments of their own"
 	@echo "make test-postgres [DSN=...]  run the store and acceptance tests on a given PostgreSQL, or on the distribution's, with JIT"
 	@echo "make simulate [SEEDS=N]   simulate the ledger with faults, N runs"
 	@echo "make crash [SECONDS=N]    kill, stop and cut off processes under load, for N seconds"
@@ -39,8 +41,14 @@ help:
 demo: $(RUNS)
 	@$(BIN)/keyproxy demo $(ARGS)
 
+# All of the two distributions, or with ARGS a part of the first. A failure in one does not keep the other from running.
 test: setup
-	$(BIN)/python -m pytest $(IN_JOBS) $(ARGS)
+	@status=0; $(if $(ARGS),,$(BIN)/python -m client.tests.environments || status=1;) \
+	    $(BIN)/python -m pytest $(IN_JOBS) $(ARGS) || status=1; exit $$status
+
+# Environments with several versions of Python and of the frameworks, in .venv-client. See client/tests/environments.py.
+test-client: setup
+	$(BIN)/python -m client.tests.environments $(ROWS) -- $(ARGS)
 
 # With DSN: on that server, as its superuser `keyproxy`. Without: on the distribution's PostgreSQL, started for the run.
 test-postgres: export KEYPROXY_TEST_POSTGRES = $(DSN)
@@ -114,4 +122,4 @@ $(STAMP): $(RUNS) requirements/dev.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) $(COMPILED_VENV) .bench build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) $(COMPILED_VENV) .venv-client .bench build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,7 +7,6 @@ import gc
 import logging
 import os
 import secrets
-import shutil
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -33,16 +32,6 @@ settings.register_profile(
 settings.load_profile("keyproxy")
 
 _TEMPLATE = f"kp_test_template_{secrets.token_hex(4)}"
-
-#: Tests do not need their data to survive a power cut.
-_FAST = {
-    "fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "300",
-    "max_wal_size": "256MB",
-}  # fmt: skip
-
-#: A database in memory is copied several times faster than one on a disk. The servers of a few parallel runs fit in this.
-_MEMORY = Path("/dev/shm")
-_MEMORY_BYTES_MIN = 4 * 2**30
 
 
 # Until all tests are collected: hardly anything of what imports and parameters make is garbage.
@@ -98,8 +87,8 @@ def postgres() -> Iterator[Server]:
         yield given
         asyncio.run(scratch_databases.drop(given.dsn("postgres"), _TEMPLATE))
         return
-    with tempfile.TemporaryDirectory(prefix="kp-", dir=_server_home()) as directory:
-        server = embedded_postgres.start(Path(directory), _FAST)
+    with tempfile.TemporaryDirectory(prefix="kp-", dir=servers.home()) as directory:
+        server = embedded_postgres.start(Path(directory), servers.FAST_SETTINGS)
         try:
             asyncio.run(_make_template(server))
             yield server
@@ -174,12 +163,6 @@ def corpora() -> Path:
     if not directory.is_dir():
         pytest.skip(f"no request corpora in {directory}")
     return directory
-
-
-def _server_home() -> Path:
-    """In memory if there is plenty: containers often allow shared memory of a few megabytes only."""
-    has_memory = _MEMORY.is_dir() and os.access(_MEMORY, os.W_OK)
-    return _MEMORY if has_memory and shutil.disk_usage(_MEMORY).free >= _MEMORY_BYTES_MIN else Path("/tmp")
 
 
 async def _make_template(server: Server) -> None:

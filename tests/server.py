@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 from typing import Final, Protocol
 from urllib.parse import parse_qs, quote, urlsplit
 
@@ -11,6 +13,16 @@ VARIABLE: Final = "KEYPROXY_TEST_POSTGRES"
 
 #: Tests compare what the database records about the current role.
 ROLE: Final = "keyproxy"
+
+#: Of an embedded server: tests do not need their data to survive a power cut.
+FAST_SETTINGS: Final = {
+    "fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "300",
+    "max_wal_size": "256MB",
+}  # fmt: skip
+
+#: A database in memory is copied several times faster than one on a disk. The servers of a few parallel runs fit in this.
+_MEMORY: Final = Path("/dev/shm")
+_MEMORY_BYTES_MIN: Final = 4 * 2**30
 
 
 class Server(Protocol):
@@ -41,6 +53,15 @@ def given() -> GivenServer | None:
     """The server configured by the environment. Raises ValueError."""
     dsn = os.environ.get(VARIABLE)
     return GivenServer(dsn) if dsn else None
+
+
+def home() -> Path:
+    """Where the directory of an embedded server is made: in memory if there is plenty.
+
+    Containers often allow shared memory of a few megabytes only.
+    """
+    has_memory = _MEMORY.is_dir() and os.access(_MEMORY, os.W_OK)
+    return _MEMORY if has_memory and shutil.disk_usage(_MEMORY).free >= _MEMORY_BYTES_MIN else Path("/tmp")
 
 
 def password_of(dsn: str) -> str:

@@ -857,7 +857,7 @@ def test_deletion_is_confirmed_on_a_terminal_and_requires_yes_elsewhere(
 
 def test_roles_are_created_once_and_named(shell: Shell) -> None:
     prefix = f"kp_{secrets.token_hex(4)}"
-    names = [f"{prefix}_proxy", f"{prefix}_admin", f"{prefix}_authorize"]
+    names = [f"{prefix}_proxy", f"{prefix}_admin", f"{prefix}_authorize", f"{prefix}_app"]
     assert shell.run_json("migrate", "--roles", prefix)["roles_made"] == names
     again = shell.run_json("migrate", "--roles", prefix)
     assert (again["roles"], again["roles_made"]) == (names, [])

@@ -237,6 +237,18 @@ async def test_an_export_resumes_after_its_last_row_but_not_in_another_history(
         assert file.read_text() == text
 
 
+async def test_audit_rows_of_one_login_role_are_listed_and_exported(run: Run, api: Api, sql: Sql) -> None:
+    await api.user()
+    await sql.execute("SET session_replication_role = replica")
+    await sql.execute("UPDATE keyproxy.audit_log SET db_role = 'app' WHERE entity = 'user'")
+    for by in ("database", "api"):
+        listed = json.loads((await run("audit", "list", "--db-role", "app", "--json", by=by)).out)
+        exported = (await run("audit", "export", "--db-role", "app", by=by)).out.splitlines()
+        assert [(row["entity_id"], row["db_role"]) for row in listed] == [("u_1", "app")]
+        assert [json.loads(line)["id"] for line in exported] == [listed[0]["id"]]
+        assert json.loads((await run("audit", "list", "--db-role", "other", "--json", by=by)).out) == []
+
+
 async def test_an_export_from_before_rows_had_a_role_resumes(run: Run, api: Api, dsn: str, tmp_path: Path) -> None:
     file = tmp_path / "audit.jsonl"
     await api.user()

@@ -105,7 +105,16 @@ async def _export(request: ApiRequest) -> ApiStream:
 
 
 def _wanted(query: AuditQuery) -> AuditFilter:
-    return AuditFilter(query.entity, query.entity_id, query.tenant, query.actor, query.action, query.since, query.until)
+    return AuditFilter(
+        entity=query.entity,
+        entity_id=query.entity_id,
+        tenant=query.tenant,
+        actor=query.actor,
+        action=query.action,
+        since=query.since,
+        until=query.until,
+        db_role=query.db_role,
+    )
 
 
 async def _token(request: ApiRequest) -> ApiResponse:

@@ -118,6 +118,7 @@ class AuditQuery(RequestModel):
     action: Literal["insert", "update", "delete", "truncate", "window.credit", "anomaly"] | None = None
     since: Annotated[Instant | None, Field(description="Start, inclusive.")] = None
     until: Annotated[Instant | None, Field(description="Before that.")] = None
+    db_role: Annotated[Text | None, Field(description="Only changes by this login role of the database.")] = None
 
 
 class AuditPageQuery(AuditQuery, Paged):

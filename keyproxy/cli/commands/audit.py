@@ -37,6 +37,9 @@ def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Start, inclusive: 2026-01-31, 2026-01-31T12:00Z, or 7d (7 days ago).",
         ),
         click.option("--action", type=click.Choice(ACTIONS), help="Only this action."),
+        click.option(
+            "--db-role", metavar="ROLE", help="Only changes by this role, which was logged in to the database."
+        ),
         click.option("--actor", metavar="ACTOR", help="Only this actor, as the log writes it: cli:ann, sql:app."),
         click.option("--tenant", metavar="TENANT", help="Only this tenant, its users and its keys."),
         click.option("--id", "entity_id", metavar="ID", help="Only the object with this id."),

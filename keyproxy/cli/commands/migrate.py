@@ -22,20 +22,21 @@ from keyproxy.store.postgres import migrations, roles
     "--roles",
     "prefix",
     metavar="PREFIX",
-    help="Also create the database roles PREFIX_proxy, PREFIX_admin and PREFIX_authorize.",
+    help="Also create the database roles PREFIX_proxy, PREFIX_admin, PREFIX_authorize and PREFIX_app.",
 )
 def migrate_command(config_path: Path | None, prefix: str | None, *, as_json: bool, only_status: bool) -> None:
     """Migrate the database schema to this program's version.
 
     Safe to run at any time, concurrently, and while proxies of the previous release are running.
 
-    --roles creates roles with the minimum privileges for proxies, for administration and for the authorization server.
-    Run it again after each upgrade to grant what the new schema needs, and when oauth.login.provision changes. The roles
-    can log in once they have a password.
+    --roles creates roles with the minimum privileges for proxies, for administration, for the authorization server, and
+    for applications that manage their users and keys by SQL. Run it again after each upgrade to grant what the new schema
+    needs, and when oauth.login.provision changes. The roles can log in once they have a password.
 
     \b
     keyproxy migrate --roles keyproxy
     psql -c '\\password keyproxy_proxy'
+    psql -c 'GRANT keyproxy_app TO app'       the role that your application logs in with
     """
     if prefix is not None and only_status:
         raise click.UsageError("--status changes nothing: it cannot be combined with --roles")

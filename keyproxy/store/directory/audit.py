@@ -47,7 +47,7 @@ class AuditFilter:
     """Which rows to read. All given conditions apply.
 
     `entity`: one of ENTITIES. `action`: one of ACTIONS. `since` and `until`: aware times; the first is inclusive, the
-    second exclusive.
+    second exclusive. `db_role`: the role that was logged in to the database.
     """
 
     entity: str | None = None
@@ -57,6 +57,7 @@ class AuditFilter:
     action: str | None = None
     since: datetime | None = None
     until: datetime | None = None
+    db_role: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,8 @@ class AuditLog:
         may_be, tenant = self._context.tenant_filter(wanted.tenant)
         if not may_be:
             return None
-        return wanted.entity, wanted.entity_id, tenant, wanted.actor, wanted.action, wanted.since, wanted.until
+        about = (wanted.entity, wanted.entity_id, tenant, wanted.actor, wanted.action)
+        return *about, wanted.since, wanted.until, wanted.db_role
 
 
 def _entry(row: Row) -> Entity:

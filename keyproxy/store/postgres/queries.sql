@@ -1094,11 +1094,11 @@ LIMIT $3;
 
 -- name: audit
 -- Rows after $1, at most $2, in the order in which they were written; of one entity type $3, one entity $4, one tenant
--- $5; by one actor $6; of one action $7; from $8 until before $9, where not null. None after $10. Needs: audit_log
--- (id), (entity, entity_id, id), (tenant_id, id).
+-- $5; by one actor $6; of one action $7; from $8 until before $9; by one login role $10, where not null. None after $11.
+-- Needs: audit_log (id), (entity, entity_id, id), (tenant_id, id).
 SELECT id, at, actor, origin, action, entity, entity_id, tenant_id, db_role, before::text AS before, after::text AS after
 FROM keyproxy.audit_log
-WHERE id > $1 AND id <= $10
+WHERE id > $1 AND id <= $11
   AND ($3::text IS NULL OR entity = $3)
   AND ($4::text IS NULL OR entity_id = $4)
   AND ($5::text IS NULL OR tenant_id = $5)
@@ -1106,6 +1106,7 @@ WHERE id > $1 AND id <= $10
   AND ($7::text IS NULL OR action = $7)
   AND ($8::timestamptz IS NULL OR at >= $8)
   AND ($9::timestamptz IS NULL OR at < $9)
+  AND ($10::text IS NULL OR db_role = $10)
 ORDER BY id
 LIMIT $2;
 
@@ -1121,6 +1122,7 @@ WHERE id < $1
   AND ($7::text IS NULL OR action = $7)
   AND ($8::timestamptz IS NULL OR at >= $8)
   AND ($9::timestamptz IS NULL OR at < $9)
+  AND ($10::text IS NULL OR db_role = $10)
 ORDER BY id DESC
 LIMIT $2;
 

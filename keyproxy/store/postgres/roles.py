@@ -1,9 +1,10 @@
-"""Least-privilege PostgreSQL roles: for proxies, for the admin API and the command line, for the authorization server.
+"""Least-privilege PostgreSQL roles: for proxies, the admin API and commands, the authorization server, applications.
 
 `<prefix>_proxy` reads keys, plans and changes, records when keys were last used, and writes the ledger and usage. It can
 change no key, no plan and no audit row. `<prefix>_admin` changes the directory; it only reads the audit log, which
-triggers write. `<prefix>_authorize` reads users and keys, and changes what belongs to OAuth alone. None owns anything, so
-none can alter the schema or its triggers.
+triggers write. `<prefix>_authorize` reads users and keys, and changes what belongs to OAuth alone. `<prefix>_app` is for
+applications that create their users and keys themselves: it reads no digest, and sets neither plans nor roles. None owns
+anything, so none can alter the schema or its triggers.
 
 All may log in and have no password until one is set. Each run revokes all privileges and grants the lists below, so that
 the roles have these and no others. A test fails if a table is missing from the list.
@@ -104,6 +105,9 @@ _FUNCTIONS: Final = {
     ): ("EXECUTE", ""),
     "release_approval(bytea, bytea)": ("EXECUTE", ""),
     "tend_approvals(integer)": ("EXECUTE", "EXECUTE"),
+    "make_event_days()": ("EXECUTE", ""),
+    "note_alerts(bigint, integer[], bigint, bigint)": ("EXECUTE", ""),
+    "has_agent_token(text)": ("EXECUTE", ""),
     "credit_window(text, text, boolean, text, text, bigint, bigint, text)": ("", "EXECUTE"),
 }
 
@@ -138,16 +142,31 @@ _AUTHORIZE_FUNCTIONS: Final = {
 #: What it also may do if it creates the users that the identity provider knows.
 _PROVISIONS: Final = {"users": "SELECT, INSERT"}
 
+#: The privileges of applications, which manage users and keys in their own transactions. Their keys have no plan of their
+#: own and act for no other user. A trigger keeps revocations final.
+_APP: Final = {
+    "migrations": "SELECT",
+    "users": "SELECT (id, tenant_id, disabled_at), INSERT (id, tenant_id), UPDATE (disabled_at), DELETE",
+    "api_keys": (
+        "SELECT (id, user_id, hint, name, scopes, is_test, created_at, expires_at, revoked_at, revoke_reason, replaces,"
+        " last_used_at), INSERT (id, user_id, digest, hint, name, scopes, is_test, expires_at, replaces),"
+        " UPDATE (revoked_at, revoke_reason, expires_at)"
+    ),
+}
+
 _SEQUENCES: Final = {"audit_log_id_seq": ("", "SELECT"), "usage_event_serial": ("USAGE", "SELECT")}
 
 
-def names(prefix: str) -> tuple[str, str, str]:
-    """The roles of a prefix: for proxies, the admin side, the authorization server. Raises MigrationError if invalid."""
+def names(prefix: str) -> tuple[str, str, str, str]:
+    """The roles of a prefix: for proxies, the admin side, the authorization server, applications.
+
+    Raises MigrationError if the prefix is invalid.
+    """
     if not _PREFIX.fullmatch(prefix):
         raise MigrationError(
             f"{prefix!r} is not a valid prefix for roles: lower-case letters, digits and _, 41 at most"
         )
-    return f"{prefix}_proxy", f"{prefix}_admin", f"{prefix}_authorize"
+    return f"{prefix}_proxy", f"{prefix}_admin", f"{prefix}_authorize", f"{prefix}_app"
 
 
 async def create(dsn: str, prefix: str, *, provisions: bool = False) -> list[str]:
@@ -190,7 +209,8 @@ def _privileges(*, provisions: bool) -> tuple[_Privileges, ...]:
         )
         for place in range(2)
     )
-    return proxy, admin, _Privileges(_AUTHORIZE | (_PROVISIONS if provisions else {}), {}, _AUTHORIZE_FUNCTIONS)
+    authorize = _Privileges(_AUTHORIZE | (_PROVISIONS if provisions else {}), {}, _AUTHORIZE_FUNCTIONS)
+    return proxy, admin, authorize, _Privileges(_APP, {}, {})
 
 
 async def _make(connection: Any, role: str) -> bool:

@@ -76,7 +76,7 @@ async def call(client: Sql, **changes: Any) -> str:
 
 
 async def test_proxies_and_the_admin_side_mint(dsn: str, prefix: str) -> None:
-    proxy, admin, _ = roles.names(prefix)
+    proxy, admin, *_ = roles.names(prefix)
     for role in (proxy, admin):
         database = Database(as_role(dsn, role), pool_size_max=1, statement_timeout_seconds=5.0)
         await database.open()

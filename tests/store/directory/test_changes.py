@@ -284,6 +284,7 @@ async def test_the_audit_log_is_read_newest_first_in_pages_and_filtered(
         (AuditFilter(actor="ben"), 1), (AuditFilter(entity="tenant"), 2), (AuditFilter(entity_id="u_42"), 1),
         (AuditFilter(action="insert"), 3), (AuditFilter(tenant="acme"), 3), (AuditFilter(tenant="nobody"), 0),
         (AuditFilter(since=datetime.now(UTC) - hour), 4), (AuditFilter(until=datetime.now(UTC) - hour), 0),
+        (AuditFilter(db_role="keyproxy"), 4), (AuditFilter(db_role="app"), 0),
     ):  # fmt: skip
         assert len((await directory.audit.list_newest(None, 99, wanted)).items) == count
 

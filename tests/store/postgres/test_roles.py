@@ -284,7 +284,7 @@ async def test_public_claims_gives_back_and_deletes_nothing(sql: Sql) -> None:
 
 
 async def test_existing_roles_get_missing_privileges_and_lose_excess_ones(dsn: str, prefix: str, sql: Sql) -> None:
-    proxy, admin, _ = roles.names(prefix)
+    proxy, admin, *_ = roles.names(prefix)
     await sql.execute(f'GRANT UPDATE (digest), DELETE ON keyproxy.api_keys TO "{proxy}"')
     await sql.execute(f'REVOKE SELECT ON keyproxy.api_keys FROM "{proxy}", "{admin}"')
     assert await asyncio.gather(*(roles.create(dsn, prefix) for _ in range(4))) == [[]] * 4

@@ -42,3 +42,19 @@ class ProvisionConflict(DirectoryRefused):
     """The user's id exists in keyproxy and belongs to another tenant."""
 
     code = "conflict"
+
+
+class KeyLimitReached(DirectoryRefused):
+    """The user has `KEYS_PER_USER_MAX` working keys."""
+
+    code = "key_limit_reached"
+
+
+class AlreadyIssued(DirectoryRefused):
+    """The request that identifies itself so was performed before; its secret is not stored. `key_id`: of that key."""
+
+    code = "already_issued"
+
+    def __init__(self, key_id: str) -> None:
+        super().__init__(f"this request has issued a key already{': ' + key_id if key_id else ''}")
+        self.key_id = key_id

@@ -1,0 +1,151 @@
+"""The acting user of Celery tasks.
+
+    app = Celery("proj")
+    keyproxy_client.celery.install(app)
+
+Publishing a task adds the acting user to the headers of its message; a worker makes it the acting user of the task. The
+hooks are Celery's signals, which belong to the process: they serve every app in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from typing import Any, Final
+
+from keyproxy_client import acting
+from keyproxy_client.acting import Acting
+from keyproxy_client.missing_extra import missing_extra
+
+try:
+    from celery import Celery, signals
+    from celery.app.task import Task
+    from celery.exceptions import ImproperlyConfigured
+except ImportError as error:
+    raise missing_extra("celery", error) from error
+
+USER: Final = "keyproxy_user"
+TENANT: Final = "keyproxy_tenant"
+TEST: Final = "keyproxy_test"
+
+_MODES: Final[Mapping[object, bool]] = {True: True, False: False, "true": True, "false": False}
+
+
+def install(app: Celery) -> None:
+    """Carry the acting user from the code that publishes a task to the task. Further calls have no effect.
+
+    Raises ImproperlyConfigured if the app publishes with task protocol 1, whose messages have no headers.
+    """
+    if _task_protocol(app) == 1:
+        raise ImproperlyConfigured("task_protocol is 1: its messages carry no acting user; keyproxy needs protocol 2")
+    signals.before_task_publish.connect(_add_headers, weak=False, dispatch_uid="keyproxy_client.add_headers")
+    signals.task_prerun.connect(_enter, weak=False, dispatch_uid="keyproxy_client.enter")
+    signals.task_postrun.connect(_leave, weak=False, dispatch_uid="keyproxy_client.leave")
+
+
+def _task_protocol(app: Celery) -> object:
+    if app.configured:
+        return app.conf.task_protocol
+    # Reading app.conf would send on_after_configure before the module that makes the app has connected its receivers,
+    # such as the one that adds its periodic tasks. A copy reads the configuration without that effect.
+    copy = Celery(**{**app.__reduce_keys__(), "fixups": (), "set_as_current": False})
+    return copy.conf.task_protocol
+
+
+@dataclass(eq=False, slots=True)
+class _Run:
+    """The task that runs in this context. `outer` is the task that called it eagerly."""
+
+    task_id: str
+    acting: Acting | None
+    token: Token[Any]
+    outer: _Run | None
+
+
+_running: Final[ContextVar[_Run | None]] = ContextVar("keyproxy_client_celery_run", default=None)
+
+
+def _add_headers(headers: dict[str, Any], body: object, **_: object) -> None:
+    """Name the acting user in the message of a task. Headers that the publisher set win."""
+    run = _running.get()
+    if run is not None and headers.get("retries") and headers.get("id") == run.task_id:
+        # A retry is the same task again: an acting_as around it does not change on whose behalf it runs.
+        publisher = run.acting
+    else:
+        publisher = acting.acting()
+        if USER in headers:
+            _name_in_chord_body(body, publisher)
+    if publisher is not None:
+        for name, value in _as_headers(publisher).items():
+            headers.setdefault(name, value)
+
+
+def _name_in_chord_body(body: object, publisher: Acting | None) -> None:
+    """Make the body of a chord act for its publisher, although this header task acts for another user.
+
+    The header task that ends last publishes the body. Without headers of its own, the body would act for the user of
+    that task, and which one that is depends on timing.
+    """
+    embedded = body[2] if isinstance(body, tuple) and len(body) == 3 else {}
+    chord_body = embedded.get("chord")
+    if chord_body is None:
+        return
+    options = chord_body.get("options") or {}
+    chosen = options.get("headers") or {}
+    if USER not in chosen:
+        named = {USER: ""} if publisher is None else _as_headers(publisher)
+        # A copy, because the publisher may use the signature again, for another user.
+        embedded["chord"] = {**chord_body, "options": {**options, "headers": {**named, **chosen}}}
+
+
+def _enter(task_id: str, task: Task, **_: object) -> None:
+    """Begin a task: act for the user that its message names, or for none."""
+    request = task.request
+    outer = _running.get()
+    if request.is_eager:
+        chosen, token = _enter_eager(request.headers or {})
+    else:
+        if outer is not None:
+            # A time limit interrupted _leave of an earlier task. Replace what that left behind.
+            acting.enter_task(None)
+            outer = None
+        chosen = _as_acting(vars(request))
+        token = acting.enter_task(chosen)
+    _running.set(_Run(task_id, chosen, token, outer))
+
+
+def _enter_eager(headers: Mapping[str, Any]) -> tuple[Acting | None, Token[Any]]:
+    """Begin a task that its caller runs in place, without a message: its headers, else the caller's acting user."""
+    if not any(name in headers for name in (USER, TENANT, TEST)):
+        return None, acting.enter_inherited()
+    caller = acting.acting()
+    chosen = _as_acting(headers if caller is None else {**_as_headers(caller), **headers})
+    return chosen, acting.enter_task(chosen)
+
+
+def _leave(task_id: str, **_: object) -> None:
+    """End a task: restore the acting user that `_enter` replaced."""
+    run = _running.get()
+    if run is not None and run.task_id == task_id:
+        acting.leave_task(run.token)
+        _running.set(run.outer)
+
+
+def _as_headers(chosen: Acting) -> dict[str, Any]:
+    return {USER: chosen.user, TENANT: chosen.tenant, TEST: chosen.is_test}
+
+
+def _as_acting(headers: Mapping[str, Any]) -> Acting | None:
+    """The acting user that headers name; None if they name none, or if a value is invalid."""
+    user = headers.get(USER)
+    if not user:
+        return None
+    mode = headers.get(TEST, False)
+    is_test = _MODES.get(mode) if isinstance(mode, bool | str) else None
+    if is_test is None:
+        return None
+    try:
+        return Acting(user, headers.get(TENANT), is_test)
+    except (TypeError, ValueError):
+        return None

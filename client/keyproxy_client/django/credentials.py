@@ -1,0 +1,159 @@
+"""Per-user credentials (`CREDENTIALS = "per_user"`): the keys with which background work calls keyproxy as its users.
+
+The secret is sealed in a row of Django's database, one current row per user and mode. A row is retired when its key is
+replaced, and deleted when that key has expired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from asgiref.sync import sync_to_async
+from django.db import IntegrityError, router, transaction
+from django.utils import timezone
+
+from keyproxy_client.acting import Acting
+from keyproxy_client.django import sealing
+from keyproxy_client.django.directory.errors import AlreadyIssued, KeyConflict, NotInDirectory
+from keyproxy_client.django.directory.interface import ACTOR_ROTATE, ACTOR_SIGNUP, Directory, IssuedKey
+from keyproxy_client.django.directory.selection import directory
+from keyproxy_client.django.issuing import issue_for, key_life
+from keyproxy_client.django.models import Credential
+from keyproxy_client.django.settings import settings
+from keyproxy_client.django.users import tenant_of, user_of_id
+
+#: The name of these keys in keyproxy.
+KEY_NAME: Final = "django credential"
+
+
+class NoCredential(LookupError):
+    """The acting user has no account in Django, or an inactive one, so that there is no key to call keyproxy with."""
+
+
+def keep(user: Any, issued: IssuedKey) -> Credential:
+    """Store a key that was just issued as the current credential of its user and mode."""
+    return Credential.objects.create(
+        user=user,
+        key_id=issued.key_id,
+        is_test=issued.is_test,
+        sealed=sealing.seal(user.pk, issued.key_id, issued.secret),
+        expires_at=issued.expires_at,
+    )
+
+
+def secret_for(acting: Acting) -> str:
+    """The secret of the key with which to call keyproxy as this user, in its mode; issues the key if there is none.
+
+    Raises NoCredential, CredentialUnusable or DirectoryError.
+    """
+    user = user_of_id(acting.user)
+    if user is None or not getattr(user, "is_active", True):
+        raise NoCredential(f"{acting.user!r} is not the id of an active user of this project")
+    if acting.tenant is not None and tenant_of(user) != acting.tenant:
+        raise NoCredential(f"user {acting.user!r} belongs to a tenant other than {acting.tenant!r}")
+    row = _current(user, is_test=acting.is_test)
+    if row is None or _has_expired(row):
+        row = _issued(user, is_test=acting.is_test)
+    return sealing.unseal(row.sealed, user.pk, row.key_id)
+
+
+#: The same for coroutines: Django's database connections belong to its own thread.
+secret_for_async = sync_to_async(secret_for, thread_sensitive=True)
+
+
+def is_due(row: Credential, now: datetime) -> bool:
+    """Whether a credential is past half its life. One that never expires is never due."""
+    return row.expires_at is not None and now >= row.issued_at + (row.expires_at - row.issued_at) / 2
+
+
+def rotate(row: Credential, grace: timedelta) -> Credential | None:
+    """Replace the key of a current credential, and return the new credential; None if another process replaced it.
+
+    By SQL, the new key, the expiry of the old one and the credential commit together. By the admin API, a crash between
+    the response and the commit loses the new secret: the next run revokes that key and issues another.
+    """
+    with _transaction():
+        rows = Credential.objects.select_related("user").filter(pk=row.pk, retired_at=None)
+        current = rows.select_for_update(of=("self",)).first()
+        if current is None:
+            return None
+        issued = _replacement(directory(), current, grace)
+        current.retired_at = timezone.now()
+        current.expires_at = issued.old_expires_at or current.expires_at
+        current.save(update_fields=["retired_at", "expires_at"])
+        return keep(current.user, issued)
+
+
+def delete_expired() -> int:
+    """Delete retired credentials whose keys have expired, and return their number."""
+    return Credential.objects.filter(retired_at__isnull=False, expires_at__lte=timezone.now()).delete()[0]
+
+
+def needs_resealing(row: Credential) -> bool:
+    """Whether a credential is encrypted under another than the first Fernet key. Raises CredentialUnusable."""
+    return sealing.resealed(row.sealed, row.key_id) is not None
+
+
+def reseal(row: Credential) -> bool:
+    """Encrypt a credential under the first Fernet key, and return whether it was not. Raises CredentialUnusable."""
+    sealed = sealing.resealed(row.sealed, row.key_id)
+    # A row that was replaced in the meantime is sealed under the first key already.
+    return sealed is not None and Credential.objects.filter(pk=row.pk, sealed=row.sealed).update(sealed=sealed) == 1
+
+
+def _replacement(found: Directory, current: Credential, grace: timedelta) -> IssuedKey:
+    life, key_id = key_life(), current.key_id
+    try:
+        return found.keys.rotate(key_id, grace=grace, life=life, actor=ACTOR_ROTATE, request=f"credential {key_id}")
+    except AlreadyIssued as error:
+        # An earlier run lost the secret of this successor.
+        found.keys.revoke(error.key_id, "its secret was lost", actor=ACTOR_ROTATE)
+        return found.keys.rotate(key_id, grace=grace, life=life, actor=ACTOR_ROTATE)
+    except (KeyConflict, NotInDirectory):
+        # The old key is revoked, expired, deleted, or has a successor whose secret is unknown here.
+        return issue_for(
+            current.user, actor=ACTOR_ROTATE, name=KEY_NAME, scopes=settings().scopes, is_test=current.is_test
+        )
+
+
+def _issued(user: Any, *, is_test: bool) -> Credential:
+    """A new credential, or the one that another process stored meanwhile."""
+    issued: IssuedKey | None = None
+    try:
+        with _transaction():
+            Credential.objects.filter(
+                user=user, is_test=is_test, retired_at=None, expires_at__lte=timezone.now()
+            ).update(retired_at=timezone.now())
+            issued = issue_for(user, actor=ACTOR_SIGNUP, name=KEY_NAME, scopes=settings().scopes, is_test=is_test)
+            return keep(user, issued)
+    except IntegrityError:
+        row = _current(user, is_test=is_test)
+        if row is None:
+            raise
+        if issued is not None and settings().backend == "api":
+            # By SQL the rollback removed the key.
+            directory().keys.revoke(issued.key_id, "another process issued a credential", actor=ACTOR_SIGNUP)
+        return row
+
+
+def _current(user: Any, *, is_test: bool) -> Credential | None:
+    return Credential.objects.filter(user=user, is_test=is_test, retired_at=None).first()
+
+
+def _has_expired(row: Credential) -> bool:
+    return row.expires_at is not None and row.expires_at <= timezone.now()
+
+
+@contextmanager
+def _transaction() -> Iterator[None]:
+    """One transaction on the databases of the credentials and of keyproxy, which usually are the same."""
+    alias = router.db_for_write(Credential)
+    with transaction.atomic(using=alias):
+        if settings().backend == "sql" and settings().database != alias:
+            with transaction.atomic(using=settings().database):
+                yield
+        else:
+            yield

@@ -1,0 +1,1 @@
+"""Import of the keys of djangorestframework-api-key into keyproxy."""
