@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from django.apps import AppConfig
+from django.core.exceptions import ImproperlyConfigured
 
 
 class KeyproxyConfig(AppConfig):
@@ -12,3 +13,14 @@ class KeyproxyConfig(AppConfig):
     label = "keyproxy"
     verbose_name = "keyproxy"
     default_auto_field = "django.db.models.BigAutoField"
+
+    def ready(self) -> None:
+        """Register the system checks, and stop a process whose settings have errors E001 or E002.
+
+        Servers do not run system checks: a warning there would come too late.
+        """
+        from keyproxy_client.django import checks
+
+        errors = checks.start_errors()
+        if errors:
+            raise ImproperlyConfigured("\n".join(str(error) for error in errors))

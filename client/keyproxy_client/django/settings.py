@@ -16,6 +16,7 @@ from django.core.signals import setting_changed
 
 from keyproxy_client.django import setting_checks as checks
 from keyproxy_client.identity import Identity
+from keyproxy_client.names import is_id
 
 _REQUIRED: Final = object()
 
@@ -30,9 +31,7 @@ class SettingsInvalid(ImproperlyConfigured):
 
 def _setting(default: Any, check: checks.Check, *, is_secret: bool = False) -> Any:
     """A field of Settings. A secret is never shown, neither in a fault nor by repr."""
-    return dataclasses.field(
-        default=default, repr=not is_secret, metadata={"check": check, "is_secret": is_secret}
-    )
+    return dataclasses.field(default=default, repr=not is_secret, metadata={"check": check, "is_secret": is_secret})
 
 
 def _dev_identity(value: Any) -> Mapping[str, Any] | None:
@@ -41,10 +40,10 @@ def _dev_identity(value: Any) -> Mapping[str, Any] | None:
         return None
     members = [field.name for field in dataclasses.fields(Identity)]
     if not isinstance(value, Mapping) or "user" not in value or not set(value) <= set(members):
-        raise ValueError(f"must be a mapping with 'user'; other members: {', '.join(members[1:])}")
+        raise checks.Fault(f"must be a mapping with 'user'; other members: {', '.join(members[1:])}")
     ids = [value[name] for name in ("user", "tenant", "key_id", "actor", "agent") if value.get(name) is not None]
-    if not all(isinstance(one, str) and checks.ID.fullmatch(one) for one in ids) or value["user"] is None:
-        raise ValueError("has an id that is none to keyproxy")
+    if not all(isinstance(one, str) and is_id(one) for one in ids) or value["user"] is None:
+        raise checks.Fault("has an id that is none to keyproxy")
     checks.scopes(value.get("scopes", []))
     checks.boolean(value.get("is_test", False))
     return dict(value)
@@ -118,7 +117,7 @@ def read(values: object) -> Settings:
             continue
         try:
             read_values[field.name] = field.metadata["check"](values[key])
-        except ValueError as error:
+        except checks.Fault as error:
             is_shown = not field.metadata["is_secret"] and not key.endswith("_URL") and key != "ORIGIN"
             faults.append(f"KEYPROXY[{key!r}] {error}" + (f"; it is {values[key]!r}" if is_shown else ""))
     if faults:

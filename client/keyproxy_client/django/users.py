@@ -23,9 +23,10 @@ from django.contrib.auth import get_user_model
 from django.core.exceptions import FieldDoesNotExist, ImproperlyConfigured, ValidationError
 from django.utils.module_loading import import_string
 
-from keyproxy_client.django.setting_checks import ID, is_dotted_path
+from keyproxy_client.django.setting_checks import is_dotted_path
 from keyproxy_client.django.settings import Settings, settings
 from keyproxy_client.identity import Identity
+from keyproxy_client.names import is_id
 
 
 class InvalidId(ValueError):
@@ -85,7 +86,9 @@ def _find(form: str | Callable[[Any], str], wanted: str) -> Any | None:
         return inverse(wanted)
     inverted = _inverse(form)
     if inverted is None:
-        raise ImproperlyConfigured("KEYPROXY['USER_ID'] has no inverse: it must be a format of one field, or a function")
+        raise ImproperlyConfigured(
+            "KEYPROXY['USER_ID'] has no inverse: it must be a format of one field, or a function"
+        )
     if not wanted.startswith(inverted.before) or not wanted.endswith(inverted.after):
         return None
     value = wanted[len(inverted.before) : len(wanted) - len(inverted.after)]
@@ -97,7 +100,7 @@ def _find(form: str | Callable[[Any], str], wanted: str) -> Any | None:
 
 def _valid(key: str, value: object, user: Any) -> str:
     """The value may be an e-mail address: a message names the primary key only."""
-    if not isinstance(value, str) or not ID.fullmatch(value):
+    if not isinstance(value, str) or not is_id(value):
         raise InvalidId(f"{key} gives no valid id for the user with the primary key {user.pk}")
     return value
 

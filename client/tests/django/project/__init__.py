@@ -1,0 +1,1 @@
+"""A Django project that uses keyproxy-client, for the tests."""
