@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -29,10 +30,18 @@ app.conf.update(
 )
 keyproxy_celery.install(app)
 
-#: What tasks without a result report, by name. For workers in the process of the test.
-reports: dict[str, Any] = {}
 #: Blocks of `acting_as` that tasks have begun and not ended.
 suspended: list[Any] = []
+
+
+def noted(name: str, project: Celery = app) -> Any:
+    """What a task without a result has noted; None if it has noted nothing."""
+    found = project.backend.get(f"noted {name}")
+    return None if found is None else json.loads(found)
+
+
+def _note(name: str) -> None:
+    app.backend.set(f"noted {name}", json.dumps([report()]))
 
 
 def report() -> Report:
@@ -62,19 +71,18 @@ def headers(self: Any) -> dict[str, Any]:
 
 @app.task
 def note(name: str) -> None:
-    reports[name] = report()
+    _note(name)
 
 
 @app.task
 def note_failure(request: Any, error: BaseException, traceback: object) -> None:
     """An errback of the kind that Celery calls in place."""
-    reports[request.id] = report()
+    _note(request.id)
 
 
 @app.task
 def note_id(task_id: str) -> Report:
     """An errback of the kind that Celery publishes."""
-    reports[f"{task_id} published"] = report()
     return report()
 
 
