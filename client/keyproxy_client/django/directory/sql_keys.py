@@ -27,9 +27,7 @@ from keyproxy_client.django.directory.errors import (
 )
 from keyproxy_client.django.directory.interface import DirectoryKey, IssuedKey, KeyWish, new_key_id
 
-_COLUMNS: Final = (
-    "id, user_id, hint, name, scopes, is_test, created_at, expires_at, revoked_at, revoke_reason, replaces, last_used_at"
-)
+_COLUMNS: Final = "id, user_id, hint, name, scopes, is_test, created_at, expires_at, revoked_at, revoke_reason, replaces, last_used_at"
 
 # A lock on the user serialises issues of its keys, so that the count that follows sees all of them.
 _HOLD_USER: Final = "SELECT id FROM keyproxy.users WHERE id = %s FOR NO KEY UPDATE"
@@ -166,7 +164,9 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except OperationalError as error:
-        raise DirectoryUnavailable(f"keyproxy's database did not perform the statement: {_first_line(error)}") from error
+        raise DirectoryUnavailable(
+            f"keyproxy's database did not perform the statement: {_first_line(error)}"
+        ) from error
     except DatabaseError as error:
         raise DirectoryRefused(f"keyproxy's database refuses the statement: {_first_line(error)}") from error
 

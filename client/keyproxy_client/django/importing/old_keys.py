@@ -95,9 +95,7 @@ def owner_field(model: type[models.Model], wanted: str | None) -> str | None:
     return references[0] if len(references) == 1 else None
 
 
-def read_keys(
-    model: type[models.Model], field: str | None, scopes: Sequence[str]
-) -> Iterator[OldKey | Problem]:
+def read_keys(model: type[models.Model], field: str | None, scopes: Sequence[str]) -> Iterator[OldKey | Problem]:
     """Every key of a model, in the order of its primary key; a Problem where a key has no owner."""
     has_test_mode = any(one.name == "is_test" for one in model._meta.get_fields())
     rows = model._default_manager.order_by("pk")
@@ -107,7 +105,9 @@ def read_keys(
         place = f"{model._meta.label} {_printable(str(row.prefix))}"
         owner = _owner(row, field)
         if owner is None:
-            hint = "its owner is null" if field else "the model has no single reference to a user: name it by --user-field"
+            hint = (
+                "its owner is null" if field else "the model has no single reference to a user: name it by --user-field"
+            )
             yield Problem(place, f"the key has no owner: {hint}")
             continue
         try:
