@@ -41,8 +41,10 @@ help:
 demo: $(RUNS)
 	@$(BIN)/keyproxy demo $(ARGS)
 
+# All of the two distributions, or with ARGS a part of the first. A failure in one does not keep the other from running.
 test: setup
-	$(BIN)/python -m pytest $(IN_JOBS) $(ARGS)
+	@status=0; $(if $(ARGS),,$(BIN)/python -m client.tests.environments || status=1;) \
+	    $(BIN)/python -m pytest $(IN_JOBS) $(ARGS) || status=1; exit $$status
 
 # Environments with several versions of Python and of the frameworks, in .venv-client. See client/tests/environments.py.
 test-client: setup

@@ -20,6 +20,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "keyproxy"
+CLIENT = ROOT / "client" / "keyproxy_client"
 
 #: A module imports only modules of a strictly lower rank; the modules of one folder may import each other.
 RANKS = {
@@ -94,7 +95,29 @@ POSITIONAL_MAX = 5  # with self
 ROOT_MODULES_MAX = 8
 FOLDER_MODULES_MAX = 15
 
+#: The only modules of the client that may import a library; it imports no other, and never `keyproxy`.
+CLIENT_HOMES = {
+    "aiohttp": {"http", "outgoing"},
+    "asgiref": {"django"},
+    "celery": {"celery", "django"},
+    "cryptography": {"assertions", "django"},
+    "django": {"django"},
+    "fastapi": {"fastapi"},
+    "httpx": {"http", "outgoing"},
+    "jwt": {"assertions"},
+    "kombu": {"celery"},
+    "requests": {"http", "outgoing"},
+    "rest_framework": {"django"},
+    "rest_framework_api_key": {"django"},
+    "starlette": {"fastapi"},
+}
+
+#: Rooms of the client that integrate one framework, and import it when they are imported.
+LIBRARY_ROOMS = {"celery", "django", "fastapi"}
+
 MODULES = sorted(PACKAGE.rglob("*.py"))
+CLIENT_MODULES = sorted(CLIENT.rglob("*.py"))
+ALL_MODULES = [*MODULES, *CLIENT_MODULES]
 
 #: Words for data that speaks, and for programs as persons. A few are right, as in the name of the user `nobody`.
 DIALECT = re.compile(
@@ -102,6 +125,9 @@ DIALECT = re.compile(
     re.IGNORECASE,
 )
 DIALECT_PER_THOUSAND_WORDS_MAX = 0.2
+
+#: Texts for readers outside of docs/.
+DOCUMENTS = ("README.md", "config.example.toml", "client/README.md")
 
 #: Class names that two classes share on purpose.
 SHARED_CLASS_NAMES = {
@@ -131,7 +157,7 @@ def _imports(path: Path) -> tuple[str, ...]:
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{_name(path)} imports relatively"
-            if (node.module or "").partition(".")[0] == "keyproxy":
+            if (node.module or "").partition(".")[0] in ("keyproxy", "keyproxy_client"):
                 found += [f"{node.module}.{alias.name}" for alias in node.names]
             else:
                 found.append(node.module or "")
@@ -142,6 +168,16 @@ def _functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
+
+
+def _client_room(path: Path) -> str:
+    """The module of the client's top level, or the folder."""
+    return path.relative_to(CLIENT).with_suffix("").parts[0]
+
+
+def _is_of_django(path: Path) -> bool:
+    """A migration, or an empty module that makes a package where Django looks for one."""
+    return path.parent.name == "migrations" or (path.stem == "__init__" and path.stat().st_size == 0)
 
 
 # A test checks all modules and lists what is wrong: a test per module would cost more than the check.
@@ -176,9 +212,34 @@ def test_library_is_imported_only_in_its_home_and_never_below_the_edges() -> Non
     assert wrong == []
 
 
+def test_client_imports_no_part_of_keyproxy_and_each_library_only_in_its_home() -> None:
+    wrong = []
+    for path in CLIENT_MODULES:
+        for imported in _imports(path):
+            library = imported.partition(".")[0]
+            if library in sys.stdlib_module_names | {"keyproxy_client"}:
+                continue
+            if _client_room(path) not in CLIENT_HOMES.get(library, set()):
+                wrong.append(f"{library} in {_name(path)}")
+    assert wrong == []
+
+
+def test_client_at_its_top_level_needs_no_library() -> None:
+    """What `import keyproxy_client.identity` and its like load: libraries are imported where they are used."""
+    wrong = []
+    for path in CLIENT_MODULES:
+        if _client_room(path) in LIBRARY_ROOMS:
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            wrong += [f"{name} in {_name(path)}" for name in names if name.partition(".")[0] in CLIENT_HOMES]
+    assert wrong == []
+
+
 def test_modules_functions_and_signatures_are_within_their_size_limits() -> None:
     wrong = []
-    for path in MODULES:
+    for path in ALL_MODULES:
         lines = len(path.read_text(encoding="utf-8").splitlines())
         if lines > MODULE_LINES_MAX:
             wrong.append(f"{_name(path)} has {lines} lines")
@@ -197,7 +258,9 @@ def test_modules_functions_and_signatures_are_within_their_size_limits() -> None
 
 def test_every_module_and_public_name_has_a_docstring() -> None:
     wrong = []
-    for path in MODULES:
+    for path in ALL_MODULES:
+        if path.is_relative_to(CLIENT) and _is_of_django(path):
+            continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if not ast.get_docstring(tree):
             wrong.append(_name(path))
@@ -212,7 +275,7 @@ def test_every_module_and_public_name_has_a_docstring() -> None:
 
 def test_no_blind_except_below_an_outermost_boundary() -> None:
     wrong = []
-    for path in MODULES:
+    for path in ALL_MODULES:
         lines = path.read_text(encoding="utf-8").splitlines()
         for node in ast.walk(ast.parse("\n".join(lines))):
             if isinstance(node, ast.ExceptHandler):
@@ -225,7 +288,7 @@ def test_no_blind_except_below_an_outermost_boundary() -> None:
 
 def test_no_import_cycles() -> None:
     """Neither between folders nor within one, nor under TYPE_CHECKING."""
-    names = {_module(path): path for path in MODULES}
+    names = {_module(path): path for path in ALL_MODULES}
     imports = {
         name: {target for imported in _imports(path) if (target := _known(imported, names)) not in (None, name)}
         for name, path in names.items()
@@ -235,13 +298,14 @@ def test_no_import_cycles() -> None:
 
 
 def _module(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    home = CLIENT.parent if path.is_relative_to(CLIENT) else ROOT
+    return ".".join(path.relative_to(home).with_suffix("").parts).removesuffix(".__init__")
 
 
 def _known(imported: str, names: Mapping[str, Path]) -> str | None:
-    """The keyproxy module that an import statement loads."""
+    """The module of ours that an import statement loads."""
     for candidate in (imported, imported.rpartition(".")[0]):
-        if candidate in names and candidate != "keyproxy":
+        if candidate in names and candidate not in ("keyproxy", "keyproxy_client"):
             return candidate
     return None
 
@@ -250,6 +314,24 @@ def test_type_checking_blocks_contain_no_keyproxy_imports() -> None:
     hiding = {_name(path) for path in MODULES if "TYPE_CHECKING" in path.read_text(encoding="utf-8")}
     # Commands defer slow imports; the other one needs the type checker's view of a decorator.
     assert hiding == TYPE_CHECKING_USERS
+    # The client hides libraries there, which it imports when it needs them.
+    hidden = [
+        f"{_name(path)} hides {imported}"
+        for path in CLIENT_MODULES
+        for imported in _hidden_imports(path)
+        if imported.partition(".")[0] == "keyproxy_client"
+    ]
+    assert hidden == []
+
+
+def _hidden_imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            for one in ast.walk(node):
+                if isinstance(one, ast.Import):
+                    yield from (alias.name for alias in one.names)
+                elif isinstance(one, ast.ImportFrom):
+                    yield one.module or ""
 
 
 def _prose(path: Path) -> str:
@@ -263,21 +345,21 @@ def _prose(path: Path) -> str:
 
 @pytest.mark.parametrize("texts", ["code", "documentation"])
 def test_texts_are_plain_english(texts: str) -> None:
-    documents = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "config.example.toml"]
-    prose = " ".join(_prose(path) for path in (MODULES if texts == "code" else documents))
+    documents = [*sorted((ROOT / "docs").rglob("*.md")), *(ROOT / name for name in DOCUMENTS)]
+    prose = " ".join(_prose(path) for path in (ALL_MODULES if texts == "code" else documents))
     found = collections.Counter(match.group().lower() for match in DIALECT.finditer(prose))
     words = len(re.findall(r"[A-Za-z']+", prose))
     assert 1000 * found.total() / words <= DIALECT_PER_THOUSAND_WORDS_MAX, found.most_common(5)
 
 
 def test_folders_stay_small_enough_to_read() -> None:
-    sizes = collections.Counter(path.parent for path in MODULES if path.stem not in ("__init__", "__main__"))
+    sizes = collections.Counter(path.parent for path in ALL_MODULES if path.stem not in ("__init__", "__main__"))
     assert sizes.pop(PACKAGE) <= ROOT_MODULES_MAX
     assert {_name(folder): size for folder, size in sizes.items() if size > FOLDER_MODULES_MAX} == {}
 
 
 def test_no_module_has_a_meaningless_name() -> None:
-    assert not {path.stem for path in MODULES} & {"utils", "helpers", "common", "manager", "misc", "data", "info"}
+    assert not {path.stem for path in ALL_MODULES} & {"utils", "helpers", "common", "manager", "misc", "data", "info"}
 
 
 def test_every_module_has_a_rank() -> None:

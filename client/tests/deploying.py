@@ -34,10 +34,7 @@ DO $$ BEGIN
     IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = '{_ROLE}') THEN CREATE ROLE {_ROLE} LOGIN; END IF;
 END $$;
 GRANT CREATE ON SCHEMA public TO {_ROLE};
-DO $$ BEGIN
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'keyproxy_app') THEN GRANT keyproxy_app TO {_ROLE};
-    ELSE GRANT keyproxy_admin TO {_ROLE}; END IF;
-END $$;
+GRANT keyproxy_app TO {_ROLE};
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import email
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,13 +21,27 @@ from tests.acceptance.conftest import ROOT, Output, clean_environment
 EXAMPLE = (ROOT / "config.example.toml").read_text(encoding="utf-8")
 
 
+CLIENT = ROOT / "client"
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of this checkout. It is built from a copy, because a build leaves files behind."""
-    directory = tmp_path_factory.mktemp("wheel")
-    source = directory / "source"
+    """A wheel of this checkout."""
     names = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "config.example.toml", "keyproxy"]
-    subprocess.run(["cp", "-R", *(str(ROOT / name) for name in [*names]), str(_made(source))], check=True)
+    return _built([ROOT / name for name in names], tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def client_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of the client in this checkout."""
+    names = ["pyproject.toml", "README.md", "LICENSE", "keyproxy_client"]
+    return _built([CLIENT / name for name in names], tmp_path_factory.mktemp("client"))
+
+
+def _built(files: Sequence[Path], directory: Path) -> Path:
+    """The wheel of a copy, because a build leaves files behind."""
+    source = directory / "source"
+    subprocess.run(["cp", "-R", *map(str, files), str(_made(source))], check=True)
     subprocess.run(
         [
             sys.executable,
@@ -99,19 +115,22 @@ async def test_a_wheel_works_outside_of_the_checkout(installed: Path, tmp_path: 
     assert "kp_live_" in output.out
 
 
-def test_a_wheel_holds_every_file_that_is_no_python(wheel: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        held = {name for name in archive.namelist() if name.startswith("keyproxy/")}
+@pytest.mark.parametrize("name", ["wheel", "client_wheel"])
+def test_a_wheel_holds_every_file_of_its_package_and_nothing_else(name: str, request: pytest.FixtureRequest) -> None:
+    with zipfile.ZipFile(request.getfixturevalue(name)) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+    home, package = (ROOT, "keyproxy") if name == "wheel" else (CLIENT, "keyproxy_client")
     there = {
-        str(path.relative_to(ROOT))
-        for path in (ROOT / "keyproxy").rglob("*")
+        str(path.relative_to(home))
+        for path in (home / package).rglob("*")
         if path.is_file() and path.suffix not in (".pyc", ".so")
     }
     assert held == there
 
 
-def test_a_wheel_names_its_author_and_license(wheel: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
+@pytest.mark.parametrize("name", ["wheel", "client_wheel"])
+def test_a_wheel_names_its_author_and_license(name: str, request: pytest.FixtureRequest) -> None:
+    with zipfile.ZipFile(request.getfixturevalue(name)) as archive:
         (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         (license_file,) = [name for name in archive.namelist() if name.endswith("/LICENSE")]
         result = email.message_from_string(archive.read(metadata).decode())
@@ -123,12 +142,40 @@ def test_a_wheel_names_its_author_and_license(wheel: Path) -> None:
     assert result.get_all("Project-URL") == ["License, https://www.apache.org/licenses/LICENSE-2.0"]
     assert result["Author"]
     assert result["Description-Content-Type"] == "text/markdown"
+    if name == "client_wheel":
+        # Everything that it requires belongs to an extra, and nothing but bounds of versions is in one.
+        assert all("extra ==" in line for line in result.get_all("Requires-Dist", []))
 
 
-def test_versions_agree() -> None:
-    from keyproxy import __version__
+def test_the_client_installs_and_imports_where_nothing_else_is_installed(client_wheel: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--disable-pip-version-check", str(client_wheel)], check=True, capture_output=True)
+    modules = ("acting", "http", "identity", "keys")
+    code = f"""
+import importlib.util, sys
+import keyproxy_client
+assert importlib.util.find_spec("keyproxy") is None
+for name in {modules}:
+    assert getattr(keyproxy_client, name).__name__ == "keyproxy_client." + name
+foreign = {{name.partition(".")[0] for name in sys.modules}} - sys.stdlib_module_names
+print(sorted(foreign - {{"__main__", "keyproxy_client"}}))
+"""
+    done = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
 
-    assert tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"] == __version__
+
+@pytest.mark.parametrize("home", [ROOT, CLIENT], ids=["keyproxy", "keyproxy_client"])
+def test_versions_agree(home: Path) -> None:
+    project = tomllib.loads((home / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    package = home / project["name"].replace("-", "_") / "__init__.py"
+    named = [
+        ast.literal_eval(node.value)
+        for node in ast.parse(package.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__"
+    ]
+    assert named == [project["version"]]
 
 
 def test_the_packaged_example_is_the_one_at_the_top_of_the_repository() -> None:

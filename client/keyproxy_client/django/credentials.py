@@ -14,16 +14,16 @@ from typing import Any, Final
 from asgiref.sync import sync_to_async
 from django.db import IntegrityError, router, transaction
 from django.utils import timezone
-from django.views.decorators.debug import sensitive_variables
 
 from keyproxy_client.acting import Acting
 from keyproxy_client.django import sealing
 from keyproxy_client.django.directory.errors import AlreadyIssued, KeyConflict, NotInDirectory
-from keyproxy_client.django.directory.interface import ACTOR_ROTATE, ACTOR_SIGNUP, Directory, IssuedKey, KeyWish
+from keyproxy_client.django.directory.interface import ACTOR_ROTATE, ACTOR_SIGNUP, Directory, IssuedKey
 from keyproxy_client.django.directory.selection import directory
+from keyproxy_client.django.issuing import issue_for, key_life
 from keyproxy_client.django.models import Credential
 from keyproxy_client.django.settings import settings
-from keyproxy_client.django.users import keyproxy_id, tenant_of, user_of_id
+from keyproxy_client.django.users import tenant_of, user_of_id
 
 #: The name of these keys in keyproxy.
 KEY_NAME: Final = "django credential"
@@ -31,12 +31,6 @@ KEY_NAME: Final = "django credential"
 
 class NoCredential(LookupError):
     """The acting user has no account in Django, or an inactive one, so that there is no key to call keyproxy with."""
-
-
-def key_life() -> timedelta | None:
-    """The life of a new key by `KEY_DAYS`; None for ever."""
-    days = settings().key_days
-    return timedelta(days=days) if days else None
 
 
 def keep(user: Any, issued: IssuedKey) -> Credential:
@@ -98,6 +92,11 @@ def delete_expired() -> int:
     return Credential.objects.filter(retired_at__isnull=False, expires_at__lte=timezone.now()).delete()[0]
 
 
+def needs_resealing(row: Credential) -> bool:
+    """Whether a credential is encrypted under another than the first Fernet key. Raises CredentialUnusable."""
+    return sealing.resealed(row.sealed, row.key_id) is not None
+
+
 def reseal(row: Credential) -> bool:
     """Encrypt a credential under the first Fernet key, and return whether it was not. Raises CredentialUnusable."""
     sealed = sealing.resealed(row.sealed, row.key_id)
@@ -115,19 +114,20 @@ def _replacement(found: Directory, current: Credential, grace: timedelta) -> Iss
         return found.keys.rotate(key_id, grace=grace, life=life, actor=ACTOR_ROTATE)
     except (KeyConflict, NotInDirectory):
         # The old key is revoked, expired, deleted, or has a successor whose secret is unknown here.
-        return _new_key(found, current.user, is_test=current.is_test, actor=ACTOR_ROTATE)
+        return issue_for(
+            current.user, actor=ACTOR_ROTATE, name=KEY_NAME, scopes=settings().scopes, is_test=current.is_test
+        )
 
 
 def _issued(user: Any, *, is_test: bool) -> Credential:
     """A new credential, or the one that another process stored meanwhile."""
-    found = directory()
     issued: IssuedKey | None = None
     try:
         with _transaction():
             Credential.objects.filter(
                 user=user, is_test=is_test, retired_at=None, expires_at__lte=timezone.now()
             ).update(retired_at=timezone.now())
-            issued = _new_key(found, user, is_test=is_test, actor=ACTOR_SIGNUP)
+            issued = issue_for(user, actor=ACTOR_SIGNUP, name=KEY_NAME, scopes=settings().scopes, is_test=is_test)
             return keep(user, issued)
     except IntegrityError:
         row = _current(user, is_test=is_test)
@@ -135,20 +135,8 @@ def _issued(user: Any, *, is_test: bool) -> Credential:
             raise
         if issued is not None and settings().backend == "api":
             # By SQL the rollback removed the key.
-            found.keys.revoke(issued.key_id, "another process issued a credential", actor=ACTOR_SIGNUP)
+            directory().keys.revoke(issued.key_id, "another process issued a credential", actor=ACTOR_SIGNUP)
         return row
-
-
-@sensitive_variables("issued")
-def _new_key(found: Directory, user: Any, *, is_test: bool, actor: str) -> IssuedKey:
-    keyproxy_user = keyproxy_id(user)
-    wish = KeyWish(KEY_NAME, settings().scopes, is_test, key_life())
-    try:
-        return found.keys.issue(keyproxy_user, wish, actor=actor)
-    except NotInDirectory:
-        # With PROVISION "first_use" the first call creates the user.
-        found.users.create(keyproxy_user, tenant_of(user), actor=actor)
-        return found.keys.issue(keyproxy_user, wish, actor=actor)
 
 
 def _current(user: Any, *, is_test: bool) -> Credential | None:

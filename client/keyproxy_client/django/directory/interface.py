@@ -7,11 +7,13 @@ raises DirectoryError and its kinds.
 
 from __future__ import annotations
 
-import secrets
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final, Protocol
+
+from keyproxy_client.keys import base62
 
 #: The authors of changes in the audit log of keyproxy. The admin API records the token instead.
 ACTOR_SIGNUP: Final = "django:signup"
@@ -19,8 +21,8 @@ ACTOR_DELETE: Final = "django:delete"
 ACTOR_SYNC: Final = "django:sync"
 ACTOR_ROTATE: Final = "django:rotate"
 
-_ALPHABET: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-_ID_DIGITS: Final = 20
+#: As keyproxy makes ids.
+_KEY_ID_DIGITS: Final = 20
 
 
 def actor_of_admin(pk: object) -> str:
@@ -28,9 +30,9 @@ def actor_of_admin(pk: object) -> str:
     return f"django:admin:{pk}"
 
 
-def new_key_id() -> str:
-    """A new, random id for a key, in keyproxy's format."""
-    return "key_" + "".join(secrets.choice(_ALPHABET) for _ in range(_ID_DIGITS))
+def id_of_request(request: str) -> str:
+    """The id of the key that a request issues: the primary key recognises a repetition."""
+    return "key_" + base62(int.from_bytes(hashlib.sha256(request.encode()).digest(), "big"), _KEY_ID_DIGITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class DirectoryUser:
 
     id: str
     tenant: str
-    disabled_at: datetime | None = None
+    is_disabled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,35 +114,34 @@ class Users(Protocol):
         """
         ...
 
-    def disable(self, user: str, *, actor: str) -> bool:
-        """Disable a user, and return whether it exists. A disabled user keeps the time at which it was disabled."""
+    def disable(self, user: str, tenant: str, *, actor: str) -> bool:
+        """Disable a user of the tenant, and return whether it exists. It keeps the time of an earlier disabling."""
         ...
 
-    def enable(self, user: str, *, actor: str) -> bool:
-        """Enable a user, and return whether it exists."""
+    def enable(self, user: str, tenant: str, *, actor: str) -> bool:
+        """Enable a user of the tenant, and return whether it exists."""
         ...
 
-    def delete(self, user: str, *, actor: str) -> bool:
-        """Delete a user with its keys, and return whether it existed."""
-        ...
-
-    def get(self, user: str) -> DirectoryUser | None:
-        """The user, or None. The admin API requires the scope keys:read, here and for lists."""
+    def delete(self, user: str, tenant: str, *, actor: str) -> bool:
+        """Delete a user of the tenant with its keys, and return whether it existed."""
         ...
 
     def pages(self, tenant: str | None = None, *, size: int = 500) -> Iterator[list[DirectoryUser]]:
-        """All users, or those of one tenant, in pages that are read when they are needed."""
+        """All users, or those of one tenant, by id, in pages that are read when they are needed.
+
+        The admin API requires the scope keys:read.
+        """
         ...
 
 
 class Keys(Protocol):
     """The keys of keyproxy. `actor`: as for Users."""
 
-    def issue(self, user: str, wish: KeyWish, *, actor: str, request: str = "") -> IssuedKey:
+    def issue(self, user: str, tenant: str, wish: KeyWish, *, actor: str, request: str = "") -> IssuedKey:
         """Issue a key. `request` identifies the request, so that its repetition issues no second key.
 
-        Raises NotInDirectory if there is no such user, KeyLimitReached if it has `KEYS_PER_USER_MAX` working keys, and
-        AlreadyIssued if the request was performed before.
+        Raises NotInDirectory if there is no such user, ProvisionConflict if it belongs to another tenant,
+        KeyLimitReached if it has `KEYS_PER_USER_MAX` working keys, and AlreadyIssued if the request was performed before.
         """
         ...
 
@@ -158,8 +159,8 @@ class Keys(Protocol):
         """Revoke a key permanently and return it. A revoked key keeps its time and reason. Raises NotInDirectory."""
         ...
 
-    def of_user(self, user: str) -> list[DirectoryKey]:
-        """All keys of a user, the newest first. The admin API requires the scope keys:read."""
+    def of_user(self, user: str, tenant: str) -> list[DirectoryKey]:
+        """All keys of a user of the tenant, the newest first. The admin API requires the scope keys:read."""
         ...
 
 

@@ -6,31 +6,32 @@ issues or rotates has none of these.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
-from django.db import DatabaseError, OperationalError, connections, transaction
+from django.db import connections, transaction
 from django.views.decorators.debug import sensitive_variables
 
 from keyproxy_client import keys
 from keyproxy_client.django.directory.errors import (
     AlreadyIssued,
-    DirectoryRefused,
-    DirectoryUnavailable,
     KeyConflict,
     KeyLimitReached,
     NotInDirectory,
+    ProvisionConflict,
 )
-from keyproxy_client.django.directory.interface import DirectoryKey, IssuedKey, KeyWish, new_key_id
+from keyproxy_client.django.directory.interface import DirectoryKey, IssuedKey, KeyWish, id_of_request
+from keyproxy_client.django.directory.sql_connection import translated
 
-_COLUMNS: Final = "id, user_id, hint, name, scopes, is_test, created_at, expires_at, revoked_at, revoke_reason, replaces, last_used_at"
+_COLUMNS: Final = (
+    "id, user_id, hint, name, scopes, is_test, created_at, expires_at, revoked_at, revoke_reason, replaces, last_used_at"
+)
 
 # A lock on the user serialises issues of its keys, so that the count that follows sees all of them.
-_HOLD_USER: Final = "SELECT id FROM keyproxy.users WHERE id = %s FOR NO KEY UPDATE"
+_HOLD_USER: Final = "SELECT tenant_id FROM keyproxy.users WHERE id = %s FOR NO KEY UPDATE"
 
 _COUNT: Final = """
     SELECT count(*) FILTER (WHERE revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())),
@@ -67,6 +68,15 @@ _REVOKE: Final = """
 """
 
 
+_OF_USER: Final = f"""
+    SELECT {_COLUMNS} FROM keyproxy.api_keys
+    WHERE user_id = (SELECT u.id FROM keyproxy.users AS u WHERE u.id = %s AND u.tenant_id = %s)
+    ORDER BY created_at DESC, id
+"""  # noqa: S608 - a constant
+
+_GET: Final = f"SELECT {_COLUMNS} FROM keyproxy.api_keys WHERE id = %s"  # noqa: S608
+
+
 @dataclass(frozen=True, slots=True)
 class SqlKeys:
     """The keys of keyproxy on the connection `alias`. A user has at most `keys_max` working ones when one is issued."""
@@ -76,13 +86,16 @@ class SqlKeys:
     keys_max: int
 
     @sensitive_variables("secret", "values")
-    def issue(self, user: str, wish: KeyWish, *, actor: str, request: str = "") -> IssuedKey:
+    def issue(self, user: str, tenant: str, wish: KeyWish, *, actor: str, request: str = "") -> IssuedKey:
         """See Keys."""
-        key_id = _id_of(request) if request else new_key_id()
+        key_id = id_of_request(request) if request else keys.new_key_id()
         with self._changing(actor) as cursor:
             cursor.execute(_HOLD_USER, [user])
-            if cursor.fetchone() is None:
+            owner = cursor.fetchone()
+            if owner is None:
                 raise NotInDirectory(f"there is no user {user!r} in keyproxy")
+            if owner[0] != tenant:
+                raise ProvisionConflict(f"user {user!r} exists in keyproxy and belongs to another tenant")
             cursor.execute(_COUNT, [key_id, user])
             working, is_repeated = cursor.fetchone()
             if is_repeated:
@@ -96,7 +109,7 @@ class SqlKeys:
         self, key_id: str, *, grace: timedelta, life: timedelta | None, actor: str, request: str = ""
     ) -> IssuedKey:
         """See Keys. A key that never expires is replaced by one that never expires."""
-        new_id = _id_of(request) if request else new_key_id()
+        new_id = id_of_request(request) if request else keys.new_key_id()
         with self._changing(actor) as cursor:
             cursor.execute(_HOLD_KEY, [key_id])
             row = cursor.fetchone()
@@ -123,18 +136,16 @@ class SqlKeys:
         """See Keys."""
         with self._changing(actor) as cursor:
             cursor.execute(_REVOKE, [reason, key_id])
-            cursor.execute(f"SELECT {_COLUMNS} FROM keyproxy.api_keys WHERE id = %s", [key_id])
+            cursor.execute(_GET, [key_id])
             row = cursor.fetchone()
         if row is None:
             raise NotInDirectory(f"there is no key {key_id!r} in keyproxy")
         return _key(row)
 
-    def of_user(self, user: str) -> list[DirectoryKey]:
+    def of_user(self, user: str, tenant: str) -> list[DirectoryKey]:
         """See Keys."""
-        with _translated(), connections[self.alias].cursor() as cursor:
-            cursor.execute(
-                f"SELECT {_COLUMNS} FROM keyproxy.api_keys WHERE user_id = %s ORDER BY created_at DESC, id", [user]
-            )
+        with translated(), connections[self.alias].cursor() as cursor:
+            cursor.execute(_OF_USER, [user, tenant])
             return [_key(row) for row in cursor.fetchall()]
 
     @sensitive_variables("secret")
@@ -153,32 +164,10 @@ class SqlKeys:
 
         The author is cleared again, because the transaction may be the application's and change more.
         """
-        with _translated(), transaction.atomic(using=self.alias), connections[self.alias].cursor() as cursor:
+        with translated(), transaction.atomic(using=self.alias), connections[self.alias].cursor() as cursor:
             cursor.execute("SELECT set_config('keyproxy.actor', %s, true)", [actor])
             yield cursor
             cursor.execute("SELECT set_config('keyproxy.actor', '', true)")
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except OperationalError as error:
-        raise DirectoryUnavailable(
-            f"keyproxy's database did not perform the statement: {_first_line(error)}"
-        ) from error
-    except DatabaseError as error:
-        raise DirectoryRefused(f"keyproxy's database refuses the statement: {_first_line(error)}") from error
-
-
-def _first_line(error: DatabaseError) -> str:
-    """Without PostgreSQL's DETAIL, which may show a row."""
-    return str(error).partition("\n")[0]
-
-
-def _id_of(request: str) -> str:
-    """The id of the key that a request issues: the primary key recognises a repetition."""
-    return "key_" + keys.base62(int.from_bytes(hashlib.sha256(request.encode()).digest(), "big"), 22)
 
 
 def _key(row: tuple[Any, ...]) -> DirectoryKey:

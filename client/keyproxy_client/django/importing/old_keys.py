@@ -80,13 +80,31 @@ def key_models(labels: Sequence[str]) -> list[type[models.Model]]:
     return list(dict.fromkeys(found[label.lower()] for label in labels))
 
 
-def owner_field(model: type[models.Model], wanted: str | None) -> str | None:
-    """The name of the field that refers to a key's owner, a lookup such as `team__owner` included; None if the model has
-    no reference to a user, or several. Raises ModelUnusable if `wanted` is not such a field."""
+def owner_fields(
+    models_of_keys: Sequence[type[models.Model]], wanted: str | None
+) -> list[tuple[type[models.Model], str | None]]:
+    """Each model with the field that refers to a key's owner; None if it has no such field.
+
+    `wanted`: the field, or a path such as `team__owner`, of those models that have it. Raises ModelUnusable if none has.
+    """
+    if wanted is None:
+        return [(model, _only_reference(model)) for model in models_of_keys]
+    found: list[tuple[type[models.Model], str | None]] = []
+    faults: list[ModelUnusable] = []
+    for model in models_of_keys:
+        try:
+            _check_path(model, wanted, get_user_model())
+            found.append((model, wanted))
+        except ModelUnusable as error:
+            faults.append(error)
+            found.append((model, None))
+    if faults and len(faults) == len(found):
+        raise faults[0]
+    return found
+
+
+def _only_reference(model: type[models.Model]) -> str | None:
     user_model = get_user_model()
-    if wanted is not None:
-        _check_path(model, wanted, user_model)
-        return wanted
     references = [
         field.name
         for field in model._meta.get_fields()
