@@ -50,7 +50,7 @@ class Acting:
         if self.tenant is not None and not (isinstance(self.tenant, str) and names.is_id(self.tenant)):
             raise ValueError("the tenant of the acting user is not a valid id of a keyproxy tenant")
         if not isinstance(self.is_test, bool):
-            raise ValueError("the mode of the acting user is neither True nor False")
+            raise TypeError("the mode of the acting user is neither True nor False")
 
 
 #: Looks the authenticated user of a request up; None if it is anonymous.
@@ -58,11 +58,14 @@ Lookup = Callable[[], Acting | None]
 LookupAsync = Callable[[], Awaitable[Acting | None]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Scope:
     """What `acting_as` or a task set. Distinguishes "no user" from "not set"."""
 
     acting: Acting | None
+    outer: _Scope | None = None
+    #: The block ended while a later one was current. It never applies again, not even when the later one ends.
+    has_ended: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ _conversions: Final[list[Callable[[object], Acting]]] = []
 
 def acting() -> Acting | None:
     """The acting user of the current context; None if there is none."""
-    scope = _scope.get()
+    scope = _current_scope()
     if scope is not None:
         return scope.acting
     request = _request.get()
@@ -95,9 +98,16 @@ def acting() -> Acting | None:
 async def acting_async() -> Acting | None:
     """Like `acting()`, for coroutines: a request's user that is still to be looked up does not block the event loop."""
     request = _request.get()
-    if _scope.get() is None and request is not None and request.acting is None and request.lookup_async is not None:
+    if _current_scope() is None and request is not None and request.acting is None and request.lookup_async is not None:
         return await request.lookup_async()
     return acting()
+
+
+def _current_scope() -> _Scope | None:
+    scope = _scope.get()
+    while scope is not None and scope.has_ended:
+        scope = scope.outer
+    return scope
 
 
 @contextmanager
@@ -108,11 +118,17 @@ def acting_as(user: object, tenant: str | None = None, test: bool = False) -> It
     default of `tenant`.
     """
     chosen = _converted(user, tenant, test)
-    token = _scope.set(_Scope(chosen))
+    scope = _Scope(chosen, _current_scope())
+    _scope.set(scope)
     try:
         yield chosen
     finally:
-        _scope.reset(token)
+        if _scope.get() is scope:
+            _scope.set(scope.outer)
+        else:
+            # A generator that was suspended within the block ends when it is collected, perhaps within a later task.
+            # Restoring what surrounded the block would make that task act for the user of an earlier one.
+            scope.has_ended = True
 
 
 def convert_users_by(conversion: Callable[[object], Acting]) -> None:
@@ -137,6 +153,11 @@ def enter_task(chosen: Acting | None) -> Token[_Scope | None]:
 def leave_task(token: Token[_Scope | None]) -> None:
     """End a task: restore the context that `enter_task` replaced."""
     _scope.reset(token)
+
+
+def enter_inherited() -> Token[_Scope | None]:
+    """Like `enter_task`, for a task that shares the acting user of its caller."""
+    return _scope.set(_scope.get())
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def _task_protocol(app: Celery) -> object:
     return copy.conf.task_protocol
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Run:
     """The task that runs in this context. `outer` is the task that called it eagerly."""
 
@@ -118,7 +118,7 @@ def _enter(task_id: str, task: Task, **_: object) -> None:
 def _enter_eager(headers: Mapping[str, Any]) -> tuple[Acting | None, Token[Any]]:
     """Begin a task that its caller runs in place, without a message: its headers, else the caller's acting user."""
     if not any(name in headers for name in (USER, TENANT, TEST)):
-        return None, acting.enter_block()
+        return None, acting.enter_inherited()
     caller = acting.acting()
     chosen = _as_acting(headers if caller is None else {**_as_headers(caller), **headers})
     return chosen, acting.enter_task(chosen)

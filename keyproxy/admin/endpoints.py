@@ -108,6 +108,13 @@ _COMMON_PROBLEMS: Final = frozenset(
 Handler = Callable[[ApiRequest], Awaitable[ApiResponse | ApiStream]]
 
 
+class Filtered(NamedTuple):
+    """A list that a further scope may read if the request filters it: who changes these objects by id may list them."""
+
+    by: str
+    scope: Scope
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """One endpoint. `name`: its name in ADDRESSES. `responses`: the response model of each status.
@@ -124,6 +131,7 @@ class Endpoint:
     query: type[RequestModel] = NoQuery
     body: type[RequestModel] | None = None
     may_be_empty: bool = False
+    filtered: Filtered | None = None
     is_global: bool = False
     is_conditional: bool = False
     may_be_new_only: bool = False
@@ -139,6 +147,10 @@ class Endpoint:
     def path(self) -> str:
         """The path, such as `/v1/keys/{id}`."""
         return ADDRESSES[self.name].path
+
+    def scope_of_filter(self, query: Mapping[str, str]) -> Scope | None:
+        """The scope that suffices instead of `scope` for this query, if there is one."""
+        return self.filtered.scope if self.filtered is not None and query.get(self.filtered.by) else None
 
     @property
     def is_stream(self) -> bool:

@@ -1,7 +1,8 @@
 """Scopes of admin API tokens.
 
 A scope names a kind of object and read or write access. `admin:read` reads everything, `admin:write` grants everything.
-Write access does not imply read access: a provisioning job that creates users need not see other users.
+Write access does not imply read access: a provisioning job that creates users need not see other users. It can list only
+what it names and may change anyway: the users of one tenant, or the keys of one user.
 `tenant:acme` restricts rather than grants: the token reads and changes that tenant only.
 """
 
@@ -41,9 +42,10 @@ DESCRIPTIONS: Final = {
     Scope.ADMIN_WRITE: "grants all scopes",
     Scope.KEYS_READ: "reads tenants, users, keys, agents, plans, roles, owned ids and prompt templates",
     Scope.KEYS_WRITE: (
-        "issues, imports, changes, rotates, suspends, revokes and deletes keys; changes agents; mints and revokes tokens"
+        "issues, imports, changes, rotates, suspends, revokes and deletes keys, and lists those of one user;"
+        " changes agents; mints and revokes tokens"
     ),
-    Scope.USERS_WRITE: "creates users with their first key, changes and deletes them",
+    Scope.USERS_WRITE: "creates users with their first key, changes and deletes them, and lists those of one tenant",
     Scope.PLANS_WRITE: "creates, changes and deletes plans, and credits windows",
     Scope.ACCESS_WRITE: "changes roles, owned ids and prompt templates",
     Scope.APPROVALS_READ: "reads approvals of calls, and consents",

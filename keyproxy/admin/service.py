@@ -119,7 +119,9 @@ class Service:
     async def respond(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
         """Respond to a request. Raises Refused, StoreUnavailable."""
         peer = request.remote or "unix"
-        token = await self.authorize(request, endpoint.scope, is_global=endpoint.is_global)
+        token = await self.authorize(
+            request, endpoint.scope, is_global=endpoint.is_global, or_scope=endpoint.scope_of_filter(request.query)
+        )
         raw, body = await request_parsing.body_of(request, endpoint)
         wanted = request_parsing.if_match(request) if endpoint.is_conditional else None
         valid = _ValidRequest(
@@ -147,12 +149,15 @@ class Service:
             _log.warning("the database refused a change that validation allows: %s", error.constraint or error)
             raise Refused(Problem.CONFLICT, "The database refused the change.") from error
 
-    async def authorize(self, request: web.Request, scope: Scope | None, *, is_global: bool) -> Entity:
-        """Authenticate a request and require this scope. Raises Refused, StoreUnavailable."""
+    async def authorize(
+        self, request: web.Request, scope: Scope | None, *, is_global: bool, or_scope: Scope | None = None
+    ) -> Entity:
+        """Authenticate a request and require this scope, or the other one. Raises Refused, StoreUnavailable."""
         authorization = request.headers.getall("Authorization", [])
         token = await self.access.token(authorization, request.remote or "unix", self.now_mono())
         request[TOKEN_ID] = token["id"]
-        if scope is not None and not allows(token["scopes"], scope):
+        sufficient = [one for one in (scope, or_scope) if one is not None]
+        if scope is not None and not any(allows(token["scopes"], one) for one in sufficient):
             raise needs(scope)
         if is_global and token["tenant"] is not None:
             raise Refused(Problem.TENANT_BOUND)

@@ -92,11 +92,13 @@ def _schemas(endpoints: Iterable[Endpoint]) -> tuple[dict[type[BaseModel], Any],
 
 
 def _operation(endpoint: Endpoint, references: dict[type[BaseModel], Any]) -> dict[str, Any]:
-    needs = "" if endpoint.scope is None else f" Requires `{endpoint.scope}`."
+    needs = "" if endpoint.scope is None else f" Requires `{endpoint.scope}`"
+    if endpoint.filtered is not None:
+        needs += f", or `{endpoint.filtered.scope}` with the filter `{endpoint.filtered.by}`"
     operation: dict[str, Any] = {
         "operationId": endpoint.name,
         "summary": endpoint.description.split(". ")[0].split(": ")[0].rstrip("."),
-        "description": endpoint.description + needs,
+        "description": endpoint.description + (needs and f"{needs}."),
         "parameters": [*_path_parameters(endpoint), *_query_parameters(endpoint.query), *_header_parameters(endpoint)],
         "responses": _responses(endpoint, references),
     }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Final
 
-from keyproxy.admin.endpoints import ApiRequest, ApiResponse, Endpoint, cursor, page, position
+from keyproxy.admin.endpoints import ApiRequest, ApiResponse, Endpoint, Filtered, cursor, page, position
 from keyproxy.admin.problems import Problem
 from keyproxy.admin.schemas.leak_models import Leak, LeaksFound
 from keyproxy.admin.schemas.request_models import (
@@ -176,7 +176,7 @@ def _span(seconds: int | None) -> timedelta | None:
 
 ENDPOINTS: Final = (
     Endpoint("list_keys", "List keys, sorted by id or by a time.",
-             Scope.KEYS_READ, _keys, {200: Keys}, query=KeysQuery),
+             Scope.KEYS_READ, _keys, {200: Keys}, query=KeysQuery, filtered=Filtered("user", Scope.KEYS_WRITE)),
     Endpoint("issue_key", "Issue a key. Its secret is only in this response.",
              Scope.KEYS_WRITE, _issue, {201: KeyMade}, body=KeyIssue, refuses=_NOT_THERE),
     Endpoint("issue_keys",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from keyproxy.admin.endpoints import ApiRequest, ApiResponse, Endpoint, page
+from keyproxy.admin.endpoints import ApiRequest, ApiResponse, Endpoint, Filtered, page
 from keyproxy.admin.problems import Problem, Refused
 from keyproxy.admin.schemas.request_models import Paged, TenantChange, TenantCreate, UserChange, UserCreate, UsersQuery
 from keyproxy.admin.schemas.response_models import Deleted, Tenant, TenantMade, Tenants, User, UserMade, Users
@@ -90,7 +90,7 @@ ENDPOINTS: Final = (
              Scope.ADMIN_WRITE, _delete_tenant, {200: Deleted}, is_global=True, is_conditional=True,
              refuses=_NOT_THERE),
     Endpoint("list_users", "List users, sorted by id.",
-             Scope.KEYS_READ, _users, {200: Users}, query=UsersQuery),
+             Scope.KEYS_READ, _users, {200: Users}, query=UsersQuery, filtered=Filtered("tenant", Scope.USERS_WRITE)),
     Endpoint("create_user",
              "Create a user and issue its first live key. An existing user is left unchanged, gets no key, and "
              "is returned with status 200.",
