@@ -1,30 +1,13 @@
-"""On whose behalf a request comes, as keyproxy's identity headers state it."""
+"""The identity of incoming requests, and the rule that says which requests to trust.
+
+`read` does not decide on trust: call it for requests that only keyproxy can have sent. The middlewares of `asgi`, `wsgi`
+and `django.middleware` apply a `Trust` first.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from keyproxy_client.incoming.identity_headers import DEFAULT_PREFIX, read
+from keyproxy_client.incoming.trust import Trust
+from keyproxy_client.incoming.verified_identity import ENVIRON_KEY, Identity, IdentityInvalid
 
-#: Where a framework keeps the identity of a request: WSGI's environ, and under "identity" ASGI's `scope["state"]`.
-ENVIRON_KEY = "keyproxy.identity"
-
-
-class IdentityInvalid(ValueError):
-    """The identity headers of a request are repeated, incomplete, or outside keyproxy's patterns. Never shows values."""
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """The verified origin of a request.
-
-    `user`, `tenant`: on whose behalf. `scopes`: what the key may do. `is_test`: test mode. `key_id`: the key that was
-    presented, or the session of an OAuth client. `actor`: the user whose key acts for `user`; None if that is `user`.
-    `agent`: the agent that presented the credential, if it is one.
-    """
-
-    user: str
-    tenant: str
-    scopes: frozenset[str]
-    is_test: bool
-    key_id: str
-    actor: str | None = None
-    agent: str | None = None
+__all__ = ["DEFAULT_PREFIX", "ENVIRON_KEY", "Identity", "IdentityInvalid", "Trust", "read"]

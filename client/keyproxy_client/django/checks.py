@@ -99,7 +99,7 @@ def _fallback_errors(found: Settings) -> Iterator[CheckMessage]:
     except ImportError as error:
         yield Error(f"KEYPROXY['HAS_API_KEY_FALLBACK'] cannot be imported: {error}", id="keyproxy.E001")
         return
-    if not hasattr(permission, "has_permission"):
+    if not callable(permission):
         yield Error(f"KEYPROXY['HAS_API_KEY_FALLBACK'] is no permission of DRF: {fallback!r}", id="keyproxy.E001")
 
 

@@ -17,7 +17,7 @@ from keyproxy_client.django.models import Credential
 from keyproxy_client.django.users import InvalidId, keyproxy_id, tenant_of
 
 
-class KeysFormSet(BaseFormSet[Form]):
+class KeysFormSet(BaseFormSet):  # type: ignore[type-arg]
     """A formset without forms, which the user page requires of an inline: it is always valid and saves nothing."""
 
     form = Form
