@@ -17,7 +17,7 @@ from keyproxy_client.django.importing.csv_file import CsvFile
 from keyproxy_client.django.importing.old_keys import ModelUnusable, OldKey, key_models, owner_fields, read_keys
 from keyproxy_client.django.importing.report import ImportReport
 from keyproxy_client.django.management.reporting import Misuse, ReportingCommand
-from keyproxy_client.django.setting_checks import scopes
+from keyproxy_client.django.setting_checks import Fault, scopes
 from keyproxy_client.django.settings import settings
 
 _PROBLEMS_SHOWN_MAX: Final = 20
@@ -77,7 +77,7 @@ class Command(ReportingCommand):
         try:
             wanted = scopes(options["scopes"])
             models = owner_fields(key_models(options["models"]), options["user_field"])
-        except ValueError as error:
+        except Fault as error:
             raise Misuse(f"--scope: {error}") from error
         except ModelUnusable as error:
             raise Misuse(str(error)) from error
