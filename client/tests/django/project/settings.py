@@ -77,7 +77,11 @@ TEMPLATES = [
 ]
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 CACHES = {"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}}
-KEYPROXY = {"BACKEND": "off", "TENANT": "acme", "TRUST": os.environ.get("TEST_TRUST", "loopback")}
+KEYPROXY: dict[str, Any] = {
+    "BACKEND": "off",
+    "TENANT": "acme",
+    "TRUST": os.environ.get("TEST_TRUST", "loopback") or None,
+}
 if _deployment:
     KEYPROXY |= {
         "ORIGIN": _deployment.origin,
