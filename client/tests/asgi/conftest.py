@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Iterator
+from typing import Any
 
+import anyio
 import pytest
 
 from outgoing_clients import CLIENTS, Client
@@ -32,3 +36,20 @@ def elsewhere(_servers: tuple[ScriptedServer, ScriptedServer]) -> ScriptedServer
 def client(request: pytest.FixtureRequest) -> Client:
     """Each HTTP client."""
     return CLIENTS[request.param]
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits of the clients, which do not happen."""
+    found: list[float] = []
+    real_sleep = asyncio.sleep
+
+    async def sleep(seconds: float, *rest: Any) -> None:
+        if seconds:
+            found.append(seconds)
+        await real_sleep(0, *rest)
+
+    monkeypatch.setattr(time, "sleep", found.append)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(anyio, "sleep", sleep)
+    return found

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass(frozen=True)
 class Reply:
-    """One response."""
+    """One response. The lines of a header's value are fields of their own."""
 
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -27,6 +27,7 @@ class Received:
     path: str
     headers: list[tuple[str, str]]
     body: bytes
+    client_port: int
 
     def values(self, name: str) -> list[str]:
         """The values of all headers of a name, in any spelling."""
@@ -74,11 +75,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _respond(self) -> None:
         headers = [(name.lower(), value) for name, value in self.headers.items()]
-        self.scripted.received.append(Received(self.command, self.path, headers, self._body()))
+        received = Received(self.command, self.path, headers, self._body(), self.client_address[1])
+        self.scripted.received.append(received)
         reply = self.scripted.replies.pop(0) if self.scripted.replies else Reply()
         self.send_response(reply.status)
         for name, value in {"Content-Length": str(len(reply.body)), **reply.headers}.items():
-            self.send_header(name, value)
+            for line in value.splitlines():
+                self.send_header(name, line)
         self.end_headers()
         self.wfile.write(reply.body)
 
