@@ -52,30 +52,49 @@ SERVERS = {
 }
 
 
-@contextlib.contextmanager
-def serving(server: Server) -> Iterator[str]:
-    """The address of the project in this server, as an upstream of keyproxy."""
+@dataclass(frozen=True)
+class Place:
+    """Where the servers bind, one after the other, and the proxy before it."""
+
+    path: str
+    port: int
+    origin: str
+
+
+@pytest.fixture(scope="module")
+def places(deployment: Deployment) -> Iterator[dict[bool, Place]]:
+    """A place of each kind: True for the unix socket. A proxy takes longer to start than a server."""
     with tempfile.TemporaryDirectory() as home:
         path, port = f"{home}/app.sock", free_port()
-        is_uvicorn = server.command[0] == "uvicorn"
-        if server.is_unix:
-            bind = f"--uds={path}" if is_uvicorn else f"unix:{path}"
-        else:
-            bind = f"--port={port}" if is_uvicorn else f"127.0.0.1:{port}"
-        environment = clean_environment() | {
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "DJANGO_SETTINGS_MODULE": "project.settings",
-            "TEST_KEYPROXY": json.dumps(server.keyproxy),
-            VARIABLE: os.environ[VARIABLE],
-        }
-        command = [sys.executable, "-m", *(part.format(bind=bind) for part in server.command)]
-        process = subprocess.Popen(command, env=environment, cwd=Path(__file__).parent)
-        try:
-            await_connection(process, path if server.is_unix else ("127.0.0.1", port))
-            yield f"unix:{path}" if server.is_unix else f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(20)
+        with (
+            deployment.proxying(f"unix:{path}") as unix,
+            deployment.proxying(f"http://127.0.0.1:{port}") as loopback,
+        ):
+            yield {True: Place(path, port, unix), False: Place(path, port, loopback)}
+
+
+@contextlib.contextmanager
+def serving(server: Server, place: Place) -> Iterator[None]:
+    """The project in this server."""
+    is_uvicorn = server.command[0] == "uvicorn"
+    if server.is_unix:
+        bind = f"--uds={place.path}" if is_uvicorn else f"unix:{place.path}"
+    else:
+        bind = f"--port={place.port}" if is_uvicorn else f"127.0.0.1:{place.port}"
+    environment = clean_environment() | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "DJANGO_SETTINGS_MODULE": "project.settings",
+        "TEST_KEYPROXY": json.dumps(server.keyproxy),
+        VARIABLE: os.environ[VARIABLE],
+    }
+    command = [sys.executable, "-m", *(part.format(bind=bind) for part in server.command)]
+    process = subprocess.Popen(command, env=environment, cwd=Path(__file__).parent)
+    try:
+        await_connection(process, place.path if server.is_unix else ("127.0.0.1", place.port))
+        yield
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 def await_connection(process: subprocess.Popen[bytes], address: Any) -> None:
@@ -100,15 +119,19 @@ def get(origin: str, path: str, headers: dict[str, str], source: str = "127.0.0.
 
 
 @pytest.mark.parametrize("name", SERVERS)
-def test_an_identity_of_keyproxy_arrives_and_no_other(deployment: Deployment, name: str) -> None:
+def test_an_identity_of_keyproxy_arrives_and_no_other(
+    deployment: Deployment, places: dict[bool, Place], name: str
+) -> None:
     server = SERVERS[name]
+    place = places[server.is_unix]
+    origin = place.origin
     ada = get_user_model().objects.create_user(f"ada-{name}")
     user = f"u_{ada.pk}"
     own = {"Authorization": f"Api-Key {issued_key(deployment, user)}"}
     service = deployment.service_key_file().read_text(encoding="utf-8").strip()
     acting = {"Authorization": f"Api-Key {service}", "X-Keyproxy-Act-For": user}
     rewriting = {"X-Forwarded-For": "127.0.0.1:4000", "X-Forwarded-Port": "4000"}
-    with serving(server) as upstream, deployment.proxying(upstream) as origin:
+    with serving(server, place):
         for extra in ({}, HEADERS, {"x_keyproxy_user": "u_1"}, rewriting):
             status, found = get(origin, "/seen", own | extra)
             if not server.is_trusted:
@@ -123,15 +146,14 @@ def test_an_identity_of_keyproxy_arrives_and_no_other(deployment: Deployment, na
             assert (found["user"], found["actor"]) == (user, "u_service_acme")
             assert get(origin, "/authenticated", own)[1]["user"] == ada.username
             assert get(origin, "/scoped", own)[0] == 200
-        past_keyproxy(server, upstream)
+        if not server.is_unix:
+            assert_past_keyproxy(f"http://127.0.0.1:{place.port}")
     with psycopg.connect(deployment.dsn, autocommit=True) as superuser:
         superuser.execute("DELETE FROM keyproxy.users WHERE id = %s", [user])
 
 
-def past_keyproxy(server: Server, upstream: str) -> None:
-    """Requests to the server itself, by a peer that is not keyproxy."""
-    if server.is_unix:
-        return
+def assert_past_keyproxy(upstream: str) -> None:
+    """Requests to the server itself, by a peer that is not keyproxy, have no identity."""
     for extra in ({}, {"X-Forwarded-For": "127.0.0.1"}, {"X-Forwarded-For": "127.0.0.1:4000"}):
         status, found = get(upstream, "/seen", HEADERS | extra, source="127.0.0.2")
         assert (status, found["identity"], found["meta"], found["headers"]) == (200, None, [], [])
