@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from typing import Any
 
+import anyio
 import pytest
 
+from keyproxy_client.outgoing import httpx_flow, requests_auth
 from outgoing_clients import CLIENTS, Client
 from scripted_server import ScriptedServer, scripted_server
 
@@ -32,3 +36,21 @@ def elsewhere(_servers: tuple[ScriptedServer, ScriptedServer]) -> ScriptedServer
 def client(request: pytest.FixtureRequest) -> Client:
     """Each HTTP client."""
     return CLIENTS[request.param]
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits of the clients, which do not happen."""
+    found: list[float] = []
+    real_sleep = asyncio.sleep
+
+    async def sleep(seconds: float, *rest: Any) -> None:
+        if seconds:
+            found.append(seconds)
+        await real_sleep(0, *rest)
+
+    monkeypatch.setattr(httpx_flow.time, "sleep", found.append)
+    monkeypatch.setattr(requests_auth.time, "sleep", found.append)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(anyio, "sleep", sleep)
+    return found

@@ -93,7 +93,7 @@ def with_requests(call: Call, options: dict[str, Any]) -> Result:
 
 def with_requests_auth(call: Call, options: dict[str, Any]) -> Result:
     """By requests without a session of ours."""
-    url = call.url if "://" in call.url else f"{options['origin']}{call.url}"
+    url = call.url if not call.url.startswith("/") else f"{options['origin']}{call.url}"
     with requests.request(
         call.method,
         url,
@@ -108,7 +108,7 @@ def with_requests_auth(call: Call, options: dict[str, Any]) -> Result:
 
 def with_httpx_auth(call: Call, options: dict[str, Any]) -> Result:
     """By httpx without a client of ours."""
-    url = call.url if "://" in call.url else f"{options['origin']}{call.url}"
+    url = call.url if not call.url.startswith("/") else f"{options['origin']}{call.url}"
     content = generated() if call.body == "generator" else call.body
     found = httpx.request(
         call.method,
@@ -125,16 +125,14 @@ def with_aiohttp(call: Call, options: dict[str, Any]) -> Result:
     """By a session of aiohttp."""
 
     async def sent() -> Result:
-        url = call.url if "://" in call.url else f"{options['origin']}{call.url}"
+        url = call.url if not call.url.startswith("/") else f"{options['origin']}{call.url}"
         data = {"file": lambda: io.BytesIO(STREAMED), "generator": generated_async}.get(
             str(call.body), lambda: call.body
         )()
         middleware = http.keyproxy_middleware(**options)
         async with (
             aiohttp.ClientSession(middlewares=[middleware]) as session,
-            session.request(
-                call.method, url, data=data, headers=call.headers, allow_redirects=call.follows
-            ) as found,
+            session.request(call.method, url, data=data, headers=call.headers, allow_redirects=call.follows) as found,
         ):
             return Result(found.status, await found.read())
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import anyio
 import pytest
 
 from keyproxy_client import keys
-from keyproxy_client.acting import Acting, NoActingUser, acting_as
+from keyproxy_client.acting import NoActingUser, acting_as
 from keyproxy_client.http import SecretUnavailable, WrongOrigin
-from keyproxy_client.outgoing import httpx_flow, repetition, requests_auth
+from keyproxy_client.outgoing import repetition
 from keyproxy_client.outgoing.key_sources import KeyFile
 from outgoing_clients import AUTHS, CLIENTS, STREAMED, Call, Client
 from scripted_server import Reply, ScriptedServer, refusal, unauthorized
@@ -27,24 +25,6 @@ TEST_KEY = keys.make(entropy=b"\3" * 32, is_test=True)
 def options(origin: ScriptedServer, key: Any = KEY, act_for: Any = "u_42", **others: Any) -> dict[str, Any]:
     """The options of a client."""
     return {"origin": origin.origin, "key": key, "act_for": act_for, **others}
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The waits of the clients, which do not happen."""
-    found: list[float] = []
-    real_sleep = asyncio.sleep
-
-    async def sleep(seconds: float, *rest: Any) -> None:
-        if seconds:
-            found.append(seconds)
-        await real_sleep(0, *rest)
-
-    monkeypatch.setattr(httpx_flow.time, "sleep", found.append)
-    monkeypatch.setattr(requests_auth.time, "sleep", found.append)
-    monkeypatch.setattr(asyncio, "sleep", sleep)
-    monkeypatch.setattr(anyio, "sleep", sleep)
-    return found
 
 
 def test_request_carries_the_key_in_authorization_and_the_acting_user(client: Client, origin: ScriptedServer) -> None:
@@ -109,7 +89,9 @@ def test_request_to_another_origin_raises_before_anything_is_sent(
     assert KEY not in str(raised.value)
 
 
-@pytest.mark.parametrize(("method", "status"), [("GET", 302), ("POST", 301), ("POST", 303), ("POST", 307), ("POST", 308)])
+@pytest.mark.parametrize(
+    ("method", "status"), [("GET", 302), ("POST", 301), ("POST", 303), ("POST", 307), ("POST", 308)]
+)
 def test_redirect_to_another_origin_carries_neither_credential_nor_acting_user(
     client: Client, origin: ScriptedServer, elsewhere: ScriptedServer, method: str, status: int
 ) -> None:
@@ -144,9 +126,7 @@ def test_challenge_of_another_origin_gets_no_credential(
     assert len(origin.received) == 1
 
 
-def test_refused_secret_is_read_again_and_the_request_repeated_once(
-    client: Client, origin: ScriptedServer
-) -> None:
+def test_refused_secret_is_read_again_and_the_request_repeated_once(client: Client, origin: ScriptedServer) -> None:
     found = iter([KEY, NEW_KEY, KEY])
     origin.script(unauthorized(), unauthorized(), unauthorized())
     assert client(Call("/", "POST", b"body"), options(origin, lambda: next(found))).status == 401
