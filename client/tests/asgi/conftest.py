@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import anyio
 import pytest
 
-from keyproxy_client.outgoing import httpx_flow, requests_auth
 from outgoing_clients import CLIENTS, Client
 from scripted_server import ScriptedServer, scripted_server
 
@@ -49,8 +49,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
             found.append(seconds)
         await real_sleep(0, *rest)
 
-    monkeypatch.setattr(httpx_flow.time, "sleep", found.append)
-    monkeypatch.setattr(requests_auth.time, "sleep", found.append)
+    monkeypatch.setattr(time, "sleep", found.append)
     monkeypatch.setattr(asyncio, "sleep", sleep)
     monkeypatch.setattr(anyio, "sleep", sleep)
     return found

@@ -39,7 +39,13 @@ class Admin:
 
     def key(self, **wish: Any) -> Any:
         """A new key of the service of acme, which may act for its users."""
-        wished = {"user": "u_service_acme", "scopes": ["jobs:write"], "acts_for": "tenant", "expires_in_seconds": 86_400, **wish}
+        wished = {
+            "user": "u_service_acme",
+            "scopes": ["jobs:write"],
+            "acts_for": "tenant",
+            "expires_in_seconds": 86_400,
+            **wish,
+        }
         return self.send("POST", "/v1/keys", wished)
 
 
@@ -126,7 +132,7 @@ def test_request_of_a_request_acts_for_the_same_user(deployment: Deployment, adm
         async with http.httpx_async_client(**of_files(deployment)) as client:
             found.append((await client.post("/v1/ai/jobs")).json())
 
-    async def ignore(*_arguments: Any) -> None:
+    async def ignore(*_arguments: Any) -> Any:
         """Nothing is received or sent."""
 
     with acting_as("u_out", "acme"), http.httpx_client(**of_files(deployment)) as client:

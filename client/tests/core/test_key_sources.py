@@ -175,7 +175,8 @@ def test_request_goes_to_the_origin_or_not(scheme: str, host: str, port: int | N
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [
-        (None, None), ("", None), ("0", 0.0), (" 12 ", 12.0), ("-1", None), ("1.5", None), ("soon", None), ("\u0661", None),
+        (None, None), ("", None), ("0", 0.0), (" 12 ", 12.0), ("-1", None), ("1.5", None), ("soon", None),
+        ("\u0661", None),
         ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0), ("Thu, 99 Jan 1970 00:00:00 GMT", None),
     ],
 )  # fmt: skip

@@ -27,6 +27,7 @@ class Received:
     path: str
     headers: list[tuple[str, str]]
     body: bytes
+    client_port: int
 
     def values(self, name: str) -> list[str]:
         """The values of all headers of a name, in any spelling."""
@@ -74,7 +75,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _respond(self) -> None:
         headers = [(name.lower(), value) for name, value in self.headers.items()]
-        self.scripted.received.append(Received(self.command, self.path, headers, self._body()))
+        received = Received(self.command, self.path, headers, self._body(), self.client_address[1])
+        self.scripted.received.append(received)
         reply = self.scripted.replies.pop(0) if self.scripted.replies else Reply()
         self.send_response(reply.status)
         for name, value in {"Content-Length": str(len(reply.body)), **reply.headers}.items():
