@@ -93,7 +93,7 @@ def _users(using: str, batch: int) -> Iterator[Any]:
 
 
 def _compare(user: Any, known: dict[str, DirectoryUser], using: str, wish: Wish, report: Report) -> set[str]:
-    """Change the counterpart of a user if it differs, and remove it from `known`. Return the tenant of the user, if any."""
+    """Change the counterpart of a user if it differs, and take it from `known`. Return the tenant of the user, if any."""
     try:
         subject = provisioning.subject_of(user)
     except InvalidId as error:

@@ -59,7 +59,7 @@ def between(deployment: Deployment) -> Iterator[Between]:
                 self.end_headers()
                 return
             upstream = http.client.HTTPConnection(state.target.hostname or "", state.target.port, timeout=10)
-            upstream.request(self.command, self.path, body, {name: value for name, value in self.headers.items()})
+            upstream.request(self.command, self.path, body, dict(self.headers.items()))
             response = upstream.getresponse()
             content = response.read()
             upstream.close()

@@ -15,19 +15,19 @@ from typing import Any
 
 import psycopg
 import pytest
-from admin_api_double import LOSE, PASS, REFUSE, Between, between
-from deployment import VARIABLE, Deployment
 from django.contrib.auth import get_user_model
 from django.db import connection, connections, transaction
 from django.utils import timezone
-from project.testing import keyproxy_settings
 
+from admin_api_double import LOSE, PASS, REFUSE, Between, between
+from deployment import VARIABLE, Deployment
 from keyproxy_client import keys
 from keyproxy_client.django import outbox
 from keyproxy_client.django.directory.selection import directory
 from keyproxy_client.django.models import OutboxEvent
 from keyproxy_client.django.provisioning import first_key_wish
 from keyproxy_client.django.signals import key_issued
+from project.testing import keyproxy_settings
 
 User = get_user_model()
 _names = (f"api{number}-{uuid.uuid4().hex[:6]}" for number in itertools.count())

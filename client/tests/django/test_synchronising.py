@@ -13,13 +13,13 @@ from typing import Any
 
 import psycopg
 import pytest
-from deployment import Deployment
 from django.contrib.auth import get_user_model
 from django.core.management import CommandError, call_command
 from django.utils import timezone
-from project.testing import keyproxy_settings
 
+from deployment import Deployment
 from keyproxy_client.django.models import OutboxEvent
+from project.testing import keyproxy_settings
 
 User = get_user_model()
 _names = (f"sync{number}-{uuid.uuid4().hex[:6]}" for number in itertools.count())

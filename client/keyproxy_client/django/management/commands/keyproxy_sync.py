@@ -45,7 +45,7 @@ class Command(ReportingCommand):
         )  # fmt: skip
         parser.add_argument(
             "--prune", action="store_true",
-            help="Also delete users of keyproxy that do not exist in Django, with their keys; not owners of service keys.",
+            help="Also delete users of keyproxy that are not in Django, with their keys; owners of service keys stay.",
         )  # fmt: skip
         super().add_arguments(parser)
 
