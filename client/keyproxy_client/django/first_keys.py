@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from django.contrib.auth import get_user_model
-from django.db import transaction
+from django.db import IntegrityError, router, transaction
 from django.views.decorators.debug import sensitive_variables
 
 from keyproxy_client.django.directory.interface import IssuedKey
+from keyproxy_client.django.models import Credential
 from keyproxy_client.django.settings import settings
 
 
@@ -25,10 +27,12 @@ def hand_out(user: Any, key: IssuedKey, using: str) -> None:
 
 @sensitive_variables("key")
 def keep(user: Any, key: IssuedKey) -> None:
-    """Seal a key as the user's credential, with `CREDENTIALS` "per_user"."""
-    if settings().credentials == "per_user":
-        from keyproxy_client.django import credentials
+    """Seal a key as the user's credential, with `CREDENTIALS` "per_user", unless its first call has issued one."""
+    if settings().credentials != "per_user":
+        return
+    from keyproxy_client.django import credentials
 
+    with contextlib.suppress(IntegrityError), transaction.atomic(using=router.db_for_write(Credential)):
         credentials.keep(user, key)
 
 

@@ -8,6 +8,7 @@ confirmed it.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import time
@@ -232,9 +233,11 @@ def _create(event: OutboxEvent, alias: str) -> None:
 @sensitive_variables("key")
 def _send(user: Any, key: IssuedKey, alias: str) -> None:
     """Send the signal. An error of the database in a receiver must not undo the delivery."""
-    savepoint = transaction.savepoint(using=alias)
-    failures = first_keys.send(user, key)
-    if any(isinstance(failure, DatabaseError) for failure in failures):
-        transaction.savepoint_rollback(savepoint, using=alias)
-    else:
-        transaction.savepoint_commit(savepoint, using=alias)
+    with contextlib.suppress(_ReceiverFailed), transaction.atomic(using=alias):
+        failures = first_keys.send(user, key)
+        if any(isinstance(failure, DatabaseError) for failure in failures):
+            raise _ReceiverFailed
+
+
+class _ReceiverFailed(Exception):
+    """A receiver left the transaction unusable: it ends at the savepoint before it."""

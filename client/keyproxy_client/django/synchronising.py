@@ -1,8 +1,8 @@
 """keyproxy_sync: make the users of keyproxy match the users of Django, where signals could not.
 
-Bulk operations, fixtures and SQL send no signals, and a failure after Django's commit leaves a user without a counterpart.
-The users of keyproxy are read first and those of Django afterwards, so that a sign-up in between is not taken for an
-orphan. Each change is decided again on the locked row.
+Bulk operations, fixtures and SQL send no signals, and a failure after Django's commit leaves a user without its
+counterpart. The users of keyproxy are read first and those of Django afterwards, so that a sign-up in between is not
+taken for an orphan. Each change is decided again on the locked row.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _users(using: str, batch: int) -> Iterator[Any]:
 
 
 def _compare(user: Any, known: dict[str, DirectoryUser], using: str, wish: Wish, report: Report) -> set[str]:
-    """Change the counterpart of a user if it differs, and remove it from `known`. The tenant of the user, if it has one."""
+    """Change the counterpart of a user if it differs, and take it from `known`. Return the tenant of the user, if any."""
     try:
         subject = provisioning.subject_of(user)
     except InvalidId as error:
@@ -147,7 +147,7 @@ _CHANGES: Final = {
 
 
 def _prune(found: Directory, orphans: Iterable[DirectoryUser], using: str, wish: Wish, report: Report) -> None:
-    """Delete users of keyproxy whose ids are those of users of Django that do not exist; not the owners of service keys."""
+    """Delete users whose ids are those of users of Django that do not exist, except owners of service keys."""
     for orphan in orphans:
         if not may_be_id(orphan.id):
             continue

@@ -14,7 +14,6 @@ from keyproxy_client.asgi import IdentityMiddleware, guard_of
 from keyproxy_client.identity import Trust
 from keyproxy_client.incoming.judge import Judge
 from keyproxy_client.incoming.problems import IDENTITY_MISSING, insufficient_scope
-
 from test_identity_headers import IDENTITY, STATED, pairs
 
 TRUSTED = ("/run/app.sock", None)
@@ -84,8 +83,8 @@ def test_identity_replaces_what_the_server_left_in_the_state() -> None:
 
 
 SPELLINGS = [
-    b"x-keyproxy-user", b"X-Keyproxy-User", b"x_keyproxy_user", b"X_Keyproxy-User", b"x.keyproxy.user", b"X-KEYPROXY-ASSERTION",
-    b"x-keyproxy-anything", b"x-keyproxy-", b"x_keyproxy.model",
+    b"x-keyproxy-user", b"X-Keyproxy-User", b"x_keyproxy_user", b"X_Keyproxy-User", b"x.keyproxy.user",
+    b"X-KEYPROXY-ASSERTION", b"x-keyproxy-anything", b"x-keyproxy-", b"x_keyproxy.model",
 ]  # fmt: skip
 
 

@@ -197,7 +197,7 @@ class Jwks(http.server.BaseHTTPRequestHandler):
             time.sleep(0.3)
             self.wfile.write(b" ")
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Nothing."""
 
 

@@ -26,9 +26,16 @@ app.conf.update(
     task_default_retry_delay=0,
     task_acks_late=True,
     worker_deduplicate_successful_tasks=True,
+    worker_lost_wait=0.1,
     worker_hijack_root_logger=False,
 )
 keyproxy_celery.install(app)
+
+if "CELERY_PROJECT_BROKER" in os.environ:
+    from celery.concurrency.asynpool import AsynPool
+
+    # The pool looks for processes that died each 5 seconds.
+    AsynPool.timers = property(lambda pool: {pool.maintain_pool: 0.05})
 
 #: Blocks of `acting_as` that tasks have begun and not ended.
 suspended: list[Any] = []

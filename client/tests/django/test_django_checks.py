@@ -158,7 +158,7 @@ def test_a_server_without_a_trust_rule_does_not_start(program: str, status: int)
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=Path(__file__).parent,
-        env=clean_environment() | {"PYTHONPATH": os.pathsep.join(sys.path), "TEST_TRUST": ""},
+        env=clean_environment() | {"PYTHONPATH": os.pathsep.join(sys.path), "TEST_KEYPROXY": '{"TRUST": null}'},
         capture_output=True,
         text=True,
         timeout=60,

@@ -119,13 +119,11 @@ def test_id_of_another_tenant_fails_the_signup(committing_db: None, superuser: p
     name = next(_names)
     with keyproxy_settings(USER_ID="u_{username}"):
         superuser.execute("INSERT INTO keyproxy.users (id, tenant_id) VALUES (%s, 'globex')", [f"u_{name}"])
-        with pytest.raises(ProvisionConflict), transaction.atomic():
-            try:
+        with transaction.atomic():
+            with pytest.raises(ProvisionConflict):
                 User.objects.create_user(name)
-            except ProvisionConflict:
-                # Catching the refusal within the transaction does not save the user.
-                assert transaction.get_connection().needs_rollback
-                raise
+            # Catching the refusal within the transaction does not save the user.
+            assert transaction.get_rollback()
     assert not User.objects.filter(username=name).exists()
     assert _committed(superuser, name) == ("globex", False, 0)
 

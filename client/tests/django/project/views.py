@@ -8,6 +8,7 @@ from typing import Any
 
 from asgiref.sync import sync_to_async
 from django.contrib.auth.models import AnonymousUser
+from django.db import transaction
 from django.http import HttpRequest, JsonResponse, StreamingHttpResponse
 from rest_framework.permissions import BasePermission, IsAuthenticated
 from rest_framework.response import Response
@@ -45,6 +46,7 @@ def seen(request: HttpRequest) -> JsonResponse:
     return JsonResponse(_seen(request, acting()))
 
 
+@transaction.non_atomic_requests
 async def seen_async(request: HttpRequest) -> JsonResponse:
     """What a coroutine sees."""
     return JsonResponse(_seen(request, await acting_async()))
@@ -60,6 +62,7 @@ def streamed(request: HttpRequest) -> StreamingHttpResponse:
     return StreamingHttpResponse(content())
 
 
+@transaction.non_atomic_requests
 async def streamed_async(request: HttpRequest) -> StreamingHttpResponse:
     """Like `streamed`."""
 
@@ -77,6 +80,7 @@ def guarded(request: HttpRequest) -> JsonResponse:
     return JsonResponse({})
 
 
+@transaction.non_atomic_requests
 @needs("jobs:write")
 async def guarded_async(request: HttpRequest) -> JsonResponse:
     """A coroutine for identities with a scope."""

@@ -45,7 +45,7 @@ class Command(ReportingCommand):
         )  # fmt: skip
         parser.add_argument(
             "--prune", action="store_true",
-            help="Also delete users of keyproxy, with their keys, that do not exist in Django. Owners of service keys stay.",
+            help="Also delete users of keyproxy that are not in Django, with their keys; owners of service keys stay.",
         )  # fmt: skip
         super().add_arguments(parser)
 
