@@ -98,6 +98,7 @@ FOLDER_MODULES_MAX = 15
 #: The only modules of the client that may import a library; it imports no other, and never `keyproxy`.
 CLIENT_HOMES = {
     "aiohttp": {"http", "outgoing"},
+    "anyio": {"outgoing"},
     "asgiref": {"django"},
     "celery": {"celery", "django"},
     "cryptography": {"django", "incoming"},
