@@ -50,7 +50,7 @@ class Acting:
         if self.tenant is not None and not (isinstance(self.tenant, str) and names.is_id(self.tenant)):
             raise ValueError("the tenant of the acting user is not a valid id of a keyproxy tenant")
         if not isinstance(self.is_test, bool):
-            raise ValueError("the mode of the acting user is neither True nor False")
+            raise TypeError("the mode of the acting user is neither True nor False")
 
 
 #: Looks the authenticated user of a request up; None if it is anonymous.

@@ -22,7 +22,7 @@ ENTROPY_BYTES: Final = 32
 
 _ALPHABET: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _PREFIX = re.compile(r"[a-z][a-z0-9]{0,15}")
-_KEY = re.compile(r"([0-9a-z]+)_(live|test)_([0-9A-Za-z]{%d})" % (RANDOM_DIGITS + CHECKSUM_DIGITS))
+_KEY = re.compile(rf"([0-9a-z]+)_(live|test)_[0-9A-Za-z]{{{RANDOM_DIGITS + CHECKSUM_DIGITS}}}")
 _KINDS: Final = "live|test|admin|access|refresh|client"
 _ID_DIGITS: Final = 22
 _HINT_TAIL: Final = 4

@@ -35,7 +35,7 @@ def _setting_errors() -> Iterator[CheckMessage]:
         return
     for fault in users.faults(found):
         yield Error(fault, id="keyproxy.E001")
-    if found.backend == "sql" and found.database not in django_settings.DATABASES:
+    if found.backend == "sql" and found.database not in connections.settings:
         yield Error(f"KEYPROXY['DATABASE'] is none of DATABASES; it is {found.database!r}", id="keyproxy.E001")
 
 
@@ -99,7 +99,7 @@ def _fallback_errors(found: Settings) -> Iterator[CheckMessage]:
     except ImportError as error:
         yield Error(f"KEYPROXY['HAS_API_KEY_FALLBACK'] cannot be imported: {error}", id="keyproxy.E001")
         return
-    if not hasattr(permission, "has_permission"):
+    if not callable(permission):
         yield Error(f"KEYPROXY['HAS_API_KEY_FALLBACK'] is no permission of DRF: {fallback!r}", id="keyproxy.E001")
 
 

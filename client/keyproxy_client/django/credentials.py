@@ -107,7 +107,7 @@ def reseal(row: Credential) -> bool:
 def _replacement(found: Directory, current: Credential, grace: timedelta) -> IssuedKey:
     life, key_id = key_life(), current.key_id
     try:
-        return found.keys.rotate(key_id, grace=grace, life=life, actor=ACTOR_ROTATE, request=f"credential {key_id}")
+        return found.keys.rotate(key_id, grace=grace, life=life, actor=ACTOR_ROTATE, request=f"credential.{key_id}")
     except AlreadyIssued as error:
         # An earlier run lost the secret of this successor.
         found.keys.revoke(error.key_id, "its secret was lost", actor=ACTOR_ROTATE)

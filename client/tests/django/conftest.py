@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
 from deployment import Deployment
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "project.settings")

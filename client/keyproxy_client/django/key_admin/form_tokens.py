@@ -36,4 +36,4 @@ def request_of(token: str, staff_pk: object, user_pk: object, action: str) -> st
     nonce, *owner = content
     if owner != [str(staff_pk), str(user_pk), action]:
         raise TokenInvalid("the form belongs to another page: open it again")
-    return f"admin {nonce}"
+    return f"admin.{nonce}"
