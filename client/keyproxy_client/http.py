@@ -54,17 +54,17 @@ def __getattr__(name: str) -> Any:
 
 
 def httpx_client(**options: Any) -> httpx.Client:
-    """A httpx client for the paths of the origin. `options`: those of KeyproxyAuth, and of httpx.Client."""
+    """A httpx client for the paths of the origin. `options`: of KeyproxyAuth and httpx.Client."""
     return _httpx("Client", options)
 
 
 def httpx_async_client(**options: Any) -> httpx.AsyncClient:
-    """An asynchronous httpx client for the paths of the origin. `options`: those of KeyproxyAuth and httpx.AsyncClient."""
+    """An asynchronous httpx client for the paths of the origin. `options`: of KeyproxyAuth and httpx.AsyncClient."""
     return _httpx("AsyncClient", options)
 
 
 def requests_session(**options: Any) -> requests.Session:
-    """A session of requests for the paths of the origin. `options`: those of KeyproxyAuth."""
+    """A session of requests for the paths of the origin. `options`: of KeyproxyAuth."""
     try:
         from keyproxy_client.outgoing.requests_auth import OriginSession
     except ImportError as error:

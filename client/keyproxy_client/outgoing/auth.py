@@ -45,7 +45,7 @@ class KeyproxyAuth(_Auth):
     def of(cls, authorizer: Authorizer) -> KeyproxyAuth:
         """The auth object of an authorizer that exists."""
         made = cls.__new__(cls)
-        made._authorizer = authorizer
+        made._authorizer = authorizer  # noqa: SLF001 - an object of this class
         return made
 
     def __repr__(self) -> str:

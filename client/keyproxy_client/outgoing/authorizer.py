@@ -17,7 +17,7 @@ HEADER_PREFIX: Final = "X-Keyproxy-"
 WAIT_MAX_SECONDS: Final = 5.0
 
 #: The user to act for: fixed, or a function that finds it for each request. None: the key's own identity.
-ActFor: TypeAlias = "Acting | str | Callable[[], Acting | str | None | Awaitable[Acting | str | None]] | None"
+ActFor: TypeAlias = "Acting | str | Callable[[], Acting | str | Awaitable[Acting | str | None] | None] | None"
 
 
 @dataclass(frozen=True, slots=True)

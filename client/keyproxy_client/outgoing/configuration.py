@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
 from typing import Any, TypedDict
 
 from keyproxy_client.acting import Acting, acting
@@ -92,23 +91,22 @@ class _PerUserKeys:
     chooses_mode = True
 
     def secret(self, acting: Acting | None) -> str:
-        """The secret of the acting user's key. Raises SecretUnavailable."""
-        if acting is None:
-            raise SecretUnavailable("with CREDENTIALS 'per_user' there is no key without acting user")
-        return self._secret_for(acting)
+        """The secret of the acting user's key. Raises SecretUnavailable, and the errors of `credentials.secret_for`."""
+        from keyproxy_client.django import credentials
+
+        return credentials.secret_for(_present(acting))
 
     async def secret_async(self, acting: Acting | None) -> str:
         """The same from coroutines, which may not use Django's database connections themselves."""
-        from asgiref.sync import sync_to_async
+        from keyproxy_client.django import credentials
 
-        return await sync_to_async(self.secret, thread_sensitive=True)(acting)
+        return await credentials.secret_for_async(_present(acting))
 
     def forget(self) -> None:
         """The row is read for each request."""
 
-    @functools.cached_property
-    def _secret_for(self) -> Callable[[Acting], str]:
-        from keyproxy_client.django import credentials
 
-        found: Callable[[Acting], str] = credentials.secret_for
-        return found
+def _present(acting: Acting | None) -> Acting:
+    if acting is None:
+        raise SecretUnavailable("with CREDENTIALS 'per_user' there is no key without acting user")
+    return acting

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 
 from keyproxy_client import keys
 from keyproxy_client.acting import Acting
@@ -28,6 +28,7 @@ class SecretUnavailable(RuntimeError):
     """There is no secret to send. Raised before anything is sent; shows the path of a file, never its content."""
 
 
+@runtime_checkable
 class KeySource(Protocol):
     """Finds the secret for a request. `acting` is None for requests with the key's own identity."""
 
@@ -59,7 +60,7 @@ def source_of(key: Key, *, default_tenant: str | None = None) -> KeySource:
         return KeyFile(os.fspath(key), default_tenant)
     if isinstance(key, str):
         return FixedKey(key)
-    if hasattr(key, "secret_async"):
+    if isinstance(key, KeySource):
         return key
     if callable(key):
         return CalledKey(key)
@@ -108,7 +109,7 @@ class KeyFile:
         path = self._path(acting)
         known = self._read.get(path)
         try:
-            found = os.stat(path)
+            found = Path(path).stat()
             stamp = (found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev)
             if known is not None and known[0] == stamp:
                 return known[1]
@@ -148,7 +149,7 @@ class KeyFile:
 
 
 class CalledKey:
-    """A function that returns the secret: of the acting user, or of nothing. Coroutine functions are for async clients."""
+    """A function of the acting user, or of nothing, that returns the secret; for async clients also asynchronous."""
 
     delegates = True
 

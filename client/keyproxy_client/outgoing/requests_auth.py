@@ -8,7 +8,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
-from requests.utils import UnrewindableBodyError, rewind_body
+from requests.exceptions import UnrewindableBodyError
+from requests.utils import rewind_body
 
 from keyproxy_client.acting import Acting
 from keyproxy_client.outgoing.authorizer import AUTHORIZATION, Authorizer, Credential
@@ -103,11 +104,15 @@ def _remove(authorizer: Authorizer, request: requests.PreparedRequest) -> None:
 
 def _is_replayable(request: requests.PreparedRequest) -> bool:
     """Whether the body is in memory, or a file of which requests knows the start."""
-    return request.body is None or isinstance(request.body, str | bytes) or isinstance(request._body_position, int)
+    return request.body is None or isinstance(request.body, str | bytes) or _has_start(request)
+
+
+def _has_start(request: requests.PreparedRequest) -> bool:
+    return isinstance(request._body_position, int)  # noqa: SLF001 - has no public name
 
 
 def _rewind(request: requests.PreparedRequest) -> bool:
-    if not isinstance(request._body_position, int):
+    if not _has_start(request):
         return True
     try:
         rewind_body(request)

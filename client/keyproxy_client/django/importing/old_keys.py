@@ -18,7 +18,7 @@ from django.contrib.auth import get_user_model
 from django.core.exceptions import FieldDoesNotExist
 from django.db import models
 
-from keyproxy_client.django.users import keyproxy_id, tenant_of
+from keyproxy_client.django.users import InvalidId, keyproxy_id, tenant_of
 from keyproxy_client.missing_extra import missing_extra
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
@@ -130,7 +130,7 @@ def read_keys(model: type[models.Model], field: str | None, scopes: Sequence[str
             continue
         try:
             user, tenant = keyproxy_id(owner), tenant_of(owner)
-        except ValueError as error:
+        except InvalidId as error:
             yield Problem(place, str(error))
             continue
         yield OldKey(

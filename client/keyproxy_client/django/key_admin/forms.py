@@ -47,7 +47,7 @@ class IssueForm(KeyForm):
         words = self.cleaned_data["scopes"].split()
         try:
             found = setting_checks.scopes(words)
-        except ValueError as error:
+        except setting_checks.Fault as error:
             raise ValidationError("A scope is one word, such as jobs:write.") from error
         if len(found) > 64:
             raise ValidationError("A key has at most 64 scopes.")

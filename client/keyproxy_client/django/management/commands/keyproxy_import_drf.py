@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from keyproxy_client.django.importing.csv_file import CsvFile
 from keyproxy_client.django.importing.old_keys import ModelUnusable, OldKey, key_models, owner_fields, read_keys
 from keyproxy_client.django.importing.report import ImportReport
 from keyproxy_client.django.management.reporting import Misuse, ReportingCommand
-from keyproxy_client.django.setting_checks import scopes
+from keyproxy_client.django.setting_checks import Fault, scopes
 from keyproxy_client.django.settings import settings
 
 _PROBLEMS_SHOWN_MAX: Final = 20
@@ -49,11 +49,19 @@ class Command(ReportingCommand):
     def add_arguments(self, parser: CommandParser) -> None:
         """Declare the arguments."""
         parser.add_argument(
-            "models", nargs="*", metavar="MODEL", help="A model of keys, app.Model. Default: all subclasses of AbstractAPIKey."
+            "models",
+            nargs="*",
+            metavar="MODEL",
+            help="A model of keys, app.Model. Default: all subclasses of AbstractAPIKey.",
         )
         parser.add_argument("--dry-run", action="store_true", help="Change nothing; print what would be imported.")
         parser.add_argument(
-            "--scope", action="append", default=[], metavar="SCOPE", dest="scopes", help="A scope of the keys; repeatable."
+            "--scope",
+            action="append",
+            default=[],
+            metavar="SCOPE",
+            dest="scopes",
+            help="A scope of the keys; repeatable.",
         )
         parser.add_argument(
             "--user-field", metavar="FIELD",
@@ -69,7 +77,7 @@ class Command(ReportingCommand):
         try:
             wanted = scopes(options["scopes"])
             models = owner_fields(key_models(options["models"]), options["user_field"])
-        except ValueError as error:
+        except Fault as error:
             raise Misuse(f"--scope: {error}") from error
         except ModelUnusable as error:
             raise Misuse(str(error)) from error

@@ -10,7 +10,7 @@ from django.views.decorators.debug import sensitive_variables
 
 from keyproxy_client.django.issuing import issue_for
 from keyproxy_client.django.management.reporting import Misuse, ReportingCommand, find_user, life
-from keyproxy_client.django.setting_checks import scopes
+from keyproxy_client.django.setting_checks import Fault, scopes
 from keyproxy_client.django.settings import settings
 
 ACTOR_ISSUE: Final = "django:issue"
@@ -43,7 +43,7 @@ class Command(ReportingCommand):
         """Issue the key."""
         try:
             wanted = scopes(options["scopes"]) or settings().scopes
-        except ValueError as error:
+        except Fault as error:
             raise Misuse(f"--scope: {error}") from error
         user = find_user(options["user"])
         given = {} if options["expires_in"] is _DEFAULT else {"life": options["expires_in"]}
