@@ -66,11 +66,21 @@ def places(deployment: Deployment) -> Iterator[dict[bool, Place]]:
     """A place of each kind: True for the unix socket. A proxy takes longer to start than a server."""
     with tempfile.TemporaryDirectory() as home:
         path, port = f"{home}/app.sock", free_port()
-        with (
-            deployment.proxying(f"unix:{path}") as unix,
-            deployment.proxying(f"http://127.0.0.1:{port}") as loopback,
-        ):
+        with contextlib.ExitStack() as stack:
+            # A proxy is ready when its upstream accepts connections.
+            with listening(socket.AF_UNIX, path), listening(socket.AF_INET, ("127.0.0.1", port)):
+                unix = stack.enter_context(deployment.proxying(f"unix:{path}"))
+                loopback = stack.enter_context(deployment.proxying(f"http://127.0.0.1:{port}"))
+            Path(path).unlink()
             yield {True: Place(path, port, unix), False: Place(path, port, loopback)}
+
+
+def listening(family: socket.AddressFamily, address: Any) -> socket.socket:
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(address)
+    listener.listen()
+    return listener
 
 
 @contextlib.contextmanager
