@@ -126,9 +126,15 @@ def test_challenge_of_another_origin_gets_no_credential(
     assert len(origin.received) == 1
 
 
-def test_refused_secret_is_read_again_and_the_request_repeated_once(client: Client, origin: ScriptedServer) -> None:
+CHALLENGES = ['Api-Key realm="keyproxy"', 'Bearer error="invalid_token"\nApi-Key realm="keyproxy"']
+
+
+@pytest.mark.parametrize("challenge", CHALLENGES, ids=["one", "after-another"])
+def test_refused_secret_is_read_again_and_the_request_repeated_once(
+    client: Client, origin: ScriptedServer, challenge: str
+) -> None:
     found = iter([KEY, NEW_KEY, KEY])
-    origin.script(unauthorized(), unauthorized(), unauthorized())
+    origin.script(*[refusal(401, "api_key_revoked", retry_after=None, **{"WWW-Authenticate": challenge})] * 3)
     assert client(Call("/", "POST", b"body"), options(origin, lambda: next(found))).status == 401
     assert [sent.credentials[0] for sent in origin.received] == [[f"Api-Key {KEY}"], [f"Api-Key {NEW_KEY}"]]
     assert [sent.body for sent in origin.received] == [b"body"] * 2

@@ -52,6 +52,8 @@ def remote(deployment: Deployment) -> Iterator[Celery]:
     finally:
         app.backend.result_consumer.stop()
         app.backend.client.connection_pool.disconnect()
+        app.amqp.producer_pool.force_close_all()
+        app.pool.force_close_all()
         app.close()
         worker.terminate()
         worker.wait(30)

@@ -33,13 +33,18 @@ PAGE = (REPOSITORY / "docs" / "django.md").read_text(encoding="utf-8")
 _FENCED = re.compile(r"(?ms)^```(\w+)\n(.*?)^```$")
 _STUCK_SECONDS = 60.0
 
-#: The accounts of the existing project; prints the keys that it issues, of alice and in test mode of bob.
+#: The accounts of the existing project. Prints their keys, that of bob in test mode, and a session of bob. Without
+#: passwords, whose hashes would take seconds.
 _ACCOUNTS = """
 from django.contrib.auth.models import User
+from django.test import Client
 from jobs.models import CustomAPIKey
-alice, bob = (User.objects.create_user(name, password=f"{name}-password") for name in ("alice", "bob"))
+alice, bob = (User.objects.create_user(name) for name in ("alice", "bob"))
 for user, is_test in ((alice, False), (bob, True)):
     print(CustomAPIKey.objects.create_key(name=f"key of {user}", user=user, is_test=is_test)[1])
+browser = Client()
+browser.force_login(bob)
+print(browser.cookies["sessionid"].value)
 """
 
 
@@ -103,6 +108,7 @@ class Site:
     project: Path
     environment: dict[str, str]
     ports: dict[str, str]
+    dsn: str
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def shell(self, script: str) -> str:
@@ -184,6 +190,7 @@ def site(deployment: Deployment, tmp_path: Path) -> Iterator[Site]:
     path = [str(programs), str(Path(sys.executable).parent), *deployment.programs, os.environ["PATH"]]
     environment = clean_environment() | {
         "PATH": os.pathsep.join(path),
+        "HOME": str(tmp_path),
         "SECRET_KEY": secrets.token_urlsafe(40),
         "BROKER_URL": f"{deployment.broker_url}?virtual_host=9",
         "DB_NAME": name,
@@ -198,7 +205,7 @@ def site(deployment: Deployment, tmp_path: Path) -> Iterator[Site]:
         "KEYPROXY_ORIGIN": f"http://{proxy}",
     }
     ports = {"127.0.0.1:8080": proxy, "127.0.0.1:8000": django}
-    site = Site(existing_project(tmp_path), environment, ports)
+    site = Site(existing_project(tmp_path), environment, ports, deployment.dsn_of(name))
     try:
         yield site
     finally:
@@ -227,7 +234,7 @@ def click(browser: httpx.Client, path: str, **fields: str) -> httpx.Response:
 def compute(origin: str, key: str) -> tuple[int, dict[str, Any]]:
     """Call the API with a key."""
     headers = {"Authorization": f"Api-Key {key}"}
-    response = httpx.post(f"{origin}/v1/ai/jobs", headers=headers, json={"prompt": "sunny"})
+    response = httpx.post(f"{origin}/v1/ai/jobs", headers=headers, json={"prompt": "sunny"}, timeout=_STUCK_SECONDS)
     return response.status_code, response.json()
 
 
@@ -241,11 +248,11 @@ def test_pip_command_names_extras_that_exist() -> None:
 
 def test_steps_of_the_page_lead_from_keys_in_django_to_jobs_on_behalf_of_their_users(site: Site) -> None:
     site.shell("python manage.py migrate --verbosity 0")
-    alice_key, bob_key = site.shell(f"python manage.py shell --verbosity 0 -c '{_ACCOUNTS}'").split()
+    alice_key, bob_key, session = site.shell(f"python manage.py shell --verbosity 0 -c '{_ACCOUNTS}'").split()
     origin = f"http://{site.ports['127.0.0.1:8080']}"
     for heading in ("Step 1", "Step 2", "Step 3"):
         site.step(heading)
-    users = {user["id"]: user["tenant"] for user in site.keyproxy("user", "list")["items"]}
+    users = {user["id"]: user["tenant"] for user in site.keyproxy("user", "list")}
     assert users == {"u_1": "acme", "u_2": "acme"}
 
     # Step 4 ends with a call by an old key, when the servers have started.
@@ -266,6 +273,50 @@ def test_steps_of_the_page_lead_from_keys_in_django_to_jobs_on_behalf_of_their_u
 
     site.step("Step 5")
     assert _files(site.project) == _files(EXAMPLE)
+    _restart_django(site)
+    live, test = ("worker.key", "worker-test.key")
+    assert {(site.project / "secrets" / name).stat().st_mode & 0o777 for name in (live, test)} == {0o600}
+
+    # A click in the session of bob runs a task that calls as bob, with the key of the mode.
+    with httpx.Client(base_url=origin, cookies={"sessionid": session}, timeout=_STUCK_SECONDS) as browser:
+        assert click(browser, "/", prompt="rain").status_code == 302
+        assert click(browser, "/", prompt="snow", is_test="on").status_code == 302
+        assert _results(site, 2) == [
+            {"user": "bob", "is_test": False, "answer": "RAIN"},
+            {"user": "bob", "is_test": True, "answer": "SNOW"},
+        ]
+
+        # The worker, which still runs, reads the service key again after a rotation and the end of the old key.
+        (old,) = [key for key in site.keyproxy("key", "list", "--user", "u_worker") if not key["is_test"]]
+        site.environment["WORKER_KEY_ID"] = old["id"]
+        rotation, deletion, issue = [content for language, content in blocks("Afterwards") if language == "sh"]
+        site.shell(rotation)
+        site.keyproxy("key", "revoke", old["id"])
+        assert click(browser, "/", prompt="hail").status_code == 302
+        assert _results(site, 3)[-1] == {"user": "bob", "is_test": False, "answer": "HAIL"}
+
+    assert re.fullmatch(r"kp_live_\w+", site.shell(issue).strip())
+    site.shell(deletion)
+    until(lambda: compute(origin, alice_key)[0] == 401, "the key of the deleted user is refused", site)
+    assert "u_1" not in {user["id"] for user in site.keyproxy("user", "list")}
+    assert compute(origin, bob_key)[0] == 200
+
+
+def _restart_django(site: Site) -> None:
+    """Let gunicorn load the changed code, as a deployment does."""
+    site.processes[0].send_signal(signal.SIGHUP)
+
+
+def _results(site: Site, count: int) -> list[dict[str, Any]]:
+    """The results of all jobs, in their order, when there are so many."""
+    with psycopg.connect(site.dsn, autocommit=True) as connection:
+
+        def results() -> list[dict[str, Any]]:
+            rows = connection.execute("SELECT result FROM jobs_job WHERE result IS NOT NULL ORDER BY id").fetchall()
+            return [row[0] for row in rows] if len(rows) == count else []
+
+        found: list[dict[str, Any]] = until(results, f"{count} jobs have results", site)
+        return found
 
 
 def _responds(url: str) -> bool:

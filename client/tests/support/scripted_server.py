@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass(frozen=True)
 class Reply:
-    """One response."""
+    """One response. The lines of a header's value are fields of their own."""
 
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -80,7 +80,8 @@ class _Handler(BaseHTTPRequestHandler):
         reply = self.scripted.replies.pop(0) if self.scripted.replies else Reply()
         self.send_response(reply.status)
         for name, value in {"Content-Length": str(len(reply.body)), **reply.headers}.items():
-            self.send_header(name, value)
+            for line in value.splitlines():
+                self.send_header(name, line)
         self.end_headers()
         self.wfile.write(reply.body)
 
