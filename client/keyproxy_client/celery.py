@@ -61,7 +61,8 @@ def retry_later(task: Task, response: Any) -> None:
     seconds = retry_after_seconds(response.headers.get("Retry-After")) if status in STATUSES else None
     if seconds is None or not is_refusal(_body(response)):
         return
-    countdown = min(seconds, RETRY_SECONDS_MAX) * random.uniform(1.0, 1.0 + RETRY_JITTER)
+    jitter = 1.0 + RETRY_JITTER * random.random()  # noqa: S311 - spreads load, protects nothing
+    countdown = min(seconds, RETRY_SECONDS_MAX) * jitter
     raise task.retry(countdown=countdown)
 
 
