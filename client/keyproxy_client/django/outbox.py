@@ -78,7 +78,7 @@ class _Outage:
 _outage: Final = _Outage()
 
 
-def enqueue(operation: Operation, user_id: str, payload: dict[str, Any], using: str) -> None:
+def enqueue(operation: str, user_id: str, payload: dict[str, Any], using: str) -> None:
     """Write an event in the transaction that is open on the user's database, and deliver it after the commit."""
     alias = alias_for(using)
     OutboxEvent.objects.using(alias).create(operation=operation, user_id=user_id, payload=payload)
