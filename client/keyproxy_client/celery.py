@@ -9,6 +9,7 @@ hooks are Celery's signals, which belong to the process: they serve every app in
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, Final
 from keyproxy_client import acting
 from keyproxy_client.acting import Acting
 from keyproxy_client.missing_extra import missing_extra
+from keyproxy_client.outgoing.repetition import STATUSES, is_refusal, retry_after_seconds
 
 try:
     from celery import Celery, signals
@@ -28,6 +30,11 @@ except ImportError as error:
 USER: Final = "keyproxy_user"
 TENANT: Final = "keyproxy_tenant"
 TEST: Final = "keyproxy_test"
+
+#: A longer Retry-After is cut to this, before the jitter.
+RETRY_SECONDS_MAX: Final = 3_600.0
+#: At most this part of the wait is added, so that tasks that were refused together do not return together.
+RETRY_JITTER: Final = 0.1
 
 _MODES: Final[Mapping[object, bool]] = {True: True, False: False, "true": True, "false": False}
 
@@ -42,6 +49,31 @@ def install(app: Celery) -> None:
     signals.before_task_publish.connect(_add_headers, weak=False, dispatch_uid="keyproxy_client.add_headers")
     signals.task_prerun.connect(_enter, weak=False, dispatch_uid="keyproxy_client.enter")
     signals.task_postrun.connect(_leave, weak=False, dispatch_uid="keyproxy_client.leave")
+
+
+def retry_later(task: Task, response: Any) -> None:
+    """Retry the task after Retry-After if keyproxy refused its request for now; return after any other response.
+
+    `response` comes from httpx, requests or aiohttp; aiohttp's body must have been read. Raises what `task.retry` raises:
+    Retry, or MaxRetriesExceededError after the task's `max_retries`.
+    """
+    status = response.status_code if hasattr(response, "status_code") else response.status
+    seconds = retry_after_seconds(response.headers.get("Retry-After")) if status in STATUSES else None
+    if seconds is None or not is_refusal(_body(response)):
+        return
+    jitter = 1.0 + RETRY_JITTER * random.random()  # noqa: S311 - spreads load, protects nothing
+    countdown = min(seconds, RETRY_SECONDS_MAX) * jitter
+    raise task.retry(countdown=countdown)
+
+
+def _body(response: Any) -> bytes:
+    content = response.content
+    if not isinstance(content, bytes):
+        # aiohttp's `content` is a stream, and its `read()` needs an event loop even if the body is here.
+        content = getattr(response, "_body", None)
+    if not isinstance(content, bytes):
+        raise TypeError("the body of the response has not been read: await response.read() before retry_later")
+    return content
 
 
 def _task_protocol(app: Celery) -> object:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import os
 import secrets
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from client.tests.support.deployment import SCOPES, TENANTS, VARIABLE, Deploymen
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.store.directory.directory import Actor, Directory, KeyWish
 from keyproxy.store.embedded import embedded_postgres
+from keyproxy.store.embedded.postgres_binaries import find_binaries
 from keyproxy.store.postgres import migrations, roles, scratch_databases
 from keyproxy.store.postgres.database import Database
 from tests import server as servers
@@ -128,6 +130,7 @@ class Deployer:
             home=home,
             python=sys.executable,
             config=config,
+            programs=[str(found.directory) for found in find_binaries(os.environ)],
         )
 
 

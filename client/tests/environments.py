@@ -28,7 +28,7 @@ _NO_TESTS = 5
 
 @dataclass(frozen=True)
 class Row:
-    """Tests of a folder with the packages of an environment, by one Python. `is_newest`: of the environment's."""
+    """Tests of a folder with the packages of an environment, by one Python. Names of environments sort by age."""
 
     environment: str
     python: str
@@ -56,12 +56,13 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Run:
-    """How rows are run. `once`: names of the rows that also run the tests that one Python suffices for."""
+    """How rows are run. `once`, `newest`: names of the rows that also run the tests that are marked with these."""
 
     installation: Installation
     deployer: Deployer | None
     arguments: Sequence[str]
     once: frozenset[str]
+    newest: frozenset[str]
     is_alone: bool
 
     def row(self, row: Row, interpreter: str) -> bool:
@@ -73,9 +74,10 @@ class Run:
             variables = {}
             if row.is_deployed and self.deployer is not None:
                 variables = stack.enter_context(self.deployer.deployed(row.name))
-            marks = [] if row.name in self.once else ["-m", "not once"]
+            marks = {"once": self.once, "newest": self.newest}
+            left_out = " and ".join(f"not {mark}" for mark, rows in marks.items() if row.name not in rows)
             done = subprocess.run(
-                [python, "-m", "pytest", "--quiet", f"tests/{row.tests}", *marks, *self.arguments],
+                [python, "-m", "pytest", "--quiet", f"tests/{row.tests}", "-m", left_out, *self.arguments],
                 cwd=CLIENT,
                 env=clean_environment() | {"KEYPROXY_CLIENT_ROW": row.name} | variables,
                 # Alone in the terminal, a row reports while it runs.
@@ -112,14 +114,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(present: dict[Row, str], arguments: Sequence[str]) -> bool:
-    newest = {row.environment: row.name for row in sorted(present, key=lambda row: int(row.python.partition(".")[2]))}
+    by_age = sorted(present, key=lambda row: (row.environment, int(row.python.partition(".")[2])))
     with contextlib.ExitStack() as stack:
         needs_server = any(row.is_deployed for row in present)
         run = Run(
             installation=Installation(CLIENT, CLIENT.parent / ".venv-client"),
             deployer=stack.enter_context(deployer()) if needs_server else None,
             arguments=arguments,
-            once=frozenset(newest.values()),
+            once=frozenset({row.environment: row.name for row in by_age}.values()),
+            newest=frozenset({row.tests: row.name for row in by_age}.values()),
             is_alone=len(present) == 1,
         )
         jobs = int(os.environ.get("CLIENT_JOBS") or 2)

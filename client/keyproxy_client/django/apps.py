@@ -15,12 +15,15 @@ class KeyproxyConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        """Register the system checks, and stop a process whose settings have errors E001 or E002.
+        """Connect this package to Django; stop a process whose settings have errors E001 or E002.
 
         Servers do not run system checks: a warning there would come too late.
         """
-        from keyproxy_client.django import checks
+        from keyproxy_client import acting
+        from keyproxy_client.django import checks, request_user, signals
 
         errors = checks.start_errors()
         if errors:
             raise ImproperlyConfigured("\n".join(str(error) for error in errors))
+        acting.convert_users_by(request_user.acting_user)
+        signals.connect()

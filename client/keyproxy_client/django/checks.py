@@ -35,7 +35,7 @@ def _setting_errors() -> Iterator[CheckMessage]:
         return
     for fault in users.faults(found):
         yield Error(fault, id="keyproxy.E001")
-    if found.backend == "sql" and found.database not in django_settings.DATABASES:
+    if found.backend == "sql" and found.database not in connections.settings:
         yield Error(f"KEYPROXY['DATABASE'] is none of DATABASES; it is {found.database!r}", id="keyproxy.E001")
 
 

@@ -78,6 +78,25 @@ def user_of_id(wanted: str) -> Any | None:
         return None
 
 
+def may_be_id(text: str) -> bool:
+    """Whether a user of Django could have this id. Of a function nothing is known."""
+    form = settings().user_id
+    if callable(form) or is_dotted_path(form):
+        return True
+    inverted = _inverse(form)
+    if inverted is None:
+        return True
+    value = text[len(inverted.before) : len(text) - len(inverted.after)]
+    model = get_user_model()
+    try:
+        field = model._meta.pk if inverted.field == "pk" else model._meta.get_field(inverted.field)
+        return form.format(**{inverted.field: field.to_python(value)}) == text
+    except FieldDoesNotExist:
+        return True
+    except ValidationError:
+        return False
+
+
 def _find(form: str | Callable[[Any], str], wanted: str) -> Any | None:
     if callable(form) or is_dotted_path(form):
         inverse = getattr(_function(form), "user_of", None)

@@ -143,7 +143,7 @@ class AssertionVerifier:
         return found
 
     def __repr__(self) -> str:
-        return f"signed({self.key_sets!r}, {self._issuer!r}, {self._audience!r})"
+        return f"signed({self.key_sets!r}, {len(self._verified)} verified)"
 
 
 def identity_of(claims: Mapping[str, Any]) -> Identity:

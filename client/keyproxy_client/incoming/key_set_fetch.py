@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import ipaddress
 import json
 import logging
 import re
@@ -25,8 +26,6 @@ _MAX_AGE_SECONDS_MAX: Final = 86_400.0
 _MAX_AGE: Final = re.compile(r'(?:^|[\s,])max-age="?([0-9]{1,9})"?', re.IGNORECASE)
 _NOT_CACHED: Final = re.compile(r"(?:^|[\s,])no-(?:store|cache)\b", re.IGNORECASE)
 
-_LOOPBACK_HOSTS: Final = ("localhost", "::1")
-
 
 class FetchFailed(Exception):
     """The JWKS could not be fetched. Its text shows nothing of the response."""
@@ -47,7 +46,7 @@ class KeySetFetcher:
         self._port: Final = parts.port
         self._path: Final = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         self._tls: Final = ssl.create_default_context() if parts.scheme == "https" else None
-        if self._tls is None and self._host not in _LOOPBACK_HOSTS and not self._host.startswith("127."):
+        if self._tls is None and not _is_loopback(self._host):
             _log.warning(
                 "the keys of keyproxy come from another host without TLS, so that they can be forged on the way"
             )
@@ -79,6 +78,13 @@ class KeySetFetcher:
         return http.client.HTTPSConnection(self._host, self._port, timeout=FETCH_SECONDS_MAX, context=self._tls)
 
 
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _bounded_body(response: http.client.HTTPResponse, deadline: float) -> bytes:
     body = b""
     while chunk := response.read1(_CHUNK_BYTES):
@@ -87,6 +93,8 @@ def _bounded_body(response: http.client.HTTPResponse, deadline: float) -> bytes:
             raise FetchFailed(f"more than {_BYTES_MAX} bytes")
         if time.monotonic() > deadline:
             raise FetchFailed(f"no complete response within {FETCH_SECONDS_MAX} s")
+    if response.length:
+        raise FetchFailed("the response is incomplete")
     return body
 
 

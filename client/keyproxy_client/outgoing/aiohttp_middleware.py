@@ -95,7 +95,12 @@ async def _next_credential(
 ) -> Credential | None:
     """The credential of the repetition, after the wait that it needs; None if there is to be no repetition."""
     credential, user = sent
-    status, header_of = response.status, response.headers.get
+    status, headers = response.status, response.headers
+
+    def header_of(name: str) -> str | None:
+        # Unlike httpx and requests, aiohttp's `get` returns the first field only: one of two challenges.
+        return ", ".join(headers.getall(name, ())) or None
+
     if repetitions.may_renew(status, header_of):
         return await authorizer.renewed_async(credential, user)
     wait = repetitions.wait_seconds(status, header_of)

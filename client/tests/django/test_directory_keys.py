@@ -249,7 +249,9 @@ class TestLostResponse:
 
 
 def test_token_that_cannot_read_issues_up_to_the_limit(user: str, deployment: Deployment) -> None:
-    made = deployment.cli("admin", "token", "create", "--name", "django", "--scope", "users:write", "--scope", "keys:write")
+    made = deployment.cli(
+        "admin", "token", "create", "--name", "django", "--scope", "users:write", "--scope", "keys:write"
+    )
     token_file = deployment.home / f"{user}.token"
     token_file.write_text(made["secret"], encoding="ascii")
     keys = ApiKeys(AdminApi(deployment.admin_url, str(token_file), 2.0), 2)

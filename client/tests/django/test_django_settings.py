@@ -117,7 +117,7 @@ ACCEPTED: list[tuple[str, Any, Any]] = [
     ("TENANT", "accounts.tenants.of", "accounts.tenants.of"), ("USER_ID", "{uuid}", "{uuid}"), ("PROVISION", None, None),
     ("USER_ID", "accounts.ids.of", "accounts.ids.of"), ("SCOPES", ["b", "a", "b"], ("b", "a")), ("KEY_DAYS", 0, 0),
     ("SERVICE_KEY_FILE", Path("/run/{tenant}/key"), "/run/{tenant}/key"), ("ORIGIN", "http://h:1/", "http://h:1"),
-    ("TRUST_NETWORKS", ["10.0.0.0/8"], ("10.0.0.0/8",)), ("HEADER_PREFIX", "X-Acme-", "X-Acme-"), ("KEY_PREFIX", "a", "a"),
+    ("TRUST_NETWORKS", ["10.0.0.0/8"], ("10.0.0.0/8",)), ("HEADER_PREFIX", "X-A-", "X-A-"), ("KEY_PREFIX", "a", "a"),
 ]  # fmt: skip
 
 

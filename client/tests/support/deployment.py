@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 VARIABLE = "KEYPROXY_CLIENT_DEPLOYMENT"
 TENANTS = ("acme", "globex")
@@ -38,6 +39,7 @@ class Deployment:
     `dsn`: as a superuser. `app_dsn`: as the role `app`, which is granted `keyproxy_app`. `origin`: of the proxied port;
     `ops_url`: of its ops listener. `admin_token_file`: of a token with all scopes. `broker_url`: of Valkey. `upstream`:
     the echo server behind `origin`. `home`: a directory for files of the row. `python`: runs keyproxy.
+    `programs`: directories of PostgreSQL's programs.
 
     The echo server responds with the request as JSON: `method`, `target`, `headers` (pairs in their order, names as they
     came), `body`. The query selects another response: `status=503&header=Retry-After:1&body={"code":"overloaded"}`.
@@ -54,6 +56,7 @@ class Deployment:
     home: Path
     python: str
     config: Path
+    programs: list[str]
 
     @classmethod
     def named(cls) -> Deployment | None:
@@ -77,6 +80,10 @@ class Deployment:
     def service_test_key_pattern(self) -> str:
         """The path of the test keys, with `{tenant}`."""
         return str(self.home / "{tenant}-test.key")
+
+    def dsn_of(self, database: str) -> str:
+        """The DSN of the superuser for another database of the server."""
+        return urlsplit(self.dsn)._replace(path=f"/{database}").geturl()
 
     @property
     def jwks_url(self) -> str:

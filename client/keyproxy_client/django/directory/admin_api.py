@@ -28,17 +28,24 @@ _CHUNK_BYTES: Final = 64 * 1024
 _TEMPORARY: Final = frozenset({"idempotency_in_progress", "too_many_failures", "request_timeout"})
 
 
+class Content(dict[str, Any]):
+    """A JSON object of a response. A member that is missing means that the server is not keyproxy's admin API."""
+
+    def __missing__(self, member: str) -> Any:
+        raise DirectoryUnavailable(f"the response of the admin API has no member {member!r}")
+
+    def __repr__(self) -> str:
+        # It may have a secret.
+        return f"Content({', '.join(self)})"
+
+
 @dataclass(frozen=True, slots=True)
 class Response:
     """A successful response. `is_replayed`: it is the stored one of an earlier request with the same Idempotency-Key."""
 
     status: int
-    content: dict[str, Any]
+    content: Content
     is_replayed: bool = False
-
-    def __repr__(self) -> str:
-        # The content may have a secret.
-        return f"Response({self.status})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +90,7 @@ class AdminApi:
             connection.close()
         if 200 <= response.status < 300 and content is not None:
             return Response(response.status, content, response.getheader("Idempotency-Replayed") == "true")
-        raise _error(response.status, content or {})
+        raise _error(response.status, content or Content())
 
     def _token(self) -> str:
         try:
@@ -143,12 +150,12 @@ def _read(connection: http.client.HTTPConnection, response: http.client.HTTPResp
             raise http.client.HTTPException("the response is too large")
 
 
-def _content(body: bytes) -> dict[str, Any] | None:
+def _content(body: bytes) -> Content | None:
     try:
-        content = json.loads(body)
+        content = json.loads(body, object_hook=Content)
     except ValueError:
         return None
-    return content if isinstance(content, dict) else None
+    return content if isinstance(content, Content) else None
 
 
 def _error(status: int, problem: Mapping[str, Any]) -> DirectoryError:

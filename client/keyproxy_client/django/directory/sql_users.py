@@ -22,7 +22,7 @@ from keyproxy_client.django.directory.sql_connection import is_in_transaction, s
 _FOREIGN_KEY_VIOLATION: Final = "23503"
 _LOST: Final = "its secret was lost"
 
-#: The setting is local to the transaction. The statements read from it, so that PostgreSQL evaluates it before triggers run.
+#: Local to the transaction. The statements read from it, so that PostgreSQL evaluates it before triggers run.
 _ACTOR: Final = "actor AS MATERIALIZED (SELECT set_config('keyproxy.actor', %(actor)s::text, true) AS name)"
 
 # The user and its first key, or neither, and once under concurrency. An existing user yields its tenant instead; if

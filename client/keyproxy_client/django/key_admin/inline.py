@@ -50,7 +50,7 @@ class KeysFormSet(BaseFormSet):  # type: ignore[type-arg]
         """Nor to edit."""
         return []
 
-    def save(self, commit: bool = True) -> list[object]:  # noqa: ARG002 - Django's signature
+    def save(self, commit: bool = True) -> list[object]:
         """Nor to save."""
         return []
 
@@ -70,23 +70,23 @@ class KeysInline(InlineModelAdmin):  # type: ignore[type-arg]
         """A formset that carries the keys of the user to the template."""
         return type("KeysOfUser", (KeysFormSet,), {"shown": shown_keys(request, obj)})
 
-    def get_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:  # noqa: ARG002
+    def get_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
         """None: the template shows the keys."""
         return []
 
-    def has_view_permission(self, request: HttpRequest, obj: Any = None) -> bool:  # noqa: ARG002
+    def has_view_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         """Whether any part of the list is visible."""
         return any(may(request, action) for action in ("view", "issue", "rotate", "revoke"))
 
-    def has_add_permission(self, request: HttpRequest, obj: Any = None) -> bool:  # noqa: ARG002
+    def has_add_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         """Keys are issued by the action."""
         return False
 
-    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:  # noqa: ARG002
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         """Keys are not edited."""
         return False
 
-    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:  # noqa: ARG002
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         """Keys are revoked by the action."""
         return False
 

@@ -16,7 +16,7 @@ from django.core.exceptions import PermissionDenied
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.response import TemplateResponse
 from django.urls import URLPattern, URLResolver, path, reverse
-from django.views.decorators.debug import sensitive_post_parameters, sensitive_variables
+from django.views.decorators.debug import sensitive_variables
 
 from keyproxy_client.django.directory.errors import AlreadyIssued, DirectoryError, NotInDirectory
 from keyproxy_client.django.directory.interface import DirectoryKey, IssuedKey, actor_of_admin

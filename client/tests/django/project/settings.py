@@ -5,6 +5,7 @@ Tests change settings by `project.testing.keyproxy_settings` or `django.test.ove
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from typing import Any
@@ -26,7 +27,7 @@ def _database(dsn: str) -> dict[str, Any]:
     }
 
 
-#: A test that starts a server of this project passes its own settings as the environment variables TEST_....
+# A test that starts a server of this project passes settings in the environment.
 SECRET_KEY = os.environ.get("TEST_SECRET_KEY") or secrets.token_urlsafe(40)
 DEBUG = False
 ALLOWED_HOSTS = ["*"]
@@ -35,9 +36,7 @@ ROOT_URLCONF = "project.urls"
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 DATABASES: dict[str, dict[str, Any]] = {
     "default": (
-        _database(_deployment.app_dsn)
-        if _deployment
-        else {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:", "ATOMIC_REQUESTS": True}
+        _database(_deployment.app_dsn) if _deployment else {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}
     )
 }
 INSTALLED_APPS = [
@@ -77,7 +76,11 @@ TEMPLATES = [
 ]
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 CACHES = {"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}}
-KEYPROXY = {"BACKEND": "off", "TENANT": "acme", "TRUST": os.environ.get("TEST_TRUST", "loopback")}
+KEYPROXY: dict[str, Any] = {
+    "BACKEND": "off",
+    "TENANT": "acme",
+    "TRUST": "loopback",
+}
 if _deployment:
     KEYPROXY |= {
         "ORIGIN": _deployment.origin,
@@ -85,3 +88,4 @@ if _deployment:
         "SERVICE_KEY_FILE": _deployment.service_key_pattern,
         "SERVICE_TEST_KEY_FILE": _deployment.service_test_key_pattern,
     }
+KEYPROXY |= json.loads(os.environ.get("TEST_KEYPROXY", "{}"))

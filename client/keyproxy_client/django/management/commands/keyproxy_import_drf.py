@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -49,11 +49,19 @@ class Command(ReportingCommand):
     def add_arguments(self, parser: CommandParser) -> None:
         """Declare the arguments."""
         parser.add_argument(
-            "models", nargs="*", metavar="MODEL", help="A model of keys, app.Model. Default: all subclasses of AbstractAPIKey."
+            "models",
+            nargs="*",
+            metavar="MODEL",
+            help="A model of keys, app.Model. Default: all subclasses of AbstractAPIKey.",
         )
         parser.add_argument("--dry-run", action="store_true", help="Change nothing; print what would be imported.")
         parser.add_argument(
-            "--scope", action="append", default=[], metavar="SCOPE", dest="scopes", help="A scope of the keys; repeatable."
+            "--scope",
+            action="append",
+            default=[],
+            metavar="SCOPE",
+            dest="scopes",
+            help="A scope of the keys; repeatable.",
         )
         parser.add_argument(
             "--user-field", metavar="FIELD",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from django.conf import settings
+from django.contrib.auth.models import User
 from django.db import models
 from rest_framework_api_key.models import AbstractAPIKey
 
@@ -15,3 +16,16 @@ class CustomAPIKey(AbstractAPIKey):
 
     class Meta(AbstractAPIKey.Meta):
         verbose_name = "API key of a user"
+
+
+class Member(User):
+    """The user model under another name."""
+
+    class Meta:
+        proxy = True
+
+
+class Customer(User):
+    """A user with a table of its own."""
+
+    company = models.CharField(max_length=40)

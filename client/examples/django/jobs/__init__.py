@@ -1,0 +1,1 @@
+"""Jobs of users, their API keys, and the API that computes."""

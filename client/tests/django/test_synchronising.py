@@ -1,0 +1,206 @@
+"""keyproxy_sync and keyproxy_check, by both ways to keyproxy."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import uuid
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from django.contrib.auth import get_user_model
+from django.core.management import CommandError, call_command
+from django.utils import timezone
+
+from deployment import Deployment
+from keyproxy_client.django.models import OutboxEvent
+from project.testing import keyproxy_settings
+
+User = get_user_model()
+_names = (f"sync{number}-{uuid.uuid4().hex[:6]}" for number in itertools.count())
+
+
+@pytest.fixture(params=["sql", "api"])
+def backend(request: pytest.FixtureRequest, deployment: Deployment, committing_db: None) -> Iterator[str]:
+    values = {"ADMIN_URL": deployment.admin_url, "ADMIN_TOKEN_FILE": str(deployment.admin_token_file)}
+    with keyproxy_settings(BACKEND=request.param, TENANT="acme", PROVISION="signup", **values):
+        yield request.param
+
+
+@pytest.fixture
+def superuser(deployment: Deployment) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(deployment.dsn, autocommit=True) as found:
+        # Users of other tests would be orphans.
+        found.execute("DELETE FROM keyproxy.users WHERE id NOT LIKE 'u_service_%'")
+        yield found
+
+
+def _users(superuser: psycopg.Connection[Any]) -> dict[str, bool]:
+    """Users of keyproxy in the tenant, and whether they are disabled."""
+    rows = superuser.execute(
+        "SELECT id, disabled_at IS NOT NULL FROM keyproxy.users WHERE tenant_id = 'acme'"
+    ).fetchall()
+    return {user: is_disabled for user, is_disabled in rows if user != "u_service_acme"}
+
+
+def _run(command: str, *arguments: str) -> tuple[int, dict[str, Any]]:
+    out = io.StringIO()
+    try:
+        call_command(command, "--json", *arguments, stdout=out, stderr=io.StringIO())
+    except CommandError as error:
+        return error.returncode, json.loads(out.getvalue() or "null")
+    return 0, json.loads(out.getvalue())
+
+
+def _bulk(count: int, **values: Any) -> list[Any]:
+    return User.objects.bulk_create([User(username=next(_names), **values) for _ in range(count)])
+
+
+def test_sync_creates_missing_users_and_disables_inactive_ones(
+    backend: str, superuser: psycopg.Connection[Any]
+) -> None:
+    missing = _bulk(5)
+    inactive_and_missing = _bulk(1, is_active=False)
+    deactivated = User.objects.create_user(next(_names))
+    User.objects.filter(pk=deactivated.pk).update(is_active=False)
+    dry = _run("keyproxy_sync", "--dry-run", "--batch", "2")
+    assert (dry[0], dry[1]["created"], dry[1]["disabled"], dry[1]["dry_run"]) == (0, 5, 1, True)
+    assert _users(superuser) == {f"u_{deactivated.pk}": False}
+    status, result = _run("keyproxy_sync", "--batch", "2")
+    assert (status, result["created"], result["disabled"], result["failed"]) == (0, 5, 1, [])
+    assert _users(superuser) == {f"u_{user.pk}": False for user in missing} | {f"u_{deactivated.pk}": True}
+    assert f"u_{inactive_and_missing[0].pk}" not in _users(superuser)
+    status, result = _run("keyproxy_sync")
+    assert (status, result["created"], result["disabled"]) == (0, 0, 0)
+
+
+def test_sync_enables_only_on_request(backend: str, superuser: psycopg.Connection[Any]) -> None:
+    user = User.objects.create_user(next(_names))
+    superuser.execute("UPDATE keyproxy.users SET disabled_at = now() WHERE id = %s", [f"u_{user.pk}"])
+    _, result = _run("keyproxy_sync")
+    assert (result["enabled"], result["left_disabled"]) == (0, 1)
+    assert _users(superuser) == {f"u_{user.pk}": True}
+    _, result = _run("keyproxy_sync", "--enable")
+    assert (result["enabled"], result["left_disabled"]) == (1, 0)
+    assert _users(superuser) == {f"u_{user.pk}": False}
+
+
+def test_sync_deletes_orphans_only_on_request_and_no_owner_of_a_service_key(
+    backend: str, superuser: psycopg.Connection[Any], deployment: Deployment
+) -> None:
+    kept = User.objects.create_user(next(_names))
+    superuser.execute(
+        "INSERT INTO keyproxy.users (id, tenant_id)"
+        " VALUES ('u_987654', 'acme'), ('u_worker', 'acme'), ('u_987655', 'globex'), ('u_0987654', 'acme')"
+    )
+    _run("keyproxy_sync")
+    assert "u_987654" in _users(superuser)
+    assert _run("keyproxy_sync", "--prune", "--dry-run")[1]["deleted"] == 1
+    status, result = _run("keyproxy_sync", "--prune")
+    assert (status, result["deleted"]) == (0, 1)
+    assert set(_users(superuser)) == {f"u_{kept.pk}", "u_worker", "u_0987654"}
+    assert superuser.execute("SELECT count(*) FROM keyproxy.users WHERE id = 'u_987655'").fetchone() == (1,)
+    with keyproxy_settings(USER_ID="u_{username}", SERVICE_KEY_FILE=deployment.service_key_pattern):
+        # By this format the owner of the service key is a user that could exist.
+        _, result = _run("keyproxy_sync", "--prune")
+    assert result["kept"] == 1
+    assert superuser.execute("SELECT count(*) FROM keyproxy.users WHERE id = 'u_service_acme'").fetchone() == (1,)
+
+
+def test_sync_reports_a_conflict_and_does_the_rest(backend: str, superuser: psycopg.Connection[Any]) -> None:
+    first, second = _bulk(2)
+    superuser.execute("INSERT INTO keyproxy.users (id, tenant_id) VALUES (%s, 'globex')", [f"u_{first.pk}"])
+    status, result = _run("keyproxy_sync")
+    assert status == 1
+    assert _users(superuser) == {f"u_{second.pk}": False}
+    assert result["waiting"] == (0 if backend == "sql" else 1)
+    assert [one["user"] for one in result["failed"]] == ([f"u_{first.pk}"] if backend == "sql" else [])
+
+
+def test_sync_delivers_what_waits_for_a_retry(
+    committing_db: None, superuser: psycopg.Connection[Any], deployment: Deployment, tmp_path: Path
+) -> None:
+    settings = {"BACKEND": "api", "TENANT": "acme", "ADMIN_TOKEN_FILE": str(deployment.admin_token_file)}
+    with keyproxy_settings(**settings, ADMIN_URL="http://127.0.0.1:9"):
+        users = [User.objects.create_user(next(_names)) for _ in range(5)]
+        status, _ = _run("keyproxy_sync")
+        assert status == 1
+        assert OutboxEvent.objects.count() == 5
+    with keyproxy_settings(**settings, ADMIN_URL=deployment.admin_url):
+        status, result = _run("keyproxy_sync")
+    assert (status, result["delivered"], result["waiting"], result["created"]) == (0, 5, 0, 0)
+    assert set(_users(superuser)) == {f"u_{user.pk}" for user in users}
+
+
+def test_sync_is_misuse_without_backend(committing_db: None) -> None:
+    assert _run("keyproxy_sync")[0] == 2
+
+
+def _checks(result: dict[str, Any]) -> dict[str, bool | None]:
+    """The result of each check; of several under one name, the one that is not a note."""
+    found: dict[str, bool | None] = {}
+    for one in result["checks"]:
+        if one["ok"] is not None or one["check"] not in found:
+            found[one["check"]] = one["ok"]
+    return found
+
+
+def test_check_passes_where_everything_is_in_order(backend: str, deployment: Deployment) -> None:
+    with keyproxy_settings(TRUST="signed", JWKS_URL=deployment.jwks_url):
+        status, result = _run("keyproxy_check")
+    assert status == 0, result
+    assert result["ok"] is True
+    names = {"sql": {"settings", "schema", "rights", "tenant", "JWKS", "outbox"}}
+    names["api"] = names["sql"] - {"schema"} | {"admin API"}
+    assert _checks(result) == dict.fromkeys(names[backend], True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "failing"),
+    [
+        ({"TENANT": "nowhere"}, "tenant"),
+        ({"TRUST": "signed", "JWKS_URL": "http://127.0.0.1:9/jwks.json"}, "JWKS"),
+    ],
+)
+def test_check_names_what_is_wrong(backend: str, changes: dict[str, Any], failing: str) -> None:
+    with keyproxy_settings(**changes):
+        status, result = _run("keyproxy_check")
+    assert status == 1
+    assert [name for name, is_ok in _checks(result).items() if is_ok is False] == [failing]
+
+
+def test_check_fails_for_an_admin_api_that_is_absent(
+    committing_db: None, deployment: Deployment, tmp_path: Path
+) -> None:
+    wrong = tmp_path / "token"
+    wrong.write_text("kp_admin_wrong")
+    for changes in (
+        {"ADMIN_URL": "http://127.0.0.1:9"},
+        {"ADMIN_TOKEN_FILE": str(wrong)},
+        {"ADMIN_TOKEN_FILE": "/none"},
+    ):
+        values = {"ADMIN_URL": deployment.admin_url, "ADMIN_TOKEN_FILE": str(deployment.admin_token_file)} | changes
+        with keyproxy_settings(BACKEND="api", **values):
+            status, result = _run("keyproxy_check")
+        assert status == 1
+        assert _checks(result)["admin API"] is False
+
+
+def test_check_fails_for_an_event_that_has_waited_for_long(backend: str) -> None:
+    event = OutboxEvent.objects.create(operation="create", user_id="u_1", payload={}, last_error="refused: why")
+    assert _run("keyproxy_check")[0] == 0
+    OutboxEvent.objects.filter(pk=event.pk).update(created_at=timezone.now() - timedelta(minutes=11))
+    status, result = _run("keyproxy_check")
+    assert status == 1
+    (outbox,) = [one for one in result["checks"] if one["check"] == "outbox"]
+    assert "refused: why" in outbox["detail"]
+
+
+def test_check_leaves_no_user(backend: str, superuser: psycopg.Connection[Any]) -> None:
+    _run("keyproxy_check")
+    assert _users(superuser) == {}
