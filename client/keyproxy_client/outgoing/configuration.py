@@ -48,14 +48,23 @@ def _from_django(act_for: ActFor, wait_max_seconds: float) -> Authorizer:
     else:
         if not found.service_key_file:
             raise _invalid("KEYPROXY['SERVICE_KEY_FILE'] is missing: outgoing requests need it")
-        key = _key_file(found.service_key_file, found.fixed_tenant)
+        key = _service_key(found, found.service_key_file)
         test_path = found.service_test_key_file
-        test_key = _key_file(test_path, found.fixed_tenant) if test_path else None
+        test_key = _service_key(found, test_path) if test_path else None
     if not found.origin:
         raise _invalid("KEYPROXY['ORIGIN'] is missing: outgoing requests need it")
     return Authorizer(
         found.origin, key, act_for, wait_max_seconds, test_key=test_key, header_prefix=found.header_prefix
     )
+
+
+def _service_key(found: Any, template: str) -> Key:
+    file = _key_file(template, found.fixed_tenant)
+    if found.provision != "first_use":
+        return file
+    from keyproxy_client.django.first_use import FirstUseKeys
+
+    return FirstUseKeys(file)
 
 
 def _settings() -> Any:
