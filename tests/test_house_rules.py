@@ -110,7 +110,14 @@ CLIENT_HOMES = {
     "rest_framework": {"django"},
     "rest_framework_api_key": {"django"},
     "starlette": {"fastapi"},
+    "yarl": {"outgoing"},
 }
+
+#: Django looks for some modules at the top of an app, and projects name others in their settings.
+CLIENT_DJANGO_MODULES_MAX = 25
+
+#: An attribute that a module loads lazily, so that only type checkers see it.
+CLIENT_HIDDEN = {"client/keyproxy_client/http.py hides keyproxy_client.outgoing.auth"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 CLIENT_MODULES = sorted(CLIENT.rglob("*.py"))
@@ -265,7 +272,9 @@ def test_no_blind_except_below_an_outermost_boundary() -> None:
             if isinstance(node, ast.ExceptHandler):
                 caught = "" if node.type is None else ast.unparse(node.type)
                 is_boundary = caught == "Exception" and "outermost boundary" in lines[node.lineno - 1]
-                if caught in ("", "BaseException", "Exception") and not is_boundary:
+                # Cleaning up and raising again hides nothing.
+                raises = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
+                if caught in ("", "BaseException", "Exception") and not (is_boundary or raises):
                     wrong.append(f"{_name(path)}:{node.lineno}")
     assert wrong == []
 
@@ -299,13 +308,13 @@ def test_type_checking_blocks_contain_no_keyproxy_imports() -> None:
     # Commands defer slow imports; the other one needs the type checker's view of a decorator.
     assert hiding == TYPE_CHECKING_USERS
     # The client hides libraries there, which it imports when it needs them.
-    hidden = [
+    hidden = {
         f"{_name(path)} hides {imported}"
         for path in CLIENT_MODULES
         for imported in _hidden_imports(path)
         if imported.partition(".")[0] == "keyproxy_client"
-    ]
-    assert hidden == []
+    }
+    assert hidden == CLIENT_HIDDEN
 
 
 def _hidden_imports(path: Path) -> Iterator[str]:
@@ -339,6 +348,7 @@ def test_texts_are_plain_english(texts: str) -> None:
 def test_folders_stay_small_enough_to_read() -> None:
     sizes = collections.Counter(path.parent for path in ALL_MODULES if path.stem not in ("__init__", "__main__"))
     assert sizes.pop(PACKAGE) <= ROOT_MODULES_MAX
+    assert sizes.pop(CLIENT / "django") <= CLIENT_DJANGO_MODULES_MAX
     assert {_name(folder): size for folder, size in sizes.items() if size > FOLDER_MODULES_MAX} == {}
 
 
