@@ -102,7 +102,7 @@ CLIENT_HOMES = {
     "asgiref": {"django"},
     "celery": {"celery", "django"},
     "cryptography": {"django", "incoming"},
-    "django": {"django"},
+    "django": {"django", "outgoing"},
     "fastapi": {"fastapi"},
     "httpx": {"http", "outgoing"},
     "jwt": {"incoming"},

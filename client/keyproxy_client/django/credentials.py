@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from asgiref.sync import sync_to_async
-from django.db import IntegrityError, router, transaction
+from django.db import IntegrityError, connections, router, transaction
 from django.utils import timezone
 
 from keyproxy_client.acting import Acting
@@ -123,13 +123,17 @@ def _issued(user: Any, *, is_test: bool) -> Credential:
     """A new credential, or the one that another process stored meanwhile."""
     issued: IssuedKey | None = None
     try:
-        with _transaction():
-            Credential.objects.filter(
-                user=user, is_test=is_test, retired_at=None, expires_at__lte=timezone.now()
-            ).update(retired_at=timezone.now())
+        with _transaction() as alias:
+            _hold(user, alias)
+            row = _current(user, is_test=is_test)
+            if row is not None and not _has_expired(row):
+                return row
+            if row is not None:
+                Credential.objects.filter(pk=row.pk).update(retired_at=timezone.now())
             issued = issue_for(user, actor=ACTOR_SIGNUP, name=KEY_NAME, scopes=settings().scopes, is_test=is_test)
             return keep(user, issued)
     except IntegrityError:
+        # A database without row locks.
         row = _current(user, is_test=is_test)
         if row is None:
             raise
@@ -137,6 +141,15 @@ def _issued(user: Any, *, is_test: bool) -> Credential:
             # By SQL the rollback removed the key.
             directory().keys.revoke(issued.key_id, "another process issued a credential", actor=ACTOR_SIGNUP)
         return row
+
+
+def _hold(user: Any, alias: str) -> None:
+    """Lock the user until the transaction ends, so that several processes issue one credential, not one each."""
+    features = connections[alias].features
+    if features.has_select_for_update:
+        rows = type(user)._default_manager.using(alias).filter(pk=user.pk)
+        # Without the key: rows that refer to the user can be added meanwhile.
+        rows.select_for_update(no_key=features.has_select_for_no_key_update).first()
 
 
 def _current(user: Any, *, is_test: bool) -> Credential | None:
@@ -148,12 +161,12 @@ def _has_expired(row: Credential) -> bool:
 
 
 @contextmanager
-def _transaction() -> Iterator[None]:
-    """One transaction on the databases of the credentials and of keyproxy, which usually are the same."""
+def _transaction() -> Iterator[str]:
+    """One transaction on the databases of the credentials, whose alias it yields, and of keyproxy, usually the same."""
     alias = router.db_for_write(Credential)
     with transaction.atomic(using=alias):
         if settings().backend == "sql" and settings().database != alias:
             with transaction.atomic(using=settings().database):
-                yield
+                yield alias
         else:
-            yield
+            yield alias

@@ -8,7 +8,8 @@ import os
 from django.conf import settings as django_settings
 
 from keyproxy_client.acting import Acting
-from keyproxy_client.django.settings import SettingsInvalid, settings
+from keyproxy_client.django.first_use import FirstUseKeys
+from keyproxy_client.django.settings import Settings, SettingsInvalid, settings
 from keyproxy_client.outgoing.authorizer import ActFor, Authorizer
 from keyproxy_client.outgoing.key_sources import Key, KeyFile, SecretUnavailable
 
@@ -29,12 +30,17 @@ def authorizer(act_for: ActFor, wait_max_seconds: float) -> Authorizer:
     elif not found.service_key_file:
         raise SettingsInvalid(["KEYPROXY['SERVICE_KEY_FILE'] is missing: outgoing requests need it"])
     else:
-        key = _key_file(found.service_key_file, found.fixed_tenant)
+        key = _service_key(found, found.service_key_file)
         if found.service_test_key_file:
-            test_key = _key_file(found.service_test_key_file, found.fixed_tenant)
+            test_key = _service_key(found, found.service_test_key_file)
     return Authorizer(
         found.origin, key, act_for, wait_max_seconds, test_key=test_key, header_prefix=found.header_prefix
     )
+
+
+def _service_key(found: Settings, template: str) -> Key:
+    file = _key_file(template, found.fixed_tenant)
+    return FirstUseKeys(file) if found.provision == "first_use" else file
 
 
 @functools.lru_cache(maxsize=64)

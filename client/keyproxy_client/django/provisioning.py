@@ -104,8 +104,7 @@ def ensure_acting(keyproxy_user: str) -> None:
 
     Only an active user of Django is created. A failure is logged: keyproxy refuses the call then.
     """
-    found = settings()
-    if found.provision != "first_use" or found.backend == "off" or keyproxy_user in _seen:
+    if is_ensured(keyproxy_user):
         return
     try:
         user = user_of_id(keyproxy_user)
@@ -113,6 +112,12 @@ def ensure_acting(keyproxy_user: str) -> None:
             _log.warning("user %s was not created at its first use: there is no such active user", keyproxy_user)
     except (DirectoryError, InvalidId, ImproperlyConfigured) as error:
         _log.warning("user %s was not created at its first use: %s", keyproxy_user, error)
+
+
+def is_ensured(keyproxy_user: str) -> bool:
+    """Whether `ensure_acting` has nothing to do."""
+    found = settings()
+    return found.provision != "first_use" or found.backend == "off" or keyproxy_user in _seen
 
 
 def ensure(user: Any, *, actor: str = ACTOR_SIGNUP) -> Created | None:
@@ -160,7 +165,7 @@ class _Seen:
 _seen: Final = _Seen()
 
 
-def _perform(operation: Operation, subject: Subject, using: str, actor: str) -> None:
+def _perform(operation: str, subject: Subject, using: str, actor: str) -> None:
     if not is_direct(using):
         payload = {
             "pk": None if subject.user is None else str(subject.user.pk),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -139,7 +139,7 @@ def _change(kind: str, subject: Subject, using: str, wish: Wish, report: Report)
         report.note(kind, subject.id)
 
 
-_CHANGES: Final = {
+_CHANGES: Final[dict[str, Callable[..., None]]] = {
     "created": provisioning.create,
     "disabled": provisioning.disable,
     "enabled": provisioning.enable,

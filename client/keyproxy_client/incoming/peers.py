@@ -69,9 +69,11 @@ class NetworkPeers:
         if not isinstance(client, tuple | list) or len(client) != 2:
             return False
         address, port = client
-        if not isinstance(port, int) or port not in _PORTS or not self._contains(address):
+        # Granian writes it as text.
+        number = port if isinstance(port, int) else _number(port)
+        if number not in _PORTS or not self._contains(address):
             return False
-        return forwarding is None or not _is_named(address, port, forwarding)
+        return forwarding is None or not _is_named(address, number, forwarding)
 
     def trusts_wsgi(self, environ: Mapping[str, Any], forwarding: Iterable[str | bytes] | None) -> bool:
         """Like `trusts_asgi`. Some servers, such as Django's development server, provide no port."""
@@ -80,7 +82,7 @@ class NetworkPeers:
             return False
         if port is None:
             return True
-        number = _number(str(port))
+        number = _number(port)
         if number not in _PORTS:
             return False
         return forwarding is None or not _is_named(str(address), number, forwarding)
@@ -122,8 +124,9 @@ def _is_named(address: str, port: int, forwarding: Iterable[str | bytes]) -> boo
     return False
 
 
-def _number(text: str) -> int:
+def _number(text: object) -> int:
+    """The number that a text states, 0 if it states none."""
     try:
-        return int(text)
+        return int(text) if isinstance(text, str) else 0
     except ValueError:
         return 0

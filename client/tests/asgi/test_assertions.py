@@ -106,9 +106,9 @@ def test_signed_claims_that_keyproxy_does_not_issue_are_untrusted(judge: Judge, 
 
 
 HEADERS: list[dict[str, Any]] = [
-    {"typ": "JWT"}, {"typ": "at+jwt"}, {"typ": None}, {"typ": TYPE.upper()}, {"typ": f"application/{TYPE}"}, {"kid": None},
-    {"kid": 7}, {"kid": ["k1"]}, {"kid": ""}, {"kid": "k" * 10_000}, {"kid": "k2"}, {"alg": "none"}, {"alg": "None"},
-    {"alg": None}, {"alg": "es256"}, {"alg": "ES384"}, {"alg": "HS256"}, {"alg": ["ES256"]}, {"crit": ["exp"]},
+    {"typ": "JWT"}, {"typ": "at+jwt"}, {"typ": None}, {"typ": TYPE.upper()}, {"typ": f"application/{TYPE}"},
+    {"kid": None}, {"kid": 7}, {"kid": ["k1"]}, {"kid": ""}, {"kid": "k" * 10_000}, {"kid": "k2"}, {"alg": "none"},
+    {"alg": "None"}, {"alg": None}, {"alg": "es256"}, {"alg": "ES384"}, {"alg": "HS256"}, {"alg": ["ES256"]}, {"crit": ["exp"]},
     {"jku": "http://127.0.0.1/jwks.json"}, {"jwk": SIGNER.jwk}, {"x5c": ["MII"]}, {"b64": False}, {"cty": "JWT"},
 ]  # fmt: skip
 

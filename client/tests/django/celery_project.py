@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from celery import Celery
+
 from keyproxy_client import celery as keyproxy_celery
 from keyproxy_client.acting import acting, acting_as
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import celery
-import celery_project as project
 import pytest
 from celery import chain, chord, group
 from celery.app.trace import build_tracer
@@ -15,8 +14,9 @@ from celery.contrib.testing.worker import start_worker
 from celery.exceptions import ChordError
 from celery.result import AsyncResult
 from celery.worker import state
-from celery_project import app, append, begin, fail, headers, note_failure, note_id, spawn, who
 
+import celery_project as project
+from celery_project import app, append, begin, fail, headers, note_failure, note_id, spawn, who
 from keyproxy_client.acting import acting, acting_as
 
 ALICE = ["u_alice", "acme", False]
@@ -105,7 +105,8 @@ def test_callbacks_act_for_the_user_of_their_task() -> None:
     for count in (1, 2):
         callbacks = [project.note.si(f"link {number} of {count}") for number in range(count)]
         ids = [callback.freeze().id for callback in callbacks]
-        published_by_alice(lambda callbacks=callbacks: who.apply_async(link=callbacks))
+        with acting_as("u_alice", "acme"):
+            who.apply_async(link=callbacks)
         for id_ in ids:
             result(AsyncResult(id_, app=app))
         assert [project.noted(f"link {number} of {count}") for number in range(count)] == [[ALICE]] * count
@@ -131,9 +132,7 @@ def test_child_tasks_act_for_the_user_of_their_task_or_of_the_block_around_them(
         ),
         pytest.param(lambda: group(who.s(), who.s()).apply_async(headers=BOB), [FOR_BOB] * 2, id="group"),
         pytest.param(lambda: group(who.s().set(headers=BOB), who.s()).delay(), [FOR_BOB, ALICE], id="one-of-group"),
-        pytest.param(
-            lambda: chord([who.s(), who.s()], append.s()).apply_async(headers=BOB), [FOR_BOB] * 3, id="chord"
-        ),
+        pytest.param(lambda: chord([who.s(), who.s()], append.s()).apply_async(headers=BOB), [FOR_BOB] * 3, id="chord"),
         pytest.param(
             lambda: chord([who.s(), who.s()], append.s().set(headers=BOB)).delay(),
             [ALICE, ALICE, FOR_BOB],
@@ -171,8 +170,7 @@ def test_the_body_of_a_chord_acts_for_its_publisher_whichever_header_task_ends_l
     expected = [FOR_BOB if named else ALICE for named in header_tasks]
     assert published_by_alice(lambda: chord(header, body).delay()) == [*expected, ALICE]
     # The signature itself names no user.
-    expected = [FOR_BOB if named else None for named in header_tasks]
-    assert result(chord(header, body).delay()) == [*expected, None]
+    assert result(chord(header, body).delay()) == [*(FOR_BOB if named else None for named in header_tasks), None]
 
 
 def test_a_retry_acts_for_the_user_of_the_task_whatever_surrounds_it() -> None:
@@ -197,14 +195,14 @@ def test_errbacks_act_for_the_user_of_the_failed_task() -> None:
 
 def test_no_task_acts_for_the_user_of_an_earlier_one() -> None:
     for first in (
-        lambda: who.delay(),
-        lambda: fail.delay(),
-        lambda: project.retry.delay({}),
-        lambda: project.replaced.delay(),
-        lambda: project.leave_blocks_open.delay("u_leaked"),
+        who.s(),
+        fail.s(),
+        project.retry.s({}),
+        project.replaced.s(),
+        project.leave_blocks_open.s("u_leaked"),
     ):
         with acting_as("u_alice", "acme"):
-            published = [first() for _ in range(4)]
+            published = [first.delay() for _ in range(4)]
         published += [who.delay() for _ in range(4)]
         assert [result(later) for later in published[4:]] == [None] * 4
 

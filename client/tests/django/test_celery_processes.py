@@ -12,6 +12,7 @@ import pytest
 from celery import Celery, chain, chord
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError
 from celery.result import AsyncResult
+
 from celery_project import noted
 from deployment import Deployment, clean_environment
 from keyproxy_client import celery as keyproxy_celery

@@ -270,7 +270,7 @@ def test_user_of_another_tenant_is_neither_disabled_nor_deleted(
     assert _row(superuser, pk) == ("globex", False)
 
 
-@pytest.mark.once
+@pytest.mark.newest
 def test_token_without_read_access_suffices(
     committing_db: None, superuser: psycopg.Connection[Any], deployment: Deployment
 ) -> None:
@@ -331,7 +331,7 @@ with keyproxy_settings(BACKEND="api", FIRST_KEY=True, ADMIN_URL=sys.argv[1], ADM
 """
 
 
-@pytest.mark.once
+@pytest.mark.newest
 def test_killed_process_loses_no_event(
     committing_db: None,
     superuser: psycopg.Connection[Any],

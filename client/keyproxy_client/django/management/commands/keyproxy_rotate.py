@@ -9,6 +9,7 @@ from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
 from django.db import DatabaseError
+from django.db.models import Max
 from django.utils import timezone
 
 from keyproxy_client.django import credentials
@@ -98,8 +99,9 @@ class Command(ReportingCommand):
 
 
 def _rows(**conditions: Any) -> Iterator[Credential]:
-    """Credentials in the order of their ids, in parts: rows change while they are read."""
+    """The present credentials by id, in parts: rows change while they are read, and rotation adds others."""
     after = 0
-    while page := list(Credential.objects.filter(pk__gt=after, **conditions).order_by("pk")[:500]):
+    last = Credential.objects.aggregate(last=Max("pk", default=0))["last"]
+    while page := list(Credential.objects.filter(pk__gt=after, pk__lte=last, **conditions).order_by("pk")[:500]):
         yield from page
         after = page[-1].pk

@@ -23,3 +23,9 @@ class Member(User):
 
     class Meta:
         proxy = True
+
+
+class Customer(User):
+    """A user with a table of its own."""
+
+    company = models.CharField(max_length=40)
