@@ -11,20 +11,20 @@ from typing import Any
 
 import psycopg
 import pytest
-from commands import Done, run
-from deployment import Deployment
 from django.conf import settings
 from django.contrib.auth import get_user_model
 from django.contrib.auth.hashers import PBKDF2PasswordHasher
 from django.db import connections
 from django.utils import timezone
+from rest_framework_api_key.models import APIKey
+
+from commands import Done, run
+from deployment import Deployment
+from keyproxy_client.django.users import keyproxy_id
 from project.accounts.models import CustomAPIKey
 from project.settings import _database
 from project.testing import keyproxy_settings
 from proxied import status_and_headers
-from rest_framework_api_key.models import APIKey
-
-from keyproxy_client.django.users import keyproxy_id
 
 MODEL = "accounts.CustomAPIKey"
 DAY = timedelta(days=1)
@@ -150,7 +150,7 @@ def test_import_can_be_repeated_and_revokes_what_was_revoked_in_django_meanwhile
 
 
 def test_dry_run_changes_nothing(way: Any, owner: Any, deployment: Deployment, tmp_path: Path) -> None:
-    _, secret = CustomAPIKey.objects.create_key(name="n", user=owner)
+    CustomAPIKey.objects.create_key(name="n", user=owner)
     done = way("--dry-run")
     assert (done.status, done.result["dry_run"]) == (0, True)
     assert done.result["imported"] + done.result["written"] == 1
