@@ -44,7 +44,7 @@ def _settings(deployment: Deployment, backend: str, **changes: Any) -> Any:
     )
 
 
-@pytest.fixture(params=["sql", "api"])
+@pytest.fixture(params=["sql", pytest.param("api", marks=pytest.mark.once)])
 def backend(request: pytest.FixtureRequest, deployment: Deployment, committing_db: None) -> Iterator[str]:
     Credential.objects.all().delete()
     with _settings(deployment, request.param):

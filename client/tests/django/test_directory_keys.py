@@ -34,7 +34,7 @@ DAY = timedelta(days=1)
 WISH = KeyWish("nightly", ("jobs:read", "jobs:write"), False, DAY)
 
 
-@pytest.fixture(params=["sql", "api"])
+@pytest.fixture(params=["sql", pytest.param("api", marks=pytest.mark.once)])
 def way(request: pytest.FixtureRequest, deployment: Deployment) -> Iterator[Directory]:
     api = {"ADMIN_URL": deployment.admin_url, "ADMIN_TOKEN_FILE": str(deployment.admin_token_file)}
     with keyproxy_settings(BACKEND=request.param, KEYS_PER_USER_MAX=3, **api):

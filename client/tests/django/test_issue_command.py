@@ -18,7 +18,7 @@ from project.testing import keyproxy_settings
 from proxied import status_and_headers
 
 
-@pytest.fixture(params=["sql", "api"])
+@pytest.fixture(params=["sql", pytest.param("api", marks=pytest.mark.once)])
 def owner(request: pytest.FixtureRequest, deployment: Deployment, committing_db: None) -> Iterator[Any]:
     api = {"ADMIN_URL": deployment.admin_url, "ADMIN_TOKEN_FILE": str(deployment.admin_token_file)}
     with keyproxy_settings(BACKEND=request.param, PROVISION="first_use", SCOPES=["jobs:read"], **api):

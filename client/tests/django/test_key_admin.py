@@ -10,6 +10,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from django.apps import apps
 from django.contrib import admin
 from django.contrib.admin.models import LogEntry
 from django.contrib.auth import get_user_model
@@ -33,7 +34,7 @@ TOKEN = re.compile(r'name="token" value="([^"]+)"')
 ACTIONS = ("view", "issue", "rotate", "revoke")
 
 
-@pytest.fixture(params=["sql", "api"])
+@pytest.fixture(params=["sql", pytest.param("api", marks=pytest.mark.once)])
 def backend(request: pytest.FixtureRequest, deployment: Deployment, committing_db: None) -> Iterator[str]:
     api = {"ADMIN_URL": deployment.admin_url, "ADMIN_TOKEN_FILE": str(deployment.admin_token_file)}
     with keyproxy_settings(BACKEND=request.param, PROVISION="first_use", SCOPES=["jobs:write"], **api):
@@ -262,6 +263,14 @@ def test_keys_are_added_to_the_admin_that_the_project_registers_once() -> None:
     assert isinstance(first, KeyAdminMixin)
     assert attach(site) is True
     assert site.get_model_admin(get_user_model()) is first
+
+
+def test_admin_that_is_registered_late_has_keys_when_the_applications_are_ready() -> None:
+    user_model = get_user_model()
+    admin.site.unregister(user_model)
+    admin.site.register(user_model, UserAdmin)
+    apps.get_app_config("keyproxy").ready()
+    assert isinstance(admin.site.get_model_admin(user_model), KeyAdminMixin)
 
 
 def test_admin_passes_djangos_checks(backend: str) -> None:
