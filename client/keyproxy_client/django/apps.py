@@ -20,7 +20,8 @@ class KeyproxyConfig(AppConfig):
         Servers do not run system checks: a warning there would come too late.
         """
         from keyproxy_client import acting
-        from keyproxy_client.django import checks, request_user, signals
+        from keyproxy_client.django import checks, signals
+        from keyproxy_client.django.incoming import request_user
 
         errors = checks.start_errors()
         if errors:

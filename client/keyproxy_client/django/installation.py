@@ -148,12 +148,13 @@ def _key_set(found: Settings) -> Finding:
 
 
 def _outboxes() -> Iterator[Finding]:
-    aliases = outbox.aliases()
-    if not aliases:
-        yield Finding("outbox", False, "its table does not exist: run migrate")
-    for alias in aliases:
+    for alias in outbox.aliases():
         events = OutboxEvent.objects.using(alias).order_by("pk")
-        oldest = events.first()
+        try:
+            oldest = events.first()
+        except DatabaseError as error:
+            yield Finding("outbox", False, f"its table cannot be read, run migrate: {type(error).__name__}")
+            continue
         if oldest is None:
             yield Finding("outbox", True, "empty")
             continue

@@ -24,7 +24,7 @@ from django.views.decorators.debug import sensitive_variables
 
 from keyproxy_client.django import first_keys
 from keyproxy_client.django.directory.errors import DirectoryError, DirectoryUnavailable
-from keyproxy_client.django.directory.interface import IssuedKey
+from keyproxy_client.django.directory.interface import IssuedKey, SignUp
 from keyproxy_client.django.directory.selection import directory
 from keyproxy_client.django.models import Operation, OutboxEvent
 from keyproxy_client.django.settings import settings
@@ -97,13 +97,21 @@ def alias_for(using: str) -> str:
 
 
 def aliases() -> list[str]:
-    """The databases that have an outbox."""
-    table = OutboxEvent._meta.db_table
-    return [
-        alias
-        for alias in connections
-        if router.allow_migrate_model(alias, OutboxEvent) and table in connections[alias].introspection.table_names()
-    ]
+    """The databases whose outbox to deliver: that of the user model, and others that have events and can be written.
+
+    A replica shows the same events, and refuses the statement.
+    """
+    first = alias_for(router.db_for_write(get_user_model()))
+    return [first, *(alias for alias in connections if alias != first and _has_outbox(alias))]
+
+
+def _has_outbox(alias: str) -> bool:
+    events = OutboxEvent.objects.using(alias)
+    try:
+        with transaction.atomic(using=alias):
+            return events.exists() and events.filter(pk=0).update(attempts=0) == 0
+    except DatabaseError:
+        return False
 
 
 def deliver_soon(alias: str, user_id: str) -> None:
@@ -154,8 +162,9 @@ def deliver(alias: str, pk: int) -> Result:
 
 
 def _deliver(alias: str, pk: int) -> Result:
+    attempt = _count_attempt(alias, pk)
     with transaction.atomic(using=alias):
-        event = _claim(alias, pk)
+        event = _claim(alias, pk, attempt)
         if event is None:
             return Result.BUSY
         try:
@@ -174,18 +183,39 @@ def _heads(alias: str) -> QuerySet[OutboxEvent]:
 
 
 def _of_user(alias: str, user_id: str) -> Iterator[int]:
-    """The events of a user in order. Each is the first when it is yielded, if those before were delivered."""
-    yield from OutboxEvent.objects.using(alias).filter(user_id=user_id).order_by("pk").values_list("pk", flat=True)
+    """The events of a user in order. Each is the first when it is yielded, if those before were delivered.
+
+    Each is looked up after the one before: an event that was written meanwhile found its user's first event claimed.
+    """
+    events = OutboxEvent.objects.using(alias).filter(user_id=user_id).order_by("pk").values_list("pk", flat=True)
+    after = 0
+    while (pk := events.filter(pk__gt=after).first()) is not None:
+        yield pk
+        after = pk
 
 
-def _claim(alias: str, pk: int) -> OutboxEvent | None:
-    """Lock an event for this transaction and count the attempt; None if another process has it, or has delivered it."""
+def _count_attempt(alias: str, pk: int) -> int:
+    """Count an attempt before it begins, so that one that ends with its process is counted; 0 if another is going on."""
     row = OutboxEvent.objects.using(alias).filter(pk=pk)
-    if connections[alias].features.has_select_for_update_skip_locked and not row.select_for_update(skip_locked=True):
-        return None
-    if not row.update(attempts=F("attempts") + 1):
+    with transaction.atomic(using=alias):
+        if _is_locked(row) or not row.update(attempts=F("attempts") + 1):
+            return 0
+        return row.values_list("attempts", flat=True).get()
+
+
+def _claim(alias: str, pk: int, attempt: int) -> OutboxEvent | None:
+    """Lock an event until the end of this transaction; None if another process has it, or has delivered it."""
+    row = OutboxEvent.objects.using(alias).filter(pk=pk, attempts=attempt)
+    # Without locks on rows, an update locks the database.
+    if not attempt or _is_locked(row) or not row.update(attempts=attempt):
         return None
     return row.get()
+
+
+def _is_locked(row: QuerySet[OutboxEvent]) -> bool:
+    """Lock a row, if the database can. True if another process has done so, or if there is no such row."""
+    can_lock = connections[row.db].features.has_select_for_update_skip_locked
+    return can_lock and not row.select_for_update(skip_locked=True)
 
 
 def _postpone(event: OutboxEvent, error: DirectoryError) -> None:
@@ -222,7 +252,7 @@ def _create(event: OutboxEvent, alias: str) -> None:
         payload["tenant"],
         actor=payload["actor"],
         first_key=first_key_wish(),
-        event=payload["event"],
+        sign_up=SignUp(payload["event"], event.created_at, is_repeated=event.attempts > 1),
     )
     if created.key is not None:
         # Before the event is deleted: after a crash, the key is revoked and another is issued.

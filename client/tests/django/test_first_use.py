@@ -15,6 +15,7 @@ from django.db import connection, transaction
 import keyproxy_client
 from deployment import Deployment
 from keyproxy_client.django import provisioning
+from keyproxy_client.django.signals import key_issued
 from project.testing import keyproxy_settings
 
 User = get_user_model()
@@ -95,3 +96,20 @@ def test_unreachable_directory_fails_no_call(committing_db: None) -> None:
     with keyproxy_settings(BACKEND="api", PROVISION="first_use", **values):
         provisioning.ensure_acting(f"u_{user.pk}")
     assert not _exists(user)
+
+
+def test_use_in_another_process_leaves_the_first_key_alone(backend: str) -> None:
+    received: list[str] = []
+
+    def receive(key_id: str, **_: Any) -> None:
+        received.append(key_id)
+
+    key_issued.connect(receive)
+    with keyproxy_settings(FIRST_KEY=True):
+        user = User.objects.create_user(next(_names))
+        created = [provisioning.ensure(user) for _ in range(3)]
+    key_issued.disconnect(receive)
+    assert [one is not None and one.is_new for one in created] == [True, False, False]
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT id FROM keyproxy.api_keys WHERE user_id = %s AND revoked_at IS NULL", [f"u_{user.pk}"])
+        assert [key_id for (key_id,) in cursor.fetchall()] == received

@@ -18,6 +18,7 @@ from django.core.management import CommandError, call_command
 from django.utils import timezone
 
 from deployment import Deployment
+from keyproxy_client.django import outbox, provisioning
 from keyproxy_client.django.models import OutboxEvent
 from project.testing import keyproxy_settings
 
@@ -204,3 +205,26 @@ def test_check_fails_for_an_event_that_has_waited_for_long(backend: str) -> None
 def test_check_leaves_no_user(backend: str, superuser: psycopg.Connection[Any]) -> None:
     _run("keyproxy_check")
     assert _users(superuser) == {}
+
+
+def test_repeated_creation_leaves_a_first_key_that_was_handed_out_alone(
+    committing_db: None, superuser: psycopg.Connection[Any], deployment: Deployment
+) -> None:
+    """Another event for a user that exists, whose delivery also fails at first."""
+    values = {
+        "BACKEND": "api",
+        "TENANT": "acme",
+        "ADMIN_TOKEN_FILE": str(deployment.admin_token_file),
+        "FIRST_KEY": True,
+    }
+    with keyproxy_settings(**values, ADMIN_URL=deployment.admin_url):
+        user = User.objects.create_user(next(_names))
+    with keyproxy_settings(**values, ADMIN_URL="http://127.0.0.1:9"):
+        provisioning.create(user, "default", actor="django:sync")
+        OutboxEvent.objects.update(created_at=timezone.now() + timedelta(minutes=1))
+    with keyproxy_settings(**values, ADMIN_URL=deployment.admin_url):
+        assert OutboxEvent.objects.get().attempts == 1
+        list(outbox.drain("default"))
+    assert not OutboxEvent.objects.exists()
+    rows = superuser.execute("SELECT revoked_at FROM keyproxy.api_keys WHERE user_id = %s", [f"u_{user.pk}"]).fetchall()
+    assert rows == [(None,)]

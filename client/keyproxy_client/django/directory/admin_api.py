@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import socket
@@ -76,11 +77,14 @@ class AdminApi:
         if body is not None:
             data = json.dumps(body).encode()
             headers["Content-Type"] = "application/json"
-        target = f"{path}?{urlencode(query)}" if query else path
+        target = self._prefix() + (f"{path}?{urlencode(query)}" if query else path)
         deadline = time.monotonic() + self.timeout_seconds
         connection = self._connection()
         try:
+            connection.connect()
+            _limit(connection, deadline)
             connection.request(method, target, body=data, headers=headers)
+            _limit(connection, deadline)
             response = connection.getresponse()
             content = _content(_read(connection, response, deadline))
         except (OSError, http.client.HTTPException) as error:
@@ -101,20 +105,29 @@ class AdminApi:
             raise DirectoryUnavailable(f"ADMIN_TOKEN_FILE {self.token_file} does not contain one token")
         return token
 
+    def _prefix(self) -> str:
+        """The path of the URL, where another server forwards a part of its paths to the admin API."""
+        return "" if self.url.startswith(_UNIX) else urlsplit(self.url).path.rstrip("/")
+
     def _connection(self) -> http.client.HTTPConnection:
         if self.url.startswith(_UNIX):
             return _UnixConnection(self.url.removeprefix(_UNIX), self.timeout_seconds)
         parts = urlsplit(self.url)
         host = parts.hostname or ""
         if parts.scheme == "https":
-            context = ssl.create_default_context()
-            return http.client.HTTPSConnection(host, parts.port, timeout=self.timeout_seconds, context=context)
+            return http.client.HTTPSConnection(host, parts.port, timeout=self.timeout_seconds, context=_tls())
         return http.client.HTTPConnection(host, parts.port, timeout=self.timeout_seconds)
 
 
 def segment(value: str) -> str:
     """A value as one segment of a path."""
     return quote(value, safe="")
+
+
+@functools.lru_cache(maxsize=1)
+def _tls() -> ssl.SSLContext:
+    """Loading the certificate authorities takes longer than a request."""
+    return ssl.create_default_context()
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -131,15 +144,20 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
+def _limit(connection: http.client.HTTPConnection, deadline: float) -> None:
+    """Limit the next operation of a connection to the time that is left. Raises TimeoutError."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    if connection.sock is not None:
+        connection.sock.settimeout(left)
+
+
 def _read(connection: http.client.HTTPConnection, response: http.client.HTTPResponse, deadline: float) -> bytes:
     """The body. The time limit of a socket applies to each read: a server that sends slowly would have no limit."""
     received = bytearray()
     while True:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        if connection.sock is not None:
-            connection.sock.settimeout(left)
+        _limit(connection, deadline)
         chunk = response.read1(_CHUNK_BYTES)
         if not chunk:
             if response.length:

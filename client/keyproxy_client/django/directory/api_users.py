@@ -9,20 +9,24 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Final
 
-from keyproxy_client.django.directory.admin_api import AdminApi, Response, segment
-from keyproxy_client.django.directory.api_values import issued_key, lifetime
+from keyproxy_client.django.directory.admin_api import AdminApi, Content, Response, segment
+from keyproxy_client.django.directory.api_values import issued_key, lifetime, moment
 from keyproxy_client.django.directory.errors import (
     DirectoryRefused,
     DirectoryUnavailable,
     NotInDirectory,
     ProvisionConflict,
 )
-from keyproxy_client.django.directory.interface import Created, DirectoryUser, IssuedKey, KeyWish
+from keyproxy_client.django.directory.interface import Created, DirectoryUser, IssuedKey, KeyWish, SignUp
 
 _LOST: Final = "its secret was lost"
 _REPLACEMENTS_MAX: Final = 5
+
+#: How far the clocks of keyproxy's and Django's hosts may differ.
+_CLOCKS_DIFFER: Final = timedelta(seconds=5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,7 @@ class ApiUsers:
     api: AdminApi
 
     def create(
-        self, user: str, tenant: str, *, actor: str, first_key: KeyWish | None = None, event: str = ""
+        self, user: str, tenant: str, *, actor: str, first_key: KeyWish | None = None, sign_up: SignUp | None = None
     ) -> Created:
         """See Users.
 
@@ -40,7 +44,7 @@ class ApiUsers:
         replay is followed by a request with a key of its own: it creates the user if there is none, and changes nothing
         otherwise.
         """
-        event = event or uuid.uuid4().hex
+        own_key = f"{user}.{sign_up.id if sign_up else uuid.uuid4().hex}"
         body = {"id": user, "tenant": tenant, "key": None if first_key is None else _first_key(first_key)}
         stored: Response | None = None
         try:
@@ -48,19 +52,18 @@ class ApiUsers:
         except DirectoryRefused as error:
             if error.code != "idempotency_key_reused":
                 raise
-            response = self._create(body, f"{user}.{event}")
+            response = self._create(body, own_key)
         else:
             if response.is_replayed:
-                stored, response = response, self._create(body, f"{user}.{event}")
-        is_new = bool(response.content["created"])
+                stored, response = response, self._create(body, own_key)
+        is_new, key = bool(response.content["created"]), response.content["key"]
         made = _user(response.content)
         if first_key is None:
             return Created(made, is_new)
-        key = response.content.get("key")
-        if key is not None and key.get("secret") is not None:
+        if key is not None and key["secret"] is not None:
             return Created(made, is_new, issued_key(key))
-        lost = key or (stored.content.get("key") if stored is not None and not is_new else None)
-        return Created(made, is_new, None if lost is None else self._replace(user, first_key, lost["id"], event))
+        lost = key or (_lost_key(stored, sign_up) if not is_new else None)
+        return Created(made, is_new, None if lost is None else self._replace(user, first_key, lost, own_key))
 
     def disable(self, user: str, tenant: str, *, actor: str) -> bool:
         """See Users."""
@@ -122,7 +125,7 @@ class ApiUsers:
             return False
         return True
 
-    def _replace(self, user: str, wish: KeyWish, lost: str, event: str) -> IssuedKey | None:
+    def _replace(self, user: str, wish: KeyWish, lost: Content, own_key: str) -> IssuedKey | None:
         """Revoke a key whose secret was lost with a response, and issue another. None if the key was deleted.
 
         The responses of this may be lost as well: each attempt has its own Idempotency-Key, and what it issued is
@@ -130,15 +133,23 @@ class ApiUsers:
         """
         for attempt in range(_REPLACEMENTS_MAX):
             try:
-                self.api.call("POST", f"/v1/keys/{segment(lost)}/revoke", {"reason": _LOST})
+                self.api.call("POST", f"/v1/keys/{segment(lost['id'])}/revoke", {"reason": _LOST})
             except NotInDirectory:
                 return None
             body = {"user": user, **_first_key(wish)}
-            response = self.api.call("POST", "/v1/keys", body, idempotency_key=f"{user}.{event}.{attempt}")
-            if response.content.get("secret") is not None:
-                return issued_key(response.content)
-            lost = response.content["id"]
+            lost = self.api.call("POST", "/v1/keys", body, idempotency_key=f"{own_key}.{attempt}").content
+            if lost["secret"] is not None:
+                return issued_key(lost)
         raise DirectoryUnavailable(f"the responses of {_REPLACEMENTS_MAX} requests for the first key were lost")
+
+
+def _lost_key(stored: Response | None, sign_up: SignUp | None) -> Content | None:
+    """The key of a stored response, if an earlier attempt of this sign-up issued it, and not another sign-up."""
+    key = None if stored is None else stored.content["key"]
+    if key is None or sign_up is None or not sign_up.is_repeated:
+        return None
+    created_at = moment(key["created_at"])
+    return key if created_at is not None and created_at >= sign_up.written_at - _CLOCKS_DIFFER else None
 
 
 def _first_key(wish: KeyWish) -> dict[str, Any]:

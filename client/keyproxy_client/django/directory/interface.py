@@ -101,16 +101,28 @@ class Created:
     key: IssuedKey | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class SignUp:
+    """A sign-up that may be repeated: what identifies it, when it was written, and whether another attempt began before.
+
+    If the response to that attempt was lost, so was the secret of the first key.
+    """
+
+    id: str
+    written_at: datetime
+    is_repeated: bool
+
+
 class Users(Protocol):
     """The users of keyproxy. `actor`: the author of a change, for the audit log of keyproxy."""
 
     def create(
-        self, user: str, tenant: str, *, actor: str, first_key: KeyWish | None = None, event: str = ""
+        self, user: str, tenant: str, *, actor: str, first_key: KeyWish | None = None, sign_up: SignUp | None = None
     ) -> Created:
         """Create a user, with a first live key if `first_key` is given; an existing user stays unchanged, without a key.
 
-        `event` identifies the sign-up, so that it is distinguished from an earlier one of a user that was deleted since.
-        Raises ProvisionConflict if the id belongs to another tenant, and NotInDirectory if there is no such tenant.
+        If an earlier attempt of the same `sign_up` issued the first key, that key is revoked and another issued. Raises
+        ProvisionConflict if the id belongs to another tenant, and NotInDirectory if there is no such tenant.
         """
         ...
 

@@ -16,7 +16,7 @@ from django.views.decorators.debug import sensitive_variables
 
 from keyproxy_client import keys
 from keyproxy_client.django.directory.errors import DirectoryUnavailable, NotInDirectory, ProvisionConflict
-from keyproxy_client.django.directory.interface import Created, DirectoryUser, IssuedKey, KeyWish, id_of_request
+from keyproxy_client.django.directory.interface import Created, DirectoryUser, IssuedKey, KeyWish, SignUp, id_of_request
 from keyproxy_client.django.directory.sql_connection import is_in_transaction, sqlstate, translated
 
 _FOREIGN_KEY_VIOLATION: Final = "23503"
@@ -101,13 +101,13 @@ class SqlUsers:
 
     @sensitive_variables("secret", "values")
     def create(
-        self, user: str, tenant: str, *, actor: str, first_key: KeyWish | None = None, event: str = ""
+        self, user: str, tenant: str, *, actor: str, first_key: KeyWish | None = None, sign_up: SignUp | None = None
     ) -> Created:
         """See Users."""
         secret, values = None, dict.fromkeys(("key", "digest", "hint", "name", "scopes", "life"))
         if first_key is not None:
             secret = keys.make(is_test=False, prefix=self.key_prefix)
-            values = self._key_values(secret, first_key, id_of_request(event) if event else keys.new_key_id())
+            values = self._key_values(secret, first_key, id_of_request(sign_up.id) if sign_up else keys.new_key_id())
         with self._cursor(is_changing=True) as cursor:
             try:
                 cursor.execute(_CREATE, {"actor": actor, "user": user, "tenant": tenant, **values})
@@ -129,7 +129,9 @@ class SqlUsers:
             return Created(made, is_new)
         if is_new:
             return Created(made, is_new, _issued(values, user, expires_at, secret))
-        return Created(made, is_new, self._replace_lost(user, first_key, event, actor) if event else None)
+        if sign_up is None or not sign_up.is_repeated:
+            return Created(made, is_new)
+        return Created(made, is_new, self._replace_lost(user, first_key, sign_up, actor))
 
     def disable(self, user: str, tenant: str, *, actor: str) -> bool:
         """See Users."""
@@ -157,10 +159,10 @@ class SqlUsers:
             after = page[-1].id
 
     @sensitive_variables("secret", "values")
-    def _replace_lost(self, user: str, wish: KeyWish, event: str, actor: str) -> IssuedKey | None:
+    def _replace_lost(self, user: str, wish: KeyWish, sign_up: SignUp, actor: str) -> IssuedKey | None:
         """If this sign-up issued a key before, its secret is lost: revoke it and issue another."""
         with transaction.atomic(using=self.alias), self._cursor(is_changing=True) as cursor:
-            cursor.execute(_REVOKE_LOST, {"actor": actor, "user": user, "key": id_of_request(event)})
+            cursor.execute(_REVOKE_LOST, {"actor": actor, "user": user, "key": id_of_request(sign_up.id)})
             if cursor.rowcount == 0:
                 return None
             secret = keys.make(is_test=False, prefix=self.key_prefix)
