@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import django
 from django.contrib import messages
 from django.contrib.admin import ModelAdmin
 from django.contrib.admin.utils import unquote
@@ -151,6 +152,7 @@ class KeyAdminMixin(ModelAdmin):  # type: ignore[type-arg]
             "opts": self.model._meta,
             "original": user,
             "user_url": self._url_of(user),
+            "has_list_breadcrumbs": django.VERSION >= (6, 1),
         }
 
     def _url_of(self, user: Any) -> str:
