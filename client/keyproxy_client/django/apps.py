@@ -20,14 +20,14 @@ class KeyproxyConfig(AppConfig):
         Servers do not run system checks: a warning there would come too late.
         """
         from keyproxy_client import acting
-        from keyproxy_client.django import checks, signals
+        from keyproxy_client.django import checks, receivers
         from keyproxy_client.django.incoming import request_user
 
         errors = checks.start_errors()
         if errors:
             raise ImproperlyConfigured("\n".join(str(error) for error in errors))
         acting.convert_users_by(request_user.acting_user)
-        signals.connect()
+        receivers.connect()
         if apps.is_installed("django.contrib.admin"):
             _add_keys_to_the_admin()
 
