@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from keyproxy_client import acting
 from keyproxy_client.acting import Acting
+from keyproxy_client.carried import acting_of
 from keyproxy_client.missing_extra import missing_extra
 from keyproxy_client.outgoing.repetition import STATUSES, is_refusal, retry_after_seconds
 
@@ -35,8 +36,6 @@ TEST: Final = "keyproxy_test"
 RETRY_SECONDS_MAX: Final = 3_600.0
 #: At most this part of the wait is added, so that tasks that were refused together do not return together.
 RETRY_JITTER: Final = 0.1
-
-_MODES: Final[Mapping[object, bool]] = {True: True, False: False, "true": True, "false": False}
 
 
 def install(app: Celery) -> None:
@@ -171,13 +170,4 @@ def _as_headers(chosen: Acting) -> dict[str, Any]:
 def _as_acting(headers: Mapping[str, Any]) -> Acting | None:
     """The acting user that headers name; None if they name none, or if a value is invalid."""
     user = headers.get(USER)
-    if not user:
-        return None
-    mode = headers.get(TEST, False)
-    is_test = _MODES.get(mode) if isinstance(mode, bool | str) else None
-    if is_test is None:
-        return None
-    try:
-        return Acting(user, headers.get(TENANT), is_test)
-    except (TypeError, ValueError):
-        return None
+    return None if user is None else acting_of(user, headers.get(TENANT), headers.get(TEST, False))

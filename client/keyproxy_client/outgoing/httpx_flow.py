@@ -28,15 +28,6 @@ class CredentialHeaders(httpx.Headers):
         """All header fields, as bytes."""
         return [*super().raw, *self._added]
 
-    @property
-    def encoding(self) -> str:
-        """The encoding of the names and values; those of the credential are ASCII."""
-        return httpx.Headers(self).encoding
-
-    @encoding.setter
-    def encoding(self, value: str) -> None:
-        self._encoding = value
-
     def copy(self) -> httpx.Headers:
         """The headers without the credential."""
         return httpx.Headers(self)
@@ -103,12 +94,11 @@ def _check_origin(authorizer: Authorizer, request: httpx.Request) -> None:
 
 def _plain_headers(authorizer: Authorizer, request: httpx.Request) -> httpx.Headers:
     """The headers of the caller. A second Authorization or Act-For would make the request ambiguous."""
-    kept = [
-        (name, value)
-        for name, value in request.headers.copy().raw
-        if not authorizer.is_replaced(name.decode("latin-1"))
-    ]
-    return httpx.Headers(kept)
+    plain = httpx.Headers(request.headers)
+    for name in {name.decode("latin-1") for name, _ in plain.raw}:
+        if authorizer.is_replaced(name):
+            del plain[name]
+    return plain
 
 
 def _with_credential(authorizer: Authorizer, plain: httpx.Headers, credential: Credential) -> CredentialHeaders:

@@ -76,6 +76,12 @@ TEMPLATES = [
 ]
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 CACHES = {"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}}
+# From Django 6.0
+TASKS = {
+    "default": {"BACKEND": "django.tasks.backends.immediate.ImmediateBackend"},
+    "stored": {"BACKEND": "django.tasks.backends.dummy.DummyBackend"},
+    "own": {"BACKEND": "project.background.OwnBackend"},
+}
 KEYPROXY: dict[str, Any] = {
     "BACKEND": "off",
     "TENANT": "acme",
