@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from django.contrib import messages
 from django.contrib.admin import ModelAdmin
@@ -29,6 +29,14 @@ from keyproxy_client.django.key_admin.permissions import may
 from keyproxy_client.django.users import InvalidId
 
 _log = logging.getLogger("keyproxy_client.admin")
+
+
+class _Submission(NamedTuple):
+    """A form of a user's page, and the action of its token: "issue", or "rotate" with the id of the key."""
+
+    user: Any
+    form: KeyForm
+    action: str
 
 
 class KeyAdminMixin(ModelAdmin):  # type: ignore[type-arg]
@@ -71,7 +79,7 @@ class KeyAdminMixin(ModelAdmin):  # type: ignore[type-arg]
                 request=wanted,
             )
 
-        return self._once(request, user, form, "issue", perform)
+        return self._once(request, _Submission(user, form, "issue"), perform)
 
     def _rotate_page(self, request: HttpRequest, object_id: str, key_id: str) -> HttpResponse:
         user = self._user(request, object_id, "rotate")
@@ -83,7 +91,7 @@ class KeyAdminMixin(ModelAdmin):  # type: ignore[type-arg]
             grace, actor = form.grace_period(), actor_of_admin(request.user.pk)
             return directory().keys.rotate(key_id, grace=grace, life=key_life(), actor=actor, request=wanted)
 
-        return self._once(request, user, form, action, perform)
+        return self._once(request, _Submission(user, form, action), perform)
 
     def _revoke_page(self, request: HttpRequest, object_id: str, key_id: str) -> HttpResponse:
         user = self._user(request, object_id, "revoke")
@@ -101,10 +109,9 @@ class KeyAdminMixin(ModelAdmin):  # type: ignore[type-arg]
                 return HttpResponseRedirect(self._url_of(user))
         return self._form(request, user, form, "revoke", key=key)
 
-    def _once(
-        self, request: HttpRequest, user: Any, form: KeyForm, action: str, perform: Callable[[str], IssuedKey]
-    ) -> HttpResponse:
+    def _once(self, request: HttpRequest, submission: _Submission, perform: Callable[[str], IssuedKey]) -> HttpResponse:
         """Show the form; when it is submitted, perform the action once and show the secret."""
+        user, form, action = submission
         verb = action.partition(" ")[0]
         if request.method != "POST" or not form.is_valid():
             return self._form(request, user, form, verb)
