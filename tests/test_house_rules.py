@@ -98,10 +98,11 @@ FOLDER_MODULES_MAX = 15
 #: The only modules of the client that may import a library; it imports no other, and never `keyproxy`.
 CLIENT_HOMES = {
     "aiohttp": {"http", "outgoing"},
+    "anyio": {"outgoing"},
     "asgiref": {"django"},
     "celery": {"celery", "django"},
     "cryptography": {"django", "incoming"},
-    "django": {"django"},
+    "django": {"django", "outgoing"},
     "fastapi": {"fastapi"},
     "httpx": {"http", "outgoing"},
     "jwt": {"incoming"},

@@ -39,6 +39,9 @@ class IdentityMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection of ASGI."""
         if scope["type"] not in ("http", "websocket"):
+            # The lifespan has no headers. What else has some gets no identity.
+            if "headers" in scope:
+                self._remove_headers(scope)
             await self._app(scope, receive, send)
             return
         outcome = await self._judge.asgi(scope)
@@ -80,13 +83,14 @@ class RequestGuard:
 
     async def send(self, message: Message) -> None:
         """Send a message of the response."""
-        if self._refusal is None:
+        if self._is_replaced:
+            return
+        refusal = self._refusal
+        if refusal is None or message["type"] != "http.response.start" or message["status"] != refusal.status:
             await self._send(message)
-        elif message["type"] == "http.response.start" and message["status"] == self._refusal.status:
-            self._is_replaced = True
-            await _send_problem(self._send, self._refusal, message.get("headers", ()))
-        elif not (self._is_replaced and message["type"] == "http.response.body"):
-            await self._send(message)
+            return
+        self._is_replaced = True
+        await _send_problem(self._send, refusal, message.get("headers", ()))
 
 
 def guard_of(scope: Scope) -> RequestGuard:

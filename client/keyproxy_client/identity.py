@@ -1,4 +1,4 @@
-"""The identity of incoming requests, and the rule that says which requests to trust.
+"""The identity of incoming requests, and the rules by which requests are trusted.
 
 `read` does not decide on trust: call it for requests that only keyproxy can have sent. The middlewares of `asgi`, `wsgi`
 and `django.middleware` apply a `Trust` first.

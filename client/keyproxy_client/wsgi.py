@@ -47,16 +47,9 @@ class IdentityMiddleware:
         environ[ENVIRON_KEY] = outcome.identity
         environ[PROBLEM_KEY] = outcome.problem
         context = request_identity(outcome.identity)
-        context.__enter__()
-        try:
+        with context:
             body = self._app(environ, start_response)
-        except BaseException as error:
-            context.__exit__(type(error), error, error.__traceback__)
-            raise
-        if _runs_no_code(body, environ):
-            context.__exit__(None, None, None)
-            return body
-        return _Body(body, context)
+        return body if _runs_no_code(body, environ) else _Body(body, context)
 
 
 def respond(problem: Problem, start_response: StartResponse) -> list[bytes]:
@@ -74,26 +67,29 @@ def _runs_no_code(body: Iterable[bytes], environ: Environ) -> bool:
 
 
 class _Body:
-    """A body whose iteration runs code of the application: the request's context lasts until it is closed."""
+    """A body whose iteration runs code of the application: each step has the context of its request.
+
+    Between steps the server does other things, and not every server closes every body.
+    """
 
     __slots__ = ("_body", "_context", "_parts")
 
     def __init__(self, body: Iterable[bytes], context: request_identity) -> None:
         self._body: Final = body
-        self._parts: Final[Iterator[bytes]] = iter(body)
         self._context: Final = context
+        with context:
+            self._parts: Final[Iterator[bytes]] = iter(body)
 
     def __iter__(self) -> _Body:
         return self
 
     def __next__(self) -> bytes:
-        return next(self._parts)
+        with self._context:
+            return next(self._parts)
 
     def close(self) -> None:
-        """End the request, as the server does in every case."""
-        try:
-            close = getattr(self._body, "close", None)
-            if close is not None:
+        """Close the body of the application."""
+        close = getattr(self._body, "close", None)
+        if close is not None:
+            with self._context:
                 close()
-        finally:
-            self._context.__exit__(None, None, None)

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,24 +76,31 @@ class Run:
                 variables = stack.enter_context(self.deployer.deployed(row.name))
             marks = {"once": self.once, "newest": self.newest}
             left_out = " and ".join(f"not {mark}" for mark, rows in marks.items() if row.name not in rows)
-            done = subprocess.run(
+            status, output, cpu_seconds = _measured(
                 [python, "-m", "pytest", "--quiet", f"tests/{row.tests}", "-m", left_out, *self.arguments],
-                cwd=CLIENT,
-                env=clean_environment() | {"KEYPROXY_CLIENT_ROW": row.name} | variables,
+                clean_environment() | {"KEYPROXY_CLIENT_ROW": row.name} | variables,
                 # Alone in the terminal, a row reports while it runs.
-                stdout=None if self.is_alone else subprocess.PIPE,
-                stderr=None if self.is_alone else subprocess.STDOUT,
-                text=True,
-                check=False,
+                is_shown=self.is_alone,
             )
         # A selection by arguments may leave nothing of a row.
-        has_passed = done.returncode == 0 or (done.returncode == _NO_TESTS and bool(self.arguments))
-        output = (done.stdout or "").strip()
+        has_passed = status == 0 or (status == _NO_TESTS and bool(self.arguments))
         lines = [] if has_passed else output.splitlines()
-        outcome = output.rpartition("\n")[2].strip("= ") if has_passed and output else f"status {done.returncode}"
-        seconds = f"{time.monotonic() - installed:.1f} s after {installed - begun:.1f} s of installation"
+        outcome = output.rpartition("\n")[2].strip("= ") if has_passed and output else f"status {status}"
+        seconds = f"{cpu_seconds:.1f} s of CPU; installed in {installed - begun:.1f} s"
         print("\n".join([*lines, f"client {row.name}: {outcome} ({seconds})"]), flush=True)
         return has_passed
+
+
+def _measured(command: Sequence[str], environment: Mapping[str, str], *, is_shown: bool) -> tuple[int, str, float]:
+    """Status, output and CPU seconds of a command and of the processes that it has waited for."""
+    piped = None if is_shown else subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=CLIENT, env=environment, stdout=piped, stderr=piped and subprocess.STDOUT, text=True
+    ) as process:
+        output = "" if process.stdout is None else process.stdout.read().strip()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, output, usage.ru_utime + usage.ru_stime
 
 
 def main(arguments: Sequence[str]) -> int:

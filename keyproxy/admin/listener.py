@@ -84,19 +84,25 @@ class AdminListener:
         """The aiohttp application."""
         app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=[self._outermost])
         app.on_response_prepare.append(_add_headers)
-        methods: dict[str, set[str]] = defaultdict(set)
-        for endpoint in ENDPOINTS:
-            app.router.add_route(endpoint.method, endpoint.path, self._handler(endpoint), name=endpoint.name)
-            methods[endpoint.path].add(endpoint.method)
-            if endpoint.method == "GET" and not endpoint.is_stream:
-                app.router.add_route("HEAD", endpoint.path, self._handler(endpoint))
-                methods[endpoint.path].add("HEAD")
-        for path, handler in self._pages().items():
-            app.router.add_get(path, handler)
-            methods[path] |= {"GET", "HEAD"}
-        for path, allowed in methods.items():
-            app.router.add_route("OPTIONS", path, _options({*allowed, "OPTIONS"}))
+        for path, handlers in self._handlers().items():
+            resource = app.router.add_resource(path)
+            for method, handler in handlers.items():
+                resource.add_route(method, handler)
         return app
+
+    def _handlers(self) -> dict[str, dict[str, Handler]]:
+        """The handlers of each path, by method."""
+        found: dict[str, dict[str, Handler]] = defaultdict(dict)
+        for endpoint in ENDPOINTS:
+            handler = self._handler(endpoint)
+            found[endpoint.path][endpoint.method] = handler
+            if endpoint.method == "GET" and not endpoint.is_stream:
+                found[endpoint.path]["HEAD"] = handler
+        for path, page in self._pages().items():
+            found[path] |= {"GET": page, "HEAD": page}
+        for handlers in found.values():
+            handlers["OPTIONS"] = _options({*handlers, "OPTIONS"})
+        return found
 
     async def start(self, sock: socket.socket, tls: ssl.SSLContext | None = None) -> None:
         """Serve a bound socket."""

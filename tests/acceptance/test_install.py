@@ -152,7 +152,7 @@ def test_the_client_installs_and_imports_where_nothing_else_is_installed(client_
     python = str(tmp_path / "venv" / "bin" / "python")
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
     subprocess.run([*pip, "--disable-pip-version-check", str(client_wheel)], check=True, capture_output=True)
-    modules = ("acting", "http", "identity", "keys")
+    modules = ("acting", "asgi", "http", "identity", "keys", "wsgi")
     code = f"""
 import importlib.util, sys
 import keyproxy_client

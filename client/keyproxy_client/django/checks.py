@@ -15,9 +15,10 @@ from django.db import DatabaseError, connections
 from django.utils.connection import ConnectionDoesNotExist
 from django.utils.module_loading import import_string
 
-from keyproxy_client.django import database_rights, users
+from keyproxy_client.django import users
+from keyproxy_client.django.checking import database_rights
+from keyproxy_client.django.checking.view_classes import is_drf_class_in_settings, is_drf_class_in_views
 from keyproxy_client.django.settings import Settings, SettingsInvalid, settings
-from keyproxy_client.django.view_classes import is_drf_class_in_settings, is_drf_class_in_views
 
 MIDDLEWARE: Final = "keyproxy_client.django.middleware.KeyproxyMiddleware"
 
@@ -149,7 +150,7 @@ def _is_fernet_key(key: str) -> bool:
 
 
 def _extras(found: Settings) -> Iterator[CheckMessage]:
-    needed = []
+    needed: list[tuple[str, str, tuple[str, ...]]] = []
     if found.trust == "signed":
         needed.append(("signed", "KEYPROXY['TRUST'] 'signed'", ("jwt", "cryptography")))
     if found.credentials == "per_user":

@@ -22,7 +22,7 @@ except ImportError as error:
     raise missing_extra("drf", error) from error
 
 from keyproxy_client.django.guards import refusal, valid_scopes
-from keyproxy_client.django.request_identity import resolve
+from keyproxy_client.django.incoming.request_identity import resolve
 from keyproxy_client.django.settings import settings
 from keyproxy_client.django.users import user_of
 from keyproxy_client.identity import Identity

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+from datetime import timedelta
 from typing import Any
 
 from django.contrib.auth import get_user_model
 from django.db import IntegrityError, router, transaction
 from django.views.decorators.debug import sensitive_variables
 
-from keyproxy_client.django.directory.interface import IssuedKey
+from keyproxy_client.django.directory.interface import IssuedKey, KeyWish
 from keyproxy_client.django.models import Credential
 from keyproxy_client.django.settings import settings
+from keyproxy_client.django.signals import key_issued
+
+
+def wish() -> KeyWish | None:
+    """The first key of a new user; None if it gets none."""
+    found = settings()
+    if not found.issues_first_key:
+        return None
+    return KeyWish(scopes=found.scopes, life=timedelta(days=found.key_days) if found.key_days else None)
 
 
 @sensitive_variables("key")
@@ -39,7 +49,5 @@ def keep(user: Any, key: IssuedKey) -> None:
 @sensitive_variables("key")
 def send(user: Any, key: IssuedKey) -> list[Exception]:
     """Send `key_issued`, and return what receivers raised. One that fails prevents no other."""
-    from keyproxy_client.django.signals import key_issued
-
     results = key_issued.send_robust(sender=get_user_model(), user=user, key_id=key.key_id, secret=key.secret)
     return [result for _, result in results if isinstance(result, Exception)]

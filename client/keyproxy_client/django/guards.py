@@ -8,7 +8,7 @@ from typing import Any
 
 from asgiref.sync import iscoroutinefunction
 
-from keyproxy_client.django.request_identity import resolve, resolve_async, response_of
+from keyproxy_client.django.incoming.request_identity import resolve, resolve_async, response_of
 from keyproxy_client.incoming.judge import Outcome
 from keyproxy_client.incoming.problems import IDENTITY_MISSING, Problem, insufficient_scope, missing_scopes
 from keyproxy_client.names import is_scope

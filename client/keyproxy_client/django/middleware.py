@@ -15,8 +15,8 @@ from django.http import FileResponse, HttpRequest
 from django.http.response import HttpResponseBase
 
 from keyproxy_client.acting import request_identity
-from keyproxy_client.django import request_user
-from keyproxy_client.django.request_identity import judge, resolve, resolve_async, response_of
+from keyproxy_client.django.incoming import request_user
+from keyproxy_client.django.incoming.request_identity import judge, resolve, resolve_async, response_of
 from keyproxy_client.incoming.judge import Outcome
 
 _GetResponse = Callable[[HttpRequest], HttpResponseBase] | Callable[[HttpRequest], Awaitable[HttpResponseBase]]

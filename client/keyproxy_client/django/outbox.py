@@ -241,8 +241,6 @@ def _perform(event: OutboxEvent, alias: str) -> None:
 
 def _create(event: OutboxEvent, alias: str) -> None:
     """Create the user, unless it does not exist in Django any more: then the event of its deletion follows."""
-    from keyproxy_client.django.provisioning import first_key_wish
-
     payload = event.payload
     user = get_user_model()._base_manager.using(payload["database"]).filter(pk=payload["pk"]).first()
     if user is None:
@@ -251,7 +249,7 @@ def _create(event: OutboxEvent, alias: str) -> None:
         event.user_id,
         payload["tenant"],
         actor=payload["actor"],
-        first_key=first_key_wish(),
+        first_key=first_keys.wish(),
         sign_up=SignUp(payload["event"], event.created_at, is_repeated=event.attempts > 1),
     )
     if created.key is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from datetime import timedelta
 from typing import Any, Final, NamedTuple
 
 from django.contrib.auth import get_user_model
@@ -18,7 +17,7 @@ from django.db import router, transaction
 
 from keyproxy_client.django import first_keys, outbox
 from keyproxy_client.django.directory.errors import DirectoryError
-from keyproxy_client.django.directory.interface import ACTOR_DELETE, ACTOR_SIGNUP, Created, KeyWish
+from keyproxy_client.django.directory.interface import ACTOR_DELETE, ACTOR_SIGNUP, Created
 from keyproxy_client.django.directory.selection import directory
 from keyproxy_client.django.models import Operation
 from keyproxy_client.django.settings import settings
@@ -91,14 +90,6 @@ def is_direct(using: str) -> bool:
     return settings().backend == "sql" and settings().database == using
 
 
-def first_key_wish() -> KeyWish | None:
-    """The first key of a new user; None if it gets none."""
-    found = settings()
-    if not found.issues_first_key:
-        return None
-    return KeyWish(scopes=found.scopes, life=timedelta(days=found.key_days) if found.key_days else None)
-
-
 def ensure_acting(keyproxy_user: str) -> None:
     """With `PROVISION` "first_use": create the user of an outgoing call if it is missing in keyproxy.
 
@@ -131,7 +122,7 @@ def ensure(user: Any, *, actor: str = ACTOR_SIGNUP) -> Created | None:
         if current is None or not getattr(current, "is_active", True):
             return None
         subject = subject_of(current)
-        created = directory().users.create(subject.id, subject.tenant, actor=actor, first_key=first_key_wish())
+        created = directory().users.create(subject.id, subject.tenant, actor=actor, first_key=first_keys.wish())
         if created.key is not None:
             first_keys.hand_out(current, created.key, using)
 
@@ -190,6 +181,6 @@ def _perform(operation: str, subject: Subject, using: str, actor: str) -> None:
 
 
 def _create(subject: Subject, using: str, actor: str) -> None:
-    created = directory().users.create(subject.id, subject.tenant, actor=actor, first_key=first_key_wish())
+    created = directory().users.create(subject.id, subject.tenant, actor=actor, first_key=first_keys.wish())
     if created.key is not None:
         first_keys.hand_out(subject.user, created.key, using)

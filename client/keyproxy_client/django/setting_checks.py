@@ -5,7 +5,6 @@ No fault shows a value that may contain a secret: the value is shown by the call
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import string
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from keyproxy_client.incoming.peers import NetworkPeers
 from keyproxy_client.names import is_id, is_scope
 
 _HEADER_PREFIX: Final = re.compile(r"X-[A-Za-z0-9-]{1,40}-")
@@ -178,15 +178,12 @@ def texts(value: Any) -> tuple[str, ...]:
 
 
 def networks(value: Any) -> tuple[str, ...]:
-    """Networks in CIDR notation, at least one."""
+    """Networks in CIDR notation, at least one, and none so large that it would trust everything."""
     found = texts(value)
-    for one in found:
-        try:
-            ipaddress.ip_network(one)
-        except ValueError:
-            raise Fault("must be a list of networks, such as ['127.0.0.0/8']") from None
-    if not found:
-        raise Fault("must contain at least one network")
+    try:
+        NetworkPeers(found)
+    except ValueError as error:
+        raise Fault(f"must be a list of networks, such as ['127.0.0.0/8']: {error}") from None
     return found
 
 

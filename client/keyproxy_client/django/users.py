@@ -165,7 +165,7 @@ def faults(found: Settings) -> Iterator[str]:
             if not callable(_function(path)):
                 yield f"KEYPROXY[{key!r}] is no function; it is {path!r}"
         except ImportError as error:
-            yield f"KEYPROXY[{key!r}] cannot be imported: {error}"
+            yield f"KEYPROXY[{key!r}] is read as the path of a function, which cannot be imported: {error}"
     if isinstance(found.user_id, str) and not is_dotted_path(found.user_id):
         yield from _field_faults(found.user_id)
 

@@ -82,7 +82,7 @@ class IdentityHeaders:
 
     def present(self, headers: Any) -> PresentedHeaders:
         """Collect from ASGI's pairs, a WSGI environ, or a mapping of names to values."""
-        if isinstance(headers, dict) and "REQUEST_METHOD" in headers:
+        if isinstance(headers, dict) and _is_environ(headers):
             return self.present_environ(headers)
         return self.present_pairs(headers.items() if hasattr(headers, "items") else headers)
 
@@ -183,8 +183,6 @@ class IdentityHeaders:
         return kind
 
     def _judged_kind(self, name: _Value) -> int:
-        if name in self._environ_names:
-            return self._environ_names.index(str(name))
         canonical = _canonical(name)
         if canonical in _FORWARDING_NAMES:
             return _FORWARDING
@@ -242,6 +240,17 @@ def _canonical(name: _Value) -> str:
     """A name as servers compare it that turn headers into variables: in lower case, with `-` for `_` and `.`."""
     text = name.decode("latin-1") if isinstance(name, bytes) else name
     return text.lower().replace("_", "-").replace(".", "-")
+
+
+def _is_environ(mapping: dict[Any, Any]) -> bool:
+    """Whether a mapping is a WSGI environ and not one of headers.
+
+    The difference matters: a client may send a header called HTTP_X_KEYPROXY_USER, or REQUEST_METHOD, which keyproxy
+    forwards. No header has a tuple as its value, and no environ has a `-` in a name; keyproxy's own headers all do.
+    """
+    if isinstance(mapping.get("wsgi.version"), tuple):
+        return True
+    return all(isinstance(name, str) and "-" not in name for name in mapping)
 
 
 def _environ_name(header: str) -> str:

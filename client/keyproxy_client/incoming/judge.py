@@ -11,8 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from keyproxy_client.incoming.assertions import AssertionInvalid, AssertionVerifier, KeysMissing, KeysUnavailable
 from keyproxy_client.incoming.identity_headers import (
@@ -39,8 +38,7 @@ WARNING_SECONDS: Final = 60.0
 _WAIT_SECONDS: Final = FETCH_SECONDS_MAX + 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What a middleware does with a request.
 
     `identity`: None if there is none. `problem`: without an identity, what a guard answers. `is_rejected`: the middleware

@@ -41,7 +41,8 @@ class KeySetFetcher:
             raise ValueError("the JWKS URL must be like 'https://host/jwks.json'")
         if not url.isascii() or not url.isprintable() or " " in url:
             raise ValueError("the JWKS URL must be of printable ASCII")
-        self.url: Final = url
+        #: For the log: without a query, which may have a secret.
+        self.shown: Final = f"{parts.scheme}://{parts.netloc}{parts.path}"
         self._host: Final = parts.hostname
         self._port: Final = parts.port
         self._path: Final = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")

@@ -111,7 +111,7 @@ class KeySets:
             content, max_age_seconds = self._fetcher.fetch()
             keys = self._keys_of(content)
         except (FetchFailed, ValueError) as error:
-            _log.warning("cannot fetch the keys of keyproxy from %s: %s", self._fetcher.url, error)
+            _log.warning("cannot fetch the keys of keyproxy from %s: %s", self._fetcher.shown, error)
             self._end(fetch, None, started, 0.0)
         else:
             self._end(fetch, keys, started, max_age_seconds)
@@ -128,4 +128,4 @@ class KeySets:
         fetch.set_result(None)
 
     def __repr__(self) -> str:
-        return f"KeySets({self._fetcher.url}, {len(self._keys)} keys)"
+        return f"KeySets({self._fetcher.shown}, {len(self._keys)} keys)"

@@ -1,4 +1,4 @@
-"""The rule that says which requests may state an identity. There is none that trusts all."""
+"""Trust rules: which requests may state an identity. There is none that trusts all."""
 
 from __future__ import annotations
 

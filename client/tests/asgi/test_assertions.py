@@ -108,8 +108,9 @@ def test_signed_claims_that_keyproxy_does_not_issue_are_untrusted(judge: Judge, 
 HEADERS: list[dict[str, Any]] = [
     {"typ": "JWT"}, {"typ": "at+jwt"}, {"typ": None}, {"typ": TYPE.upper()}, {"typ": f"application/{TYPE}"},
     {"kid": None}, {"kid": 7}, {"kid": ["k1"]}, {"kid": ""}, {"kid": "k" * 10_000}, {"kid": "k2"}, {"alg": "none"},
-    {"alg": "None"}, {"alg": None}, {"alg": "es256"}, {"alg": "ES384"}, {"alg": "HS256"}, {"alg": ["ES256"]}, {"crit": ["exp"]},
-    {"jku": "http://127.0.0.1/jwks.json"}, {"jwk": SIGNER.jwk}, {"x5c": ["MII"]}, {"b64": False}, {"cty": "JWT"},
+    {"alg": "None"}, {"alg": None}, {"alg": "es256"}, {"alg": "ES384"}, {"alg": "HS256"}, {"alg": ["ES256"]},
+    {"crit": ["exp"]}, {"jku": "http://127.0.0.1/jwks.json"}, {"jwk": SIGNER.jwk}, {"x5c": ["MII"]}, {"b64": False},
+    {"cty": "JWT"},
 ]  # fmt: skip
 
 
@@ -359,5 +360,5 @@ def test_verified_assertion_takes_at_most_three_microseconds_again(judge: Judge)
     judge.wsgi(environ(assertion))
     verifier = judge._trust.verifier
     assert verifier is not None
-    seconds = min(timeit.repeat(lambda: verifier.identity(assertion, may_fetch=True), number=1000, repeat=20)) / 1000
+    seconds = min(timeit.repeat(lambda: verifier.identity(assertion, may_fetch=True), number=100, repeat=50)) / 100
     assert seconds <= 3e-6

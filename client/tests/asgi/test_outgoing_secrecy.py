@@ -75,6 +75,20 @@ def test_response_and_error_of_aiohttp_show_no_secret(origin: ScriptedServer) ->
     assert [text for text in asyncio.run(run()) if KEY in text] == []
 
 
+def test_handshake_of_a_websocket_is_authenticated_and_its_error_shows_no_secret(origin: ScriptedServer) -> None:
+    async def run() -> BaseException:
+        middleware = http.keyproxy_middleware(**options(origin))
+        async with aiohttp.ClientSession(middlewares=[middleware]) as session:
+            with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                await session.ws_connect(f"{origin.origin.replace('http', 'ws')}/events")
+            with pytest.raises(http.WrongOrigin):
+                await session.ws_connect(f"{origin.origin.replace('http', 'wss')}/events")
+        return refused.value
+
+    assert KEY not in repr(asyncio.run(run()))
+    assert [sent.credentials for sent in origin.received] == [([f"Api-Key {KEY}"], ["u_42"])]
+
+
 def test_auth_object_is_never_serialised() -> None:
     auth = http.KeyproxyAuth("http://localhost", KEY, "u_42")
     with pytest.raises(TypeError, match="secret"):

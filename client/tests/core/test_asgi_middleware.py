@@ -134,6 +134,13 @@ def test_lifespan_reaches_the_application_unchanged() -> None:
     assert app.scopes == [{"type": "lifespan", "state": {}}]
 
 
+def test_scope_of_an_unknown_type_has_neither_identity_nor_identity_headers() -> None:
+    app = App()
+    call(IdentityMiddleware(app, trust=Trust.unix()), scope(pairs(), kind="webtransport"))
+    assert [name for name, _ in app.scopes[0]["headers"]] == [b"host", b"x-forwarded-for"]
+    assert "state" not in app.scopes[0]
+
+
 def test_other_prefix_of_the_proxy_is_read_and_removed() -> None:
     app = App()
     middleware = IdentityMiddleware(app, trust=Trust.unix(), header_prefix="X-Gate-")

@@ -21,7 +21,7 @@ from keyproxy_client.incoming.key_sets import KeySets, KeysMissing, KeysUnavaila
 class Fetcher:
     """Returns these keys; None: it fails."""
 
-    url = "http://keyproxy/jwks.json"
+    shown = "http://keyproxy/jwks.json"
 
     def __init__(self, keys: dict[str, str] | None) -> None:
         self.keys = keys
@@ -238,6 +238,12 @@ def test_response_that_takes_too_long_is_a_failure(origin: str, monkeypatch: pyt
 def test_proxy_of_the_environment_is_not_used(origin: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     assert KeySetFetcher(f"{origin}/plain").fetch()[0] == {"keys": []}
+
+
+def test_query_of_the_address_is_used_and_not_shown(origin: str) -> None:
+    sets = KeySets(KeySetFetcher(f"{origin}/plain?token=secret"), lambda content: content)
+    assert sets._fetcher._path == "/plain?token=secret"
+    assert "secret" not in repr(sets)
 
 
 def test_server_that_does_not_exist_is_a_failure() -> None:

@@ -63,12 +63,16 @@ def test_identity_of_a_trusted_request_is_in_the_environ() -> None:
     assert app.environ[PROBLEM_KEY] is None
 
 
-def test_acting_user_lasts_until_the_body_is_closed_and_no_longer() -> None:
+def test_acting_user_is_that_of_the_request_in_each_step_of_the_body_and_not_between() -> None:
     app = App()
     call(IdentityMiddleware(app, trust=Trust.unix()), environ())
     assert [one.user for one in app.acting] == ["u_42"] * 4
     assert app.is_closed
+    body = IdentityMiddleware(app, trust=Trust.unix())(environ(), lambda *_: None)
     assert acting() is None
+    assert next(iter(body)) == b"a"
+    assert acting() is None
+    getattr(body, "close")()  # noqa: B009 - a body of WSGI may have it
 
 
 def test_acting_user_ends_with_a_request_that_fails() -> None:

@@ -11,21 +11,21 @@ from typing import Any
 
 import psycopg
 import pytest
-from commands import run
 from cryptography.fernet import Fernet
-from deployment import Deployment
 from django.contrib.auth import get_user_model
 from django.db import connections
 from django.utils import timezone
-from project.testing import keyproxy_settings
-from proxied import status_and_headers
 
+from commands import run
+from deployment import Deployment
 from keyproxy_client.acting import Acting
 from keyproxy_client.django import credentials, sealing
 from keyproxy_client.django.directory.selection import directory
 from keyproxy_client.django.models import Credential
 from keyproxy_client.django.sealing import CredentialUnusable
 from keyproxy_client.django.users import keyproxy_id
+from project.testing import keyproxy_settings
+from proxied import status_and_headers
 
 FIRST, SECOND = Fernet.generate_key().decode(), Fernet.generate_key().decode()
 HOUR = timedelta(hours=1)
@@ -44,7 +44,7 @@ def _settings(deployment: Deployment, backend: str, **changes: Any) -> Any:
     )
 
 
-@pytest.fixture(params=["sql", "api"])
+@pytest.fixture(params=["sql", pytest.param("api", marks=pytest.mark.once)])
 def backend(request: pytest.FixtureRequest, deployment: Deployment, committing_db: None) -> Iterator[str]:
     Credential.objects.all().delete()
     with _settings(deployment, request.param):

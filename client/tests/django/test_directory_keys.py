@@ -10,12 +10,10 @@ from typing import Any
 
 import psycopg
 import pytest
-from deployment import Deployment
 from django.db import connections, transaction
 from django.utils import timezone
-from project.testing import keyproxy_settings
-from proxied import status_and_headers
 
+from deployment import Deployment
 from keyproxy_client.django.directory.admin_api import AdminApi, Response
 from keyproxy_client.django.directory.api_keys import ApiKeys
 from keyproxy_client.django.directory.errors import (
@@ -28,13 +26,15 @@ from keyproxy_client.django.directory.errors import (
 )
 from keyproxy_client.django.directory.interface import Directory, KeyWish
 from keyproxy_client.django.directory.selection import directory
+from project.testing import keyproxy_settings
+from proxied import status_and_headers
 
 ACTOR = "django:admin:7"
 DAY = timedelta(days=1)
 WISH = KeyWish("nightly", ("jobs:read", "jobs:write"), False, DAY)
 
 
-@pytest.fixture(params=["sql", "api"])
+@pytest.fixture(params=["sql", pytest.param("api", marks=pytest.mark.once)])
 def way(request: pytest.FixtureRequest, deployment: Deployment) -> Iterator[Directory]:
     api = {"ADMIN_URL": deployment.admin_url, "ADMIN_TOKEN_FILE": str(deployment.admin_token_file)}
     with keyproxy_settings(BACKEND=request.param, KEYS_PER_USER_MAX=3, **api):

@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import version
 
 import psycopg
+import pytest
 import redis
 
 from deployment import Deployment
@@ -22,9 +23,11 @@ def test_row_has_the_named_versions() -> None:
 
 
 def test_application_role_reads_users_and_no_digest(deployment: Deployment) -> None:
-    with psycopg.connect(deployment.app_dsn) as connection:
-        rows = connection.execute("SELECT id FROM keyproxy.users ORDER BY id").fetchall()
-        assert rows == [("u_service_acme",), ("u_service_globex",)]
+    with psycopg.connect(deployment.app_dsn, autocommit=True) as connection:
+        row = connection.execute("SELECT tenant_id FROM keyproxy.users WHERE id = 'u_service_acme'").fetchone()
+        assert row == ("acme",)
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            connection.execute("SELECT digest FROM keyproxy.api_keys")
 
 
 def test_broker_responds(deployment: Deployment) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ REFUSED: list[tuple[str, Any]] = [
     ("SECRET_KEYS", [""]), ("SECRET_KEYS_FILE", None), ("ORIGIN", "http://host/path"), ("ORIGIN", "host:80"),
     ("ORIGIN", "http://host:0"), ("TRUST", "all"), ("TRUST", "ALL"), ("TRUST", True), ("TRUST", ["loopback"]),
     ("TRUST_NETWORKS", []), ("TRUST_NETWORKS", "127.0.0.0/8"), ("TRUST_NETWORKS", ["localhost"]),
-    ("TRUST_NETWORKS", ["10.0.0.1/8"]), ("JWKS_URL", "jwks.json"), ("ISSUER", ""), ("AUDIENCE", None),
+    ("TRUST_NETWORKS", ["10.0.0.1/8"]), ("TRUST_NETWORKS", ["0.0.0.0/0"]), ("TRUST_NETWORKS", ["::/0"]),
+    ("TRUST_NETWORKS", ["0.0.0.0/1", "128.0.0.0/1"]), ("JWKS_URL", "jwks.json"), ("ISSUER", ""), ("AUDIENCE", None),
     ("HEADER_PREFIX", "Keyproxy-"), ("HEADER_PREFIX", "X-Forwarded-"), ("HEADER_PREFIX", "X-"), ("KEY_PREFIX", "KP"),
     ("KEY_PREFIX", ""), ("HAS_API_KEY_FALLBACK", "HasAPIKey"), ("HAS_API_KEY_FALLBACK", True), ("DEV_IDENTITY", {}),
     ("DEV_IDENTITY", "u_1"), ("DEV_IDENTITY", {"user": "a b"}), ("DEV_IDENTITY", {"user": "u", "admin": True}),
@@ -159,3 +161,28 @@ def test_settings_are_read_once_and_again_after_a_change() -> None:
         with override_settings(KEYPROXY={**LEAST, "TENANT": "globex"}):
             assert settings().tenant == "globex"
         assert settings().tenant == "acme"
+
+
+@pytest.mark.once
+def test_documentation_lists_every_setting_with_its_default() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "django.md").read_text(encoding="utf-8")
+    table = page.partition("| key | default | meaning |")[2].partition("\n\n")[0]
+    rows = [row.split("|")[1:3] for row in table.splitlines()[2:]]
+    listed = {
+        key.strip(" `"): default.strip()
+        for keys, defaults in rows
+        for key, default in zip(keys.split(", "), _defaults(defaults, len(keys.split(", "))), strict=True)
+    }
+    assert set(listed) == set(KEYS)
+    found = read({"BACKEND": "off", "TENANT": "acme"})
+    for key, default in listed.items():
+        if not default.startswith("required"):
+            value = ast.literal_eval(default.strip("`"))
+            assert getattr(found, key.lower()) == (tuple(value) if isinstance(value, list) else value), key
+
+
+def _defaults(cell: str, count: int) -> list[str]:
+    """The defaults of a row of one or several keys, which may share one."""
+    single = cell.strip()
+    parts = single.split("`, `")
+    return parts if len(parts) == count else [single] * count

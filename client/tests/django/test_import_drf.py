@@ -11,20 +11,20 @@ from typing import Any
 
 import psycopg
 import pytest
-from commands import Done, run
-from deployment import Deployment
 from django.conf import settings
 from django.contrib.auth import get_user_model
 from django.contrib.auth.hashers import PBKDF2PasswordHasher
 from django.db import connections
 from django.utils import timezone
+from rest_framework_api_key.models import APIKey
+
+from commands import Done, run
+from deployment import Deployment
+from keyproxy_client.django.users import keyproxy_id
 from project.accounts.models import CustomAPIKey
 from project.settings import _database
 from project.testing import keyproxy_settings
 from proxied import status_and_headers
-from rest_framework_api_key.models import APIKey
-
-from keyproxy_client.django.users import keyproxy_id
 
 MODEL = "accounts.CustomAPIKey"
 DAY = timedelta(days=1)
@@ -64,7 +64,9 @@ def owner(project: None) -> Any:
     return get_user_model().objects.create_user(secrets.token_hex(6))
 
 
-@pytest.fixture(params=["api", "csv", "using"])
+@pytest.fixture(
+    params=[pytest.param("api", marks=pytest.mark.once), pytest.param("csv", marks=pytest.mark.once), "using"]
+)
 def way(request: pytest.FixtureRequest, project: None, admin_alias: str, tmp_path: Path) -> Any:
     """Imports, by one of the ways; arguments of the command."""
     capsys = request.getfixturevalue("capsys")
@@ -123,7 +125,7 @@ def test_old_keys_keep_working_with_their_owner_mode_and_state(way: Any, owner: 
     assert _status(deployment, made["live"][1][:-4] + "0000") == 401
 
 
-@pytest.mark.parametrize("way", ["api", "using"], indirect=True)
+@pytest.mark.parametrize("way", [pytest.param("api", marks=pytest.mark.once), "using"], indirect=True)
 def test_import_can_be_repeated_and_revokes_what_was_revoked_in_django_meanwhile(
     way: Any, owner: Any, deployment: Deployment
 ) -> None:
@@ -150,7 +152,7 @@ def test_import_can_be_repeated_and_revokes_what_was_revoked_in_django_meanwhile
 
 
 def test_dry_run_changes_nothing(way: Any, owner: Any, deployment: Deployment, tmp_path: Path) -> None:
-    _, secret = CustomAPIKey.objects.create_key(name="n", user=owner)
+    CustomAPIKey.objects.create_key(name="n", user=owner)
     done = way("--dry-run")
     assert (done.status, done.result["dry_run"]) == (0, True)
     assert done.result["imported"] + done.result["written"] == 1
@@ -159,7 +161,7 @@ def test_dry_run_changes_nothing(way: Any, owner: Any, deployment: Deployment, t
         assert not superuser.execute("SELECT FROM keyproxy.users WHERE id = %s", [keyproxy_id(owner)]).fetchall()
 
 
-@pytest.mark.parametrize("way", ["api", "using"], indirect=True)
+@pytest.mark.parametrize("way", [pytest.param("api", marks=pytest.mark.once), "using"], indirect=True)
 def test_import_does_not_enable_an_inactive_owner_or_move_one_to_another_tenant(
     way: Any, owner: Any, deployment: Deployment
 ) -> None:

@@ -8,17 +8,17 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from commands import run
-from deployment import Deployment
 from django.contrib.auth import get_user_model
 from django.utils import timezone
+
+from commands import run
+from deployment import Deployment
+from keyproxy_client.django.users import keyproxy_id
 from project.testing import keyproxy_settings
 from proxied import status_and_headers
 
-from keyproxy_client.django.users import keyproxy_id
 
-
-@pytest.fixture(params=["sql", "api"])
+@pytest.fixture(params=["sql", pytest.param("api", marks=pytest.mark.once)])
 def owner(request: pytest.FixtureRequest, deployment: Deployment, committing_db: None) -> Iterator[Any]:
     api = {"ADMIN_URL": deployment.admin_url, "ADMIN_TOKEN_FILE": str(deployment.admin_token_file)}
     with keyproxy_settings(BACKEND=request.param, PROVISION="first_use", SCOPES=["jobs:read"], **api):
@@ -43,7 +43,10 @@ def test_json_has_the_key_with_the_life_that_was_asked_for(owner: Any, capsys: p
         made = run(capsys, "keyproxy_issue", str(owner.pk), *arguments, "--json").result
         life = datetime.fromisoformat(made["expires_at"]) - timezone.now()
         assert timedelta(days=days) - timedelta(minutes=1) < life <= timedelta(days=days)
-    assert run(capsys, "keyproxy_issue", keyproxy_id(owner), "--expires-in", "never", "--json").result["expires_at"] is None
+    assert (
+        run(capsys, "keyproxy_issue", keyproxy_id(owner), "--expires-in", "never", "--json").result["expires_at"]
+        is None
+    )
     assert set(made) == {"id", "user", "secret", "is_test", "scopes", "expires_at"}
     assert (made["user"], made["is_test"], made["scopes"]) == (keyproxy_id(owner), False, ["jobs:read"])
 

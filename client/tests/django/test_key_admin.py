@@ -10,7 +10,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from deployment import Deployment
+from django.apps import apps
 from django.contrib import admin
 from django.contrib.admin.models import LogEntry
 from django.contrib.auth import get_user_model
@@ -20,20 +20,21 @@ from django.contrib.sessions.models import Session
 from django.core.management import call_command
 from django.test import Client
 from django.urls import reverse
-from project.testing import keyproxy_settings
-from proxied import status_and_headers
 
+from deployment import Deployment
 from keyproxy_client.django.admin import KeyAdminMixin, attach
 from keyproxy_client.django.directory.interface import KeyWish
 from keyproxy_client.django.directory.selection import directory
 from keyproxy_client.django.users import keyproxy_id
+from project.testing import keyproxy_settings
+from proxied import status_and_headers
 
 SECRET = re.compile(r"kp_(?:live|test)_[0-9A-Za-z]{49}")
 TOKEN = re.compile(r'name="token" value="([^"]+)"')
 ACTIONS = ("view", "issue", "rotate", "revoke")
 
 
-@pytest.fixture(params=["sql", "api"])
+@pytest.fixture(params=["sql", pytest.param("api", marks=pytest.mark.once)])
 def backend(request: pytest.FixtureRequest, deployment: Deployment, committing_db: None) -> Iterator[str]:
     api = {"ADMIN_URL": deployment.admin_url, "ADMIN_TOKEN_FILE": str(deployment.admin_token_file)}
     with keyproxy_settings(BACKEND=request.param, PROVISION="first_use", SCOPES=["jobs:write"], **api):
@@ -74,7 +75,13 @@ def _page(user: Any, rest: str = "") -> str:
 def _issue(browser: Client, user: Any, **fields: str) -> Any:
     form = browser.get(_page(user, "issue"))
     assert form.status_code == 200
-    data = {"token": TOKEN.findall(form.content.decode())[0], "mode": "live", "days": "30", "name": "n", "scopes": "a:b"}
+    data = {
+        "token": TOKEN.findall(form.content.decode())[0],
+        "mode": "live",
+        "days": "30",
+        "name": "n",
+        "scopes": "a:b",
+    }
     return browser.post(_page(user, "issue"), data | fields)
 
 
@@ -120,9 +127,7 @@ def _form_of(response: Any) -> dict[str, Any]:
     return dict(response.wsgi_request.POST.items())
 
 
-def test_token_of_another_page_user_or_staff_member_issues_nothing(
-    browser: Client, account: Any, staff: Any
-) -> None:
+def test_token_of_another_page_user_or_staff_member_issues_nothing(browser: Client, account: Any, staff: Any) -> None:
     used = _form_of(_issue(browser, account))
     others = [{**used, "token": token} for token in ("", "x", used["token"] + "x")]
     for form in others:
@@ -153,7 +158,9 @@ def test_rotation_shows_the_new_secret_once_and_keeps_the_old_key_for_the_grace_
     assert not SECRET.search(again.content.decode())
 
 
-def test_revocation_names_its_reason_and_author(browser: Client, account: Any, staff: Any, backend: str, deployment: Deployment) -> None:
+def test_revocation_names_its_reason_and_author(
+    browser: Client, account: Any, staff: Any, backend: str, deployment: Deployment
+) -> None:
     _issue(browser, account)
     (key,) = _keys(account)
     response = browser.post(_page(account, f"{key.id}/revoke"), {"reason": "lost laptop"}, follow=True)
@@ -181,7 +188,9 @@ def test_each_action_needs_its_permission(backend: str, account: Any, deployment
         "revoke": _page(account, f"{issued.key_id}/revoke"),
     }
     for granted in (None, *ACTIONS):
-        member.user_permissions.remove(*Permission.objects.filter(codename__endswith="_key", content_type__app_label="keyproxy"))
+        member.user_permissions.remove(
+            *Permission.objects.filter(codename__endswith="_key", content_type__app_label="keyproxy")
+        )
         if granted is not None:
             permission = Permission.objects.get(codename=f"{granted}_key", content_type__app_label="keyproxy")
             member.user_permissions.add(permission)
@@ -192,7 +201,9 @@ def test_each_action_needs_its_permission(backend: str, account: Any, deployment
         assert ("keyproxy/issue/" in page) == (granted == "issue")
 
 
-def test_page_of_a_user_reaches_no_key_of_another(browser: Client, account: Any, staff: Any, deployment: Deployment) -> None:
+def test_page_of_a_user_reaches_no_key_of_another(
+    browser: Client, account: Any, staff: Any, deployment: Deployment
+) -> None:
     issued = directory().keys.issue(keyproxy_id(account), "acme", KeyWish("", (), False, None), actor="test")
     for action in ("rotate", "revoke"):
         assert browser.get(_page(staff, f"{issued.key_id}/{action}")).status_code == 404
@@ -231,7 +242,9 @@ def test_form_refuses_values_that_keyproxy_would_refuse(browser: Client, account
     assert _keys(account) == []
 
 
-def test_first_key_of_a_user_that_is_missing_in_keyproxy_creates_it(browser: Client, account: Any, deployment: Deployment) -> None:
+def test_first_key_of_a_user_that_is_missing_in_keyproxy_creates_it(
+    browser: Client, account: Any, deployment: Deployment
+) -> None:
     with psycopg.connect(deployment.dsn, autocommit=True) as superuser:
         superuser.execute("DELETE FROM keyproxy.users WHERE id = %s", [keyproxy_id(account)])
     assert SECRET.search(_issue(browser, account).content.decode())
@@ -250,6 +263,14 @@ def test_keys_are_added_to_the_admin_that_the_project_registers_once() -> None:
     assert isinstance(first, KeyAdminMixin)
     assert attach(site) is True
     assert site.get_model_admin(get_user_model()) is first
+
+
+def test_admin_that_is_registered_late_has_keys_when_the_applications_are_ready() -> None:
+    user_model = get_user_model()
+    admin.site.unregister(user_model)
+    admin.site.register(user_model, UserAdmin)
+    apps.get_app_config("keyproxy").ready()
+    assert isinstance(admin.site.get_model_admin(user_model), KeyAdminMixin)
 
 
 def test_admin_passes_djangos_checks(backend: str) -> None:

@@ -36,9 +36,8 @@ async def posted_async(path: str) -> Any:
 def test_clients_use_origin_and_service_keys_of_the_settings(deployment: Deployment) -> None:
     for tenant, test in (("acme", False), ("globex", False), ("acme", True)):
         with acting_as(f"u_service_{tenant}", tenant, test=test):
-            expected = {
-                "User": f"u_service_{tenant}", "Tenant": tenant, "Test": str(test).lower(), "Actor": f"u_service_{tenant}",
-            }  # fmt: skip
+            user, mode = f"u_service_{tenant}", str(test).lower()
+            expected = {"User": user, "Tenant": tenant, "Test": mode, "Actor": user}
             with http.httpx_client(timeout=10) as client, http.requests_session() as session:
                 assert seen(client.post("/v1/ai/jobs").json()) == expected
                 assert seen(session.post("/v1/ai/jobs", timeout=10).json()) == expected

@@ -22,10 +22,9 @@ from django.utils import timezone
 from admin_api_double import LOSE, PASS, REFUSE, Between, between
 from deployment import VARIABLE, Deployment
 from keyproxy_client import keys
-from keyproxy_client.django import outbox
+from keyproxy_client.django import first_keys, outbox
 from keyproxy_client.django.directory.selection import directory
 from keyproxy_client.django.models import OutboxEvent
-from keyproxy_client.django.provisioning import first_key_wish
 from keyproxy_client.django.signals import key_issued
 from project.testing import keyproxy_settings
 
@@ -370,7 +369,7 @@ def test_time_limit_covers_a_server_that_sends_slowly(committing_db: None, admin
 
 def test_secret_is_in_no_repr(committing_db: None, received: list[dict[str, Any]]) -> None:
     with keyproxy_settings(FIRST_KEY=True):
-        created = directory().users.create(f"u_{next(_names)}", "acme", actor="", first_key=first_key_wish())
+        created = directory().users.create(f"u_{next(_names)}", "acme", actor="", first_key=first_keys.wish())
     assert created.key is not None
     assert created.key.secret.startswith("kp_live_")
     assert created.key.secret not in repr(created)

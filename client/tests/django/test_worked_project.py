@@ -89,7 +89,7 @@ def changes(diff: str) -> list[Change]:
 def existing_project(home: Path) -> Path:
     """The example without the changes of the page: as it was before."""
     project = home / "project"
-    shutil.copytree(EXAMPLE, project, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(EXAMPLE, project, ignore=shutil.ignore_patterns("__pycache__", "README.md"))
     for heading in ("Step 5", "Step 4", "Step 2"):
         for language, content in blocks(heading):
             if language == "diff":

@@ -101,7 +101,7 @@ class ApiKeys:
         return self._made(path, body, "")
 
     def _check_limit(self, user: str) -> None:
-        """Raises KeyLimitReached. Two issues at the same moment may both pass: the API has no lock for the two requests."""
+        """Raises KeyLimitReached. Two issues at the same moment may both pass: no lock spans the two requests."""
         try:
             now = timezone.now()
             working = sum(key(item).works_at(now) for item in self._items({"user": user}))

@@ -27,7 +27,8 @@ from keyproxy_client.django.directory.interface import DirectoryKey, IssuedKey, 
 from keyproxy_client.django.directory.sql_connection import translated
 
 _COLUMNS: Final = (
-    "id, user_id, hint, name, scopes, is_test, created_at, expires_at, revoked_at, revoke_reason, replaces, last_used_at"
+    "id, user_id, hint, name, scopes, is_test, created_at, expires_at, revoked_at, revoke_reason, replaces,"
+    " last_used_at"
 )
 
 # A lock on the user serialises issues of its keys, so that the count that follows sees all of them.

@@ -39,7 +39,7 @@ class ApiImport:
         return report
 
     def _without_conflicts(self, api: AdminApi, keys: Sequence[OldKey], report: ImportReport) -> list[OldKey]:
-        """The keys, after inactive owners that are missing were created disabled: the import would create them enabled."""
+        """The keys, once missing owners that are inactive are created, disabled: the import would enable them."""
         users = ApiUsers(api)
         refused: dict[str, str] = {}
         for user, tenant in sorted({(key.user, key.tenant) for key in keys if not key.is_owner_active}):

@@ -38,7 +38,8 @@ class CsvFile:
 
     def put(self, keys: Iterable[OldKey]) -> ImportReport:
         """Write keys."""
-        assert self._file is not None
+        if self._file is None:
+            raise ValueError("the file is not open")
         writer, written = csv.writer(self._file), 0
         for key in keys:
             writer.writerow(

@@ -164,8 +164,7 @@ def _check_path(model: type[models.Model], path: str, user_model: type[models.Mo
 
 
 def _target(field: models.ForeignKey[Any, Any]) -> type[models.Model]:
-    target = field.remote_field.model
-    assert isinstance(target, type)
+    target: type[models.Model] = field.remote_field.model
     return target
 
 

@@ -32,7 +32,12 @@ class IssueForm(KeyForm):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         found = settings()
-        initial = {"mode": "live", "scopes": " ".join(found.scopes), "days": found.key_days, **kwargs.pop("initial", {})}
+        initial = {
+            "mode": "live",
+            "scopes": " ".join(found.scopes),
+            "days": found.key_days,
+            **kwargs.pop("initial", {}),
+        }
         super().__init__(*args, initial=initial, **kwargs)
 
     def clean_name(self) -> str:

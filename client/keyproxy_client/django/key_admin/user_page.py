@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import django
 from django.contrib import messages
 from django.contrib.admin import ModelAdmin
 from django.contrib.admin.utils import unquote
@@ -29,6 +30,14 @@ from keyproxy_client.django.key_admin.permissions import may
 from keyproxy_client.django.users import InvalidId
 
 _log = logging.getLogger("keyproxy_client.admin")
+
+
+class _Submission(NamedTuple):
+    """A form of a user's page, and the action of its token: "issue", or "rotate" with the id of the key."""
+
+    user: Any
+    form: KeyForm
+    action: str
 
 
 class KeyAdminMixin(ModelAdmin):  # type: ignore[type-arg]
@@ -71,7 +80,7 @@ class KeyAdminMixin(ModelAdmin):  # type: ignore[type-arg]
                 request=wanted,
             )
 
-        return self._once(request, user, form, "issue", perform)
+        return self._once(request, _Submission(user, form, "issue"), perform)
 
     def _rotate_page(self, request: HttpRequest, object_id: str, key_id: str) -> HttpResponse:
         user = self._user(request, object_id, "rotate")
@@ -83,7 +92,7 @@ class KeyAdminMixin(ModelAdmin):  # type: ignore[type-arg]
             grace, actor = form.grace_period(), actor_of_admin(request.user.pk)
             return directory().keys.rotate(key_id, grace=grace, life=key_life(), actor=actor, request=wanted)
 
-        return self._once(request, user, form, action, perform)
+        return self._once(request, _Submission(user, form, action), perform)
 
     def _revoke_page(self, request: HttpRequest, object_id: str, key_id: str) -> HttpResponse:
         user = self._user(request, object_id, "revoke")
@@ -101,10 +110,9 @@ class KeyAdminMixin(ModelAdmin):  # type: ignore[type-arg]
                 return HttpResponseRedirect(self._url_of(user))
         return self._form(request, user, form, "revoke", key=key)
 
-    def _once(
-        self, request: HttpRequest, user: Any, form: KeyForm, action: str, perform: Callable[[str], IssuedKey]
-    ) -> HttpResponse:
+    def _once(self, request: HttpRequest, submission: _Submission, perform: Callable[[str], IssuedKey]) -> HttpResponse:
         """Show the form; when it is submitted, perform the action once and show the secret."""
+        user, form, action = submission
         verb = action.partition(" ")[0]
         if request.method != "POST" or not form.is_valid():
             return self._form(request, user, form, verb)
@@ -144,6 +152,7 @@ class KeyAdminMixin(ModelAdmin):  # type: ignore[type-arg]
             "opts": self.model._meta,
             "original": user,
             "user_url": self._url_of(user),
+            "has_list_breadcrumbs": django.VERSION >= (6, 1),
         }
 
     def _url_of(self, user: Any) -> str:

@@ -5,6 +5,7 @@ Exit status 0: done, 1: failed in whole or in part, 2: misuse.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from argparse import ArgumentTypeError
@@ -13,7 +14,7 @@ from datetime import timedelta
 from typing import Any, Final
 
 from django.contrib.auth import get_user_model
-from django.core.exceptions import ImproperlyConfigured
+from django.core.exceptions import ImproperlyConfigured, ValidationError
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from keyproxy_client.django.directory.errors import DirectoryError
@@ -84,11 +85,9 @@ def find_user(text: str) -> Any:
     manager = get_user_model()._default_manager
     name = get_user_model().USERNAME_FIELD
     found = {user.pk: user for user in manager.filter(**{name: text})[:2]}
-    try:
+    # The primary key may be a number or a UUID, which the text is not.
+    with contextlib.suppress(ValueError, TypeError, ValidationError):
         found |= {user.pk: user for user in manager.filter(pk=text)[:1]}
-    except (ValueError, TypeError):
-        # The primary key is a number or a UUID, which the text is not.
-        pass
     try:
         by_id = user_of_id(text)
     except ImproperlyConfigured:
@@ -97,7 +96,9 @@ def find_user(text: str) -> Any:
     if by_id is not None:
         found[by_id.pk] = by_id
     if not found:
-        raise CommandError(f"there is no user {text!r}: give a {name}, a primary key or an id in keyproxy", returncode=1)
+        raise CommandError(
+            f"there is no user {text!r}: give a {name}, a primary key or an id in keyproxy", returncode=1
+        )
     if len(found) > 1:
         keys = ", ".join(str(pk) for pk in found)
         raise Misuse(f"{text!r} names several users, with the primary keys {keys}")

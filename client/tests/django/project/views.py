@@ -116,13 +116,13 @@ class Shown(APIView):
 class Authenticated(Shown):
     """For users."""
 
-    permission_classes = (IsAuthenticated,)
+    permission_classes: Any = (IsAuthenticated,)
 
 
 class Keyed(Shown):
     """For requests with a key."""
 
-    permission_classes = (HasAPIKey,)
+    permission_classes: Any = (HasAPIKey,)
 
 
 class KeyedWithoutUser(Keyed):
@@ -134,25 +134,25 @@ class KeyedWithoutUser(Keyed):
 class Scoped(KeyedWithoutUser):
     """For keys with a scope."""
 
-    permission_classes = (HasScope("jobs:write"),)
+    permission_classes: Any = (HasScope("jobs:write"),)
 
 
 class KeyedOrUser(Shown):
     """A combination, as the documentation of djangorestframework-api-key has it."""
 
-    permission_classes = (HasAPIKey | IsAuthenticated,)
+    permission_classes: Any = (HasAPIKey | IsAuthenticated,)
 
 
 class ScopedAndRefused(KeyedWithoutUser):
     """A combination of which one operand refuses."""
 
-    permission_classes = (HasScope("jobs:write") & Refusing,)
+    permission_classes: Any = (HasScope("jobs:write") & Refusing,)
 
 
 class Unkeyed(KeyedWithoutUser):
     """For requests without a key."""
 
-    permission_classes = (~HasAPIKey,)
+    permission_classes: Any = (~HasAPIKey,)  # type: ignore[operator]
 
 
 class OnePerMinute(KeyproxyThrottle):
@@ -164,5 +164,5 @@ class OnePerMinute(KeyproxyThrottle):
 class Throttled(KeyedWithoutUser):
     """A view with a rate."""
 
-    permission_classes = ()
+    permission_classes: Any = ()
     throttle_classes = (OnePerMinute,)

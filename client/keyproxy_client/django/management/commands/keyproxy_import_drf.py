@@ -124,7 +124,7 @@ def _way(options: Mapping[str, Any], stack: ExitStack) -> _Way:
         return SqlImport(options["using"], is_dry_run)
     if not settings().admin_url:
         raise Misuse(
-            "name a way to keyproxy: --csv FILE for `keyproxy key import`, --using ALIAS for a connection with the rights "
-            "of keyproxy's admin role, or ADMIN_URL and ADMIN_TOKEN_FILE in the settings"
+            "name a way to keyproxy: --csv FILE for `keyproxy key import`, --using ALIAS for a connection with the "
+            "rights of keyproxy's admin role, or ADMIN_URL and ADMIN_TOKEN_FILE in the settings"
         )
     return ApiImport(is_dry_run)

@@ -61,7 +61,5 @@ class Command(ReportingCommand):
         }
         self.report(result, [issued.secret], as_json=options["as_json"])
         if not options["as_json"]:
-            self.stderr.write(
-                f"key {issued.key_id} of user {issued.user}, {'expires at ' + expires_at if expires_at else 'never expires'};"
-                " the secret is not shown again"
-            )
+            end = f"expires at {expires_at}" if expires_at else "never expires"
+            self.stderr.write(f"key {issued.key_id} of user {issued.user} {end}; the secret is not shown again")

@@ -48,7 +48,7 @@ def _reset(*, setting: str, **_kwargs: object) -> None:
         judge.cache_clear()
 
 
-setting_changed.connect(_reset, dispatch_uid="keyproxy_client.django.request_identity")
+setting_changed.connect(_reset, dispatch_uid="keyproxy_client.django.incoming.request_identity")
 
 
 def resolve(request: Any) -> Outcome:

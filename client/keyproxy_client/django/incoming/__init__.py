@@ -1,0 +1,1 @@
+"""The identity and the user of a Django request."""
