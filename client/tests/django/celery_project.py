@@ -7,12 +7,14 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from celery import Celery
 
 from keyproxy_client import celery as keyproxy_celery
-from keyproxy_client.acting import acting, acting_as
+from keyproxy_client.acting import NoActingUser, acting, acting_as
+from keyproxy_client.http import httpx_client
 
 #: The user, tenant and mode of an acting user; None if there is none. JSON has no tuples.
 Report = list[Any] | None
@@ -160,6 +162,19 @@ def end_blocks_of_earlier_tasks() -> list[Report]:
     before = report()
     suspended.clear()
     return [before, report()]
+
+
+@app.task
+def call(origin: str, keys: str, test_keys: str) -> list[Any]:
+    """Call keyproxy as a job does; returns whom the upstream sees, or the class of the error."""
+    found = acting()
+    key = Path(test_keys if found is not None and found.is_test else keys)
+    with httpx_client(origin=origin, key=key, timeout=10) as http:
+        try:
+            seen = dict(http.post("/v1/jobs", json={"job": 7}).json()["headers"])
+        except NoActingUser as error:
+            return [type(error).__name__]
+    return [seen.get(f"X-Keyproxy-{name}") for name in ("User", "Tenant", "Test", "Actor", "Act-For")]
 
 
 @app.task

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import celery
+import psycopg
 import pytest
 from celery import chain, chord, group
 from celery.app.trace import build_tracer
@@ -17,6 +19,7 @@ from celery.worker import state
 
 import celery_project as project
 from celery_project import app, append, begin, fail, headers, note_failure, note_id, spawn, who
+from deployment import Deployment
 from keyproxy_client.acting import acting, acting_as
 
 ALICE = ["u_alice", "acme", False]
@@ -245,6 +248,26 @@ def test_invalid_values_in_a_message_count_as_no_user(invalid: dict[str, Any]) -
 def test_the_mode_may_be_spelled_as_in_http_headers() -> None:
     for spelling, is_test in (("true", True), ("false", False), (True, True), (False, False)):
         assert result(who.apply_async(headers=BOB | {"keyproxy_test": spelling})) == ["u_bob", "globex", is_test]
+
+
+def test_a_task_calls_keyproxy_with_the_service_key_in_the_name_of_its_user(deployment: Deployment) -> None:
+    users = [(f"u_{secrets.token_hex(6)}", tenant) for tenant in ("acme", "globex", "acme")]
+    with psycopg.connect(deployment.dsn, autocommit=True) as superuser:
+        for user, tenant in users:
+            superuser.execute("INSERT INTO keyproxy.users (id, tenant_id) VALUES (%s, %s)", [user, tenant])
+    call = project.call.s(deployment.origin, deployment.service_key_pattern, deployment.service_test_key_pattern)
+    published = []
+    for user, tenant in users:
+        for is_test in (False, True):
+            with acting_as(user, tenant, is_test):
+                published.append(call.delay())
+    expected = [
+        [user, tenant, str(is_test).lower(), f"u_service_{tenant}", None]
+        for user, tenant in users
+        for is_test in (False, True)
+    ]
+    assert [result(one) for one in published] == expected
+    assert result(call.delay()) == ["NoActingUser"]
 
 
 def test_callbacks_of_a_task_that_is_delivered_again_after_its_end_act_for_none() -> None:

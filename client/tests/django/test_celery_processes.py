@@ -52,6 +52,8 @@ def remote(deployment: Deployment) -> Iterator[Celery]:
         yield app
     finally:
         app.backend.result_consumer.stop()
+        # A result that is collected later would open a connection to unsubscribe.
+        app.backend.result_consumer._pubsub = None
         app.backend.client.connection_pool.disconnect()
         app.amqp.producer_pool.force_close_all()
         app.pool.force_close_all()
@@ -65,7 +67,7 @@ def task(app: Celery, name: str, *args: object) -> Any:
 
 
 def result(published: AsyncResult) -> Any:
-    return published.get(timeout=30)
+    return published.get(timeout=60)
 
 
 def test_no_task_of_a_process_acts_for_the_user_of_an_earlier_one(remote: Celery) -> None:
