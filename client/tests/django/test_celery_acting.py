@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 from collections.abc import Callable, Iterator
@@ -36,12 +37,15 @@ def worker() -> Iterator[None]:
         while not stopping.wait(0.02):
             who.delay()
 
+    level = logging.getLogger().level
     with start_worker(app, pool="threads", concurrency=2, perform_ping_check=False, loglevel="CRITICAL"):
         yield
         waking = threading.Thread(target=wake)
         waking.start()
     stopping.set()
     waking.join()
+    # The worker sets the level of all loggers.
+    logging.getLogger().setLevel(level)
 
 
 def result(published: AsyncResult) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import timeit
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -194,8 +195,11 @@ async def _publish_together(app: Celery, count: int) -> None:
 def test_a_time_limit_that_interrupts_a_hook_makes_no_later_task_act_for_the_earlier_user(
     eager: SimpleNamespace,
 ) -> None:
-    task = eager.who
+    # A worker's own context: what an interrupted hook leaves behind must not reach later tests.
+    contextvars.copy_context().run(_interrupt_hooks, eager.who)
 
+
+def _interrupt_hooks(task: Any) -> None:
     def enter(task_id: str, **headers: Any) -> None:
         task.request_stack.push(Context(headers, id=task_id))
         keyproxy_celery._enter(task_id=task_id, task=task)
@@ -218,8 +222,8 @@ def test_a_time_limit_that_interrupts_a_hook_makes_no_later_task_act_for_the_ear
 @pytest.mark.once
 def test_each_hook_takes_at_most_5_microseconds(eager: SimpleNamespace) -> None:
     def microseconds(hook: Any) -> float:
-        count = 500
-        return min(timeit.repeat(hook, number=count, repeat=40)) / count * 1e6
+        count = 100
+        return min(timeit.repeat(hook, number=count, repeat=200)) / count * 1e6
 
     plain = {"id": "1", "task": "who", "retries": 0, "lang": "py", "root_id": "1", "parent_id": None}
     body: tuple[Any, ...] = ((), {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None})
