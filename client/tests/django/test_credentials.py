@@ -256,3 +256,13 @@ def test_outgoing_calls_carry_the_key_of_the_acting_user_and_survive_its_rotatio
     assert {one["x-keyproxy-test"] for one in seen} == {"true"}
     assert len({one["x-keyproxy-key-id"] for one in seen}) == 2
     assert not [one for one in seen if "x-keyproxy-actor" in one and one["x-keyproxy-actor"] != keyproxy_id(account)]
+
+
+def test_first_key_of_a_sign_up_is_the_credential(backend: str, deployment: Deployment) -> None:
+    with _settings(deployment, backend), keyproxy_settings(PROVISION="signup"):
+        user = get_user_model().objects.create_user(secrets.token_hex(6))
+        row = Credential.objects.get(user=user)
+        secret = credentials.secret_for(_acting(user))
+        assert status_and_headers(deployment.origin, secret)[1]["x-keyproxy-key-id"] == row.key_id
+        assert _working(user) == {row.key_id}
+        user.delete()
