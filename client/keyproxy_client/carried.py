@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
-
 from keyproxy_client.acting import Acting
-
-_MODES: Final[Mapping[object, bool]] = {True: True, False: False, "true": True, "false": False}
 
 
 def acting_of(user: object, tenant: object, test: object) -> Acting | None:
     """The acting user that these values name; None if they name none, or if one of them is invalid."""
-    is_test = _MODES.get(test) if isinstance(test, bool | str) else None
-    if not isinstance(user, str) or not isinstance(tenant, str | None) or is_test is None:
+    if test is False or test == "false":
+        is_test = False
+    elif test is True or test == "true":
+        is_test = True
+    else:
+        return None
+    if not isinstance(user, str) or not (tenant is None or isinstance(tenant, str)):
         return None
     try:
         return Acting(user, tenant, is_test)

@@ -76,8 +76,7 @@ def rotate(row: Credential, grace: timedelta) -> Credential | None:
     the response and the commit loses the new secret: the next run revokes that key and issues another.
     """
     with _transaction():
-        rows = Credential.objects.select_related("user").filter(pk=row.pk, retired_at=None)
-        current = rows.select_for_update(of=("self",)).first()
+        current = Credential.objects.select_for_update().filter(pk=row.pk, retired_at=None).first()
         if current is None:
             return None
         issued = _replacement(directory(), current, grace)

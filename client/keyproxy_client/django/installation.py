@@ -115,8 +115,10 @@ def _api(found: Settings) -> Iterator[Finding]:
         return
     yield Finding("admin API", True, found.admin_url)
     yield Finding("rights", not missing, f"the token lacks {' and '.join(missing)}" if missing else "")
-    if not may_read:
-        yield Finding("rights", None, "the token lacks keys:read, which keyproxy_sync and lists of keys need")
+    if not may_read and found.fixed_tenant is None:
+        yield Finding(
+            "rights", None, "the token lacks keys:read, which keyproxy_sync needs for users of several tenants"
+        )
     if found.fixed_tenant is None or not may_read:
         why = "the token lacks keys:read" if found.fixed_tenant else "a function of the user gives it"
         yield Finding("tenant", None, why)

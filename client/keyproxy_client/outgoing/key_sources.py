@@ -113,7 +113,7 @@ class KeyFile:
             stamp = (found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev)
             if known is not None and known[0] == stamp:
                 return known[1]
-            secret = _checked(Path(path).read_text(encoding="ascii").strip(), path)
+            secret = _checked(Path(path).read_text(encoding="ascii"), path)
         except (OSError, ValueError) as error:
             # The cause is not chained: a decoding error quotes the content.
             reason = error.strerror if isinstance(error, OSError) else "it does not contain exactly one key"
@@ -230,6 +230,8 @@ def _takes_one(function: Callable[..., Any]) -> bool:
 
 
 def _checked(secret: object, origin: str) -> str:
-    if not isinstance(secret, str) or _SECRET.fullmatch(secret) is None:
+    """The secret without the white space around it, such as the end of a line in a file."""
+    stripped = secret.strip() if isinstance(secret, str) else ""
+    if _SECRET.fullmatch(stripped) is None:
         raise ValueError(f"{origin} does not give a key: expected 8 to 4096 visible ASCII characters")
-    return secret
+    return stripped

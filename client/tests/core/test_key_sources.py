@@ -83,12 +83,14 @@ async def _found() -> str:
     ("key", "works_in_sync_code"),
     [
         (KEY, True),
+        (f" {KEY}\n", True),
         (lambda: KEY, True),
+        (lambda: f"{KEY}\r\n", True),
         (lambda acting: KEY if acting == ACTING else "", True),
         (lambda acting=None: KEY, True),
         (_found, False),
     ],
-    ids=["text", "function", "of-acting", "optional", "async"],
+    ids=["text", "text-of-line", "function", "line-of-function", "of-acting", "optional", "async"],
 )
 def test_key_is_a_secret_or_a_function(key: Any, works_in_sync_code: bool) -> None:
     source = source_of(key)

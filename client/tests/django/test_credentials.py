@@ -18,7 +18,8 @@ from django.utils import timezone
 
 from commands import run
 from deployment import Deployment
-from keyproxy_client.acting import Acting
+from keyproxy_client import http
+from keyproxy_client.acting import Acting, acting_as
 from keyproxy_client.django import credentials, sealing
 from keyproxy_client.django.directory.selection import directory
 from keyproxy_client.django.models import Credential
@@ -235,3 +236,33 @@ def test_sealed_content_needs_a_valid_fernet_key(deployment: Deployment) -> None
         with keyproxy_settings(SECRET_KEYS=keys), pytest.raises(CredentialUnusable) as refused:
             sealing.seal(1, "key_x", "kp_live_x")
         assert "not a key" not in str(refused.value)
+
+
+def test_outgoing_calls_carry_the_key_of_the_acting_user_and_survive_its_rotation(
+    account: Any, deployment: Deployment, backend: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (
+        _settings(deployment, backend, ORIGIN=deployment.origin),
+        acting_as(keyproxy_id(account), "acme", test=True),
+        http.httpx_client() as client,
+    ):
+        seen = []
+        for _ in range(2):
+            response = client.get("/v1/things")
+            assert response.status_code == 200
+            seen.append({name.lower(): value for name, value in response.json()["headers"]})
+            run(capsys, "keyproxy_rotate", "--all", "--grace", "0s")
+    assert {one["x-keyproxy-user"] for one in seen} == {keyproxy_id(account)}
+    assert {one["x-keyproxy-test"] for one in seen} == {"true"}
+    assert len({one["x-keyproxy-key-id"] for one in seen}) == 2
+    assert not [one for one in seen if "x-keyproxy-actor" in one and one["x-keyproxy-actor"] != keyproxy_id(account)]
+
+
+def test_first_key_of_a_sign_up_is_the_credential(backend: str, deployment: Deployment) -> None:
+    with _settings(deployment, backend), keyproxy_settings(PROVISION="signup"):
+        user = get_user_model().objects.create_user(secrets.token_hex(6))
+        row = Credential.objects.get(user=user)
+        secret = credentials.secret_for(_acting(user))
+        assert status_and_headers(deployment.origin, secret)[1]["x-keyproxy-key-id"] == row.key_id
+        assert _working(user) == {row.key_id}
+        user.delete()

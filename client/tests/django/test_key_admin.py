@@ -234,6 +234,14 @@ def test_user_page_saves_with_the_list_of_keys_and_works_without_keyproxy(browse
     assert b"ADMIN_TOKEN_FILE" in page.content
 
 
+def test_project_that_does_not_manage_users_shows_no_keys(browser: Client, account: Any) -> None:
+    with keyproxy_settings(BACKEND="off"):
+        page = browser.get(_page(account))
+    assert page.status_code == 200
+    assert b"keyproxy_keys-group" not in page.content
+    assert b"keyproxy/issue/" not in page.content
+
+
 def test_form_refuses_values_that_keyproxy_would_refuse(browser: Client, account: Any) -> None:
     for fields in ({"scopes": "not:a scope*"}, {"days": "-1"}, {"mode": "x"}, {"name": "a\x07b"}):
         response = _issue(browser, account, **fields)

@@ -26,6 +26,7 @@ from keyproxy_client.django import first_keys, outbox
 from keyproxy_client.django.directory.selection import directory
 from keyproxy_client.django.models import OutboxEvent
 from keyproxy_client.django.signals import key_issued
+from keyproxy_client.django.synchronising import Wish, synchronise
 from project.testing import keyproxy_settings
 
 User = get_user_model()
@@ -284,6 +285,9 @@ def test_token_without_read_access_suffices(
         user.save()
         assert _row(superuser, pk) == ("acme", True)
         user.delete()
+        (missing,) = User.objects.bulk_create([User(username=next(_names))])
+        assert synchronise(Wish()).failed == {}
+        assert _row(superuser, missing.pk) == ("acme", False)
     assert _row(superuser, pk) is None
     assert _events() == []
 

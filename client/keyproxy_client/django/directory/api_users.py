@@ -1,7 +1,7 @@
 """Users in keyproxy, by requests to its admin API.
 
-A token needs the scopes `users:write` and `keys:write`, and for lists `keys:read`. A token that is restricted to a tenant
-(`tenant:acme`) is the better choice where there is one tenant.
+A token needs the scopes `users:write` and `keys:write`, and for users of several tenants `keys:read`. Where there is one
+tenant, a token that is restricted to it (`tenant:acme`) is the better choice.
 """
 
 from __future__ import annotations

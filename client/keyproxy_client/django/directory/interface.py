@@ -141,7 +141,7 @@ class Users(Protocol):
     def pages(self, tenant: str | None = None, *, size: int = 500) -> Iterator[list[DirectoryUser]]:
         """All users, or those of one tenant, by id, in pages that are read when they are needed.
 
-        The admin API requires the scope keys:read.
+        The admin API requires the scope keys:read for users of all tenants.
         """
         ...
 

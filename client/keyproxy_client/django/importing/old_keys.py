@@ -116,7 +116,8 @@ def _only_reference(model: type[models.Model]) -> str | None:
 def read_keys(model: type[models.Model], field: str | None, scopes: Sequence[str]) -> Iterator[OldKey | Problem]:
     """Every key of a model, in the order of its primary key; a Problem where a key has no owner."""
     has_test_mode = any(one.name == "is_test" for one in model._meta.get_fields())
-    rows = model._default_manager.order_by("pk")
+    # The default manager of a project may hide some.
+    rows = model._base_manager.order_by("pk")
     if field is not None:
         rows = rows.select_related(field)
     for row in rows.iterator(chunk_size=_BATCH):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import django
 from django.contrib import messages
 from django.contrib.admin import ModelAdmin
-from django.contrib.admin.utils import unquote
+from django.contrib.admin.utils import quote, unquote
 from django.core.exceptions import PermissionDenied
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.response import TemplateResponse
@@ -27,6 +27,7 @@ from keyproxy_client.django.key_admin.form_tokens import TokenInvalid, new_token
 from keyproxy_client.django.key_admin.forms import IssueForm, KeyForm, RevokeForm, RotateForm
 from keyproxy_client.django.key_admin.inline import KeysInline, keys_of
 from keyproxy_client.django.key_admin.permissions import may
+from keyproxy_client.django.settings import settings
 from keyproxy_client.django.users import InvalidId
 
 _log = logging.getLogger("keyproxy_client.admin")
@@ -44,9 +45,10 @@ class KeyAdminMixin(ModelAdmin):  # type: ignore[type-arg]
     """Keys on the page of a user. Projects with an admin site of their own add it to their user admin."""
 
     def get_inlines(self, request: HttpRequest, obj: Any) -> list[Any]:
-        """The list of keys comes last; a user that is being added has none."""
+        """The list of keys comes last; there is none for a user that is being added, and with `BACKEND` "off"."""
         inlines = list(super().get_inlines(request, obj))
-        return inlines if obj is None or obj.pk is None else [*inlines, KeysInline]
+        has_keys = obj is not None and obj.pk is not None and settings().backend != "off"
+        return [*inlines, KeysInline] if has_keys else inlines
 
     def get_urls(self) -> list[URLResolver | URLPattern]:
         """The pages of the actions, before the catch-all pattern of the user page."""
@@ -147,6 +149,8 @@ class KeyAdminMixin(ModelAdmin):  # type: ignore[type-arg]
         return page
 
     def _context(self, request: HttpRequest, user: Any) -> dict[str, Any]:
+        # For the links of templates within a site of another name.
+        request.current_app = self.admin_site.name  # type: ignore[attr-defined]
         return {
             **self.admin_site.each_context(request),
             "opts": self.model._meta,
@@ -157,7 +161,7 @@ class KeyAdminMixin(ModelAdmin):  # type: ignore[type-arg]
 
     def _url_of(self, user: Any) -> str:
         meta = self.model._meta
-        return reverse(f"{self.admin_site.name}:{meta.app_label}_{meta.model_name}_change", args=[user.pk])
+        return reverse(f"{self.admin_site.name}:{meta.app_label}_{meta.model_name}_change", args=[quote(user.pk)])
 
     def _user(self, request: HttpRequest, object_id: str, action: str) -> Any:
         """The user of the page. Raises Http404 or PermissionDenied."""
