@@ -31,7 +31,7 @@ EXAMPLE = REPOSITORY / "client" / "examples" / "django"
 PAGE = (REPOSITORY / "docs" / "django.md").read_text(encoding="utf-8")
 
 _FENCED = re.compile(r"(?ms)^```(\w+)\n(.*?)^```$")
-_STUCK_SECONDS = 60.0
+_STUCK_SECONDS = 120.0
 
 #: The accounts of the existing project. Prints their keys, that of bob in test mode, and a session of bob. Without
 #: passwords, whose hashes would take seconds.
