@@ -205,12 +205,13 @@ def test_a_user_of_a_session_that_has_no_id_acts_for_none_and_is_logged(caplog: 
 
 
 @pytest.mark.filterwarnings("ignore:StreamingHttpResponse must consume synchronous iterators")
-@pytest.mark.parametrize("path", ["/streamed", "/streamed-async"])
-def test_the_acting_user_of_a_request_acts_while_its_content_is_streamed(get: Get, path: str) -> None:
-    if get is by_wsgi and path == "/streamed-async":
-        pytest.skip("Django does not stream coroutines over WSGI")
-
-    response = get(path, HEADERS)
+@pytest.mark.parametrize(
+    ("application", "path"),
+    # Django does not stream coroutines over WSGI.
+    [(by_wsgi, "/streamed"), (by_asgi, "/streamed"), (by_asgi, "/streamed-async")],
+)
+def test_the_acting_user_of_a_request_acts_while_its_content_is_streamed(application: Get, path: str) -> None:
+    response = application(path, HEADERS)
     found = b"".join(response.streaming_content) if response.streaming else response.content
     assert set(found.split()) == {b"u_7"}
 
