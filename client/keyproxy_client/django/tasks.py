@@ -23,8 +23,9 @@ from keyproxy_client.carried import acting_of
 try:
     from django.tasks import Task
     from django.tasks import task as django_task
-except ImportError as error:
-    raise ImportError("keyproxy_client.django.tasks needs Django 6.0 or later", name="django.tasks") from error
+except ImportError:
+    # Celery imports the module `tasks` of every installed app, also where Django has no tasks.
+    django_task = None
 
 KEYWORD: Final = "_keyproxy"
 
@@ -33,6 +34,8 @@ Function = Callable[..., Any]
 
 def task(function: Function | None = None, **options: Any) -> Any:
     """Like `django.tasks.task`, and the task acts for the user that enqueues it. A function may not use `_keyproxy`."""
+    if django_task is None:
+        raise ImportError("keyproxy_client.django.tasks needs Django 6.0 or later", name="django.tasks")
     make = django_task(**options)
 
     def decorate(decorated: Function) -> Task:
