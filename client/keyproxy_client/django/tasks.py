@@ -24,7 +24,7 @@ try:
     from django.tasks import Task
     from django.tasks import task as django_task
 except ImportError:
-    # Celery imports the module `tasks` of every installed app, also where Django has no tasks.
+    # Celery imports the module `tasks` of every installed application, also with an earlier Django.
     django_task = None
 
 KEYWORD: Final = "_keyproxy"
