@@ -6,7 +6,6 @@ import os
 import sys
 from importlib.metadata import version
 
-import django
 import psycopg
 import pytest
 import redis
@@ -34,13 +33,3 @@ def test_application_role_reads_users_and_no_digest(deployment: Deployment) -> N
 def test_broker_responds(deployment: Deployment) -> None:
     with redis.Redis(unix_socket_path=deployment.broker_url.removeprefix("redis+socket://")) as broker:
         assert broker.ping()
-
-
-def test_celery_can_import_the_tasks_of_the_app_with_every_django() -> None:
-    from keyproxy_client.django import tasks
-
-    if django.VERSION < (6, 0):
-        with pytest.raises(ImportError, match=r"needs Django 6\.0"):
-            tasks.task(len)
-    else:
-        assert callable(tasks.task)
