@@ -24,6 +24,7 @@ from keyproxy.store.directory.directory import Actor, Directory, KeyWish
 from keyproxy.store.postgres import migrations, scratch_databases
 from keyproxy.store.postgres.database import Database
 from tests import waiting
+from tests.acceptance.command_server import CommandServer
 from tests.rawhttp import Client, Upstream, connect, free_port
 from tests.server import Server
 
@@ -73,10 +74,18 @@ class Site:
     ops_port: int
     upstream: Upstream
     dsn: str
+    commands: CommandServer | None
     printed: list[bytes] = field(default_factory=list)
 
     async def run(self, *arguments: str, stdin: bytes | None = None) -> Output:
-        """Run a command to completion."""
+        """Run a command to completion: as users do, unless there is a server of commands."""
+        if self.commands is not None:
+            command = [*arguments, "--config", str(self.config)]
+            status, out, err = await asyncio.to_thread(
+                self.commands.run, command, self.environment, stdin, seconds=STUCK_SECONDS
+            )
+            self.printed += [err]
+            return Output(status, out.decode(), err.decode())
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -243,8 +252,15 @@ async def administering(site: Site, port: int) -> AsyncIterator[asyncio.subproce
 Configure = Callable[..., Site]
 
 
+@pytest.fixture(scope="session")
+def commands() -> Iterator[CommandServer]:
+    """Runs the commands of all sites."""
+    with contextlib.closing(CommandServer(ROOT)) as server:
+        yield server
+
+
 @pytest.fixture
-async def configure(tmp_path: Path) -> AsyncIterator[Configure]:
+async def configure(tmp_path: Path, commands: CommandServer | None) -> AsyncIterator[Configure]:
     """Make a site: `configure(dsn, cache={...}, routes=[...], tools=[...])`. Lists are arrays of tables."""
     async with contextlib.AsyncExitStack() as stack:
         upstream = await stack.enter_async_context(Upstream().serving())
@@ -269,7 +285,7 @@ async def configure(tmp_path: Path) -> AsyncIterator[Configure]:
                     lines += [f"[[{table}]]", *(f"{key} = {json.dumps(value)}" for key, value in row.items())]
             config = tmp_path / "keyproxy.toml"
             config.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            return Site(config, clean_environment(tmp_path), proxy_port, ops_port, upstream, dsn)
+            return Site(config, clean_environment(tmp_path), proxy_port, ops_port, upstream, dsn, commands)
 
         yield configuring
 

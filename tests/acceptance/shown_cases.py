@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -21,10 +20,6 @@ _FENCED = re.compile(r"(?ms)^```\w*\n.*?^```$")
 _BLOCK = re.compile(r"(?m)(?:^    .*\n)+")
 _USER = re.compile(r"keyproxy (?:user create|key issue --user) u_(\w+)")
 _ISSUED = re.compile(r"\b(kp_live_\w+|key_\w+)")
-
-#: Takes the place of `keyproxy` on the path, so that the commands run as printed and with this test's sources.
-_PROGRAM = f'#!/bin/sh\nexec {sys.executable} -m keyproxy "$@"\n'
-
 
 #: Takes the place of the directory of secrets in configurations and commands.
 _SECRETS: Final = "/run/secrets"
@@ -204,8 +199,10 @@ def has_line(message: Message, line: str) -> bool:
 async def play(case: Case, site: Site, directory: Path) -> None:
     """Serve the configuration of a case, and run its commands and exchanges. `directory`: where the commands run."""
     directory.mkdir()
+    # It takes the place of `keyproxy` on the path, so that the commands run as printed and with this test's sources.
     program = directory / "keyproxy"
-    program.write_text(_PROGRAM)
+    assert site.commands is not None
+    program.write_text(site.commands.program)
     program.chmod(0o755)
     configuration, *blocks = (text.replace(_SECRETS, str(directory)) for text in (case.configuration, *case.blocks))
     site.config.write_text(f"{site.config.read_text()}\n{configuration}")

@@ -12,6 +12,11 @@ from tests.acceptance.conftest import Configure, Site
 from tests.rawhttp import free_port
 
 
+@pytest.fixture
+def commands() -> None:
+    """Each command is a process of its own, as users run it."""
+
+
 async def test_provisioning_prints_the_documented_members(site: Site) -> None:
     assert (await site.run_json("tenant", "create", "acme"))["id"] == "acme"
     user = await site.run_json("user", "create", "u_42", "--tenant", "acme")
