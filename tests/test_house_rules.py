@@ -114,9 +114,6 @@ CLIENT_HOMES = {
     "yarl": {"outgoing"},
 }
 
-#: Django looks for some modules at the top of an app, and projects name others in their settings.
-CLIENT_DJANGO_MODULES_MAX = 25
-
 #: An attribute that a module loads lazily, so that only type checkers see it.
 CLIENT_HIDDEN = {"client/keyproxy_client/http.py hides keyproxy_client.outgoing.auth"}
 
@@ -349,7 +346,6 @@ def test_texts_are_plain_english(texts: str) -> None:
 def test_folders_stay_small_enough_to_read() -> None:
     sizes = collections.Counter(path.parent for path in ALL_MODULES if path.stem not in ("__init__", "__main__"))
     assert sizes.pop(PACKAGE) <= ROOT_MODULES_MAX
-    assert sizes.pop(CLIENT / "django") <= CLIENT_DJANGO_MODULES_MAX
     assert {_name(folder): size for folder, size in sizes.items() if size > FOLDER_MODULES_MAX} == {}
 
 

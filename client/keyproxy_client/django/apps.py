@@ -20,8 +20,9 @@ class KeyproxyConfig(AppConfig):
         Servers do not run system checks: a warning there would come too late.
         """
         from keyproxy_client import acting
-        from keyproxy_client.django import checks, receivers
+        from keyproxy_client.django import checks
         from keyproxy_client.django.incoming import request_user
+        from keyproxy_client.django.provisioning import receivers
 
         errors = checks.start_errors()
         if errors:

@@ -20,8 +20,8 @@ from keyproxy_client.django import sealing
 from keyproxy_client.django.directory.errors import AlreadyIssued, KeyConflict, NotInDirectory
 from keyproxy_client.django.directory.interface import ACTOR_ROTATE, ACTOR_SIGNUP, Directory, IssuedKey
 from keyproxy_client.django.directory.selection import directory
-from keyproxy_client.django.issuing import issue_for, key_life
 from keyproxy_client.django.models import Credential
+from keyproxy_client.django.provisioning.issuing import issue_for, key_life
 from keyproxy_client.django.settings import settings
 from keyproxy_client.django.users import tenant_of, user_of_id
 

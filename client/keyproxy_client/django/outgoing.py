@@ -8,7 +8,7 @@ import os
 from django.conf import settings as django_settings
 
 from keyproxy_client.acting import Acting
-from keyproxy_client.django.first_use import FirstUseKeys
+from keyproxy_client.django.provisioning.first_use import FirstUseKeys
 from keyproxy_client.django.settings import Settings, SettingsInvalid, settings
 from keyproxy_client.outgoing.authorizer import ActFor, Authorizer
 from keyproxy_client.outgoing.key_sources import Key, KeyFile, SecretUnavailable

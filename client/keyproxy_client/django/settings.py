@@ -14,7 +14,7 @@ from django.conf import settings as django_settings
 from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 
-from keyproxy_client.django import setting_checks as checks
+from keyproxy_client.django.checking import setting_checks as checks
 from keyproxy_client.identity import Identity
 from keyproxy_client.names import is_id
 

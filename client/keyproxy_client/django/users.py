@@ -23,7 +23,7 @@ from django.contrib.auth import get_user_model
 from django.core.exceptions import FieldDoesNotExist, ImproperlyConfigured, ValidationError
 from django.utils.module_loading import import_string
 
-from keyproxy_client.django.setting_checks import is_dotted_path
+from keyproxy_client.django.checking.setting_checks import is_dotted_path
 from keyproxy_client.django.settings import Settings, settings
 from keyproxy_client.identity import Identity
 from keyproxy_client.names import is_id

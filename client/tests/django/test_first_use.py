@@ -14,7 +14,7 @@ from django.db import connection, transaction
 
 import keyproxy_client
 from deployment import Deployment
-from keyproxy_client.django import provisioning
+from keyproxy_client.django.provisioning import lifecycle
 from keyproxy_client.django.signals import key_issued
 from project.testing import keyproxy_settings
 
@@ -73,20 +73,20 @@ def test_inactive_and_deleted_users_are_not_created(backend: str, is_deleted: bo
 def test_rolled_back_creation_is_repeated(backend: str) -> None:
     user = User.objects.create_user(next(_names))
     with transaction.atomic():
-        provisioning.ensure_acting(f"u_{user.pk}")
+        lifecycle.ensure_acting(f"u_{user.pk}")
         transaction.set_rollback(True)
-    provisioning.ensure_acting(f"u_{user.pk}")
+    lifecycle.ensure_acting(f"u_{user.pk}")
     assert _exists(user)
 
 
 def test_user_that_was_deleted_in_keyproxy_is_created_again_by_its_next_sign_up(backend: str) -> None:
     user = User.objects.create_user(next(_names))
-    provisioning.ensure_acting(f"u_{user.pk}")
+    lifecycle.ensure_acting(f"u_{user.pk}")
     pk = user.pk
     user.delete()
     again = User.objects.create(pk=pk, username=next(_names))
     assert not _exists(again)
-    provisioning.ensure_acting(f"u_{pk}")
+    lifecycle.ensure_acting(f"u_{pk}")
     assert _exists(again)
 
 
@@ -94,7 +94,7 @@ def test_unreachable_directory_fails_no_call(committing_db: None) -> None:
     user = User.objects.create_user(next(_names))
     values = {"ADMIN_URL": "http://127.0.0.1:9", "ADMIN_TOKEN_FILE": "/nowhere"}
     with keyproxy_settings(BACKEND="api", PROVISION="first_use", **values):
-        provisioning.ensure_acting(f"u_{user.pk}")
+        lifecycle.ensure_acting(f"u_{user.pk}")
     assert not _exists(user)
 
 
@@ -107,7 +107,7 @@ def test_use_in_another_process_leaves_the_first_key_alone(backend: str) -> None
     key_issued.connect(receive)
     with keyproxy_settings(FIRST_KEY=True):
         user = User.objects.create_user(next(_names))
-        created = [provisioning.ensure(user) for _ in range(3)]
+        created = [lifecycle.ensure(user) for _ in range(3)]
     key_issued.disconnect(receive)
     assert [one is not None and one.is_new for one in created] == [True, False, False]
     with connection.cursor() as cursor:

@@ -24,8 +24,8 @@ from keyproxy_client.acting import Acting
 from keyproxy_client.django import credentials
 from keyproxy_client.django.directory.errors import DirectoryError
 from keyproxy_client.django.models import Credential
+from keyproxy_client.django.provisioning.synchronising import Wish, synchronise
 from keyproxy_client.django.signals import key_issued
-from keyproxy_client.django.synchronising import Wish, synchronise
 from project.accounts.models import Customer
 from project.testing import keyproxy_settings
 

@@ -22,11 +22,11 @@ from django.utils import timezone
 from admin_api_double import LOSE, PASS, REFUSE, Between, between
 from deployment import VARIABLE, Deployment
 from keyproxy_client import keys
-from keyproxy_client.django import first_keys, outbox
 from keyproxy_client.django.directory.selection import directory
 from keyproxy_client.django.models import OutboxEvent
+from keyproxy_client.django.provisioning import first_keys, outbox
+from keyproxy_client.django.provisioning.synchronising import Wish, synchronise
 from keyproxy_client.django.signals import key_issued
-from keyproxy_client.django.synchronising import Wish, synchronise
 from project.testing import keyproxy_settings
 
 User = get_user_model()

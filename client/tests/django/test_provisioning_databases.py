@@ -17,10 +17,10 @@ from django.db.utils import OperationalError
 
 from deployment import Deployment
 from keyproxy_client import keys
-from keyproxy_client.django import outbox, provisioning
 from keyproxy_client.django.models import OutboxEvent
+from keyproxy_client.django.provisioning import lifecycle, outbox
+from keyproxy_client.django.provisioning.synchronising import Wish, synchronise
 from keyproxy_client.django.signals import key_issued
-from keyproxy_client.django.synchronising import Wish, synchronise
 from project.testing import keyproxy_settings
 
 pytestmark = pytest.mark.once
@@ -66,7 +66,7 @@ def superuser(deployment: Deployment) -> Iterator[psycopg.Connection[Any]]:
 
 
 def _row(superuser: psycopg.Connection[Any], user: Any) -> tuple[Any, ...] | None:
-    wanted = provisioning.subject_of(user).id
+    wanted = lifecycle.subject_of(user).id
     return superuser.execute(
         "SELECT tenant_id, disabled_at IS NOT NULL FROM keyproxy.users WHERE id = %s", [wanted]
     ).fetchone()
@@ -115,7 +115,7 @@ def test_lost_first_key_is_revoked_and_replaced(
     key_issued.connect(receive)
     with keyproxy_settings(FIRST_KEY=True):
         with monkeypatch.context() as patch:
-            patch.setattr("keyproxy_client.django.first_keys.send", crash)
+            patch.setattr("keyproxy_client.django.provisioning.first_keys.send", crash)
             user = _sign_up()
         assert OutboxEvent.objects.using("other").count() == 1
         list(outbox.drain("other"))
@@ -123,7 +123,7 @@ def test_lost_first_key_is_revoked_and_replaced(
     (event,) = received
     rows = superuser.execute(
         "SELECT digest FROM keyproxy.api_keys WHERE user_id = %s AND revoked_at IS NULL",
-        [provisioning.subject_of(user).id],
+        [lifecycle.subject_of(user).id],
     ).fetchall()
     assert rows == [(keys.digest(event["secret"]),)]
 
@@ -156,7 +156,7 @@ def test_concurrent_deliveries_without_row_locks_keep_the_order(
     for user in users:
         actions = superuser.execute(
             "SELECT action, after ->> 'disabled_at' IS NOT NULL FROM keyproxy.audit_log WHERE entity_id = %s ORDER BY id",
-            [provisioning.subject_of(user).id],
+            [lifecycle.subject_of(user).id],
         ).fetchall()
         assert actions == [("insert", False), ("update", True), ("update", False)]
 

@@ -18,8 +18,8 @@ from django.core.management import CommandError, call_command
 from django.utils import timezone
 
 from deployment import Deployment
-from keyproxy_client.django import outbox, provisioning
 from keyproxy_client.django.models import OutboxEvent
+from keyproxy_client.django.provisioning import lifecycle, outbox
 from project.testing import keyproxy_settings
 
 User = get_user_model()
@@ -220,7 +220,7 @@ def test_repeated_creation_leaves_a_first_key_that_was_handed_out_alone(
     with keyproxy_settings(**values, ADMIN_URL=deployment.admin_url):
         user = User.objects.create_user(next(_names))
     with keyproxy_settings(**values, ADMIN_URL="http://127.0.0.1:9"):
-        provisioning.create(user, "default", actor="django:sync")
+        lifecycle.create(user, "default", actor="django:sync")
         OutboxEvent.objects.update(created_at=timezone.now() + timedelta(minutes=1))
     with keyproxy_settings(**values, ADMIN_URL=deployment.admin_url):
         assert OutboxEvent.objects.get().attempts == 1

@@ -8,7 +8,7 @@ from typing import Any
 from django import forms
 from django.core.exceptions import ValidationError
 
-from keyproxy_client.django import setting_checks
+from keyproxy_client.django.checking import setting_checks
 from keyproxy_client.django.settings import settings
 
 _DAYS_MAX = 36_500

@@ -22,11 +22,11 @@ from django.views.decorators.debug import sensitive_variables
 from keyproxy_client.django.directory.errors import AlreadyIssued, DirectoryError, NotInDirectory
 from keyproxy_client.django.directory.interface import DirectoryKey, IssuedKey, actor_of_admin
 from keyproxy_client.django.directory.selection import directory
-from keyproxy_client.django.issuing import issue_for, key_life
 from keyproxy_client.django.key_admin.form_tokens import TokenInvalid, new_token, request_of
 from keyproxy_client.django.key_admin.forms import IssueForm, KeyForm, RevokeForm, RotateForm
 from keyproxy_client.django.key_admin.inline import KeysInline, keys_of
 from keyproxy_client.django.key_admin.permissions import may
+from keyproxy_client.django.provisioning.issuing import issue_for, key_life
 from keyproxy_client.django.settings import settings
 from keyproxy_client.django.users import InvalidId
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from django.core.management.base import CommandError
 
-from keyproxy_client.django.installation import findings
+from keyproxy_client.django.checking.installation import findings
 from keyproxy_client.django.management.reporting import ReportingCommand
 
 _WORDS: Final = {True: "ok", False: "FAILED", None: "note"}

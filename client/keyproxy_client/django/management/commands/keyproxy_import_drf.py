@@ -11,13 +11,13 @@ from typing import Any, Final, Protocol
 from django.core.management.base import CommandError, CommandParser
 from django.db import connections
 
+from keyproxy_client.django.checking.setting_checks import Fault, scopes
 from keyproxy_client.django.importing.by_api import ApiImport
 from keyproxy_client.django.importing.by_sql import SqlImport
 from keyproxy_client.django.importing.csv_file import CsvFile
 from keyproxy_client.django.importing.old_keys import ModelUnusable, OldKey, key_models, owner_fields, read_keys
 from keyproxy_client.django.importing.report import ImportReport
 from keyproxy_client.django.management.reporting import Misuse, ReportingCommand
-from keyproxy_client.django.setting_checks import Fault, scopes
 from keyproxy_client.django.settings import settings
 
 _PROBLEMS_SHOWN_MAX: Final = 20

@@ -8,9 +8,9 @@ from typing import Any, Final
 from django.core.management.base import CommandParser
 from django.views.decorators.debug import sensitive_variables
 
-from keyproxy_client.django.issuing import issue_for
+from keyproxy_client.django.checking.setting_checks import Fault, scopes
 from keyproxy_client.django.management.reporting import Misuse, ReportingCommand, find_user, life
-from keyproxy_client.django.setting_checks import Fault, scopes
+from keyproxy_client.django.provisioning.issuing import issue_for
 from keyproxy_client.django.settings import settings
 
 ACTOR_ISSUE: Final = "django:issue"

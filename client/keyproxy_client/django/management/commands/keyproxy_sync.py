@@ -9,8 +9,8 @@ from typing import Any, Final
 from django.core.management.base import CommandError, CommandParser
 
 from keyproxy_client.django.management.reporting import Misuse, ReportingCommand
+from keyproxy_client.django.provisioning.synchronising import Report, Wish, synchronise
 from keyproxy_client.django.settings import settings
-from keyproxy_client.django.synchronising import Report, Wish, synchronise
 
 _BATCH_MAX: Final = 100_000
 

@@ -12,12 +12,13 @@ from django.core.checks import ERROR
 from django.db import DatabaseError, connections, transaction
 from django.utils import timezone
 
-from keyproxy_client.django import checks, outbox
+from keyproxy_client.django import checks
 from keyproxy_client.django.directory.admin_api import AdminApi, segment
 from keyproxy_client.django.directory.errors import DirectoryError, DirectoryRefused, NotInDirectory
 from keyproxy_client.django.directory.interface import ACTOR_SYNC
 from keyproxy_client.django.directory.sql_users import SqlUsers
 from keyproxy_client.django.models import OutboxEvent
+from keyproxy_client.django.provisioning import outbox
 from keyproxy_client.django.settings import Settings, settings
 from keyproxy_client.incoming.key_set_fetch import FetchFailed, KeySetFetcher
 

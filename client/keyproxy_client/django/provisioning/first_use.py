@@ -5,7 +5,7 @@ from __future__ import annotations
 from asgiref.sync import sync_to_async
 
 from keyproxy_client.acting import Acting
-from keyproxy_client.django.provisioning import ensure_acting, is_ensured
+from keyproxy_client.django.provisioning.lifecycle import ensure_acting, is_ensured
 from keyproxy_client.outgoing.key_sources import KeySource
 
 

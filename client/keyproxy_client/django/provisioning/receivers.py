@@ -12,7 +12,7 @@ from django.apps import apps
 from django.contrib.auth import get_user_model
 from django.db.models.signals import post_delete, post_init, post_save, pre_delete, pre_save
 
-from keyproxy_client.django import provisioning
+from keyproxy_client.django.provisioning import lifecycle
 from keyproxy_client.django.settings import settings
 
 #: Where an instance keeps the value of `is_active` that it was loaded with, and its ids while it is deleted.
@@ -62,23 +62,23 @@ def _after_save(
     if raw or settings().backend == "off":
         return
     if created:
-        provisioning.sign_up(instance, using)
+        lifecycle.sign_up(instance, using)
     elif is_written and not instance.is_active and was_active is not False:
-        provisioning.disable(instance, using)
+        lifecycle.disable(instance, using)
     elif enables:
-        provisioning.enable(instance, using)
+        lifecycle.enable(instance, using)
 
 
 def _before_delete(instance: Any, **_kwargs: object) -> None:
     """The ids may depend on rows that are deleted before the user."""
     if settings().backend != "off":
-        instance._state.keyproxy_subject = provisioning.known_subject(instance)
+        instance._state.keyproxy_subject = lifecycle.known_subject(instance)
 
 
 def _after_delete(instance: Any, using: str, **_kwargs: object) -> None:
     subject = getattr(instance._state, _SUBJECT, None)
     if subject is not None:
-        provisioning.delete(subject, using)
+        lifecycle.delete(subject, using)
 
 
 def _writes_is_active(instance: Any, update_fields: frozenset[str] | None) -> bool:

@@ -22,11 +22,11 @@ from django.db.models import Exists, F, OuterRef, QuerySet
 from django.utils import timezone
 from django.views.decorators.debug import sensitive_variables
 
-from keyproxy_client.django import first_keys
 from keyproxy_client.django.directory.errors import DirectoryError, DirectoryUnavailable
 from keyproxy_client.django.directory.interface import IssuedKey, SignUp
 from keyproxy_client.django.directory.selection import directory
 from keyproxy_client.django.models import Operation, OutboxEvent
+from keyproxy_client.django.provisioning import first_keys
 from keyproxy_client.django.settings import settings
 
 _log = logging.getLogger("keyproxy_client.outbox")

@@ -15,11 +15,11 @@ from django.contrib.auth import get_user_model
 from django.core.exceptions import ImproperlyConfigured
 from django.db import router, transaction
 
-from keyproxy_client.django import first_keys, outbox
 from keyproxy_client.django.directory.errors import DirectoryError
 from keyproxy_client.django.directory.interface import ACTOR_DELETE, ACTOR_SIGNUP, Created
 from keyproxy_client.django.directory.selection import directory
 from keyproxy_client.django.models import Operation
+from keyproxy_client.django.provisioning import first_keys, outbox
 from keyproxy_client.django.settings import settings
 from keyproxy_client.django.users import InvalidId, keyproxy_id, tenant_of, user_of_id
 

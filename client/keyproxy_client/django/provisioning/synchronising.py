@@ -19,12 +19,12 @@ from django.contrib.auth import get_user_model
 from django.db import DatabaseError, router, transaction
 
 from keyproxy_client import keys
-from keyproxy_client.django import outbox, provisioning
 from keyproxy_client.django.directory.errors import DirectoryError, DirectoryRefused
 from keyproxy_client.django.directory.interface import ACTOR_SYNC, Directory, DirectoryUser
 from keyproxy_client.django.directory.selection import directory
-from keyproxy_client.django.outbox import Result
-from keyproxy_client.django.provisioning import Subject
+from keyproxy_client.django.provisioning import lifecycle, outbox
+from keyproxy_client.django.provisioning.lifecycle import Subject
+from keyproxy_client.django.provisioning.outbox import Result
 from keyproxy_client.django.settings import settings
 from keyproxy_client.django.users import InvalidId, may_be_id
 
@@ -95,7 +95,7 @@ def _users(using: str, batch: int) -> Iterator[Any]:
 def _compare(user: Any, known: dict[str, DirectoryUser], using: str, wish: Wish, report: Report) -> set[str]:
     """Change the counterpart of a user if it differs, and take it from `known`. Return the tenant of the user, if any."""
     try:
-        subject = provisioning.subject_of(user)
+        subject = lifecycle.subject_of(user)
     except InvalidId as error:
         report.done["without_id"] += 1
         _log.info("%s", error)
@@ -121,7 +121,7 @@ def _change(kind: str, subject: Subject, using: str, wish: Wish, report: Report)
     """Perform a change, unless the user was changed since it was read: then signals have seen to that."""
     was_active = getattr(subject.user, "is_active", True)
     alias = outbox.alias_for(using)
-    if not provisioning.is_direct(using) and outbox.has_events(alias, subject.id):
+    if not lifecycle.is_direct(using) and outbox.has_events(alias, subject.id):
         return
     if wish.is_dry_run:
         report.note(kind, subject.id)
@@ -140,9 +140,9 @@ def _change(kind: str, subject: Subject, using: str, wish: Wish, report: Report)
 
 
 _CHANGES: Final[dict[str, Callable[..., None]]] = {
-    "created": provisioning.create,
-    "disabled": provisioning.disable,
-    "enabled": provisioning.enable,
+    "created": lifecycle.create,
+    "disabled": lifecycle.disable,
+    "enabled": lifecycle.enable,
 }
 
 
@@ -157,7 +157,7 @@ def _prune(found: Directory, orphans: Iterable[DirectoryUser], using: str, wish:
             continue
         if not wish.is_dry_run:
             try:
-                provisioning.delete(Subject(None, orphan.id, orphan.tenant), using, actor=ACTOR_SYNC)
+                lifecycle.delete(Subject(None, orphan.id, orphan.tenant), using, actor=ACTOR_SYNC)
             except (DirectoryError, DatabaseError) as error:
                 report.failed[orphan.id] = str(error).partition("\n")[0]
                 continue
