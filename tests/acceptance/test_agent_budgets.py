@@ -166,6 +166,11 @@ async def test_no_budget_is_exceeded_when_a_proxy_dies(
             return (await call(site, token["token"])).body.get("reason") == "spent"
 
         await until(is_spent)
+
+        async def is_settled() -> bool:
+            return bool((await windows(site))["token.requests_total"]["spent"] == 300)
+
+        await until(is_settled, "the proxies have settled what they spent")
         shown = (await windows(site))["token.requests_total"]
     forwarded = len(site.upstream.heads)
     # What the dead proxy held is charged, whether it used that or not.

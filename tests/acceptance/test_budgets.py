@@ -27,8 +27,13 @@ async def test_a_credit_admits_requests_of_a_running_proxy_within_a_second(confi
         await until(is_admitted)
         assert time.monotonic() - credited_at < 2.0, "1 s, and the time of a call on a busy machine"
         assert [(await site.call(key["secret"]))[1] for _ in range(2)] == ["", "quota_exhausted"]
-        (window,) = await site.run_json("usage", "windows", "--user", "u_42")
-    assert (window["limit"], window["credited"], window["spent"], window["remaining"]) == (2, 2, 4, 0)
+
+        async def is_settled() -> bool:
+            (window,) = await site.run_json("usage", "windows", "--user", "u_42")
+            figures = window["limit"], window["credited"], window["spent"], window["remaining"]
+            return bool(figures == (2, 2, 4, 0))
+
+        await until(is_settled, "the proxy reports what it has spent")
     assert len(site.upstream.requests) == 4
 
 
