@@ -18,6 +18,7 @@ from django.utils.module_loading import import_string
 from keyproxy_client.django import users
 from keyproxy_client.django.checking import database_rights
 from keyproxy_client.django.checking.view_classes import is_drf_class_in_settings, is_drf_class_in_views
+from keyproxy_client.django.directory.sql_connection import explained
 from keyproxy_client.django.settings import Settings, SettingsInvalid, settings
 
 MIDDLEWARE: Final = "keyproxy_client.django.middleware.KeyproxyMiddleware"
@@ -201,7 +202,7 @@ def database_messages(connection: Any) -> Iterator[CheckMessage]:
     try:
         access = database_rights.access(connection)
     except DatabaseError as error:
-        yield Error(f"keyproxy's schema cannot be read: {type(error).__name__}", id="keyproxy.E010")
+        yield Error(f"keyproxy's schema cannot be read: {explained(error)}", id="keyproxy.E010")
         return
     newest = access.migration
     if not access.has_schema:

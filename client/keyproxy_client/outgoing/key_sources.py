@@ -212,10 +212,13 @@ class KeysByMode:
         return self._test if acting is not None and acting.is_test and self._test is not None else self._live
 
     def _of_mode(self, secret: str, acting: Acting | None) -> str:
-        if acting is not None and acting.is_test and self._test is None:
-            parts = keys.parse(secret)
-            if parts is None or not parts.is_test:
-                raise SecretUnavailable("the acting user is in test mode, and there is no test key")
+        if acting is None or not acting.is_test:
+            return secret
+        parts = keys.parse(secret)
+        if self._test is None and (parts is None or not parts.is_test):
+            raise SecretUnavailable("the acting user is in test mode, and there is no test key")
+        if parts is not None and not parts.is_test:
+            raise SecretUnavailable("the acting user is in test mode, and the test key is a live key")
         return secret
 
 

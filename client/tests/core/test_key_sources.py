@@ -126,6 +126,11 @@ def test_test_mode_uses_the_test_key_or_a_key_that_is_one() -> None:
         Authorizer("http://localhost", KEY).credential(test_user)
 
 
+def test_test_mode_never_uses_a_live_key_that_is_configured_as_the_test_key() -> None:
+    with pytest.raises(SecretUnavailable, match="live key"):
+        Authorizer("http://localhost", KEY, test_key=KEY).credential(Acting("u_1", is_test=True))
+
+
 def test_secret_is_not_shown() -> None:
     authorizer = Authorizer("http://localhost:8080", KEY)
     credential = Credential(KEY, "u_1")
