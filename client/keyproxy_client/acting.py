@@ -30,8 +30,8 @@ class NoActingUser(RuntimeError):
     def __init__(self, message: str = "") -> None:
         super().__init__(
             message
-            or "no acting user: call within a request, a task or acting_as(user), or pass act_for=None to send the "
-            "identity of the key itself"
+            or "no acting user: call within a request, a task of a Celery app that keyproxy_client.celery.install "
+            "prepared, or acting_as(user); or pass act_for=None to send the identity of the key itself"
         )
 
 

@@ -59,6 +59,8 @@ def source_of(key: Key, *, default_tenant: str | None = None) -> KeySource:
     if isinstance(key, os.PathLike) or (isinstance(key, str) and key.startswith("/")):
         return KeyFile(os.fspath(key), default_tenant)
     if isinstance(key, str):
+        if "/" in key:
+            raise ValueError("a key has no '/': pass the path of its file as a Path")
         return FixedKey(key)
     if isinstance(key, KeySource):
         return key

@@ -109,7 +109,14 @@ def test_function_that_gives_no_key_raises_before_sending(found: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "error"), [("", ValueError), ("a b c d e f", ValueError), (7, TypeError), (None, TypeError)]
+    ("key", "error"),
+    [
+        ("", ValueError),
+        ("a b c d e f", ValueError),
+        ("secrets/worker.key", ValueError),
+        (7, TypeError),
+        (None, TypeError),
+    ],
 )
 def test_other_values_are_no_key(key: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
