@@ -18,7 +18,7 @@ from keyproxy_client.incoming.verified_identity import ENVIRON_KEY
 
 __all__ = ["PROBLEM_KEY", "IdentityMiddleware"]
 
-#: Where the environ has what to answer to a request without identity, if the application requires one: a Problem.
+#: The variable with the response to a request without identity, for applications that require one: a Problem.
 PROBLEM_KEY: Final = "keyproxy.problem"
 
 Environ = dict[str, Any]
@@ -53,7 +53,7 @@ class IdentityMiddleware:
 
 
 def respond(problem: Problem, start_response: StartResponse) -> list[bytes]:
-    """Answer a request of WSGI with a problem."""
+    """Respond to a request of WSGI with a problem."""
     body = problem.body()
     status = http.HTTPStatus(problem.status)
     start_response(f"{status.value} {status.phrase}", problem.all_headers(body))

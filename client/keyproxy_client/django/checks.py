@@ -38,7 +38,7 @@ def _setting_errors() -> Iterator[CheckMessage]:
     for fault in users.faults(found):
         yield Error(fault, id="keyproxy.E001")
     if found.backend == "sql" and found.database not in connections.settings:
-        yield Error(f"KEYPROXY['DATABASE'] is none of DATABASES; it is {found.database!r}", id="keyproxy.E001")
+        yield Error(f"KEYPROXY['DATABASE'] is not in DATABASES; it is {found.database!r}", id="keyproxy.E001")
 
 
 def _trust_errors() -> Iterator[CheckMessage]:
@@ -102,7 +102,7 @@ def _fallback_errors(found: Settings) -> Iterator[CheckMessage]:
         yield Error(f"KEYPROXY['HAS_API_KEY_FALLBACK'] cannot be imported: {error}", id="keyproxy.E001")
         return
     if not callable(permission):
-        yield Error(f"KEYPROXY['HAS_API_KEY_FALLBACK'] is no permission of DRF: {fallback!r}", id="keyproxy.E001")
+        yield Error(f"KEYPROXY['HAS_API_KEY_FALLBACK'] is not a permission of DRF: {fallback!r}", id="keyproxy.E001")
 
 
 def _database_kind(found: Settings) -> Iterator[CheckMessage]:

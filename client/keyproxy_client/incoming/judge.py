@@ -41,8 +41,9 @@ _WAIT_SECONDS: Final = FETCH_SECONDS_MAX + 1.0
 class Outcome(NamedTuple):
     """What a middleware does with a request.
 
-    `identity`: None if there is none. `problem`: without an identity, what a guard answers. `is_rejected`: the middleware
-    itself answers with the problem. `is_trusted`: otherwise the middleware removes all headers under the prefix.
+    `identity`: None if there is none. `problem`: without an identity, the response of a guard. `is_rejected`: the
+    middleware itself responds with the problem. `is_trusted`: otherwise the middleware removes all headers under the
+    prefix.
     """
 
     identity: Identity | None
@@ -64,7 +65,7 @@ class Judge:
     def __init__(
         self, trust: Trust, *, header_prefix: str = DEFAULT_PREFIX, now: Callable[[], float] = time.monotonic
     ) -> None:
-        """Raises TypeError for what is no Trust, ValueError for an invalid prefix."""
+        """Raises TypeError for a value that is not a Trust, ValueError for an invalid prefix."""
         if not isinstance(trust, Trust):
             raise TypeError("trust must be Trust.unix(), Trust.loopback() or Trust.signed(...)")
         self.headers: Final[IdentityHeaders] = headers_under(header_prefix)

@@ -111,7 +111,7 @@ def test_anonymous_requests_reach_the_application() -> None:
     assert [one["state"]["identity"] for one in app.scopes] == [None, None]
 
 
-def test_invalid_headers_of_a_trusted_peer_are_answered_with_400() -> None:
+def test_invalid_headers_of_a_trusted_peer_are_refused_with_400() -> None:
     app = App()
     sent = call(IdentityMiddleware(app, trust=Trust.unix()), scope(pairs(None, (b"x-keyproxy-user", b"u_2"))))
     content = problem(sent)
@@ -150,7 +150,7 @@ def test_other_prefix_of_the_proxy_is_read_and_removed() -> None:
     assert app.scopes[1]["headers"] == []
 
 
-def test_answer_of_a_guard_replaces_the_response_of_the_framework() -> None:
+def test_problem_of_a_guard_replaces_the_response_of_the_framework() -> None:
     refused = insufficient_scope(["jobs:write"])
 
     async def app(given: Any, receive: Any, send: Any) -> None:

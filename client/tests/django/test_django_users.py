@@ -99,7 +99,7 @@ def test_an_id_without_an_inverse_is_a_fault_of_the_settings(ada: Any, form: Any
             "which cannot be imported: No module named 'project.absent'",
         ),
         ({"TENANT": "project.accounts.ids.absent"}, "KEYPROXY['TENANT'] is read as the path of a function"),
-        ({"TENANT": "project.accounts.ids.__name__"}, "KEYPROXY['TENANT'] is no function"),
+        ({"TENANT": "project.accounts.ids.__name__"}, "KEYPROXY['TENANT'] is not a function"),
         ({"TENANT": "project.accounts.ids.tenant_by_mail", "USER_ID": "project.accounts.ids.by_name"}, None),
     ],
     ids=str,

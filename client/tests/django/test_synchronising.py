@@ -153,7 +153,7 @@ def _checks(result: dict[str, Any]) -> dict[str, bool | None]:
     return found
 
 
-def test_check_passes_where_everything_is_in_order(backend: str, deployment: Deployment) -> None:
+def test_check_passes_for_a_correct_installation(backend: str, deployment: Deployment) -> None:
     with keyproxy_settings(TRUST="signed", JWKS_URL=deployment.jwks_url):
         status, result = _run("keyproxy_check")
     assert status == 0, result
@@ -170,7 +170,7 @@ def test_check_passes_where_everything_is_in_order(backend: str, deployment: Dep
         ({"TRUST": "signed", "JWKS_URL": "http://127.0.0.1:9/jwks.json"}, "JWKS"),
     ],
 )
-def test_check_names_what_is_wrong(backend: str, changes: dict[str, Any], failing: str) -> None:
+def test_check_names_the_fault(backend: str, changes: dict[str, Any], failing: str) -> None:
     with keyproxy_settings(**changes):
         status, result = _run("keyproxy_check")
     assert status == 1
