@@ -60,7 +60,8 @@ class IdentityMiddleware:
         kept = self._judge.headers.without(scope["headers"])
         if len(kept) != len(scope["headers"]):
             scope["headers"] = kept
-            self._judge.warn_of_removal()
+            peer = scope.get("client")
+            self._judge.warn_of_removal(peer[1] if peer is not None and len(peer) == 2 else None)
 
 
 class RequestGuard:

@@ -43,7 +43,7 @@ class IdentityMiddleware:
         if outcome.is_rejected and outcome.problem is not None:
             return respond(outcome.problem, start_response)
         if not outcome.is_trusted and self._judge.headers.remove_from(environ):
-            self._judge.warn_of_removal()
+            self._judge.warn_of_removal(environ.get("REMOTE_PORT"))
         environ[ENVIRON_KEY] = outcome.identity
         environ[PROBLEM_KEY] = outcome.problem
         context = request_identity(outcome.identity)

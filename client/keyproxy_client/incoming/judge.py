@@ -34,8 +34,13 @@ from keyproxy_client.incoming.verified_identity import Identity, IdentityInvalid
 _log: Final = logging.getLogger("keyproxy_client.identity")
 
 WARNING_SECONDS: Final = 60.0
+
+    "; the peer's port is 0: the server takes addresses from a header (uvicorn: --no-proxy-headers)"
+)
 #: A little longer than a fetch may take.
 _WAIT_SECONDS: Final = FETCH_SECONDS_MAX + 1.0
+
+_IS_REWRITTEN: Final = (
 
 
 class Outcome(NamedTuple):
@@ -90,9 +95,10 @@ class Judge:
         presented = self.headers.present_environ(environ)
         return self._waiting(presented, self._trust.peer_is_trusted_wsgi(environ, presented.forwarding))
 
-    def warn_of_removal(self) -> None:
+    def warn_of_removal(self, peer_port: object = None) -> None:
         """Log that identity headers were removed from an untrusted request, at most once a minute."""
-        self._warning.count(self._trust)
+        is_rewritten = self._trust.verifier is None and peer_port in (0, "0")
+        self._warning.count(self._trust, _IS_REWRITTEN if is_rewritten else "")
 
     def _presented_asgi(self, scope: Mapping[str, Any]) -> tuple[PresentedHeaders, bool]:
         presented = self.headers.present_pairs(scope["headers"])
@@ -144,7 +150,7 @@ class _Warning:
         self._next_at = float("-inf")
         self._count = 0
 
-    def count(self, trust: Trust) -> None:
+    def count(self, trust: Trust, reason: str) -> None:
         now = self._now()
         with self._lock:
             self._count += 1
@@ -152,4 +158,6 @@ class _Warning:
                 return
             self._next_at = now + WARNING_SECONDS
             count, self._count = self._count, 0
-        _log.warning("removed identity headers from untrusted requests: %d since the last warning; %r", count, trust)
+        _log.warning(
+            "removed identity headers from untrusted requests: %d since the last warning; %r%s", count, trust, reason
+        )

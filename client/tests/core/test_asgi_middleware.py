@@ -188,6 +188,15 @@ def test_removal_is_logged_once_a_minute_with_the_number_of_requests(caplog: pyt
     assert counts == [1, 3, 1]
 
 
+@pytest.mark.parametrize(("port", "is_named"), [(0, True), (5555, False)])
+def test_removal_behind_a_server_that_rewrites_addresses_names_the_option(
+    port: int, is_named: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "keyproxy_client"):
+        call(IdentityMiddleware(App(), trust=Trust.unix()), scope(pairs(), server=None, client=("127.0.0.1", port)))
+    assert ("--no-proxy-headers" in caplog.text) is is_named
+
+
 def test_removal_is_logged_without_values_and_only_if_something_was_removed(caplog: pytest.LogCaptureFixture) -> None:
     middleware = IdentityMiddleware(App(), trust=Trust.loopback())
     with caplog.at_level(logging.WARNING, "keyproxy_client"):

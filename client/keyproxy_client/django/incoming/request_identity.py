@@ -98,7 +98,7 @@ def _remove_headers(request: Any) -> None:
     # A middleware before ours may have read it.
     request.__dict__.pop("headers", None)
     if count:
-        judge().warn_of_removal()
+        judge().warn_of_removal(request.META.get("REMOTE_PORT"))
 
 
 def _development(request: Any, outcome: Outcome) -> Outcome:
