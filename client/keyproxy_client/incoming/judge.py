@@ -34,13 +34,10 @@ from keyproxy_client.incoming.verified_identity import Identity, IdentityInvalid
 _log: Final = logging.getLogger("keyproxy_client.identity")
 
 WARNING_SECONDS: Final = 60.0
-
-    "; the peer's port is 0: the server takes addresses from a header (uvicorn: --no-proxy-headers)"
-)
 #: A little longer than a fetch may take.
 _WAIT_SECONDS: Final = FETCH_SECONDS_MAX + 1.0
 
-_IS_REWRITTEN: Final = (
+_IS_REWRITTEN: Final = "; the peer's port is 0: the server takes addresses from a header (uvicorn: --no-proxy-headers)"
 
 
 class Outcome(NamedTuple):
