@@ -66,8 +66,8 @@ class ProblemRenderer(JSONRenderer):
 class Refused(APIException):
     """A request is refused with a problem.
 
-    It is none of DRF's authentication errors: DRF responds to those with 403 unless the first authentication class has a
-    challenge.
+    It is none of DRF's authentication errors, because DRF answers those with 403 unless the first authentication class
+    has a challenge.
     """
 
     def __init__(self, problem: Problem, request: Any) -> None:

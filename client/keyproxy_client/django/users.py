@@ -79,7 +79,7 @@ def user_of_id(wanted: str) -> Any | None:
 
 
 def may_be_id(text: str) -> bool:
-    """Whether a user of Django could have this id. True for a function, whose ids cannot be foreseen."""
+    """Whether a user of Django could have this id. Of a function nothing is known."""
     form = settings().user_id
     if callable(form) or is_dotted_path(form):
         return True
