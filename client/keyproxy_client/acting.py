@@ -30,8 +30,8 @@ class NoActingUser(RuntimeError):
     def __init__(self, message: str = "") -> None:
         super().__init__(
             message
-            or "no acting user: call within a request, a task or acting_as(user), or pass act_for=None to send the "
-            "identity of the key itself"
+            or "no acting user: call within a request, acting_as(user), or a task whose publisher and worker both ran "
+            "keyproxy_client.celery.install(app); or pass act_for=None to send the identity of the key itself"
         )
 
 
@@ -53,7 +53,7 @@ class Acting:
             raise TypeError("the mode of the acting user is neither True nor False")
 
 
-#: Looks the authenticated user of a request up; None if it is anonymous.
+#: Looks up the authenticated user of a request; None if it is anonymous.
 Lookup = Callable[[], Acting | None]
 LookupAsync = Callable[[], Awaitable[Acting | None]]
 

@@ -39,7 +39,7 @@ class IdentityMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection of ASGI."""
         if scope["type"] not in ("http", "websocket"):
-            # The lifespan has no headers. What else has some gets no identity.
+            # The lifespan has no headers. Other kinds of connections with headers get no identity.
             if "headers" in scope:
                 self._remove_headers(scope)
             await self._app(scope, receive, send)
@@ -60,13 +60,14 @@ class IdentityMiddleware:
         kept = self._judge.headers.without(scope["headers"])
         if len(kept) != len(scope["headers"]):
             scope["headers"] = kept
-            self._judge.warn_of_removal()
+            peer = scope.get("client")
+            self._judge.warn_of_removal(peer[1] if peer is not None and len(peer) == 2 else None)
 
 
 class RequestGuard:
-    """What guards need to know of one request, and the way for them to answer it.
+    """The outcome of one request for its guards, and their way to refuse it.
 
-    A framework turns the exception of a guard into a response of its own form. `send` replaces that by the problem.
+    A framework turns the exception of a guard into a response of its own form. `send` replaces that with the problem.
     """
 
     __slots__ = ("_is_replaced", "_refusal", "_send", "outcome")
@@ -78,7 +79,7 @@ class RequestGuard:
         self._is_replaced = False
 
     def refuse(self, problem: Problem) -> None:
-        """Answer the request with this problem, if its response has the status of it."""
+        """Respond with this problem, if the response of the application has its status."""
         self._refusal = problem
 
     async def send(self, message: Message) -> None:

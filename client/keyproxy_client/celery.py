@@ -106,28 +106,53 @@ def _add_headers(headers: dict[str, Any], body: object, **_: object) -> None:
     else:
         publisher = acting.acting()
         if USER in headers:
-            _name_in_chord_body(body, publisher)
+            _name_in_chord_bodies(body, publisher)
     if publisher is not None:
         for name, value in _as_headers(publisher).items():
             headers.setdefault(name, value)
 
 
-def _name_in_chord_body(body: object, publisher: Acting | None) -> None:
-    """Make the body of a chord act for its publisher, although this header task acts for another user.
+def _name_in_chord_bodies(body: object, publisher: Acting | None) -> None:
+    """Make the bodies of chords act for their publisher, although this header task acts for another user.
 
     The header task that ends last publishes the body. Without headers of its own, the body would act for the user of
     that task, and which one that is depends on timing.
     """
     embedded = body[2] if isinstance(body, tuple) and len(body) == 3 else {}
-    chord_body = embedded.get("chord")
-    if chord_body is None:
-        return
+    named = {USER: ""} if publisher is None else _as_headers(publisher)
+    if embedded.get("chord") is not None:
+        embedded["chord"] = _named(embedded["chord"], named)
+    if embedded.get("chain"):
+        embedded["chain"] = [_with_named_bodies(step, named) for step in embedded["chain"]]
+
+
+def _named(chord_body: Any, headers: Mapping[str, Any]) -> Any:
+    """A body with these headers, unless it names a user. A copy: the publisher may use a signature for other users."""
+    chord_body = _with_named_bodies(chord_body, headers)
     options = chord_body.get("options") or {}
     chosen = options.get("headers") or {}
-    if USER not in chosen:
-        named = {USER: ""} if publisher is None else _as_headers(publisher)
-        # A copy, because the publisher may use the signature again, for another user.
-        embedded["chord"] = {**chord_body, "options": {**options, "headers": {**named, **chosen}}}
+    if USER in chosen:
+        return chord_body
+    return {**chord_body, "options": {**options, "headers": {**headers, **chosen}}}
+
+
+def _with_named_bodies(signature: Any, headers: Mapping[str, Any]) -> Any:
+    """A signature whose end, or whose parts, publish the body of a chord: that body has these headers."""
+    options, parts = signature.get("options") or {}, signature.get("kwargs") or {}
+    changed: dict[str, Any] = {}
+    if options.get("chord") is not None:
+        changed["chord"] = _named(options["chord"], headers)
+    if options.get("chain"):
+        changed["chain"] = [_with_named_bodies(step, headers) for step in options["chain"]]
+    if changed:
+        signature = {**signature, "options": {**options, **changed}}
+    kind = signature.get("subtask_type")
+    if kind in ("chain", "group"):
+        tasks = [_with_named_bodies(task, headers) for task in parts["tasks"]]
+        return {**signature, "kwargs": {**parts, "tasks": tasks}}
+    if kind == "chord" and parts.get("body") is not None:
+        return {**signature, "kwargs": {**parts, "body": _with_named_bodies(parts["body"], headers)}}
+    return signature
 
 
 def _enter(task_id: str, task: Task, **_: object) -> None:

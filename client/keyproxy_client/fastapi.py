@@ -58,6 +58,6 @@ def needs(*scopes: str) -> Callable[[HTTPConnection], Awaitable[Identity]]:
 def _refuse(connection: HTTPConnection, problem: Problem) -> NoReturn:
     if connection.scope["type"] == "websocket":
         raise WebSocketException(WEBSOCKET_CLOSE_CODE, problem.code)
-    # FastAPI answers in its own form; the middleware replaces that by the problem.
+    # FastAPI responds in its own form; the middleware replaces that with the problem.
     guard_of(connection.scope).refuse(problem)
     raise HTTPException(problem.status, problem.content(), dict(problem.headers))

@@ -18,7 +18,7 @@ from keyproxy_client.incoming.verified_identity import ENVIRON_KEY
 
 __all__ = ["PROBLEM_KEY", "IdentityMiddleware"]
 
-#: Where the environ has what to answer to a request without identity, if the application requires one: a Problem.
+#: The variable with the response to a request without identity, for applications that require one: a Problem.
 PROBLEM_KEY: Final = "keyproxy.problem"
 
 Environ = dict[str, Any]
@@ -43,7 +43,7 @@ class IdentityMiddleware:
         if outcome.is_rejected and outcome.problem is not None:
             return respond(outcome.problem, start_response)
         if not outcome.is_trusted and self._judge.headers.remove_from(environ):
-            self._judge.warn_of_removal()
+            self._judge.warn_of_removal(environ.get("REMOTE_PORT"))
         environ[ENVIRON_KEY] = outcome.identity
         environ[PROBLEM_KEY] = outcome.problem
         context = request_identity(outcome.identity)
@@ -53,7 +53,7 @@ class IdentityMiddleware:
 
 
 def respond(problem: Problem, start_response: StartResponse) -> list[bytes]:
-    """Answer a request of WSGI with a problem."""
+    """Respond to a request of WSGI with a problem."""
     body = problem.body()
     status = http.HTTPStatus(problem.status)
     start_response(f"{status.value} {status.phrase}", problem.all_headers(body))

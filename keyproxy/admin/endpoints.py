@@ -109,7 +109,7 @@ Handler = Callable[[ApiRequest], Awaitable[ApiResponse | ApiStream]]
 
 
 class Filtered(NamedTuple):
-    """A list that a further scope may read if the request filters it: who changes these objects by id may list them."""
+    """Another scope that may read a list if the request filters it: tokens that change these objects may list them."""
 
     by: str
     scope: Scope

@@ -18,6 +18,7 @@ from django.utils.module_loading import import_string
 from keyproxy_client.django import users
 from keyproxy_client.django.checking import database_rights
 from keyproxy_client.django.checking.view_classes import is_drf_class_in_settings, is_drf_class_in_views
+from keyproxy_client.django.directory.sql_connection import explained
 from keyproxy_client.django.settings import Settings, SettingsInvalid, settings
 
 MIDDLEWARE: Final = "keyproxy_client.django.middleware.KeyproxyMiddleware"
@@ -37,7 +38,7 @@ def _setting_errors() -> Iterator[CheckMessage]:
     for fault in users.faults(found):
         yield Error(fault, id="keyproxy.E001")
     if found.backend == "sql" and found.database not in connections.settings:
-        yield Error(f"KEYPROXY['DATABASE'] is none of DATABASES; it is {found.database!r}", id="keyproxy.E001")
+        yield Error(f"KEYPROXY['DATABASE'] is not in DATABASES; it is {found.database!r}", id="keyproxy.E001")
 
 
 def _trust_errors() -> Iterator[CheckMessage]:
@@ -101,7 +102,7 @@ def _fallback_errors(found: Settings) -> Iterator[CheckMessage]:
         yield Error(f"KEYPROXY['HAS_API_KEY_FALLBACK'] cannot be imported: {error}", id="keyproxy.E001")
         return
     if not callable(permission):
-        yield Error(f"KEYPROXY['HAS_API_KEY_FALLBACK'] is no permission of DRF: {fallback!r}", id="keyproxy.E001")
+        yield Error(f"KEYPROXY['HAS_API_KEY_FALLBACK'] is not a permission of DRF: {fallback!r}", id="keyproxy.E001")
 
 
 def _database_kind(found: Settings) -> Iterator[CheckMessage]:
@@ -201,7 +202,7 @@ def database_messages(connection: Any) -> Iterator[CheckMessage]:
     try:
         access = database_rights.access(connection)
     except DatabaseError as error:
-        yield Error(f"keyproxy's schema cannot be read: {type(error).__name__}", id="keyproxy.E010")
+        yield Error(f"keyproxy's schema cannot be read: {explained(error)}", id="keyproxy.E010")
         return
     newest = access.migration
     if not access.has_schema:

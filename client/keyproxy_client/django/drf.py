@@ -31,7 +31,7 @@ from keyproxy_client.incoming.problems import IDENTITY_MISSING, MEDIA_TYPE, Prob
 
 _CHALLENGE: Final = dict(IDENTITY_MISSING.headers)["WWW-Authenticate"]
 
-#: The identity is genuine, but the project has no such user, or an inactive one; the response does not tell which.
+#: The identity is genuine, but the project has no such user, or an inactive one; the response does not reveal which.
 _NO_USER: Final = Problem(
     "authentication_failed",
     401,
@@ -90,7 +90,7 @@ def _resolve(request: Any) -> Outcome:
 
 
 class KeyproxyAuthentication(BaseAuthentication):
-    """`request.user` is the user of the identity, and `request.auth` the identity. None of both without an identity."""
+    """`request.user` is the user of the identity, `request.auth` the identity. Without an identity, neither is set."""
 
     def authenticate(self, request: Any) -> tuple[Any, Identity] | None:
         """Raises Refused with 401 for an unknown or inactive user."""
@@ -131,7 +131,7 @@ class HasScope(OperationHolderMixin, _IdentityPermission):
     """`permission_classes = [HasScope("jobs:write")]`: the identity has all these scopes."""
 
     def __init__(self, *scopes: str) -> None:
-        """Raises ValueError without a scope, and for what is none."""
+        """Raises ValueError without a scope, and for an invalid one."""
         if not scopes:
             raise ValueError("HasScope needs at least one scope")
         self._scopes = valid_scopes(scopes)

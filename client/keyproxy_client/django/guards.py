@@ -23,7 +23,7 @@ def refusal(outcome: Outcome, scopes: tuple[str, ...]) -> Problem | None:
 
 
 def valid_scopes(scopes: tuple[str, ...]) -> tuple[str, ...]:
-    """These scopes. Raises ValueError for what no key can have."""
+    """These scopes. Raises ValueError for a scope that no key can have."""
     for scope in scopes:
         if not isinstance(scope, str) or not is_scope(scope):
             raise ValueError(f"{scope!r} is not a valid scope")

@@ -1,6 +1,6 @@
 """Encryption of keys at rest. The ciphertext is bound to the user and the key whose row it belongs to.
 
-Without that, a row's ciphertext copied to the row of another user would let that user's tasks act with a foreign key.
+Without that, ciphertext copied from the row of one user to that of another would let the other's tasks call with the key.
 """
 
 from __future__ import annotations

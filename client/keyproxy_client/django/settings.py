@@ -43,7 +43,7 @@ def _dev_identity(value: Any) -> Mapping[str, Any] | None:
         raise checks.Fault(f"must be a mapping with 'user'; other members: {', '.join(members[1:])}")
     ids = [value[name] for name in ("user", "tenant", "key_id", "actor", "agent") if value.get(name) is not None]
     if not all(isinstance(one, str) and is_id(one) for one in ids) or value["user"] is None:
-        raise checks.Fault("has an id that is none to keyproxy")
+        raise checks.Fault("has an id that is not valid in keyproxy")
     checks.scopes(value.get("scopes", []))
     checks.boolean(value.get("is_test", False))
     return dict(value)

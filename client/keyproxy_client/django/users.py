@@ -30,7 +30,7 @@ from keyproxy_client.names import is_id
 
 
 class InvalidId(ValueError):
-    """`USER_ID` or `TENANT` gives a value for a user that is no id to keyproxy."""
+    """`USER_ID` or `TENANT` gives a value that is not a valid id in keyproxy."""
 
 
 def keyproxy_id(user: Any) -> str:
@@ -163,7 +163,7 @@ def faults(found: Settings) -> Iterator[str]:
             continue
         try:
             if not callable(_function(path)):
-                yield f"KEYPROXY[{key!r}] is no function; it is {path!r}"
+                yield f"KEYPROXY[{key!r}] is not a function; it is {path!r}"
         except ImportError as error:
             yield f"KEYPROXY[{key!r}] is read as the path of a function, which cannot be imported: {error}"
     if isinstance(found.user_id, str) and not is_dotted_path(found.user_id):
@@ -182,7 +182,7 @@ def _field_faults(form: str) -> Iterator[str]:
 
 
 def _may_be_unique(model: Any, names: tuple[str, ...]) -> bool:
-    """Nothing is known of a property."""
+    """True for a property, of which Django has no description."""
     for name in names:
         try:
             if name == "pk" or model._meta.get_field(name).unique:

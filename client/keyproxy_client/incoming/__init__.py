@@ -1,1 +1,1 @@
-"""Identity on incoming requests: which requests to trust, what their headers state, and what to answer without it."""
+"""Identity on incoming requests: which requests to trust, what their headers state, and the response without it."""

@@ -75,8 +75,8 @@ class AssertionVerifier:
     def identity(self, assertion: str, *, may_fetch: bool) -> Identity:
         """The identity that an assertion proves.
 
-        Raises AssertionInvalid; KeysUnavailable; and KeysMissing if `may_fetch` and the answer takes a fetch of keys,
-        which is then under way.
+        Raises AssertionInvalid; KeysUnavailable; and KeysMissing if `may_fetch` and the keys must be fetched first, which
+        has then begun.
         """
         known = self._verified.get(assertion)
         if known is None or self._now_wall() >= known.expires_wall_seconds:

@@ -1,7 +1,7 @@
 """Reads the identity headers of a request, whatever the interface: ASGI, WSGI or a mapping.
 
 keyproxy removes every header under its prefix from what clients send, in any spelling, and adds each of its own once. So
-a repeated header, or one with `_` or `.` for `-`, shows that something else than keyproxy had a part in the request.
+a repeated header, or one with `_` or `.` for `-`, shows that something other than keyproxy changed the request.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class IdentityHeaders:
 
 @functools.lru_cache(maxsize=8)
 def headers_under(prefix: str) -> IdentityHeaders:
-    """The identity headers under this prefix: one object for all of a process, so that it learns names once."""
+    """The identity headers under this prefix: one object per process, which caches how names are spelled."""
     return IdentityHeaders(prefix)
 
 

@@ -37,12 +37,15 @@ WARNING_SECONDS: Final = 60.0
 #: A little longer than a fetch may take.
 _WAIT_SECONDS: Final = FETCH_SECONDS_MAX + 1.0
 
+_IS_REWRITTEN: Final = "; the peer's port is 0: the server takes addresses from a header (uvicorn: --no-proxy-headers)"
+
 
 class Outcome(NamedTuple):
     """What a middleware does with a request.
 
-    `identity`: None if there is none. `problem`: without an identity, what a guard answers. `is_rejected`: the middleware
-    itself answers with the problem. `is_trusted`: otherwise the middleware removes all headers under the prefix.
+    `identity`: None if there is none. `problem`: without an identity, the response of a guard. `is_rejected`: the
+    middleware itself responds with the problem. `is_trusted`: otherwise the middleware removes all headers under the
+    prefix.
     """
 
     identity: Identity | None
@@ -64,7 +67,7 @@ class Judge:
     def __init__(
         self, trust: Trust, *, header_prefix: str = DEFAULT_PREFIX, now: Callable[[], float] = time.monotonic
     ) -> None:
-        """Raises TypeError for what is no Trust, ValueError for an invalid prefix."""
+        """Raises TypeError for a value that is not a Trust, ValueError for an invalid prefix."""
         if not isinstance(trust, Trust):
             raise TypeError("trust must be Trust.unix(), Trust.loopback() or Trust.signed(...)")
         self.headers: Final[IdentityHeaders] = headers_under(header_prefix)
@@ -89,9 +92,10 @@ class Judge:
         presented = self.headers.present_environ(environ)
         return self._waiting(presented, self._trust.peer_is_trusted_wsgi(environ, presented.forwarding))
 
-    def warn_of_removal(self) -> None:
+    def warn_of_removal(self, peer_port: object = None) -> None:
         """Log that identity headers were removed from an untrusted request, at most once a minute."""
-        self._warning.count(self._trust)
+        is_rewritten = self._trust.verifier is None and peer_port in (0, "0")
+        self._warning.count(self._trust, _IS_REWRITTEN if is_rewritten else "")
 
     def _presented_asgi(self, scope: Mapping[str, Any]) -> tuple[PresentedHeaders, bool]:
         presented = self.headers.present_pairs(scope["headers"])
@@ -143,7 +147,7 @@ class _Warning:
         self._next_at = float("-inf")
         self._count = 0
 
-    def count(self, trust: Trust) -> None:
+    def count(self, trust: Trust, reason: str) -> None:
         now = self._now()
         with self._lock:
             self._count += 1
@@ -151,4 +155,6 @@ class _Warning:
                 return
             self._next_at = now + WARNING_SECONDS
             count, self._count = self._count, 0
-        _log.warning("removed identity headers from untrusted requests: %d since the last warning; %r", count, trust)
+        _log.warning(
+            "removed identity headers from untrusted requests: %d since the last warning; %r%s", count, trust, reason
+        )

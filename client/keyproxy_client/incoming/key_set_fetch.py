@@ -35,7 +35,7 @@ class KeySetFetcher:
     """Fetches the JWKS at one URL."""
 
     def __init__(self, url: str) -> None:
-        """Raises ValueError for an address that is not of HTTP."""
+        """Raises ValueError for a URL that is not HTTP."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.fragment:
             raise ValueError("the JWKS URL must be like 'https://host/jwks.json'")
@@ -48,9 +48,7 @@ class KeySetFetcher:
         self._path: Final = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         self._tls: Final = ssl.create_default_context() if parts.scheme == "https" else None
         if self._tls is None and not _is_loopback(self._host):
-            _log.warning(
-                "the keys of keyproxy come from another host without TLS, so that they can be forged on the way"
-            )
+            _log.warning("the keys of keyproxy come from another host without TLS: they can be forged in transit")
 
     def fetch(self) -> tuple[Any, float]:
         """The JSON, and for how many seconds it may be cached. Raises FetchFailed."""

@@ -49,7 +49,7 @@ class NetworkPeers:
     __slots__ = ("_known", "_networks")
 
     def __init__(self, networks: Iterable[str]) -> None:
-        """Raises ValueError for what is no network, and for networks so large that they trust everyone."""
+        """Raises ValueError for a value that is not a network, and for networks that are too large to trust."""
         if isinstance(networks, str | bytes):
             raise TypeError("networks must be a list, such as ['127.0.0.0/8']")
         parsed: list[_Network] = [ipaddress.ip_network(one) for one in networks]

@@ -1,4 +1,4 @@
-"""What to answer to a request without a usable identity: documents of `application/problem+json`, RFC 9457."""
+"""The responses to requests without a usable identity: documents of `application/problem+json`, RFC 9457."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WEBSOCKET_CLOSE_CODE: Final = 1008
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """The answer to a request. `headers`: those beside Content-Type and Content-Length."""
+    """The response to a request. `headers`: those beside Content-Type and Content-Length."""
 
     code: str
     status: int
@@ -78,7 +78,7 @@ IDENTITY_UNVERIFIABLE: Final = Problem(
 
 
 def insufficient_scope(missing: Iterable[str]) -> Problem:
-    """The answer to a request whose identity lacks these scopes. The detail and the challenge name them."""
+    """The response to a request whose identity lacks these scopes. The detail and the challenge name them."""
     scopes = list(missing)
     word = "scope" if len(scopes) == 1 else "scopes"
     return Problem(

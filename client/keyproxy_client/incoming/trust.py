@@ -1,4 +1,4 @@
-"""Trust rules: which requests may state an identity. There is none that trusts all."""
+"""Trust rules: which requests may state an identity. No rule trusts every request."""
 
 from __future__ import annotations
 

@@ -59,6 +59,8 @@ def source_of(key: Key, *, default_tenant: str | None = None) -> KeySource:
     if isinstance(key, os.PathLike) or (isinstance(key, str) and key.startswith("/")):
         return KeyFile(os.fspath(key), default_tenant)
     if isinstance(key, str):
+        if "/" in key:
+            raise ValueError("a key has no '/': pass the path of its file as a Path")
         return FixedKey(key)
     if isinstance(key, KeySource):
         return key
@@ -186,7 +188,10 @@ class CalledKey:
 
 
 class KeysByMode:
-    """A key for live mode and one for test mode. Without the latter, test mode needs a key that is itself a test key."""
+    """A key for live mode and one for test mode. Without the latter, test mode needs a key that is itself a test key.
+
+    With both, a key of the other mode is refused, such as one in the wrong file. Agent tokens do not show their mode.
+    """
 
     def __init__(self, live: KeySource, test: KeySource | None) -> None:
         self._live = live
@@ -212,10 +217,15 @@ class KeysByMode:
         return self._test if acting is not None and acting.is_test and self._test is not None else self._live
 
     def _of_mode(self, secret: str, acting: Acting | None) -> str:
-        if acting is not None and acting.is_test and self._test is None:
-            parts = keys.parse(secret)
+        if acting is None or (self._test is None and not acting.is_test):
+            return secret
+        parts = keys.parse(secret)
+        if self._test is None:
             if parts is None or not parts.is_test:
                 raise SecretUnavailable("the acting user is in test mode, and there is no test key")
+        elif parts is not None and parts.is_test != acting.is_test:
+            needed, found = ("test", "live") if acting.is_test else ("live", "test")
+            raise SecretUnavailable(f"the acting user is in {needed} mode, and the {needed} key is a {found} key")
         return secret
 
 

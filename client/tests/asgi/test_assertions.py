@@ -260,7 +260,7 @@ def test_cached_assertion_ends_with_its_leeway(keys: KeyServer) -> None:
     assert code(judge.wsgi(environ(assertion))) == "identity_untrusted"
 
 
-def test_without_keys_the_middleware_answers_503(keys: KeyServer) -> None:
+def test_without_keys_the_middleware_responds_with_503(keys: KeyServer) -> None:
     keys.status = 503
     app_calls = []
 

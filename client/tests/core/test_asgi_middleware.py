@@ -111,7 +111,7 @@ def test_anonymous_requests_reach_the_application() -> None:
     assert [one["state"]["identity"] for one in app.scopes] == [None, None]
 
 
-def test_invalid_headers_of_a_trusted_peer_are_answered_with_400() -> None:
+def test_invalid_headers_of_a_trusted_peer_are_refused_with_400() -> None:
     app = App()
     sent = call(IdentityMiddleware(app, trust=Trust.unix()), scope(pairs(None, (b"x-keyproxy-user", b"u_2"))))
     content = problem(sent)
@@ -150,7 +150,7 @@ def test_other_prefix_of_the_proxy_is_read_and_removed() -> None:
     assert app.scopes[1]["headers"] == []
 
 
-def test_answer_of_a_guard_replaces_the_response_of_the_framework() -> None:
+def test_problem_of_a_guard_replaces_the_response_of_the_framework() -> None:
     refused = insufficient_scope(["jobs:write"])
 
     async def app(given: Any, receive: Any, send: Any) -> None:
@@ -186,6 +186,15 @@ def test_removal_is_logged_once_a_minute_with_the_number_of_requests(caplog: pyt
             judge.warn_of_removal()
     counts = [record.args[0] for record in caplog.records if isinstance(record.args, tuple)]
     assert counts == [1, 3, 1]
+
+
+@pytest.mark.parametrize(("port", "is_named"), [(0, True), (5555, False)])
+def test_removal_behind_a_server_that_rewrites_addresses_names_the_option(
+    port: int, is_named: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "keyproxy_client"):
+        call(IdentityMiddleware(App(), trust=Trust.unix()), scope(pairs(), server=None, client=("127.0.0.1", port)))
+    assert ("--no-proxy-headers" in caplog.text) is is_named
 
 
 def test_removal_is_logged_without_values_and_only_if_something_was_removed(caplog: pytest.LogCaptureFixture) -> None:

@@ -109,7 +109,14 @@ def test_function_that_gives_no_key_raises_before_sending(found: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "error"), [("", ValueError), ("a b c d e f", ValueError), (7, TypeError), (None, TypeError)]
+    ("key", "error"),
+    [
+        ("", ValueError),
+        ("a b c d e f", ValueError),
+        ("secrets/worker.key", ValueError),
+        (7, TypeError),
+        (None, TypeError),
+    ],
 )
 def test_other_values_are_no_key(key: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
@@ -124,6 +131,21 @@ def test_test_mode_uses_the_test_key_or_a_key_that_is_one() -> None:
     assert Authorizer("http://localhost", TEST_KEY).credential(test_user).secret == TEST_KEY
     with pytest.raises(SecretUnavailable, match="test"):
         Authorizer("http://localhost", KEY).credential(test_user)
+
+
+def test_no_request_goes_out_with_a_key_of_the_other_mode() -> None:
+    live_user, test_user = ACTING, Acting("u_1", is_test=True)
+    swapped = Authorizer("http://localhost", TEST_KEY, test_key=KEY)
+    with pytest.raises(SecretUnavailable, match="test mode, and the test key is a live key"):
+        swapped.credential(test_user)
+    with pytest.raises(SecretUnavailable, match="live mode, and the live key is a test key"):
+        swapped.credential(live_user)
+    with pytest.raises(SecretUnavailable, match="live key"):
+        asyncio.run(Authorizer("http://localhost", KEY, test_key=lambda: KEY).credential_async(test_user))
+    # A refused credential is not replaced by one of the other mode.
+    found = iter([KEY, TEST_KEY])
+    rotated = Authorizer("http://localhost", lambda: next(found), test_key=TEST_KEY)
+    assert rotated.renewed(rotated.credential(live_user), live_user) is None
 
 
 def test_secret_is_not_shown() -> None:

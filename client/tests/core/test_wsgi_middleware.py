@@ -114,7 +114,7 @@ def test_identity_that_another_component_left_in_the_environ_is_replaced() -> No
 
 
 @pytest.mark.parametrize("user", ["u_1,u_2", "", "u 1"])
-def test_invalid_headers_of_a_trusted_peer_are_answered_with_400(user: str) -> None:
+def test_invalid_headers_of_a_trusted_peer_are_refused_with_400(user: str) -> None:
     app = App()
     status, headers, body = call(IdentityMiddleware(app, trust=Trust.unix()), environ({**STATED, "User": user}))
     assert (status, headers["Content-Type"]) == ("400 Bad Request", "application/problem+json")

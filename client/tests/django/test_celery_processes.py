@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from celery import Celery, chain, chord
+from celery import Celery, chain, chord, group
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError
 from celery.result import AsyncResult
 
@@ -25,6 +25,7 @@ pytestmark = [
 ]
 
 ALICE = ["u_alice", "acme", False]
+BOB = ["u_bob", "acme", False]
 
 
 @pytest.fixture(scope="module")
@@ -120,4 +121,24 @@ def test_chains_and_chords_carry_the_callers_user_over_a_broker(remote: Celery) 
         mixed = chord([task(remote, "who"), in_bob], body, app=remote).delay()
     assert result(chained) == [ALICE] * 3
     assert result(joined) == [ALICE] * 3
-    assert result(mixed) == [ALICE, ["u_bob", "acme", False], ALICE]
+    assert result(mixed) == [ALICE, BOB, ALICE]
+
+
+def test_the_body_of_a_chord_acts_for_its_publisher_also_if_chains_and_chords_in_its_header_act_for_others(
+    remote: Celery,
+) -> None:
+    """The one process runs tasks in order, so that the part for the other user ends last."""
+    who, body = task(remote, "who"), task(remote, "append")
+    as_bob = who.clone().set(immutable=True, headers={"keyproxy_user": "u_bob"})
+    again = who.clone(immutable=True)
+    headers = [
+        [again, chain(as_bob, again)],
+        [again, chain(as_bob, again, group(again, again))],
+        [again, chord([as_bob], who)],
+        [again, chain(again, chord([as_bob], again), as_bob)],
+    ]
+    with acting_as("u_alice", "acme"):
+        joined = [chord(header, body, app=remote).delay() for header in headers]
+    unknown = [chord(header, body, app=remote).delay() for header in headers]
+    assert [result(one)[-1] for one in joined] == [ALICE] * len(headers)
+    assert [result(one)[-1] for one in unknown] == [None] * len(headers)

@@ -77,7 +77,7 @@ def test_headers_of_an_untrusted_peer_are_no_identity_anywhere(ada: Any, path: s
 
 
 @pytest.mark.parametrize("path", ["/shown", "/keyed", "/keyed-without-user", "/scoped", "/throttled", "/keyed-or-user"])
-def test_what_the_middleware_refuses_is_refused_without_it(ada: Any, path: str) -> None:
+def test_drf_refuses_without_the_middleware_what_the_middleware_would_refuse(ada: Any, path: str) -> None:
     malformed = headers_of(ada, **{"X-Keyproxy-Test": "maybe"})
     assert_problem(by_wsgi(path, malformed), 400, "identity_invalid")
 
@@ -97,7 +97,7 @@ def test_has_scope_names_the_scope_that_is_missing(ada: Any) -> None:
 
 
 @pytest.mark.parametrize("scopes", [(), ("jobs write",), ("",), (1,)])
-def test_has_scope_refuses_what_is_no_scope(scopes: Any) -> None:
+def test_has_scope_refuses_an_invalid_scope(scopes: Any) -> None:
     with pytest.raises(ValueError, match="scope"):
         HasScope(*scopes)
 

@@ -9,6 +9,7 @@ from django.contrib.auth import get_user_model
 from django.contrib.auth.models import AnonymousUser
 from django.core.exceptions import ImproperlyConfigured
 
+from keyproxy_client.acting import acting_as
 from keyproxy_client.django.settings import settings
 from keyproxy_client.django.users import InvalidId, faults, keyproxy_id, tenant_of, user_of
 from keyproxy_client.identity import Identity
@@ -98,7 +99,7 @@ def test_an_id_without_an_inverse_is_a_fault_of_the_settings(ada: Any, form: Any
             "which cannot be imported: No module named 'project.absent'",
         ),
         ({"TENANT": "project.accounts.ids.absent"}, "KEYPROXY['TENANT'] is read as the path of a function"),
-        ({"TENANT": "project.accounts.ids.__name__"}, "KEYPROXY['TENANT'] is no function"),
+        ({"TENANT": "project.accounts.ids.__name__"}, "KEYPROXY['TENANT'] is not a function"),
         ({"TENANT": "project.accounts.ids.tenant_by_mail", "USER_ID": "project.accounts.ids.by_name"}, None),
     ],
     ids=str,
@@ -107,3 +108,9 @@ def test_paths_and_fields_that_do_not_exist_are_faults(changes: dict[str, str], 
     with keyproxy_settings(**changes):
         found = list(faults(settings()))
     assert found == [] if fault is None else fault in found[0]
+
+
+@pytest.mark.parametrize("wrong", [None, 42])
+def test_acting_as_names_the_type_of_what_is_neither_a_user_nor_an_id(wrong: object) -> None:
+    with pytest.raises(TypeError, match=type(wrong).__name__), acting_as(wrong):
+        pass

@@ -15,9 +15,11 @@ import psycopg
 import pytest
 from django.contrib.auth import get_user_model
 from django.core.management import CommandError, call_command
+from django.db import connection, transaction
 from django.utils import timezone
 
 from deployment import Deployment
+from keyproxy_client import keys
 from keyproxy_client.django.models import OutboxEvent
 from keyproxy_client.django.provisioning import lifecycle, outbox
 from project.testing import keyproxy_settings
@@ -151,7 +153,7 @@ def _checks(result: dict[str, Any]) -> dict[str, bool | None]:
     return found
 
 
-def test_check_passes_where_everything_is_in_order(backend: str, deployment: Deployment) -> None:
+def test_check_passes_for_a_correct_installation(backend: str, deployment: Deployment) -> None:
     with keyproxy_settings(TRUST="signed", JWKS_URL=deployment.jwks_url):
         status, result = _run("keyproxy_check")
     assert status == 0, result
@@ -168,11 +170,39 @@ def test_check_passes_where_everything_is_in_order(backend: str, deployment: Dep
         ({"TRUST": "signed", "JWKS_URL": "http://127.0.0.1:9/jwks.json"}, "JWKS"),
     ],
 )
-def test_check_names_what_is_wrong(backend: str, changes: dict[str, Any], failing: str) -> None:
+def test_check_names_the_fault(backend: str, changes: dict[str, Any], failing: str) -> None:
     with keyproxy_settings(**changes):
         status, result = _run("keyproxy_check")
     assert status == 1
     assert [name for name, is_ok in _checks(result).items() if is_ok is False] == [failing]
+
+
+def test_check_fails_for_a_service_key_of_the_wrong_mode(committing_db: None, tmp_path: Path) -> None:
+    for setting, is_test in (("SERVICE_KEY_FILE", True), ("SERVICE_TEST_KEY_FILE", False)):
+        file = tmp_path / setting
+        file.write_text(keys.make(is_test=is_test))
+        with keyproxy_settings(**{setting: str(file)}):
+            status, result = _run("keyproxy_check")
+        (failed,) = [one for one in result["checks"] if one["ok"] is False]
+        assert status == 1
+        assert setting in failed["detail"]
+        assert file.read_text() not in failed["detail"]
+
+
+def test_check_notes_a_service_key_that_it_cannot_read(committing_db: None) -> None:
+    with keyproxy_settings(SERVICE_KEY_FILE="/nonexistent/worker.key"):
+        status, result = _run("keyproxy_check")
+    assert status == 0
+    assert any("/nonexistent/worker.key" in one["detail"] for one in result["checks"] if one["ok"] is None)
+
+
+def test_command_before_migrate_names_the_command_to_run(backend: str, tables: None) -> None:
+    with transaction.atomic():
+        with connection.cursor() as cursor:
+            cursor.execute("ALTER TABLE keyproxy_outbox RENAME TO moved")
+        with pytest.raises(CommandError, match=r"run manage\.py migrate"):
+            call_command("keyproxy_sync")
+        transaction.set_rollback(True)
 
 
 def test_check_fails_for_an_admin_api_that_is_absent(

@@ -38,7 +38,7 @@ def _filters(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--action", type=click.Choice(ACTIONS), help="Only this action."),
         click.option(
-            "--db-role", metavar="ROLE", help="Only changes by this role, which was logged in to the database."
+            "--db-role", metavar="ROLE", help="Only changes by connections that logged in to the database as this role."
         ),
         click.option("--actor", metavar="ACTOR", help="Only this actor, as the log writes it: cli:ann, sql:app."),
         click.option("--tenant", metavar="TENANT", help="Only this tenant, its users and its keys."),

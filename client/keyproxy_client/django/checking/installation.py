@@ -12,15 +12,18 @@ from django.core.checks import ERROR
 from django.db import DatabaseError, connections, transaction
 from django.utils import timezone
 
+from keyproxy_client import keys
 from keyproxy_client.django import checks
 from keyproxy_client.django.directory.admin_api import AdminApi, segment
 from keyproxy_client.django.directory.errors import DirectoryError, DirectoryRefused, NotInDirectory
 from keyproxy_client.django.directory.interface import ACTOR_SYNC
+from keyproxy_client.django.directory.sql_connection import explained
 from keyproxy_client.django.directory.sql_users import SqlUsers
 from keyproxy_client.django.models import OutboxEvent
 from keyproxy_client.django.provisioning import outbox
 from keyproxy_client.django.settings import Settings, settings
 from keyproxy_client.incoming.key_set_fetch import FetchFailed, KeySetFetcher
+from keyproxy_client.outgoing.key_sources import KeyFile, SecretUnavailable
 
 #: An event that is older has failed at least three times.
 AGE_MAX: Final = timedelta(minutes=10)
@@ -74,6 +77,8 @@ def findings() -> Iterator[Finding]:
         return
     found = settings()
     yield Finding("settings", True, f"backend {found.backend}")
+    if found.credentials == "service":
+        yield from _service_keys(found)
     backend: Callable[[Settings], Iterator[Finding]] = _BACKENDS[found.backend]
     yield from backend(found)
     if found.trust == "signed":
@@ -81,17 +86,36 @@ def findings() -> Iterator[Finding]:
     yield from _outboxes()
 
 
+def _service_keys(found: Settings) -> Iterator[Finding]:
+    """Faults of the files of service keys. Only workers need to read them, so that an unreadable one is a note."""
+    for setting, is_test in (("SERVICE_KEY_FILE", False), ("SERVICE_TEST_KEY_FILE", True)):
+        path = getattr(found, setting.lower())
+        if not path or ("{tenant}" in path and found.fixed_tenant is None):
+            continue
+        try:
+            parts = keys.parse(KeyFile(path, found.fixed_tenant).secret(None))
+        except SecretUnavailable as error:
+            yield Finding("settings", None, f"KEYPROXY[{setting!r}]: {error}")
+            continue
+        if parts is not None and parts.is_test is not is_test:
+            mode = "test" if parts.is_test else "live"
+            yield Finding("settings", False, f"KEYPROXY[{setting!r}]: the key in {path} is a {mode} key")
+
+
 def _sql(found: Settings) -> Iterator[Finding]:
     messages = list(checks.database_messages(connections[found.database]))
     errors = [message for message in messages if message.level >= ERROR]
-    for name, ids in (("schema", {"keyproxy.E010"}), ("rights", {"keyproxy.E011"})):
-        failed = [message for message in errors if message.id in ids]
-        yield Finding(name, not failed, "; ".join(f"{one.id}: {one.msg}" for one in failed))
+    for name, code in (("schema", "keyproxy.E010"), ("rights", "keyproxy.E011")):
+        failed = [message for message in errors if message.id == code]
+        if errors and not failed and name == "rights":
+            yield Finding(name, None, "not checked")
+        else:
+            yield Finding(name, not failed, "; ".join(f"{one.id}: {one.msg}" for one in failed))
     for message in messages:
         if message.level < ERROR:
             yield Finding("rights", None, f"{message.id}: {message.msg}")
     if errors or found.fixed_tenant is None:
-        yield Finding("tenant", None, "" if errors else "a function of the user gives it")
+        yield Finding("tenant", None, "not checked" if errors else "a function of the user gives it")
         return
     users = SqlUsers(found.database, found.key_prefix)
     try:
@@ -156,7 +180,7 @@ def _outboxes() -> Iterator[Finding]:
         try:
             oldest = events.first()
         except DatabaseError as error:
-            yield Finding("outbox", False, f"its table cannot be read, run migrate: {type(error).__name__}")
+            yield Finding("outbox", False, f"its table cannot be read: {explained(error)}")
             continue
         if oldest is None:
             yield Finding("outbox", True, "empty")

@@ -146,11 +146,9 @@ def user_id(value: Any) -> Any:
         parts = list(string.Formatter().parse(value))
     except ValueError:
         raise Fault(wrong) from None
-    fields = [(name, spec, conversion) for _, name, spec, conversion in parts if name is not None]
+    fields = [field for _, *field in parts if field[0] is not None]
     if fields:
-        if any(
-            not name.isidentifier() or name.startswith("_") or spec or conversion for name, spec, conversion in fields
-        ):
+        if not all(_is_attribute(*field) for field in fields):
             raise Fault(f"{wrong}; a field is the name of one attribute")
         return value
     try:

@@ -179,7 +179,7 @@ def _content(body: bytes) -> Content | None:
 def _error(status: int, problem: Mapping[str, Any]) -> DirectoryError:
     """The error for a response that is not successful. One without a code is another server's or a proxy's."""
     code = str(problem.get("code", ""))
-    text = f"the admin API answered {status}"
+    text = f"the admin API responded with {status}"
     if code:
         text = f"{text} {code}: {problem.get('detail', '')}"[:400]
     if status >= 500 or status == 429 or not code or code in _TEMPORARY:

@@ -51,7 +51,7 @@ class KeyLimitReached(DirectoryRefused):
 
 
 class AlreadyIssued(DirectoryRefused):
-    """The request that identifies itself so was performed before; its secret is not stored. `key_id`: of that key."""
+    """A request with the same id was performed before; its secret is not stored. `key_id`: of that key."""
 
     code = "already_issued"
 

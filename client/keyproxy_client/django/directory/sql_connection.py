@@ -1,4 +1,4 @@
-"""Statements on keyproxy's schema through a connection of Django: errors, and whether a transaction is open."""
+"""Statements through a connection of Django: the errors of the database, and whether a transaction is open."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from keyproxy_client.django.directory.errors import DirectoryRefused, DirectoryU
 
 #: Class 40: the server rolled the transaction back because of another one. The application's own repetition applies.
 _ROLLED_BACK = "40"
+_UNDEFINED_TABLE = "42P01"
 
 
 def is_in_transaction(alias: str) -> bool:
@@ -40,6 +41,13 @@ def sqlstate(error: Exception) -> str:
     """PostgreSQL's code for an error; empty if the server did not send one. psycopg2 has another name for it."""
     cause = error.__cause__
     return getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None) or ""
+
+
+def explained(error: Exception) -> str:
+    """An error of the database as one line, with what to do if a table of this package does not exist."""
+    # SQLite has no codes.
+    is_table_absent = sqlstate(error) == _UNDEFINED_TABLE or "no such table" in str(error)
+    return _first_line(error) + ("; run manage.py migrate" if is_table_absent else "")
 
 
 def _first_line(error: Exception) -> str:

@@ -98,11 +98,11 @@ def _remove_headers(request: Any) -> None:
     # A middleware before ours may have read it.
     request.__dict__.pop("headers", None)
     if count:
-        judge().warn_of_removal()
+        judge().warn_of_removal(request.META.get("REMOTE_PORT"))
 
 
 def _development(request: Any, outcome: Outcome) -> Outcome:
-    """With `DEV_IDENTITY`: the fixed identity for what has none, with DEBUG and from this machine only."""
+    """The fixed identity of `DEV_IDENTITY` for requests without one, with DEBUG and from this machine only."""
     members = settings().dev_identity
     if members is None or outcome.problem is not IDENTITY_MISSING or not django_settings.DEBUG:
         return outcome

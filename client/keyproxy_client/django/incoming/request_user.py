@@ -15,7 +15,9 @@ _log: Final = logging.getLogger("keyproxy_client.django")
 
 
 def acting_user(user: Any) -> Acting:
-    """The user of keyproxy that a user of Django is. Raises InvalidId."""
+    """The user of keyproxy that a user of Django is. Raises InvalidId, and TypeError for another object."""
+    if not hasattr(user, "pk"):
+        raise TypeError(f"acting_as expects a user or the id of a keyproxy user, not {type(user).__name__}")
     return Acting(keyproxy_id(user), tenant_of(user))
 
 

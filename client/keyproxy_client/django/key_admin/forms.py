@@ -59,7 +59,7 @@ class IssueForm(KeyForm):
         return found
 
     def life(self) -> timedelta | None:
-        """The life of the key; None for ever."""
+        """The life of the key; None: it never expires."""
         days = self.cleaned_data["days"]
         return timedelta(days=days) if days else None
 

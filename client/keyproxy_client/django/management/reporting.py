@@ -16,8 +16,10 @@ from typing import Any, Final
 from django.contrib.auth import get_user_model
 from django.core.exceptions import ImproperlyConfigured, ValidationError
 from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.db import DatabaseError
 
 from keyproxy_client.django.directory.errors import DirectoryError
+from keyproxy_client.django.directory.sql_connection import explained
 from keyproxy_client.django.users import user_of_id
 
 _DURATION = re.compile(r"([0-9]{1,9})\s*(s|m|h|d|w)")
@@ -42,11 +44,13 @@ class ReportingCommand(BaseCommand):
         parser.add_argument("--json", action="store_true", dest="as_json", help="Print the result as JSON.")
 
     def handle(self, *args: Any, **options: Any) -> None:
-        """Perform the command. DirectoryError and faulty settings become one line on stderr and status 1 or 2."""
+        """Perform the command. Errors of keyproxy, the database and the settings become one line and status 1 or 2."""
         try:
             self.perform(options)
         except DirectoryError as error:
             raise CommandError(str(error), returncode=1) from error
+        except DatabaseError as error:
+            raise CommandError(f"the database failed: {explained(error)}", returncode=1) from error
         except ImproperlyConfigured as error:
             raise Misuse(str(error)) from error
 
@@ -97,7 +101,7 @@ def find_user(text: str) -> Any:
         found[by_id.pk] = by_id
     if not found:
         raise CommandError(
-            f"there is no user {text!r}: give a {name}, a primary key or an id in keyproxy", returncode=1
+            f"Django has no user {text!r}: give a {name}, a primary key or an id in keyproxy", returncode=1
         )
     if len(found) > 1:
         keys = ", ".join(str(pk) for pk in found)

@@ -10,7 +10,7 @@ from keyproxy_client.outgoing.key_sources import KeySource
 
 
 class FirstUseKeys:
-    """The keys of a service, asked for before each request: before the first one for a user, the user is created."""
+    """The keys of a service, looked up before each request; the first request for a user creates the user."""
 
     delegates = True
     chooses_mode = False

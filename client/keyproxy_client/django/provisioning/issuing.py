@@ -18,7 +18,7 @@ _BY_SETTINGS: Final = timedelta(0)
 
 
 def key_life() -> timedelta | None:
-    """The life of a new key by `KEY_DAYS`; None for ever."""
+    """The life of a new key by `KEY_DAYS`; None: it never expires."""
     days = settings().key_days
     return timedelta(days=days) if days else None
 
@@ -36,7 +36,7 @@ def issue_for(
 ) -> IssuedKey:
     """Issue a key for a user, which is created in keyproxy if it is missing there, unless `PROVISION` is None.
 
-    `life`: None for ever; by default that of the settings. Raises DirectoryError.
+    `life`: None: it never expires; by default that of the settings. Raises DirectoryError.
     """
     found, owner, tenant = directory(), keyproxy_id(user), tenant_of(user)
     wish = KeyWish(name, tuple(scopes), is_test, key_life() if life is _BY_SETTINGS else life)

@@ -55,7 +55,7 @@ class Result(enum.Enum):
 
 
 class _Outage:
-    """Whether keyproxy let requests wait in vain a moment ago. Views then leave their events to a later delivery.
+    """Whether requests to keyproxy timed out a moment ago. Views then leave their events to a later delivery.
 
     A transaction may write many events: each would wait for as long again. A refused connection costs no time.
     """

@@ -39,7 +39,7 @@ def _remember(instance: Any, **_kwargs: object) -> None:
 def _before_save(instance: Any, raw: bool, using: str, update_fields: frozenset[str] | None, **_kwargs: object) -> None:
     """Decide whether this save enables the user: on a loaded instance, from false in the database to true.
 
-    The database is asked because another process may have enabled the user, and an operator disabled it, since the
+    The database is queried because another process may have enabled the user, and an operator disabled it, since the
     instance was loaded.
     """
     state = instance._state

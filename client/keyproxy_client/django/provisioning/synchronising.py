@@ -118,7 +118,7 @@ def _compare(user: Any, known: dict[str, DirectoryUser], using: str, wish: Wish,
 
 
 def _change(kind: str, subject: Subject, using: str, wish: Wish, report: Report) -> None:
-    """Perform a change, unless the user was changed since it was read: then signals have seen to that."""
+    """Perform a change, unless the user was changed since it was read: then signals have already updated keyproxy."""
     was_active = getattr(subject.user, "is_active", True)
     alias = outbox.alias_for(using)
     if not lifecycle.is_direct(using) and outbox.has_events(alias, subject.id):
