@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 
-from keyproxy_client import keys
 from keyproxy_client.acting import Acting
 
 _TENANT: Final = "{tenant}"
@@ -19,6 +18,9 @@ _log = logging.getLogger("keyproxy_client")
 
 #: Every key and agent token; never white space, which could end the header.
 _SECRET = re.compile(r"[!-~]{8,4096}")
+
+#: Whether the rest of it is well-formed is for keyproxy to decide.
+_TEST_KEY = re.compile("[0-9a-z]+_test_")
 
 #: The files of so many tenants are kept.
 _FILES_MAX: Final = 1_024
@@ -212,10 +214,8 @@ class KeysByMode:
         return self._test if acting is not None and acting.is_test and self._test is not None else self._live
 
     def _of_mode(self, secret: str, acting: Acting | None) -> str:
-        if acting is not None and acting.is_test and self._test is None:
-            parts = keys.parse(secret)
-            if parts is None or not parts.is_test:
-                raise SecretUnavailable("the acting user is in test mode, and there is no test key")
+        if acting is not None and acting.is_test and self._test is None and _TEST_KEY.match(secret) is None:
+            raise SecretUnavailable("the acting user is in test mode, and there is no test key")
         return secret
 
 
