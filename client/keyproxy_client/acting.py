@@ -43,6 +43,11 @@ class Acting:
     tenant: str | None = None
     is_test: bool = False
 
+    @property
+    def test(self) -> bool:
+        """`is_test`, by its name in `acting_as`."""
+        return self.is_test
+
     def __post_init__(self) -> None:
         # The values become headers and a part of a file name.
         if not (isinstance(self.user, str) and names.is_id(self.user)):
@@ -114,7 +119,8 @@ def _current_scope() -> _Scope | None:
 def acting_as(user: object, tenant: str | None = None, test: bool = False) -> Iterator[Acting]:
     """Act for a user within the block, in synchronous and asynchronous code.
 
-    `user` is the id of a keyproxy user. With the Django integration it may be a Django user, whose tenant is then the
+    `user` is the id of a keyproxy user; or an Identity or what `acting()` returned, whose tenant and mode are kept,
+    such as in a thread that a request starts; or, with the Django integration, a Django user, whose tenant is then the
     default of `tenant`.
     """
     chosen = _converted(user, tenant, test)
@@ -139,6 +145,8 @@ def convert_users_by(conversion: Callable[[object], Acting]) -> None:
 def _converted(user: object, tenant: str | None, test: bool) -> Acting:
     if isinstance(user, str):
         return Acting(user, tenant, test)
+    if isinstance(user, Acting | Identity):
+        return Acting(user.user, user.tenant if tenant is None else tenant, test or user.is_test)
     if not _conversions:
         raise TypeError(f"acting_as expects the id of a keyproxy user, not {type(user).__name__}")
     converted = _conversions[0](user)

@@ -9,6 +9,7 @@ hooks are Celery's signals, which belong to the process: they serve every app in
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping
 from contextvars import ContextVar, Token
@@ -50,11 +51,11 @@ def install(app: Celery) -> None:
     signals.task_postrun.connect(_leave, weak=False, dispatch_uid="keyproxy_client.leave")
 
 
-def retry_later(task: Task, response: Any) -> None:
+def retry_later(task: Any, response: Any) -> None:
     """Retry the task after Retry-After if keyproxy refused its request for now; return after any other response.
 
-    `response` comes from httpx, requests or aiohttp; aiohttp's body must have been read. Raises what `task.retry` raises:
-    Retry, or MaxRetriesExceededError after the task's `max_retries`.
+    `response` comes from httpx, requests or aiohttp, whose body must have been read, or has `json()`. Raises what
+    `task.retry` raises: Retry, or MaxRetriesExceededError after the task's `max_retries`.
     """
     status = response.status_code if hasattr(response, "status_code") else response.status
     seconds = retry_after_seconds(response.headers.get("Retry-After")) if status in STATUSES else None
@@ -62,10 +63,16 @@ def retry_later(task: Task, response: Any) -> None:
         return
     jitter = 1.0 + RETRY_JITTER * random.random()  # noqa: S311 - spreads load, protects nothing
     countdown = min(seconds, RETRY_SECONDS_MAX) * jitter
-    raise task.retry(countdown=countdown)
+    retried = task.retry(countdown=countdown)
+    # Celery's raises, unless a task has its own.
+    if isinstance(retried, BaseException):
+        raise retried
 
 
 def _body(response: Any) -> bytes:
+    if not hasattr(response, "content"):
+        # Of another client, or a double in a test.
+        return json.dumps(response.json()).encode()
     content = response.content
     if not isinstance(content, bytes):
         # aiohttp's `content` is a stream, and its `read()` needs an event loop even if the body is here.

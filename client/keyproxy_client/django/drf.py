@@ -14,7 +14,7 @@ from keyproxy_client.missing_extra import missing_extra
 
 try:
     from rest_framework.authentication import BaseAuthentication
-    from rest_framework.exceptions import APIException
+    from rest_framework.exceptions import APIException, AuthenticationFailed, NotAuthenticated, PermissionDenied
     from rest_framework.permissions import BasePermission, OperationHolderMixin
     from rest_framework.renderers import JSONRenderer
     from rest_framework.throttling import UserRateThrottle
@@ -64,28 +64,60 @@ class ProblemRenderer(JSONRenderer):
 
 
 class Refused(APIException):
-    """A request is refused with a problem.
-
-    It is none of DRF's authentication errors, because DRF answers those with 403 unless the first authentication class
-    has a challenge.
-    """
+    """A request is refused with a problem. `refused` makes one that is also DRF's exception of the kind."""
 
     def __init__(self, problem: Problem, request: Any) -> None:
         super().__init__(problem.content(), problem.code)
         self.problem = problem
-        self.status_code = problem.status
         headers = dict(problem.headers)
-        self.auth_header = headers.get("WWW-Authenticate")
         self.wait = int(headers["Retry-After"]) if "Retry-After" in headers else None
         # DRF takes the renderer from the request, and negotiated it before it authenticates.
         request.accepted_renderer, request.accepted_media_type = ProblemRenderer(self), MEDIA_TYPE
+
+    @property
+    def status_code(self) -> int:
+        """The status of the problem. DRF sets 403 for authentication errors whose first class has no challenge."""
+        return self.problem.status
+
+    @status_code.setter
+    def status_code(self, value: int) -> None:
+        """Keep that of the problem."""
+
+    @property
+    def auth_header(self) -> str | None:
+        """The challenge of the problem. DRF sets that of the first authentication class."""
+        return dict(self.problem.headers).get("WWW-Authenticate")
+
+    @auth_header.setter
+    def auth_header(self, value: str) -> None:
+        """Keep that of the problem."""
+
+
+class _NotAuthenticated(Refused, NotAuthenticated):
+    """There is no identity."""
+
+
+class _AuthenticationFailed(Refused, AuthenticationFailed):
+    """The identity proves no user."""
+
+
+class _PermissionDenied(Refused, PermissionDenied):
+    """The identity lacks a scope."""
+
+
+def refused(problem: Problem, request: Any) -> Refused:
+    """The exception for a problem: of DRF's classes too, for exception handlers and tests of the project."""
+    if problem is IDENTITY_MISSING:
+        return _NotAuthenticated(problem, request)
+    kind = {401: _AuthenticationFailed, 403: _PermissionDenied}.get(problem.status, Refused)
+    return kind(problem, request)
 
 
 def _resolve(request: Any) -> Outcome:
     """The outcome of a request. Raises Refused where the middleware refuses too."""
     outcome = resolve(request)
     if outcome.is_rejected and outcome.problem is not None:
-        raise Refused(outcome.problem, request)
+        raise refused(outcome.problem, request)
     return outcome
 
 
@@ -99,7 +131,7 @@ class KeyproxyAuthentication(BaseAuthentication):
             return None
         user = user_of(identity)
         if user is None or not user.is_active:
-            raise Refused(_NO_USER, request)
+            raise refused(_NO_USER, request)
         return user, identity
 
     def authenticate_header(self, request: Any) -> str:
@@ -120,7 +152,7 @@ class _IdentityPermission(BasePermission):
     def message(self) -> None:
         """DRF's text of the refusal. Raises Refused instead."""
         if self._refused is not None:
-            raise Refused(*self._refused)
+            raise refused(*self._refused)
 
     def _grants(self, request: Any, problem: Problem | None) -> bool:
         self._refused = None if problem is None else (problem, request)

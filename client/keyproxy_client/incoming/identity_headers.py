@@ -82,7 +82,7 @@ class IdentityHeaders:
 
     def present(self, headers: Any) -> PresentedHeaders:
         """Collect from ASGI's pairs, a WSGI environ, or a mapping of names to values."""
-        if isinstance(headers, dict) and _is_environ(headers):
+        if not isinstance(headers, list) and isinstance(headers, Mapping) and _is_environ(headers):
             return self.present_environ(headers)
         return self.present_pairs(headers.items() if hasattr(headers, "items") else headers)
 
@@ -242,7 +242,7 @@ def _canonical(name: _Value) -> str:
     return text.lower().replace("_", "-").replace(".", "-")
 
 
-def _is_environ(mapping: dict[Any, Any]) -> bool:
+def _is_environ(mapping: Mapping[Any, Any]) -> bool:
     """Whether a mapping is a WSGI environ and not one of headers.
 
     The difference matters: a client may send a header called HTTP_X_KEYPROXY_USER, or REQUEST_METHOD, which keyproxy

@@ -70,7 +70,7 @@ class NetworkPeers:
             return False
         address, port = client
         # Granian writes it as text.
-        number = port if isinstance(port, int) else _number(port)
+        number = _number(port)
         if number not in _PORTS or not self._contains(address):
             return False
         return forwarding is None or not _is_named(address, number, forwarding)
@@ -125,8 +125,8 @@ def _is_named(address: str, port: int, forwarding: Iterable[str | bytes]) -> boo
 
 
 def _number(text: object) -> int:
-    """The number that a text states, 0 if it states none."""
+    """The number that a text states, or that is given as one; 0 if it is none."""
     try:
-        return int(text) if isinstance(text, str) else 0
+        return int(text) if isinstance(text, str | int) else 0
     except ValueError:
         return 0

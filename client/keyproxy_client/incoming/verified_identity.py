@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 #: Where a framework keeps the identity of a request: WSGI's environ, and under "identity" ASGI's `scope["state"]`.
 ENVIRON_KEY: Final = "keyproxy.identity"
@@ -29,3 +29,9 @@ class Identity:
     key_id: str
     actor: str | None = None
     agent: str | None = None
+
+    def __post_init__(self) -> None:
+        # Tests and settings have lists. In text, `in` would find parts of a scope.
+        if type(self.scopes) is not frozenset:
+            given: Any = self.scopes
+            object.__setattr__(self, "scopes", frozenset(given.split() if isinstance(given, str) else given))

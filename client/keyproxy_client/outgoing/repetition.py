@@ -57,7 +57,7 @@ class Repetitions:
         is_short = length.isdecimal() and int(length) <= _BODY_BYTES_MAX
         if seconds is None or seconds > self._wait_max_seconds or not is_short:
             return None
-        if _JSON.match(header_of("content-type") or "") is None:
+        if _JSON.match(header_of("content-type") or "application/json") is None:
             return None
         self._may_wait = False
         return seconds

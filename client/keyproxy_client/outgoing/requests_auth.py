@@ -141,6 +141,6 @@ class OriginSession(requests.Session):
 
     def prepare_request(self, request: requests.Request) -> requests.PreparedRequest:
         """The request to send, with an absolute URL."""
-        if isinstance(request.url, str) and request.url.startswith("/"):
-            request.url = f"{self._origin}{request.url}"
+        if isinstance(request.url, str) and (request.url.startswith("/") or "://" not in request.url):
+            request.url = f"{self._origin}/{request.url.removeprefix('/')}"
         return super().prepare_request(request)

@@ -178,6 +178,7 @@ WAITS: list[tuple[Reply, float]] = [
     (refusal(429, "rate_limited", retry_after="1"), 1.0),
     (refusal(429, "quota_exhausted", retry_after="5"), 5.0),
     (refusal(503, "overloaded", retry_after="2"), 2.0),
+    (Reply(503, {"Retry-After": "2"}, b'{"code": "overloaded"}'), 2.0),
     (
         Reply(
             503, {"Content-Type": "application/json", "Retry-After": "2"}, b'{"error": {"code": "store_unavailable"}}'
@@ -295,3 +296,11 @@ def test_auth_object_serves_clients_that_were_made_without_it(
     assert [sent.credentials for sent in elsewhere.received] == [([], [])]
     with pytest.raises(WrongOrigin):
         AUTHS[name](Call(f"{elsewhere.origin}/"), chosen)
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "v1/jobs"])
+def test_path_of_a_client_is_relative_to_the_origin(client: Client, origin: ScriptedServer, path: str) -> None:
+    if client is CLIENTS["aiohttp"]:
+        path = f"{origin.origin}/v1/jobs"
+    client(Call(path), options(origin))
+    assert [sent.path for sent in origin.received] == ["/v1/jobs"]

@@ -161,6 +161,16 @@ def test_acting_user_is_a_valid_id(wrong: Callable[[], Acting]) -> None:
         wrong()
 
 
+@pytest.mark.parametrize("of", [IDENTITY, Acting("u_request", "acme", True)])
+def test_block_continues_for_an_identity_or_an_acting_user(of: object) -> None:
+    """Such as in a thread that a request starts."""
+    with acting_as(of) as chosen:
+        assert acting() == chosen == Acting("u_request", "acme", True)
+        assert chosen.test is chosen.is_test is True
+    with acting_as(of, "globex") as chosen:
+        assert chosen == Acting("u_request", "globex", True)
+
+
 def test_only_integrations_accept_objects_as_users() -> None:
     with pytest.raises(TypeError, match="int"), acting_as(42):
         pass

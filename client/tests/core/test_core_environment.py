@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -27,3 +28,15 @@ def test_import_loads_few_modules_and_no_other_part_of_the_client() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     ours = [name for name in done.stdout.split() if name.startswith("keyproxy_client")]
     assert ours == ["keyproxy_client"]
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [
+        ("django", "django"), ("django.middleware", "django"), ("django.drf", "django"), ("django.tasks", "django"),
+        ("celery", "celery"), ("fastapi", "fastapi"),
+    ],
+)  # fmt: skip
+def test_import_of_an_integration_without_its_library_names_the_extra(module: str, extra: str) -> None:
+    with pytest.raises(ImportError, match=rf"keyproxy-client\[{extra}\]"):
+        importlib.import_module(f"keyproxy_client.{module}")

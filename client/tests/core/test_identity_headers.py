@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import timeit
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -48,18 +49,32 @@ def forms(stated: dict[str, str]) -> list[Any]:
         in_environ,
         {f"X-Keyproxy-{name}": value for name, value in stated.items()},
         {f"x-keyproxy-{name}".lower(): value for name, value in stated.items()},
+        MappingProxyType({f"X-Keyproxy-{name}": value for name, value in stated.items()}),
+        MappingProxyType(environ(stated)),
     ]
 
 
-@pytest.mark.parametrize("form", range(5))
+@pytest.mark.parametrize("form", range(7))
 def test_each_form_of_headers_gives_the_same_identity(form: int) -> None:
     assert read(forms(STATED)[form]) == IDENTITY
 
 
-@pytest.mark.parametrize("form", range(5))
+@pytest.mark.parametrize("form", range(7))
 def test_actor_agent_test_mode_and_no_scopes_are_read(form: int) -> None:
     stated = {**STATED, "Scope": "", "Test": "true", "Actor": "u_worker", "Agent": "crawler"}
     assert read(forms(stated)[form]) == Identity("u_42", "acme", frozenset(), True, "key_7", "u_worker", "crawler")
+
+
+@pytest.mark.parametrize("scopes", [["b", "a"], ("a", "b"), {"a", "b"}, "a b", iter("ab")])
+def test_scopes_of_an_identity_are_a_set_whatever_they_are_made_from(scopes: Any) -> None:
+    identity = Identity("u_1", "acme", scopes, False, "key_1", None, None)
+    assert identity == Identity("u_1", "acme", frozenset({"a", "b"}), False, "key_1")
+    assert isinstance(identity.scopes, frozenset)
+    assert len({identity, identity}) == 1
+
+
+def test_part_of_a_scope_is_no_scope_of_an_identity() -> None:
+    assert "jobs:write" not in Identity("u_1", "acme", "jobs:write-all", False, "key_1").scopes  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("headers", [[], {}, pairs({}), environ({}), {"Host": "compute"}])
@@ -72,7 +87,7 @@ def test_headers_that_concern_the_request_state_no_identity() -> None:
 
 
 @pytest.mark.parametrize("missing", list(STATED))
-@pytest.mark.parametrize("form", range(5))
+@pytest.mark.parametrize("form", range(7))
 def test_incomplete_set_is_invalid(missing: str, form: int) -> None:
     stated = {name: value for name, value in STATED.items() if name != missing}
     with pytest.raises(IdentityInvalid):
@@ -112,7 +127,7 @@ def test_header_in_a_spelling_that_keyproxy_never_uses_is_invalid() -> None:
         ("Agent", "a|b"), ("Agent", "a" * 65),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("form", range(5))
+@pytest.mark.parametrize("form", range(7))
 def test_value_outside_the_patterns_is_invalid_and_not_shown(name: str, value: str, form: int) -> None:
     with pytest.raises(IdentityInvalid) as caught:
         read(forms({**STATED, name: value})[form])

@@ -69,6 +69,7 @@ def test_loopback_trusts_an_asgi_peer_in_the_networks_with_a_port(client: Any, i
         ({"REMOTE_ADDR": "127.0.0.1"}, True), ({"REMOTE_ADDR": "127.0.0.1", "REMOTE_PORT": "0"}, False),
         ({"REMOTE_ADDR": "127.0.0.1", "REMOTE_PORT": ""}, False),
         ({"REMOTE_ADDR": "127.0.0.1", "REMOTE_PORT": 0}, False),
+        ({"REMOTE_ADDR": "127.0.0.1", "REMOTE_PORT": 40000}, True),
         ({"REMOTE_ADDR": "127.0.0.1", "REMOTE_PORT": "x"}, False),
         ({"REMOTE_ADDR": "10.0.0.1", "REMOTE_PORT": "1"}, False),
         ({"REMOTE_ADDR": "", "REMOTE_PORT": "1"}, False), ({}, False),

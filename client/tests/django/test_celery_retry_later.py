@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -163,3 +164,28 @@ def test_a_response_of_aiohttp_is_retried_after_its_session_was_closed(task: Any
     wait = countdown(task, asyncio.run(fetch()))
     assert wait is not None
     assert 7 <= wait <= 7.7
+
+
+def test_a_response_of_another_client_needs_a_status_headers_and_json(task: Any) -> None:
+    headers = {"Retry-After": "7"}
+    for body, is_retried in (({"code": "rate_limited"}, True), ({"code": "of_the_upstream"}, False)):
+        response = SimpleNamespace(status_code=429, headers=headers, json=lambda found=body: found)
+        assert (countdown(task, response) is not None) is is_retried
+
+
+def test_a_task_may_raise_or_return_the_retry() -> None:
+    waits: list[float] = []
+
+    class Job:
+        def __init__(self, returned: Exception | None) -> None:
+            self.returned = returned
+
+        def retry(self, countdown: float) -> Exception | None:
+            waits.append(countdown)
+            return self.returned
+
+    response = with_httpx(429, {"Retry-After": "7"}, RATE_LIMITED)
+    with pytest.raises(Retry):
+        retry_later(Job(Retry()), response)
+    retry_later(Job(None), response)
+    assert [7 <= wait <= 7.7 for wait in waits] == [True, True]

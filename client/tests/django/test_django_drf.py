@@ -10,8 +10,11 @@ from django.conf import settings
 from django.contrib.auth import get_user_model
 from django.core.cache import cache
 from django.test import override_settings
+from rest_framework.authentication import BasicAuthentication, SessionAuthentication
+from rest_framework.exceptions import AuthenticationFailed, NotAuthenticated, PermissionDenied
 from rest_framework.permissions import IsAdminUser, IsAuthenticated
 from rest_framework.test import APIRequestFactory, force_authenticate
+from rest_framework.views import APIView
 from rest_framework_api_key.models import APIKey
 
 from keyproxy_client.django.drf import HasAPIKey, HasScope, KeyproxyAuthentication
@@ -170,6 +173,32 @@ def test_the_fallback_also_decides_on_objects() -> None:
             request = APIRequestFactory(REMOTE_ADDR="127.0.0.1").get("/", headers=headers)
             assert permission.has_permission(request, None)
             assert permission.has_object_permission(request, None, object()) is expected
+
+
+@pytest.mark.parametrize("first", [KeyproxyAuthentication, SessionAuthentication, BasicAuthentication])
+@pytest.mark.parametrize(
+    ("headers", "kind", "status"),
+    [({}, NotAuthenticated, 401), (HEADERS, AuthenticationFailed, 401), (None, PermissionDenied, 403)],
+    ids=["no-identity", "unknown-user", "no-scope"],
+)
+def test_a_refusal_is_the_exception_of_drf_and_keeps_its_status_and_challenge(
+    ada: Any, first: Any, headers: Any, kind: type[Exception], status: int
+) -> None:
+    caught: list[Exception] = []
+
+    class View(APIView):
+        authentication_classes = (first, KeyproxyAuthentication)
+        permission_classes: Any = (HasScope("jobs:purge"),)
+
+        def handle_exception(self, exc: Exception) -> Any:
+            caught.append(exc)
+            return super().handle_exception(exc)
+
+    stated = headers_of(ada) if headers is None else headers
+    response = View.as_view()(APIRequestFactory(REMOTE_ADDR="127.0.0.1").get("/", headers=stated))
+    assert isinstance(caught[0], kind)
+    assert response.status_code == status
+    assert response["WWW-Authenticate"].startswith(CHALLENGE)
 
 
 # Throttling.

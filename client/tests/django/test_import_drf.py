@@ -233,6 +233,14 @@ def test_project_that_uses_sql_names_the_way(project: None, capsys: pytest.Captu
     assert "--using" in done.stderr
 
 
+def test_dry_run_needs_no_way(project: None, owner: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    CustomAPIKey.objects.create_key(name="n", user=owner)
+    with keyproxy_settings(BACKEND="sql", ADMIN_URL="", ADMIN_TOKEN_FILE=""):
+        done = run(capsys, "keyproxy_import_drf", MODEL, "--dry-run", "--json")
+    assert done.status == 0
+    assert (done.result["dry_run"], done.result["imported"], done.result["problems"]) == (True, 1, [])
+
+
 def test_role_of_the_application_cannot_import_hashes(
     project: None, owner: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

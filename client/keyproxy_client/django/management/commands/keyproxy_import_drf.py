@@ -31,10 +31,13 @@ class _Way(Protocol):
 
 
 class _Counting:
-    """A dry run of the file, which would change nothing in keyproxy either."""
+    """A dry run without keyproxy: of the file, or before a way is chosen. Which keys are there already is not known."""
+
+    def __init__(self, *, to_file: bool) -> None:
+        self._to_file = to_file
 
     def put(self, keys: Sequence[OldKey]) -> ImportReport:
-        return ImportReport(written=len(keys))
+        return ImportReport(written=len(keys)) if self._to_file else ImportReport(imported=len(keys))
 
 
 class Command(ReportingCommand):
@@ -113,7 +116,7 @@ def _way(options: Mapping[str, Any], stack: ExitStack) -> _Way:
     is_dry_run = options["dry_run"]
     if options["csv"]:
         if is_dry_run:
-            return _Counting()
+            return _Counting(to_file=True)
         try:
             return stack.enter_context(CsvFile(options["csv"]))
         except OSError as error:
@@ -123,6 +126,8 @@ def _way(options: Mapping[str, Any], stack: ExitStack) -> _Way:
             raise Misuse(f"DATABASES has no alias {options['using']!r}")
         return SqlImport(options["using"], is_dry_run)
     if not settings().admin_url:
+        if is_dry_run:
+            return _Counting(to_file=False)
         raise Misuse(
             "name a way to keyproxy: --csv FILE for `keyproxy key import`, --using ALIAS for a connection with the "
             "rights of keyproxy's admin role, or ADMIN_URL and ADMIN_TOKEN_FILE in the settings"
