@@ -209,7 +209,7 @@ def database_messages(connection: Any) -> Iterator[CheckMessage]:
     if access.is_old:
         found = "" if access.migration is None else f"it has migration {access.migration}, "
         yield Error(
-            f"keyproxy's schema is too old: {found}{database_rights.OLDEST_MIGRATION} is needed",
+            f"keyproxy's schema is too old: {found}migration {database_rights.OLDEST_MIGRATION} is needed",
             hint="keyproxy migrate",
             id="keyproxy.E010",
         )
