@@ -204,13 +204,13 @@ def database_messages(connection: Any) -> Iterator[CheckMessage]:
     except DatabaseError as error:
         yield Error(f"keyproxy's schema cannot be read: {explained(error)}", id="keyproxy.E010")
         return
-    newest = access.migration
     if not access.has_schema:
         yield Error("keyproxy's schema does not exist", hint="keyproxy migrate", id="keyproxy.E010")
         return
-    if newest is not None and newest < database_rights.OLDEST_MIGRATION:
+    if access.is_old:
+        found = "" if access.migration is None else f"it has migration {access.migration}, "
         yield Error(
-            f"keyproxy's schema is too old: migration {newest}, {database_rights.OLDEST_MIGRATION} is needed",
+            f"keyproxy's schema is too old: {found}migration {database_rights.OLDEST_MIGRATION} is needed",
             hint="keyproxy migrate",
             id="keyproxy.E010",
         )

@@ -33,15 +33,22 @@ class NoCredential(LookupError):
     """The acting user has no account in Django, or an inactive one, so that there is no key to call keyproxy with."""
 
 
-def keep(user: Any, issued: IssuedKey) -> Credential:
-    """Store a key that was just issued as the current credential of its user and mode."""
-    return Credential.objects.create(
+def sealed(user: Any, issued: IssuedKey) -> Credential:
+    """The row, not stored yet, of a key that was just issued."""
+    return Credential(
         user=user,
         key_id=issued.key_id,
         is_test=issued.is_test,
         sealed=sealing.seal(user.pk, issued.key_id, issued.secret),
         expires_at=issued.expires_at,
     )
+
+
+def keep(user: Any, issued: IssuedKey) -> Credential:
+    """Store a key that was just issued as the current credential of its user and mode."""
+    row = sealed(user, issued)
+    row.save(force_insert=True)
+    return row
 
 
 def secret_for(acting: Acting) -> str:

@@ -6,8 +6,13 @@ import importlib
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+
+from keyproxy_client import http
+from keyproxy_client.identity import Trust
 
 FRAMEWORKS = (
     "aiohttp", "celery", "cryptography", "django", "fastapi", "httpx", "jwt", "requests", "rest_framework", "starlette",
@@ -30,13 +35,27 @@ def test_import_loads_few_modules_and_no_other_part_of_the_client() -> None:
     assert ours == ["keyproxy_client"]
 
 
+def importing(name: str) -> Callable[[], Any]:
+    return lambda: importlib.import_module(f"keyproxy_client.{name}")
+
+
 @pytest.mark.parametrize(
-    ("module", "extra"),
+    ("use", "extra"),
     [
-        ("django", "django"), ("django.middleware", "django"), ("django.drf", "django"), ("django.tasks", "django"),
-        ("celery", "celery"), ("fastapi", "fastapi"),
+        (importing("celery"), "celery"),
+        (importing("fastapi"), "fastapi"),
+        (importing("django"), "django"),
+        (importing("django.apps"), "django"),
+        (importing("django.middleware"), "django"),
+        (importing("django.tasks"), "django"),
+        (importing("django.drf"), "drf"),
+        (lambda: http.httpx_client(origin="http://h", key="kp_live_key"), "httpx"),
+        (lambda: http.httpx_async_client(origin="http://h", key="kp_live_key"), "httpx"),
+        (lambda: http.requests_session(origin="http://h", key="kp_live_key"), "requests"),
+        (lambda: http.keyproxy_middleware("http://h", "kp_live_key"), "aiohttp"),
+        (lambda: Trust.signed("http://h/jwks.json"), "signed"),
     ],
-)  # fmt: skip
-def test_import_of_an_integration_without_its_library_names_the_extra(module: str, extra: str) -> None:
-    with pytest.raises(ImportError, match=rf"keyproxy-client\[{extra}\]"):
-        importlib.import_module(f"keyproxy_client.{module}")
+)
+def test_an_integration_without_its_library_names_the_extra(use: Callable[[], Any], extra: str) -> None:
+    with pytest.raises(ImportError, match=rf"is not installed: pip install .*'keyproxy-client\[{extra}\]'"):
+        use()

@@ -231,6 +231,7 @@ def test_the_application_role_has_no_message(deployment: Deployment, tables: Non
         ("GRANT SELECT (digest) ON keyproxy.api_keys TO {role}", "reads digests of keys"),
         ("GRANT SELECT ON keyproxy.api_keys TO {role}", "reads digests of keys"),
         ("GRANT SELECT ON keyproxy.audit_log TO {role}", "reads the audit log"),
+        ("GRANT SELECT (entity_id) ON keyproxy.audit_log TO {role}", "reads the audit log"),
         ("ALTER ROLE {role} SUPERUSER", "owns the schema, reads digests of keys, reads the audit log"),
     ],
 )
@@ -263,13 +264,18 @@ def test_e010_without_the_schema_and_with_an_old_one(deployment: Deployment, rol
         def fetchone(self) -> Any:
             return self.answers[1:2] if self.is_version else self.answers[0] if self.is_role else (True,)
 
+        def fetchall(self) -> Any:
+            return []
+
     def found(*answers: Any) -> list[str | None]:
         connection = SimpleNamespace(cursor=lambda: Cursor(*answers))
         return [message.id for message in checks.database_messages(connection) if message.id != "keyproxy.W010"]
 
     assert found(None) == ["keyproxy.E010"]
-    assert found((True, False), 28) == ["keyproxy.E010"]
-    assert found((True, False), 29) == []
+    assert found((True, False, False), 28) == ["keyproxy.E010"]
+    assert found((True, False, True), 29) == []
+    # A role without rights cannot read the number of the migration.
+    assert found((False, False, False)) == ["keyproxy.E010", "keyproxy.E011"]
 
 
 def test_sql_needs_postgresql_and_its_transactions() -> None:

@@ -106,13 +106,20 @@ def test_rollback_leaves_no_user_and_no_key(
     assert received == []
 
 
-@pytest.mark.parametrize("first_key", [False, True])
-def test_signup_adds_at_most_three_statements(db: None, first_key: bool) -> None:
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({}, 2),
+        ({"FIRST_KEY": True}, 2),
+        ({"CREDENTIALS": "per_user", "SECRET_KEYS": ["MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE="]}, 3),
+    ],
+)
+def test_signup_adds_at_most_three_statements(db: None, settings: dict[str, Any], count: int) -> None:
     with keyproxy_settings(BACKEND="off"), CaptureQueriesContext(connection) as without:
         User.objects.create_user(next(_names))
-    with keyproxy_settings(FIRST_KEY=first_key), CaptureQueriesContext(connection) as following:
+    with keyproxy_settings(**settings), CaptureQueriesContext(connection) as following:
         User.objects.create_user(next(_names))
-    assert len(following) - len(without) == 2
+    assert len(following) - len(without) == count
 
 
 def test_id_of_another_tenant_fails_the_signup(committing_db: None, superuser: psycopg.Connection[Any]) -> None:

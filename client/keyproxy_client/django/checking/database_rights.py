@@ -31,8 +31,10 @@ RIGHTS: Final = (
     ("api_keys", "UPDATE", ("revoked_at", "revoke_reason", "expires_at")),
 )  # fmt: skip
 
+# The catalogs are readable without any right to the schema: an old one is recognised by a function that it lacks.
 _ROLE: Final = """
-SELECT has_schema_privilege(schema.oid, 'USAGE'), pg_has_role(schema.nspowner, 'USAGE')
+SELECT has_schema_privilege(schema.oid, 'USAGE'), pg_has_role(schema.nspowner, 'USAGE'),
+    EXISTS (SELECT FROM pg_catalog.pg_proc WHERE pronamespace = schema.oid AND proname = 'keep_revocation')
 FROM pg_catalog.pg_namespace AS schema
 WHERE schema.nspname = 'keyproxy'
 """
@@ -40,6 +42,11 @@ WHERE schema.nspname = 'keyproxy'
 # has_column_privilege is also true by a privilege on the table. A superuser has all of them.
 _TABLE: Final = """
 SELECT has_table_privilege(class.oid, %s)
+FROM pg_catalog.pg_class AS class JOIN pg_catalog.pg_namespace AS schema ON schema.oid = class.relnamespace
+WHERE schema.nspname = 'keyproxy' AND class.relname = %s
+"""
+_ANY_COLUMN: Final = """
+SELECT has_any_column_privilege(class.oid, %s)
 FROM pg_catalog.pg_class AS class JOIN pg_catalog.pg_namespace AS schema ON schema.oid = class.relnamespace
 WHERE schema.nspname = 'keyproxy' AND class.relname = %s
 """
@@ -54,12 +61,14 @@ WHERE schema.nspname = 'keyproxy' AND class.relname = %s AND attribute.attname =
 class Access(NamedTuple):
     """The access of a database role to keyproxy's schema.
 
-    `migration`: the newest that is applied; None if there is no schema, or if the role may not read it. `missing`: rights
-    that this package needs. `excessive`: what the role could do beyond them that would undo keyproxy's guarantees.
+    `migration`: the newest that is applied; None if there is no schema, or if the role may not read it. `is_old`: the
+    schema has no role for applications. `missing`: rights that this package needs. `excessive`: what the role could do
+    beyond them that would undo keyproxy's guarantees.
     """
 
     has_schema: bool
     migration: int | None
+    is_old: bool
     missing: tuple[str, ...]
     excessive: tuple[str, ...]
 
@@ -70,15 +79,19 @@ def access(connection: Any) -> Access:
         cursor.execute(_ROLE)
         row = cursor.fetchone()
         if row is None:
-            return Access(has_schema=False, migration=None, missing=(), excessive=())
-        may_use, owns = row
+            return Access(has_schema=False, migration=None, is_old=False, missing=(), excessive=())
+        may_use, owns, has_trigger = row
         missing = ("USAGE on the schema",) if not may_use else tuple(_missing(cursor))
         migration = None
         if may_use and _has(cursor, "migrations", "SELECT"):
             cursor.execute("SELECT max(number) FROM keyproxy.migrations")
             (migration,) = cursor.fetchone()
         return Access(
-            has_schema=True, migration=migration, missing=missing, excessive=tuple(_excessive(cursor, owns=owns))
+            has_schema=True,
+            migration=migration,
+            is_old=not has_trigger if migration is None else migration < OLDEST_MIGRATION,
+            missing=missing,
+            excessive=tuple(_excessive(cursor, owns=owns)),
         )
 
 
@@ -98,7 +111,8 @@ def _excessive(cursor: Any, *, owns: bool) -> Iterator[str]:
         yield "owns the schema"
     if _has(cursor, "api_keys", "SELECT", "digest"):
         yield "reads digests of keys"
-    if _has(cursor, "audit_log", "SELECT"):
+    cursor.execute(_ANY_COLUMN, ["SELECT", "audit_log"])
+    if any(may_read for (may_read,) in cursor.fetchall()):
         yield "reads the audit log"
 
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 from django.contrib.auth import get_user_model
-from django.db import IntegrityError, router, transaction
+from django.db import IntegrityError, connections, router, transaction
 from django.views.decorators.debug import sensitive_variables
 
 from keyproxy_client.django.directory.interface import IssuedKey, KeyWish
@@ -42,7 +42,14 @@ def keep(user: Any, key: IssuedKey) -> None:
         return
     from keyproxy_client.django import credentials
 
-    with contextlib.suppress(IntegrityError), transaction.atomic(using=router.db_for_write(Credential)):
+    alias = router.db_for_write(Credential)
+    connection = connections[alias]
+    if connection.in_atomic_block and connection.features.supports_ignore_conflicts:
+        # One statement of the sign-up, not three with a savepoint.
+        Credential.objects.using(alias).bulk_create([credentials.sealed(user, key)], ignore_conflicts=True)
+        return
+    scope = transaction.atomic(using=alias) if connection.in_atomic_block else contextlib.nullcontext()
+    with contextlib.suppress(IntegrityError), scope:
         credentials.keep(user, key)
 
 
