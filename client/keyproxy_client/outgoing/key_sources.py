@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 
+from keyproxy_client import keys
 from keyproxy_client.acting import Acting
 
 _TENANT: Final = "{tenant}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
@@ -49,6 +51,20 @@ async def test_fresh_database_gets_every_migration_in_order(empty_dsn: str) -> N
     assert [one.number for one in await migrations.migrate(empty_dsn)] == ALL
     assert await migrations.state(empty_dsn) == (ALL, [])
     assert {"tenants", "users", "api_keys", "plans", "audit_log"} <= await tables(empty_dsn)
+
+
+async def test_owner_of_the_schema_needs_no_more_than_its_database(empty_dsn: str) -> None:
+    """As on managed servers, where the application's administrator is no superuser."""
+    owner, database = f"kp_{secrets.token_hex(4)}", urlsplit(empty_dsn).path[1:]
+    await run(
+        empty_dsn, f"CREATE ROLE {owner}", may_log_in(empty_dsn, owner), f'ALTER DATABASE "{database}" OWNER TO {owner}'
+    )
+    try:
+        assert [one.number for one in await migrations.migrate(as_role(empty_dsn, owner))] == ALL
+    finally:
+        await run(
+            empty_dsn, f"REASSIGN OWNED BY {owner} TO CURRENT_USER", f"DROP OWNED BY {owner}", f"DROP ROLE {owner}"
+        )
 
 
 async def test_second_run_applies_nothing_and_keeps_the_rows(own_dsn: str) -> None:

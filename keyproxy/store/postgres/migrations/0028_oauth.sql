@@ -517,8 +517,7 @@ CREATE FUNCTION keyproxy.tend_oauth(
     portion int, grant_days int, after text[], right_now timestamptz,
     OUT next text[], OUT is_more boolean, OUT sessions int
 ) LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off SET lock_timeout = '250ms'
-SET keyproxy.actor = 'oauth:gc' AS $$
+SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off SET lock_timeout = '250ms' AS $$
 DECLARE
     kept_max constant int := 64;
     step constant int := 10 * portion;
@@ -534,6 +533,7 @@ BEGIN
     IF NOT pg_try_advisory_xact_lock(hashtextextended('keyproxy.tend_oauth', 0)) THEN
         RETURN;
     END IF;
+    PERFORM set_config('keyproxy.actor', 'oauth:gc', true);
     DELETE FROM keyproxy.oauth_codes AS c WHERE c.digest = ANY (ARRAY(
         SELECT o.digest FROM keyproxy.oauth_codes AS o WHERE o.expires_at <= right_now - interval '10 minutes'
         ORDER BY o.expires_at LIMIT portion FOR UPDATE SKIP LOCKED
