@@ -28,7 +28,8 @@ _SEPARATOR: Final = re.compile("[,;]")
 _FOR: Final = re.compile("for *= *", re.IGNORECASE)
 
 #: Variables of WSGI that show that the address is what Werkzeug's ProxyFix, or the PROXY protocol in gunicorn, states.
-_REWRITTEN: Final = ("werkzeug.proxy_fix.orig", "PROXY_PROTOCOL")
+_PROXY_FIX: Final = "werkzeug.proxy_fix.orig"
+_PROXY_PROTOCOL: Final = "PROXY_PROTOCOL"
 #: The variable by which waitress is known, which takes an address from a header and keeps the port of the connection.
 _WAITRESS: Final = "waitress.client_disconnected"
 
@@ -128,7 +129,7 @@ class NetworkPeers:
 
 
 def _is_rewritten(environ: Mapping[str, Any]) -> bool:
-    return any(name in environ for name in _REWRITTEN)
+    return _PROXY_FIX in environ or _PROXY_PROTOCOL in environ
 
 
 def _may_keep_the_port(environ: Mapping[str, Any]) -> bool:
