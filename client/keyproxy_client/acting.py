@@ -4,7 +4,7 @@
 
 1. `acting_as(...)` and the task that runs (`task_scope`), the innermost of the two: a task hides what surrounds it, also
    if it runs eagerly within a request, and a task without a user hides it with nothing;
-2. the identity of the current request (`request_identity`);
+2. the identity of the current request (`request_identity`), which hides what surrounds the request;
 3. the authenticated user of the current request, looked up only now, because frameworks such as DRF authenticate late.
 
 Context variables hold both, so that threads and event loops keep requests apart. A new thread starts without an acting
@@ -182,24 +182,32 @@ class request_identity:  # noqa: N801 - used like a function, in a with statemen
     """The context of one request, for middlewares; sets an empty one if there is no identity.
 
     `lookup` finds the authenticated user of a request without identity, lazily; `lookup_async` does it for coroutines.
+    It hides the blocks of `acting_as` around it, which an earlier request of the thread may have left, and keeps those
+    that begin within it: a request may be entered for each part of its body, which is made within one block.
     """
 
-    __slots__ = ("_request", "_token")
+    __slots__ = ("_kept", "_request", "_scope_token", "_token")
 
     def __init__(
         self, identity: Identity | None, lookup: Lookup | None = None, lookup_async: LookupAsync | None = None
     ) -> None:
         chosen = None if identity is None else Acting(identity.user, identity.tenant, identity.is_test)
         self._request = _Request(chosen, lookup, lookup_async)
+        self._kept: _Scope | None = None
         self._token: Token[_Request | None] | None = None
+        self._scope_token: Token[_Scope | None] | None = None
 
     def __enter__(self) -> Self:
         self._token = _request.set(self._request)
+        self._scope_token = _scope.set(self._kept)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        token, self._token = self._token, None
-        if token is not None:
+        token, scope_token = self._token, self._scope_token
+        self._token = self._scope_token = None
+        if token is not None and scope_token is not None:
+            self._kept = _scope.get()
+            _scope.reset(scope_token)
             _request.reset(token)

@@ -43,49 +43,48 @@ class KeyproxyMiddleware:
         outcome = resolve(request)
         if outcome.is_rejected and outcome.problem is not None:
             return response_of(outcome.problem)
-        enter = _context(request, outcome)
-        with enter():
+        context = _context(request, outcome)
+        with context:
             response = self.get_response(request)
-        return _streaming(response, enter)
+        return _streaming(response, context)
 
     async def _serve_async(self, request: HttpRequest) -> HttpResponseBase:
         outcome = await resolve_async(request)
         if outcome.is_rejected and outcome.problem is not None:
             return response_of(outcome.problem)
-        enter = _context(request, outcome)
-        with enter():
+        context = _context(request, outcome)
+        with context:
             response = await self.get_response(request)
-        return _streaming(response, enter)
+        return _streaming(response, context)
 
     def __repr__(self) -> str:
         return f"KeyproxyMiddleware({self.get_response!r})"
 
 
-def _context(request: HttpRequest, outcome: Outcome) -> Callable[[], request_identity]:
+def _context(request: HttpRequest, outcome: Outcome) -> request_identity:
     if outcome.identity is not None:
-        return partial(request_identity, outcome.identity)
-    return partial(
-        request_identity,
+        return request_identity(outcome.identity)
+    return request_identity(
         None,
         lookup=partial(request_user.look_up, request),
         lookup_async=partial(request_user.look_up_async, request),
     )
 
 
-def _streaming(response: Any, enter: Callable[[], request_identity]) -> HttpResponseBase:
+def _streaming(response: Any, context: request_identity) -> HttpResponseBase:
     """The content of a streaming response is made after the middleware returned: give each step the context again.
 
     A file is read by the server, often without Python.
     """
     if getattr(response, "streaming", False) and not isinstance(response, FileResponse):
         content = response.streaming_content
-        response.streaming_content = _steps_async(content, enter) if response.is_async else _steps(content, enter)
+        response.streaming_content = _steps_async(content, context) if response.is_async else _steps(content, context)
     return response  # type: ignore[no-any-return]
 
 
-def _steps(content: Iterator[bytes], enter: Callable[[], request_identity]) -> Iterator[bytes]:
+def _steps(content: Iterator[bytes], context: request_identity) -> Iterator[bytes]:
     while True:
-        with enter():
+        with context:
             try:
                 chunk = next(content)
             except StopIteration:
@@ -93,9 +92,9 @@ def _steps(content: Iterator[bytes], enter: Callable[[], request_identity]) -> I
         yield chunk
 
 
-async def _steps_async(content: AsyncIterator[bytes], enter: Callable[[], request_identity]) -> AsyncIterator[bytes]:
+async def _steps_async(content: AsyncIterator[bytes], context: request_identity) -> AsyncIterator[bytes]:
     while True:
-        with enter():
+        with context:
             try:
                 chunk = await anext(content)
             except StopAsyncIteration:

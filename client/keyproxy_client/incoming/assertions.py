@@ -6,6 +6,7 @@ key as the secret of an HMAC, nor a key that the header carries verifies anythin
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +27,8 @@ _HEADER_MEMBERS: Final = {"typ", "alg", "kid"}
 _REQUIRED: Final = ("exp", "iat", "iss", "aud", "sub", "tenant")
 LEEWAY_SECONDS: Final = 5
 
+#: The signature has 64 bytes.
+_COMPACT: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{86}")
 _CHARACTERS_MAX: Final = 16_384
 _KEY_ID_CHARACTERS_MAX: Final = 256
 _KEYS_MAX: Final = 100
@@ -88,8 +91,9 @@ class AssertionVerifier:
         return known.identity
 
     def _verify(self, assertion: str, *, may_fetch: bool) -> _Verified:
-        if len(assertion) > _CHARACTERS_MAX:
-            raise AssertionInvalid("too long")
+        # A decoder of base64 may accept more, so that one assertion would have many spellings.
+        if len(assertion) > _CHARACTERS_MAX or _COMPACT.fullmatch(assertion) is None:
+            raise AssertionInvalid("too long, or no JWT of ES256")
         try:
             header = self._jwt.get_unverified_header(assertion)
         except (self._jwt.PyJWTError, ValueError, RecursionError) as error:
@@ -112,12 +116,16 @@ class AssertionVerifier:
                 leeway=LEEWAY_SECONDS,
                 options={"require": list(_REQUIRED)},
             )
-        except (self._jwt.PyJWTError, ValueError, RecursionError) as error:
+            expires = claims["exp"]
+            if not isinstance(expires, int | float):
+                raise AssertionInvalid("the end is no number")
+            expires_wall_seconds = float(expires) + LEEWAY_SECONDS
+        except (self._jwt.PyJWTError, ValueError, RecursionError, OverflowError) as error:
             raise AssertionInvalid(type(error).__name__) from error
         # keyproxy signs for one audience. A list would let another one of it replay the assertion here.
         if claims["aud"] != self._audience:
             raise AssertionInvalid("the audience is not this application alone")
-        return _Verified(identity_of(claims), float(claims["exp"]) + LEEWAY_SECONDS)
+        return _Verified(identity_of(claims), expires_wall_seconds)
 
     def _keys_of(self, content: Any) -> dict[str, Any]:
         """The keys for ES256 of a JWKS, by id. Raises ValueError."""

@@ -25,8 +25,8 @@ _OTHER: Final = -1
 _MISSPELLED: Final = -2
 _FORWARDING: Final = -3
 
-_FORWARDING_NAMES: Final = ("x-forwarded-for", "x-forwarded-port")
-_FORWARDING_VARIABLES: Final = ("HTTP_X_FORWARDED_FOR", "HTTP_X_FORWARDED_PORT")
+_FORWARDING_NAMES: Final = ("x-forwarded-for", "x-forwarded-port", "forwarded")
+_FORWARDING_VARIABLES: Final = ("HTTP_X_FORWARDED_FOR", "HTTP_X_FORWARDED_PORT", "HTTP_FORWARDED")
 _PREFIX: Final = re.compile(r"X-[A-Za-z0-9-]{1,40}-")
 _ENVIRON_PREFIX: Final = "HTTP_"
 _TEST_VALUES: Final = {"true": True, "false": False}
@@ -44,7 +44,7 @@ class PresentedHeaders:
     """The headers of one request that concern its identity, as they came; nothing about them is verified.
 
     `values`: by position in `_NAMES`. `fault`: why they cannot be keyproxy's, empty if nothing shows that. `forwarding`:
-    the values of X-Forwarded-For and X-Forwarded-Port, by which a server may have rewritten the peer's address.
+    the values of Forwarded, X-Forwarded-For and -Port, by which a server may have rewritten the peer's address.
     """
 
     __slots__ = ("fault", "forwarding", "values")

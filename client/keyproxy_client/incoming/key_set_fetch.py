@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import json
 import logging
 import re
+import socket
 import ssl
+import threading
 import time
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -55,6 +58,11 @@ class KeySetFetcher:
         deadline = time.monotonic() + FETCH_SECONDS_MAX
         try:
             connection = self._connection()
+            connection.connect()
+            # The timeout of the socket bounds each read, not their number.
+            watchdog = threading.Timer(max(0.0, deadline - time.monotonic()), _shut_down, [connection.sock])
+            watchdog.daemon = True
+            watchdog.start()
             try:
                 connection.request("GET", self._path, headers={"Accept": "application/jwk-set+json, application/json"})
                 response = connection.getresponse()
@@ -63,6 +71,7 @@ class KeySetFetcher:
                 body = _bounded_body(response, deadline)
                 return json.loads(body), _max_age(response)
             finally:
+                watchdog.cancel()
                 connection.close()
         except OSError as error:
             raise FetchFailed(type(error).__name__) from error
@@ -75,6 +84,12 @@ class KeySetFetcher:
         if self._tls is None:
             return http.client.HTTPConnection(self._host, self._port, timeout=FETCH_SECONDS_MAX)
         return http.client.HTTPSConnection(self._host, self._port, timeout=FETCH_SECONDS_MAX, context=self._tls)
+
+
+def _shut_down(connection: socket.socket) -> None:
+    """End the reads of another thread."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _is_loopback(host: str) -> bool:

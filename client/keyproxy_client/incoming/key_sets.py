@@ -107,13 +107,14 @@ class KeySets:
         return fetch
 
     def _run(self, fetch: Future[None], started: float) -> None:
+        keys, max_age_seconds = None, 0.0
         try:
             content, max_age_seconds = self._fetcher.fetch()
             keys = self._keys_of(content)
         except (FetchFailed, ValueError) as error:
             _log.warning("cannot fetch the keys of keyproxy from %s: %s", self._fetcher.shown, error)
-            self._end(fetch, None, started, 0.0)
-        else:
+        finally:
+            # Whatever was raised: requests wait for the end of the fetch, and no other begins before it.
             self._end(fetch, keys, started, max_age_seconds)
 
     def _end(self, fetch: Future[None], keys: Mapping[str, Any] | None, started: float, max_age_seconds: float) -> None:

@@ -3,12 +3,16 @@
 A server or middleware that takes the client's address from X-Forwarded-For lets every client choose it. uvicorn and
 hypercorn then set the port 0, unless the header names a port (uvicorn), or X-Forwarded-Port does (daphne). So a peer
 whose port is 0, or whose address and port the request names itself, is no evidence.
+
+In WSGI the port may be absent or stay that of the connection. There a peer whose address the request names is no
+evidence either, unless the server takes no address from headers.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 LOOPBACK_NETWORKS: Final = ("127.0.0.0/8", "::1/128")
@@ -18,6 +22,16 @@ _PREFIX_BITS_MIN: Final = {4: 8, 6: 7}
 
 _ADDRESSES_KEPT_MAX: Final = 1024
 _PORTS: Final = range(1, 65_536)
+
+#: Of X-Forwarded-For, and of the parameters of Forwarded.
+_SEPARATOR: Final = re.compile("[,;]")
+_FOR: Final = re.compile("for *= *", re.IGNORECASE)
+
+#: Variables of WSGI that show that the address is what Werkzeug's ProxyFix, or the PROXY protocol in gunicorn, states.
+_PROXY_FIX: Final = "werkzeug.proxy_fix.orig"
+_PROXY_PROTOCOL: Final = "PROXY_PROTOCOL"
+#: The variable by which waitress is known, which takes an address from a header and keeps the port of the connection.
+_WAITRESS: Final = "waitress.client_disconnected"
 
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -36,8 +50,11 @@ class UnixPeers:
         return port is None and isinstance(path, str) and path.startswith("/")
 
     def trusts_wsgi(self, environ: Mapping[str, Any], forwarding: Iterable[str | bytes] | None) -> bool:
-        """Whether the request came by a unix socket: only such a peer has no address."""
-        return not environ.get("REMOTE_ADDR")
+        """Whether the request came by a unix socket: only such a peer has no address, and no port.
+
+        waitress takes an empty address from a header, and gunicorn from the PROXY protocol.
+        """
+        return not environ.get("REMOTE_ADDR") and "REMOTE_PORT" not in environ and not _is_rewritten(environ)
 
     def __repr__(self) -> str:
         return "unix"
@@ -78,14 +95,15 @@ class NetworkPeers:
     def trusts_wsgi(self, environ: Mapping[str, Any], forwarding: Iterable[str | bytes] | None) -> bool:
         """Like `trusts_asgi`. Some servers, such as Django's development server, provide no port."""
         address, port = environ.get("REMOTE_ADDR"), environ.get("REMOTE_PORT")
-        if not self._contains(address) or "werkzeug.proxy_fix.orig" in environ:
+        if not self._contains(address) or _is_rewritten(environ):
             return False
-        if port is None:
+        if port is not None:
+            number = _number(port)
+            if number not in _PORTS or (forwarding is not None and _is_named(str(address), number, forwarding)):
+                return False
+        if forwarding is None or not _may_keep_the_port(environ):
             return True
-        number = _number(port)
-        if number not in _PORTS:
-            return False
-        return forwarding is None or not _is_named(str(address), number, forwarding)
+        return not any(map(self._contains, _stated_addresses(forwarding)))
 
     def _contains(self, address: object) -> bool:
         if not isinstance(address, str):
@@ -110,17 +128,42 @@ class NetworkPeers:
         return f"loopback({', '.join(map(str, self._networks))})"
 
 
+def _is_rewritten(environ: Mapping[str, Any]) -> bool:
+    return _PROXY_FIX in environ or _PROXY_PROTOCOL in environ
+
+
+def _may_keep_the_port(environ: Mapping[str, Any]) -> bool:
+    """Whether the server, or an adapter of ASGI to WSGI, may have changed the address without a trace in the port."""
+    if "REMOTE_PORT" in environ:
+        return _WAITRESS in environ
+    # uWSGI and wsgiref, the server of Django's `runserver`, take no address from headers.
+    return "uwsgi.version" not in environ and not str(environ.get("SERVER_SOFTWARE")).startswith("WSGIServer/")
+
+
+def _hops(forwarding: Iterable[str | bytes]) -> Iterator[str]:
+    """The parts of forwarding headers that may be an address, a port, or both."""
+    for value in forwarding:
+        text = value.decode("latin-1") if isinstance(value, bytes) else value
+        for part in _SEPARATOR.split(text):
+            yield _FOR.sub("", part.strip()).strip('" ')
+
+
+def _stated_addresses(forwarding: Iterable[str | bytes]) -> Iterator[str]:
+    """All addresses that these headers may state."""
+    for hop in _hops(forwarding):
+        yield hop.strip("[]")
+        yield hop.rpartition(":")[0].strip("[] ")
+
+
 def _is_named(address: str, port: int, forwarding: Iterable[str | bytes]) -> bool:
     """Whether a forwarding header names this address with this port, or this port alone.
 
     The port is parsed as servers do, by `int`.
     """
-    for value in forwarding:
-        text = value.decode("latin-1") if isinstance(value, bytes) else value
-        for hop in text.split(","):
-            host, colon, number = hop.strip().rpartition(":")
-            if _number(number) == port and (not colon or host.strip("[]") == address):
-                return True
+    for hop in _hops(forwarding):
+        host, colon, number = hop.rpartition(":")
+        if _number(number) == port and (not colon or host.strip("[]") == address):
+            return True
     return False
 
 

@@ -48,7 +48,7 @@ class Trust:
         return cls(verifier=AssertionVerifier(jwks_url, issuer=issuer, audience=audience))
 
     def peer_is_trusted_asgi(self, scope: Mapping[str, Any], forwarding: Iterable[str | bytes] | None) -> bool:
-        """Whether the connection alone makes a request trusted. `forwarding`: its X-Forwarded-For and -Port."""
+        """Whether the connection alone makes a request trusted. `forwarding`: its Forwarded, X-Forwarded-For, -Port."""
         return self._peers is not None and self._peers.trusts_asgi(scope, forwarding)
 
     def peer_is_trusted_wsgi(self, environ: Mapping[str, Any], forwarding: Iterable[str | bytes] | None) -> bool:

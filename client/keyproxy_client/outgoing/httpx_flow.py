@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import AsyncGenerator, Generator
 from typing import Any
 
@@ -16,16 +17,23 @@ from keyproxy_client.outgoing.repetition import is_refusal
 class CredentialHeaders(httpx.Headers):
     """The headers of a request, and those of its credential, which only `raw` contains: what transports send.
 
-    Copies do not contain them, so neither the requests that follow redirects do, nor `repr`, nor a pickle.
+    Copies do not contain them, so neither the requests that follow redirects do, nor `repr`, nor a pickle. `request`:
+    the one request that they are for. Hooks and transports may change its URL after it was authenticated.
     """
 
-    def __init__(self, headers: httpx.Headers, added: list[tuple[bytes, bytes]]) -> None:
-        super().__init__(headers)
+    def __init__(self, authorizer: Authorizer, request: httpx.Request, added: list[tuple[bytes, bytes]]) -> None:
+        super().__init__(_plain_headers(authorizer, request))
+        self._authorizer = authorizer
+        self._request = weakref.ref(request)
         self._added = added
 
     @property
     def raw(self) -> list[tuple[bytes, bytes]]:
-        """All header fields, as bytes."""
+        """All header fields, as bytes. Raises WrongOrigin if the request does not go to the origin any more."""
+        request = self._request()
+        if request is None:
+            return super().raw
+        _check_origin(self._authorizer, request)
         return [*super().raw, *self._added]
 
     def copy(self) -> httpx.Headers:
@@ -40,11 +48,10 @@ def flow(authorizer: Authorizer, request: httpx.Request) -> Generator[httpx.Requ
     """The requests of a synchronous client for one request of the caller."""
     _check_origin(authorizer, request)
     user = authorizer.acting()
-    plain = _plain_headers(authorizer, request)
     credential = authorizer.credential(user)
     repetitions = authorizer.repetitions()
     while True:
-        request.headers = _with_credential(authorizer, plain, credential)
+        request.headers = _with_credential(authorizer, request, credential)
         response = yield request
         if response.request is not request or not _is_replayable(request):
             return
@@ -65,11 +72,10 @@ async def flow_async(authorizer: Authorizer, request: httpx.Request) -> AsyncGen
     """The requests of an asynchronous client for one request of the caller."""
     _check_origin(authorizer, request)
     user = await authorizer.acting_async()
-    plain = _plain_headers(authorizer, request)
     credential = await authorizer.credential_async(user)
     repetitions = authorizer.repetitions()
     while True:
-        request.headers = _with_credential(authorizer, plain, credential)
+        request.headers = _with_credential(authorizer, request, credential)
         response = yield request
         if response.request is not request or not _is_replayable(request):
             return
@@ -94,18 +100,18 @@ def _check_origin(authorizer: Authorizer, request: httpx.Request) -> None:
 
 def _plain_headers(authorizer: Authorizer, request: httpx.Request) -> httpx.Headers:
     """The headers of the caller. A second Authorization or Act-For would make the request ambiguous."""
-    plain = httpx.Headers(request.headers)
+    plain = httpx.Headers(request.headers)  # a copy without an earlier credential
     for name in {name.decode("latin-1") for name, _ in plain.raw}:
         if authorizer.is_replaced(name):
             del plain[name]
     return plain
 
 
-def _with_credential(authorizer: Authorizer, plain: httpx.Headers, credential: Credential) -> CredentialHeaders:
+def _with_credential(authorizer: Authorizer, request: httpx.Request, credential: Credential) -> CredentialHeaders:
     added = [(AUTHORIZATION.encode("ascii"), credential.authorization.encode("ascii"))]
     if credential.act_for is not None:
         added.append((authorizer.act_for_header.encode("ascii"), credential.act_for.encode("ascii")))
-    return CredentialHeaders(plain, added)
+    return CredentialHeaders(authorizer, request, added)
 
 
 def _is_replayable(request: httpx.Request) -> bool:

@@ -79,7 +79,7 @@ class FixedKey:
     chooses_mode = False
 
     def __init__(self, secret: str) -> None:
-        self._secret = _checked(secret, "the key")
+        self._secret = _required(_stripped(secret), "the key")
 
     def secret(self, _acting: Acting | None) -> str:
         """The secret."""
@@ -118,7 +118,7 @@ class KeyFile:
             stamp = (found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev)
             if known is not None and known[0] == stamp:
                 return known[1]
-            secret = _checked(Path(path).read_text(encoding="ascii"), path)
+            secret = _required(_stripped(Path(path).read_text(encoding="ascii")), path)
         except (OSError, ValueError) as error:
             # The cause is not chained: a decoding error quotes the content.
             reason = error.strerror if isinstance(error, OSError) else "it does not contain exactly one key"
@@ -140,7 +140,8 @@ class KeyFile:
 
     def forget(self) -> None:
         """Read the files again, although they look unchanged: a file system may not resolve the time of a change."""
-        self._read = {path: ((), secret) for path, (_, secret) in self._read.items()}
+        # Other threads add files meanwhile.
+        self._read = {path: ((), secret) for path, (_, secret) in list(self._read.items())}
 
     def _path(self, acting: Acting | None) -> str:
         if _TENANT not in self._template:
@@ -169,20 +170,22 @@ class CalledKey:
             if inspect.iscoroutine(found):
                 found.close()
             raise TypeError("the function for the key is asynchronous, but the HTTP client is not")
+        found = _stripped(found)
         return self._secret(found)
 
     async def secret_async(self, acting: Acting | None) -> str:
         """The secret that the function returns or, if it is asynchronous, its result."""
         found = self._call(acting)
-        return self._secret(await found if inspect.isawaitable(found) else found)
+        found = _stripped(await found if inspect.isawaitable(found) else found)
+        return self._secret(found)
 
     def forget(self) -> None:
         """The function is called for each request."""
 
     @staticmethod
-    def _secret(found: object) -> str:
+    def _secret(found: str | None) -> str:
         try:
-            return _checked(found, "the function for the key")
+            return _required(found, "the function for the key")
         except ValueError as error:
             raise SecretUnavailable(str(error)) from None
 
@@ -243,9 +246,14 @@ def _takes_one(function: Callable[..., Any]) -> bool:
     return True
 
 
-def _checked(secret: object, origin: str) -> str:
-    """The secret without the white space around it, such as the end of a line in a file."""
+def _stripped(secret: object) -> str | None:
+    """The secret without the white space around it, such as the end of a line in a file; None if it is malformed."""
     stripped = secret.strip() if isinstance(secret, str) else ""
-    if _SECRET.fullmatch(stripped) is None:
+    return stripped if _SECRET.fullmatch(stripped) is not None else None
+
+
+def _required(secret: str | None, origin: str) -> str:
+    """Apart from `_stripped`, because an exception keeps the local variables of its frames, and tools report them."""
+    if secret is None:
         raise ValueError(f"{origin} does not give a key: expected 8 to 4096 visible ASCII characters")
-    return stripped
+    return secret

@@ -22,6 +22,7 @@ STATUSES: Final = frozenset({429, 503})
 
 #: A refusal of keyproxy is shorter. A longer response comes from the upstream and may be a stream.
 _BODY_BYTES_MAX: Final = 65_536
+_LENGTH_DIGITS_MAX: Final = 9
 
 _UNAUTHORIZED: Final = 401
 _CHALLENGE = re.compile(r'(?:^|[\s,])Api-Key\s+realm="keyproxy"', re.IGNORECASE)
@@ -54,7 +55,7 @@ class Repetitions:
             return None
         seconds = retry_after_seconds(header_of("retry-after"))
         length = header_of("content-length") or ""
-        is_short = length.isdecimal() and int(length) <= _BODY_BYTES_MAX
+        is_short = length.isdecimal() and len(length) <= _LENGTH_DIGITS_MAX and int(length) <= _BODY_BYTES_MAX
         if seconds is None or seconds > self._wait_max_seconds or not is_short:
             return None
         if _JSON.match(header_of("content-type") or "application/json") is None:
@@ -67,7 +68,7 @@ def is_refusal(body: bytes) -> bool:
     """Whether the body of a 429 or 503 is keyproxy's: its `code`, or that of its `error`, is one of `CODES`."""
     try:
         document = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     if not isinstance(document, dict):
         return False
@@ -84,7 +85,7 @@ def retry_after_seconds(value: str | None) -> float | None:
     if text.isdecimal() and text.isascii():
         return float(text)
     try:
-        at = email.utils.parsedate_to_datetime(text)
-    except ValueError:
+        at = email.utils.parsedate_to_datetime(text).timestamp()
+    except (ValueError, OverflowError):
         return None
-    return max(0.0, math.ceil(at.timestamp() - time.time()))
+    return max(0.0, math.ceil(at - time.time()))

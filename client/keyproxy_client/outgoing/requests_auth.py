@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,6 +14,7 @@ from requests.utils import rewind_body
 
 from keyproxy_client.acting import Acting
 from keyproxy_client.outgoing.authorizer import AUTHORIZATION, Authorizer, Credential
+from keyproxy_client.outgoing.origin import Origin
 from keyproxy_client.outgoing.repetition import is_refusal
 
 
@@ -30,14 +32,18 @@ class _HiddenValue(str):
 
 def authenticate(authorizer: Authorizer, request: requests.PreparedRequest) -> requests.PreparedRequest:
     """Add the credential to a request, and the hook that repeats it."""
-    parts = urlsplit(request.url or "")
-    authorizer.origin.check(parts.scheme, parts.hostname or "", parts.port)
+    _check_origin(authorizer.origin, request)
     user = authorizer.acting()
     credential = authorizer.credential(user)
     _remove(authorizer, request)
     _add(authorizer, request, credential)
     request.register_hook("response", _Repeater(authorizer, user, credential))
     return request
+
+
+def _check_origin(origin: Origin, request: requests.PreparedRequest) -> None:
+    parts = urlsplit(request.url or "")
+    origin.check(parts.scheme, parts.hostname or "", parts.port)
 
 
 class _Repeater:
@@ -131,6 +137,23 @@ def _repeat(response: requests.Response, options: dict[str, Any]) -> requests.Re
     return repeated
 
 
+def _clear_frames(error: BaseException) -> None:
+    """Clear the local variables of the frames that an exception and its causes keep.
+
+    If no connection can be made, those of `http.client` hold the bytes of the request, and what collects local variables
+    for reports of errors would collect the secret.
+    """
+    found, seen = [error], set[int]()
+    while found:
+        one = found.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        traceback.clear_frames(one.__traceback__)
+        related = (one.__cause__, one.__context__, getattr(one, "reason", None), *one.args)
+        found += [other for other in related if isinstance(other, BaseException)]
+
+
 class OriginSession(requests.Session):
     """A session whose URLs may be paths of one origin."""
 
@@ -144,3 +167,13 @@ class OriginSession(requests.Session):
         if isinstance(request.url, str) and (request.url.startswith("/") or "://" not in request.url):
             request.url = f"{self._origin}/{request.url.removeprefix('/')}"
         return super().prepare_request(request)
+
+    def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+        """Send a request. Raises WrongOrigin if its URL was changed after it was authenticated."""
+        if isinstance(request.headers.get(AUTHORIZATION), _HiddenValue):
+            _check_origin(self._origin, request)
+        try:
+            return super().send(request, **options)
+        except requests.RequestException as error:
+            _clear_frames(error)
+            raise

@@ -96,7 +96,8 @@ CLAIMS: list[dict[str, Any]] = [
     {"exp": int(time.time()) - 3600}, {"iat": int(time.time()) + 3600}, {"nbf": int(time.time()) + 3600}, {"act": "u_1"},
     {"act": {"sub": "u_1"}}, {"act": {"sub": "u_1", "type": "group"}}, {"act": {"type": "user"}},
     {"act": {"sub": "u 1", "type": "user"}}, {"act": {"sub": "a|b", "type": "agent"}}, {"exp": float("inf")},
-    {"act": {"sub": "u_1", "type": "user", "act": {"sub": "u_2", "type": "user"}}},
+    {"act": {"sub": "u_1", "type": "user", "act": {"sub": "u_2", "type": "user"}}}, {"exp": 10**400},
+    {"exp": "99999999999"},
 ]  # fmt: skip
 
 
@@ -156,6 +157,11 @@ FORGED: dict[str, Callable[[], str]] = {
         SIGNER.sign().split(".")[2],
     ]),
     "header twice": lambda: SIGNER.sign() + "," + SIGNER.sign(),
+    "an empty second header": lambda: SIGNER.sign() + ",",
+    "padding": lambda: SIGNER.sign() + "==",
+    "characters outside base64": lambda: SIGNER.sign()[:-3] + "*" + SIGNER.sign()[-3:],
+    "white space": lambda: SIGNER.sign() + " ",
+    "end of line": lambda: SIGNER.sign() + "\n",
     "four parts": lambda: SIGNER.sign() + ".e30",
     "empty": lambda: "",
     "words": lambda: "not a jwt",

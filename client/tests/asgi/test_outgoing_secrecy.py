@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import aiohttp
@@ -54,6 +55,88 @@ def test_request_of_requests_shows_no_secret_in_repr_and_pickles(origin: Scripte
         assert KEY.encode() not in pickle.dumps(request)
     assert KEY.encode() not in pickle.dumps(response)
     assert pickle.loads(pickle.dumps(response)).request.url == f"{origin.origin}/"
+
+
+def test_request_of_httpx_that_leaves_the_origin_after_its_authentication_is_not_sent(
+    origin: ScriptedServer, elsewhere: ScriptedServer
+) -> None:
+    def divert(request: httpx.Request) -> None:
+        request.url = httpx.URL(f"{elsewhere.origin}/")
+
+    async def divert_async(request: httpx.Request) -> None:
+        divert(request)
+
+    class Diverting(httpx.HTTPTransport):
+        def handle_request(self, request: httpx.Request) -> httpx.Response:
+            divert(request)
+            return super().handle_request(request)
+
+    async def hooked() -> None:
+        async with http.httpx_async_client(**options(origin), event_hooks={"request": [divert_async]}) as client:
+            await client.get("/")
+
+    def again(client: httpx.Client) -> None:
+        with http.httpx_client(**options(origin)) as first:
+            request = first.get("/").request
+        divert(request)
+        client.send(request, auth=None)
+
+    for send in (
+        lambda: http.httpx_client(**options(origin), event_hooks={"request": [divert]}).get("/"),
+        lambda: asyncio.run(hooked()),
+        lambda: http.httpx_client(**options(origin), transport=Diverting()).get("/"),
+        lambda: again(httpx.Client()),
+    ):
+        with pytest.raises(http.WrongOrigin):
+            send()
+    assert elsewhere.received == []
+
+
+def test_request_of_requests_that_leaves_the_origin_after_its_authentication_is_not_sent(
+    origin: ScriptedServer, elsewhere: ScriptedServer
+) -> None:
+    with http.requests_session(**options(origin)) as session:
+        prepared = session.prepare_request(requests.Request("GET", "/"))
+        repeated = session.get("/", timeout=10).request.copy()
+        for request in (prepared, repeated):
+            request.url = f"{elsewhere.origin}/"
+            with pytest.raises(http.WrongOrigin):
+                session.send(request, timeout=10)
+    assert elsewhere.received == []
+
+
+def local_variables(error: BaseException | None) -> Iterator[str]:
+    """What a tool may report that collects the local variables of an exception and its causes. Bytes show as text."""
+    while error is not None:
+        frame = error.__traceback__
+        while frame is not None:
+            if frame.tb_frame.f_globals is not globals():
+                yield from map(str, frame.tb_frame.f_locals.values())
+            frame = frame.tb_next
+        error = error.__cause__ or error.__context__
+
+
+@pytest.mark.parametrize("act_for", ["u_42", None])
+def test_local_variables_of_a_failed_connection_hold_no_secret(act_for: str | None) -> None:
+    refused: dict[str, Any] = {"origin": "http://127.0.0.1:1", "key": KEY, "act_for": act_for}
+
+    async def with_aiohttp() -> None:
+        async with aiohttp.ClientSession(middlewares=[http.keyproxy_middleware(**refused)]) as session:
+            await session.get("http://127.0.0.1:1/")
+
+    async def with_httpx() -> None:
+        async with http.httpx_async_client(**refused) as client:
+            await client.get("/")
+
+    for send in (
+        lambda: http.httpx_client(**refused).get("/"),
+        lambda: asyncio.run(with_httpx()),
+        lambda: http.requests_session(**refused).get("/", timeout=10),
+        lambda: asyncio.run(with_aiohttp()),
+    ):
+        with pytest.raises((httpx.ConnectError, requests.ConnectionError, aiohttp.ClientConnectorError)) as raised:
+            send()
+        assert [text for text in local_variables(raised.value) if KEY in text] == []
 
 
 def test_response_and_error_of_aiohttp_show_no_secret(origin: ScriptedServer) -> None:

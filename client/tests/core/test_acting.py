@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -64,6 +64,40 @@ def test_task_hides_all_that_surrounds_it(task_user: Acting | None) -> None:
         with task_scope(task_user):
             assert acting() == task_user
         assert user() == "u_outer"
+
+
+def test_request_hides_what_an_earlier_request_of_its_thread_left() -> None:
+    left = acting_as("u_earlier")
+    with request_identity(IDENTITY):
+        left.__enter__()
+        assert user() == "u_earlier"
+    assert acting() is None
+    outside = acting_as("u_outside")
+    outside.__enter__()
+    with request_identity(IDENTITY):
+        assert user() == "u_request"
+    with request_identity(None):
+        assert acting() is None
+    assert user() == "u_outside"
+    outside.__exit__(None, None, None)
+    left.__exit__(None, None, None)
+    assert acting() is None
+
+
+def test_block_around_the_parts_of_a_body_applies_to_all_of_them_and_to_nothing_between() -> None:
+    def parts() -> Iterator[str | None]:
+        yield user()
+        with acting_as("u_block"):
+            yield user()
+            yield user()
+        yield user()
+
+    body, context, found = parts(), request_identity(IDENTITY), []
+    for _ in range(4):
+        with context:
+            found.append(next(body))
+        assert acting() is None
+    assert found == ["u_request", "u_block", "u_block", "u_request"]
 
 
 def test_user_of_a_request_is_looked_up_only_when_it_is_needed() -> None:

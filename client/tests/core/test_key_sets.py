@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import logging
@@ -170,6 +171,12 @@ class Jwks(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         case = self.path.strip("/")
+        if case == "drip-header":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Header: ")
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
         status, headers, body = {
             "plain": (200, {"Cache-Control": "public, max-age=30"}, b'{"keys": []}'),
             "no-age": (200, {}, b"{}"),
@@ -229,10 +236,13 @@ def test_unusable_response_is_a_failure(origin: str, case: str) -> None:
     assert Jwks.redirected == 0
 
 
-def test_response_that_takes_too_long_is_a_failure(origin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", ["drip", "drip-header"])
+def test_response_that_takes_too_long_is_a_failure(origin: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(key_set_fetch, "FETCH_SECONDS_MAX", 0.2)
+    began = time.monotonic()
     with pytest.raises(FetchFailed):
-        KeySetFetcher(f"{origin}/drip").fetch()
+        KeySetFetcher(f"{origin}/{case}").fetch()
+    assert time.monotonic() - began < 2.0
 
 
 def test_proxy_of_the_environment_is_not_used(origin: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,3 +294,13 @@ def test_keys_that_cannot_be_read_are_a_failure(caplog: pytest.LogCaptureFixture
     with pytest.raises(KeysUnavailable):
         sets.key("k1", may_fetch=False)
     assert json.dumps(caplog.text).count("secret-id") == 0
+
+
+def test_fetch_that_fails_in_an_unexpected_way_does_not_prevent_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    world = World({"k1": "one"})
+    keys_of, world.sets._keys_of = world.sets._keys_of, None  # type: ignore[misc, assignment]
+    assert world.outcome("k1") == "unavailable"
+    world.sets._keys_of = keys_of  # type: ignore[misc]
+    world.seconds += 1.0
+    assert world.outcome("k1") == "one"

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +241,18 @@ def test_clients_without_settings_need_an_origin_and_a_key() -> None:
         authorizer({})
     with pytest.raises(TypeError, match="belong together"):
         authorizer({"key": KEY})
+
+
+def test_exception_for_a_malformed_secret_keeps_it_in_no_local_variable(tmp_path: Path) -> None:
+    malformed = f"KEY={KEY} x"
+    (tmp_path / "key").write_text(malformed, encoding="ascii")
+    for source in (source_of(tmp_path / "key"), source_of(lambda: malformed)):
+        for look_up in (source.secret, lambda acting, of=source: asyncio.run(of.secret_async(acting))):
+            with pytest.raises(SecretUnavailable) as raised:
+                look_up(None)
+            error: BaseException | None = raised.value
+            while error is not None:
+                frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+                shown = [str(value) for frame in frames[1:] for value in frame.f_locals.values()]
+                assert [text for text in shown if KEY in text] == []
+                error = error.__context__

@@ -37,8 +37,14 @@ def test_unix_does_not_trust_a_scope_without_server() -> None:
 
 @pytest.mark.parametrize(
     ("environ", "is_trusted"),
-    [({}, True), ({"REMOTE_ADDR": ""}, True), ({"REMOTE_ADDR": "127.0.0.1"}, False), ({"REMOTE_ADDR": "unix"}, False)],
-)
+    [
+        ({}, True), ({"REMOTE_ADDR": ""}, True), ({"REMOTE_ADDR": "127.0.0.1"}, False), ({"REMOTE_ADDR": "unix"}, False),
+        # waitress with `X-Forwarded-For: :80` or `:`, and gunicorn with a PROXY header that states no address.
+        ({"REMOTE_ADDR": "", "REMOTE_PORT": "80"}, False), ({"REMOTE_ADDR": "", "REMOTE_PORT": ""}, False),
+        ({"REMOTE_ADDR": None, "REMOTE_PORT": "None", "PROXY_PROTOCOL": "UNKNOWN"}, False),
+        ({"REMOTE_ADDR": "", "PROXY_PROTOCOL": "TCP4"}, False),
+    ],
+)  # fmt: skip
 def test_unix_trusts_a_wsgi_peer_without_address_only(environ: dict[str, str], is_trusted: bool) -> None:
     assert Trust.unix().peer_is_trusted_wsgi(environ, None) is is_trusted
 
@@ -74,6 +80,7 @@ def test_loopback_trusts_an_asgi_peer_in_the_networks_with_a_port(client: Any, i
         ({"REMOTE_ADDR": "10.0.0.1", "REMOTE_PORT": "1"}, False),
         ({"REMOTE_ADDR": "", "REMOTE_PORT": "1"}, False), ({}, False),
         ({"REMOTE_ADDR": "127.0.0.1", "werkzeug.proxy_fix.orig": {"REMOTE_ADDR": "10.0.0.1"}}, False),
+        ({"REMOTE_ADDR": "127.0.0.1", "REMOTE_PORT": "5555", "PROXY_PROTOCOL": "TCP4"}, False),
     ],
 )  # fmt: skip
 def test_loopback_trusts_a_wsgi_peer_in_the_networks(environ: dict[str, Any], is_trusted: bool) -> None:
@@ -92,6 +99,7 @@ def test_loopback_trusts_a_wsgi_peer_in_the_networks(environ: dict[str, Any], is
         ([b"127.0.0.1"], True), ([b"127.0.0.1, 127.0.0.1"], True), ([b"127.0.0.1:40001"], True), ([b"443"], True),
         ([b"203.0.113.9:40000"], True), ([b"2001:db8::4000"], True), ([b""], True),
         ([b",:,"], True), ([b"9" * 5000], True),
+        ([b'for="127.0.0.1:40000"'], False), ([b"for=127.0.0.1:40000;proto=http"], False), ([b"for=127.0.0.1"], True),
     ],
 )  # fmt: skip
 def test_loopback_does_not_trust_a_peer_that_a_forwarding_header_names(forwarding: list[Any], is_trusted: bool) -> None:
@@ -103,6 +111,32 @@ def test_loopback_does_not_trust_a_peer_that_a_forwarding_header_names(forwardin
 
 def test_loopback_does_not_trust_an_ipv6_peer_that_a_forwarding_header_names() -> None:
     assert not Trust.loopback().peer_is_trusted_asgi(scope(("::1", 40_000)), [b"[::1]:40000"])
+
+
+STATES_LOOPBACK = [
+    "127.0.0.1", "203.0.113.9, 127.0.0.1", "::1", "[::1]:40000", "::ffff:127.0.0.1", "127.0.0.1:5", "for=127.0.0.1",
+    'For="[::1]:5";by=x', " 127.9.9.9 ", "::1%1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stated", STATES_LOOPBACK)
+@pytest.mark.parametrize(
+    ("server", "is_trusted"),
+    [
+        # An adapter of ASGI to WSGI, or Granian's, keeps no port of the connection; waitress keeps it.
+        ({}, False), ({"SERVER_SOFTWARE": "Granian"}, False),
+        ({"REMOTE_PORT": "40001", "waitress.client_disconnected": None}, False),
+        # Servers that take no address from headers: the client of keyproxy is on this machine.
+        ({"REMOTE_PORT": "40001"}, True), ({"uwsgi.version": b"2.0"}, True),
+        ({"SERVER_SOFTWARE": "WSGIServer/0.2"}, True),
+    ],
+)  # fmt: skip
+def test_loopback_does_not_trust_a_wsgi_peer_whose_address_a_header_may_have_stated(
+    stated: str, server: dict[str, Any], is_trusted: bool
+) -> None:
+    environ = {"REMOTE_ADDR": "127.0.0.1", **server}
+    assert Trust.loopback().peer_is_trusted_wsgi(environ, [stated]) is is_trusted
+    assert Trust.loopback().peer_is_trusted_wsgi(environ, ["203.0.113.9", "for=_hidden", "unknown", ""])
 
 
 def test_loopback_trusts_the_networks_that_are_named_and_no_other() -> None:
