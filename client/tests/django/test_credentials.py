@@ -215,12 +215,13 @@ def test_failure_after_the_new_key_loses_no_credential(
 
     with monkeypatch.context() as patch:
         patch.setattr(sealing, "seal", fail)
-        done = run(capsys, "keyproxy_rotate", "--all", "--json")
-    assert (done.status, done.result["rotated"]) == (1, [])
+        for _ in range(3):
+            done = run(capsys, "keyproxy_rotate", "--all", "--json")
+            assert (done.status, done.result["rotated"]) == (1, [])
+            # By the admin API the successor exists, and its secret is lost.
+            assert len(_working(account) - before) == (0 if backend == "sql" else 1)
     assert credentials.secret_for(_acting(account)) == secret
-    if backend == "sql":
-        assert _working(account) == before
-    # By the admin API the successor exists, and its secret is lost: it is revoked, and another takes its place.
+    # It is revoked, and another takes its place.
     assert run(capsys, "keyproxy_rotate", "--all").status == 0
     assert credentials.secret_for(_acting(account)) != secret
     assert _working(account) == before | {Credential.objects.get(retired_at=None).key_id}
