@@ -108,7 +108,10 @@ def reseal(row: Credential) -> bool:
 
 
 def _replacement(found: Directory, current: Credential, grace: timedelta) -> IssuedKey:
-    life, request = key_life(), f"credential.{current.key_id}"
+    life = key_life()
+    # The admin API refuses the identification of a request that had other values.
+    values = f"{grace.total_seconds():.0f}.{life.total_seconds() if life else 0:.0f}"
+    request = f"credential.{current.key_id}.{values}"
     with suppress(KeyConflict, NotInDirectory):
         # The old key may be revoked, expired, deleted, or have a successor whose secret is unknown here.
         for _ in range(_LOST_MAX):
@@ -119,7 +122,7 @@ def _replacement(found: Directory, current: Credential, grace: timedelta) -> Iss
                     raise
                 # An earlier run lost the secret of this successor, whose id identifies the next attempt.
                 found.keys.revoke(error.key_id, "its secret was lost", actor=ACTOR_ROTATE)
-                request = f"credential.{error.key_id}"
+                request = f"credential.{error.key_id}.{values}"
     return issue_for(current.user, actor=ACTOR_ROTATE, name=KEY_NAME, scopes=settings().scopes, is_test=current.is_test)
 
 

@@ -227,6 +227,23 @@ def test_failure_after_the_new_key_loses_no_credential(
     assert _working(account) == before | {Credential.objects.get(retired_at=None).key_id}
 
 
+def test_rotation_after_a_failure_may_have_another_grace_period(
+    account: Any, deployment: Deployment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret = credentials.secret_for(_acting(account))
+
+    def fail(*_: object) -> bytes:
+        raise CredentialUnusable("the process ends here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sealing, "seal", fail)
+        assert run(capsys, "keyproxy_rotate", "--all", "--grace", "1h").status == 1
+    assert run(capsys, "keyproxy_rotate", "--all", "--grace", "2h").status == 0
+    replaced = credentials.secret_for(_acting(account))
+    assert replaced != secret
+    assert status_and_headers(deployment.origin, replaced)[0] == 200
+
+
 @pytest.mark.parametrize("arguments", [("--grace", "1 day"), ("--grace", "-1h"), ("--unknown",)])
 def test_misuse_has_status_2(tables: None, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
     assert run(capsys, "keyproxy_rotate", *arguments).status == 2
