@@ -7,7 +7,7 @@ replaced, and deleted when that key has expired.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -27,6 +27,10 @@ from keyproxy_client.django.users import tenant_of, user_of_id
 
 #: The name of these keys in keyproxy.
 KEY_NAME: Final = "django credential"
+
+
+#: So many runs in a row may lose the secret of a successor. Then a new key is issued, which replaces none.
+_LOST_MAX: Final = 16
 
 
 class NoCredential(LookupError):
@@ -111,18 +115,22 @@ def reseal(row: Credential) -> bool:
 
 
 def _replacement(found: Directory, current: Credential, grace: timedelta) -> IssuedKey:
-    life, key_id = key_life(), current.key_id
-    try:
-        return found.keys.rotate(key_id, grace=grace, life=life, actor=ACTOR_ROTATE, request=f"credential.{key_id}")
-    except AlreadyIssued as error:
-        # An earlier run lost the secret of this successor.
-        found.keys.revoke(error.key_id, "its secret was lost", actor=ACTOR_ROTATE)
-        return found.keys.rotate(key_id, grace=grace, life=life, actor=ACTOR_ROTATE)
-    except (KeyConflict, NotInDirectory):
-        # The old key is revoked, expired, deleted, or has a successor whose secret is unknown here.
-        return issue_for(
-            current.user, actor=ACTOR_ROTATE, name=KEY_NAME, scopes=settings().scopes, is_test=current.is_test
-        )
+    life = key_life()
+    # The admin API refuses the identification of a request that had other values.
+    values = f"{grace.total_seconds():.0f}.{life.total_seconds() if life else 0:.0f}"
+    request = f"credential.{current.key_id}.{values}"
+    with suppress(KeyConflict, NotInDirectory):
+        # The old key may be revoked, expired, deleted, or have a successor whose secret is unknown here.
+        for _ in range(_LOST_MAX):
+            try:
+                return found.keys.rotate(current.key_id, grace=grace, life=life, actor=ACTOR_ROTATE, request=request)
+            except AlreadyIssued as error:
+                if not error.key_id:
+                    raise
+                # An earlier run lost the secret of this successor, whose id identifies the next attempt.
+                found.keys.revoke(error.key_id, "its secret was lost", actor=ACTOR_ROTATE)
+                request = f"credential.{error.key_id}.{values}"
+    return issue_for(current.user, actor=ACTOR_ROTATE, name=KEY_NAME, scopes=settings().scopes, is_test=current.is_test)
 
 
 def _issued(user: Any, *, is_test: bool) -> Credential:

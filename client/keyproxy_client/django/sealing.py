@@ -10,6 +10,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from django.views.decorators.debug import sensitive_variables
+
 from keyproxy_client.django.settings import settings
 from keyproxy_client.missing_extra import missing_extra
 
@@ -21,12 +23,14 @@ class CredentialUnusable(Exception):
     """A sealed credential cannot be opened, or its content belongs to another row. The text shows no part of it."""
 
 
+@sensitive_variables()
 def seal(user_pk: object, key_id: str, secret: str) -> bytes:
     """The ciphertext of a key's secret, under the first Fernet key."""
     content = json.dumps({"user": str(user_pk), "key": key_id, "secret": secret})
     return _cipher(_secret_keys()).encrypt(content.encode("utf-8"))
 
 
+@sensitive_variables()
 def unseal(sealed: bytes | memoryview, user_pk: object, key_id: str) -> str:
     """The secret in the row of this user and key. Raises CredentialUnusable."""
     content = _open(bytes(sealed), key_id)
@@ -35,6 +39,7 @@ def unseal(sealed: bytes | memoryview, user_pk: object, key_id: str) -> str:
     return str(content["secret"])
 
 
+@sensitive_variables()
 def resealed(sealed: bytes | memoryview, key_id: str) -> bytes | None:
     """The same content under the first Fernet key; None if it is already. Raises CredentialUnusable."""
     token, keys = bytes(sealed), _secret_keys()

@@ -10,11 +10,16 @@ an id of keyproxy to the user or None, if identities must become users:
         return User.objects.filter(account__number=keyproxy_id.removeprefix("u_")).first()
 
     account_id.user_of = user_of
+
+`keyproxy_sync --prune` deletes only ids that a user of Django could have. A function states them by another attribute:
+
+    account_id.may_be_id = re.compile("u_[0-9]+").fullmatch
 """
 
 from __future__ import annotations
 
 import functools
+import re
 import string
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -79,13 +84,19 @@ def user_of_id(wanted: str) -> Any | None:
 
 
 def may_be_id(text: str) -> bool:
-    """Whether a user of Django could have this id. Of a function nothing is known."""
+    """Whether a user of Django could have this id.
+
+    Raises ImproperlyConfigured if `USER_ID` is a function without the attribute `may_be_id`: nothing is known of its ids.
+    """
     form = settings().user_id
     if callable(form) or is_dotted_path(form):
-        return True
+        condition = getattr(_function(form), "may_be_id", None)
+        if condition is None:
+            raise ImproperlyConfigured("KEYPROXY['USER_ID'] is a function without the attribute 'may_be_id'")
+        return bool(condition(text))
     inverted = _inverse(form)
     if inverted is None:
-        return True
+        return _pattern(form).fullmatch(text) is not None
     value = text[len(inverted.before) : len(text) - len(inverted.after)]
     model = get_user_model()
     try:
@@ -154,6 +165,13 @@ def _inverse(form: str) -> _Inverse | None:
             before += literal
         is_after = is_after or name is not None
     return _Inverse(before, fields[0], after)
+
+
+@functools.lru_cache(maxsize=8)
+def _pattern(form: str) -> re.Pattern[str]:
+    """What values of several fields can become: each is at least one character."""
+    parts = string.Formatter().parse(form)
+    return re.compile("".join(re.escape(text) + ("" if name is None else ".+") for text, name, _, _ in parts))
 
 
 def faults(found: Settings) -> Iterator[str]:

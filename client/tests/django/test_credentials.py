@@ -215,15 +215,33 @@ def test_failure_after_the_new_key_loses_no_credential(
 
     with monkeypatch.context() as patch:
         patch.setattr(sealing, "seal", fail)
-        done = run(capsys, "keyproxy_rotate", "--all", "--json")
-    assert (done.status, done.result["rotated"]) == (1, [])
+        for _ in range(3):
+            done = run(capsys, "keyproxy_rotate", "--all", "--json")
+            assert (done.status, done.result["rotated"]) == (1, [])
+            # By the admin API the successor exists, and its secret is lost.
+            assert len(_working(account) - before) == (0 if backend == "sql" else 1)
     assert credentials.secret_for(_acting(account)) == secret
-    if backend == "sql":
-        assert _working(account) == before
-    # By the admin API the successor exists, and its secret is lost: it is revoked, and another takes its place.
+    # It is revoked, and another takes its place.
     assert run(capsys, "keyproxy_rotate", "--all").status == 0
     assert credentials.secret_for(_acting(account)) != secret
     assert _working(account) == before | {Credential.objects.get(retired_at=None).key_id}
+
+
+def test_rotation_after_a_failure_may_have_another_grace_period(
+    account: Any, deployment: Deployment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret = credentials.secret_for(_acting(account))
+
+    def fail(*_: object) -> bytes:
+        raise CredentialUnusable("the process ends here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sealing, "seal", fail)
+        assert run(capsys, "keyproxy_rotate", "--all", "--grace", "1h").status == 1
+    assert run(capsys, "keyproxy_rotate", "--all", "--grace", "2h").status == 0
+    replaced = credentials.secret_for(_acting(account))
+    assert replaced != secret
+    assert status_and_headers(deployment.origin, replaced)[0] == 200
 
 
 @pytest.mark.parametrize("arguments", [("--grace", "1 day"), ("--grace", "-1h"), ("--unknown",)])

@@ -126,6 +126,24 @@ def test_rotation_keeps_owner_scopes_mode_and_name_and_retires_the_old_key(
         way.keys.rotate(old.key_id, grace=DAY, life=DAY, actor=ACTOR)
 
 
+def test_rotated_key_keeps_the_plan_of_the_old_one_and_draws_on_what_is_left(
+    way: Directory, user: str, deployment: Deployment
+) -> None:
+    old = way.keys.issue(user, "acme", WISH, actor=ACTOR)
+    with psycopg.connect(deployment.dsn, autocommit=True) as superuser:
+        plan = superuser.execute(
+            "INSERT INTO keyproxy.plans (id, limits) VALUES (%s, '{\"requests_per_day\": 3}') RETURNING id",
+            [f"p.{user}"],
+        ).fetchone()
+        superuser.execute("UPDATE keyproxy.api_keys SET plan_id = %s WHERE id = %s", [*(plan or ()), old.key_id])
+    statuses = [status_and_headers(deployment.origin, old.secret)[0]]
+    second = way.keys.rotate(old.key_id, grace=DAY, life=DAY, actor=ACTOR)
+    statuses.append(status_and_headers(deployment.origin, second.secret)[0])
+    third = way.keys.rotate(second.key_id, grace=DAY, life=DAY, actor=ACTOR)
+    statuses += [status_and_headers(deployment.origin, one.secret)[0] for one in (third, third, second, old)]
+    assert statuses == [200, 200, 200, 429, 429, 429]
+
+
 def test_key_without_expiry_is_replaced_by_one_without(way: Directory, user: str) -> None:
     old = way.keys.issue(user, "acme", KeyWish("", (), False, None), actor=ACTOR)
     assert old.expires_at is None

@@ -21,7 +21,7 @@ from django.utils import timezone
 from deployment import Deployment
 from keyproxy_client import keys
 from keyproxy_client.django.models import OutboxEvent
-from keyproxy_client.django.provisioning import lifecycle, outbox
+from keyproxy_client.django.provisioning import lifecycle, outbox, synchronising
 from project.testing import keyproxy_settings
 
 User = get_user_model()
@@ -113,6 +113,68 @@ def test_sync_deletes_orphans_only_on_request_and_no_owner_of_a_service_key(
         _, result = _run("keyproxy_sync", "--prune")
     assert result["kept"] == 1
     assert superuser.execute("SELECT count(*) FROM keyproxy.users WHERE id = 'u_service_acme'").fetchone() == (1,)
+
+
+def _id_by_function(user: Any) -> str:
+    return f"u_{user.pk}"
+
+
+def test_sync_deletes_no_user_that_may_be_an_operators(
+    backend: str, superuser: psycopg.Connection[Any], deployment: Deployment, tmp_path: Path
+) -> None:
+    kept = User.objects.create_user(next(_names))
+    superuser.execute("INSERT INTO keyproxy.users (id, tenant_id) VALUES ('u_987654', 'acme'), ('worker', 'acme')")
+    everyone = {f"u_{kept.pk}", "u_987654", "worker"}
+    absent = str(tmp_path / "absent.key")
+    for values in ({"USER_ID": _id_by_function}, {"SERVICE_KEY_FILE": absent}, {"SERVICE_TEST_KEY_FILE": absent}):
+        with keyproxy_settings(**values):
+            for arguments in (("--dry-run",), ()):
+                status, _ = _run("keyproxy_sync", "--prune", *arguments)
+                assert (status, set(_users(superuser))) == (1, everyone), values
+    with keyproxy_settings(USER_ID="u_{pk}{pk}x{username}"):
+        assert _run("keyproxy_sync", "--prune", "--dry-run")[1]["deleted"] == 0
+    _id_by_function.may_be_id = lambda text: text.startswith("u_")  # type: ignore[attr-defined]
+    try:
+        with keyproxy_settings(USER_ID=_id_by_function, SERVICE_KEY_FILE=str(tmp_path / "{tenant}.key")):
+            assert _run("keyproxy_sync", "--prune")[1]["deleted"] == 1
+    finally:
+        del _id_by_function.may_be_id  # type: ignore[attr-defined]
+    assert set(_users(superuser)) == everyone - {"u_987654"}
+
+
+def test_sync_protects_the_owner_of_a_service_key_that_was_replaced_since_the_last_run(
+    backend: str, superuser: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "service.key"
+    with keyproxy_settings(SERVICE_KEY_FILE=str(file)):
+        for owner in ("u_987654", "u_987655"):
+            secret = keys.make()
+            superuser.execute("INSERT INTO keyproxy.users (id, tenant_id) VALUES (%s, 'acme')", [owner])
+            superuser.execute(
+                "INSERT INTO keyproxy.api_keys (id, user_id, digest, hint) VALUES (%s, %s, %s, %s)",
+                [keys.new_key_id(), owner, keys.digest(secret), keys.hint(secret)],
+            )
+            file.write_text(secret, encoding="ascii")
+            _run("keyproxy_sync", "--prune")
+            assert set(_users(superuser)) == {owner}
+
+
+def test_user_that_signs_up_while_orphans_are_deleted_stays(
+    backend: str, superuser: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = next(_names)
+    with keyproxy_settings(USER_ID="n_{username}"):
+        superuser.execute("INSERT INTO keyproxy.users (id, tenant_id) VALUES (%s, 'acme')", [f"n_{name}"])
+        prune = synchronising._prune
+
+        def sign_up_first(*arguments: Any) -> None:
+            User.objects.create_user(name)
+            prune(*arguments)
+
+        monkeypatch.setattr(synchronising, "_prune", sign_up_first)
+        status, result = _run("keyproxy_sync", "--prune")
+    assert (status, result["deleted"]) == (0, 0)
+    assert f"n_{name}" in _users(superuser)
 
 
 def test_sync_reports_a_conflict_and_does_the_rest(backend: str, superuser: psycopg.Connection[Any]) -> None:

@@ -89,6 +89,41 @@ async def test_deletion_of_a_user_by_an_application_takes_all_that_the_user_owns
         assert await sql.fetchval(f"SELECT count(*) FROM keyproxy.{table}") == 0
 
 
+async def test_rotated_key_keeps_plan_and_pool_of_its_user_and_neither_roles_nor_delegation(app: Sql, sql: Sql) -> None:
+    await sql.execute(
+        "INSERT INTO keyproxy.plans (id, limits) VALUES ('small', '{}'), ('other', '{}');"
+        " INSERT INTO keyproxy.roles (id, scopes) VALUES ('writer', '{a:b}');"
+        " INSERT INTO keyproxy.users (id, tenant_id) VALUES ('u_43', 'acme');"
+        " INSERT INTO keyproxy.api_keys (id, user_id, digest, plan_id, roles, acts_for) VALUES"
+        " ('key_1', 'u_42', sha256('1'), 'small', '{writer}', 'tenant'),"
+        " ('key_o', 'u_43', sha256('o'), 'other', '{}', 'none')"
+    )
+    rotate = (
+        "INSERT INTO keyproxy.api_keys (id, user_id, digest, replaces, is_test) VALUES ($1, $2, sha256($3), $4, $5)"
+    )
+    # Functions and tables of the application's own do not answer for the right.
+    await app.execute(
+        "CREATE FUNCTION pg_temp.has_column_privilege(text, text, text) RETURNS bool LANGUAGE sql AS 'SELECT true';"
+        " CREATE TEMP TABLE api_keys (plan_id text); SET search_path = pg_temp, pg_catalog"
+    )
+    cases = (
+        (app, "key_2", "u_42", "key_1", False, ("small", "key_1")),
+        (app, "key_3", "u_42", "key_2", False, ("small", "key_1")),
+        # Test traffic has a pool of its own; the plan restricts it all the same.
+        (app, "key_4", "u_42", "key_1", True, ("small", None)),
+        # The key of another user gives nothing away, and hides nothing either.
+        (app, "key_5", "u_42", "key_o", False, (None, None)),
+        (app, "key_6", "u_42", None, False, (None, None)),
+        # A role that may set plans may also leave one out.
+        (sql, "key_7", "u_42", "key_1", False, (None, "key_1")),
+    )
+    for client, key, user, replaces, is_test, expected in cases:
+        await client.execute(rotate, key, user, key.encode(), replaces, is_test)
+        row = await sql.fetchrow("SELECT plan_id, lineage, roles, acts_for FROM keyproxy.api_keys WHERE id = $1", key)
+        assert row is not None
+        assert tuple(row) == (*expected, [], "none"), key
+
+
 async def test_audit_log_records_the_login_role_of_an_application_whatever_actor_it_names(app: Sql, sql: Sql) -> None:
     async with app.transaction():
         await app.execute("SELECT set_config('keyproxy.actor', 'django:signup', true)")
@@ -116,6 +151,13 @@ _DENIED = (
     " ON CONFLICT (id) DO UPDATE SET revoke_reason = encode(api_keys.digest, 'hex')"),
     ("INSERT INTO keyproxy.api_keys (id, user_id, digest) VALUES ('key_x', 'u_42', sha256('x'))"
     " ON CONFLICT (digest) DO NOTHING"),
+    ("INSERT INTO keyproxy.api_keys (id, user_id, digest, replaces) VALUES ('key_1', 'u_42', sha256('x'), 'key_1')"
+    " ON CONFLICT (id) DO UPDATE SET revoke_reason = excluded.plan_id"),
+    ("INSERT INTO keyproxy.api_keys (id, user_id, digest, replaces) VALUES ('key_x', 'u_42', sha256('x'), 'key_1')"
+    " RETURNING plan_id"),
+    "EXPLAIN SELECT id FROM keyproxy.api_keys WHERE digest = sha256('x')",
+    "EXPLAIN SELECT id FROM keyproxy.api_keys WHERE plan_id = 'x'",
+    "SELECT xmin FROM keyproxy.api_keys",
     "UPDATE keyproxy.api_keys SET digest = sha256('x')",
     "COPY keyproxy.api_keys TO STDOUT",
     "COPY keyproxy.api_keys (digest) TO STDOUT",
@@ -145,6 +187,10 @@ _DENIED = (
     "INSERT INTO keyproxy.api_keys (id, user_id, digest, plan_id) VALUES ('key_x', 'u_42', sha256('x'), NULL)",
     "INSERT INTO keyproxy.api_keys (id, user_id, digest, roles) VALUES ('key_x', 'u_42', sha256('x'), '{}')",
     "INSERT INTO keyproxy.api_keys (id, user_id, digest, lineage) VALUES ('key_x', 'u_42', sha256('x'), 'key_1')",
+    "INSERT INTO keyproxy.api_keys (id, user_id, digest, created_at) VALUES ('key_x', 'u_42', sha256('x'), '2001-01-01')",
+    "INSERT INTO keyproxy.api_keys (id, user_id, digest, suspended_at) VALUES ('key_x', 'u_42', sha256('x'), NULL)",
+    "INSERT INTO keyproxy.api_keys (id, user_id, digest, last_used_at) VALUES ('key_x', 'u_42', sha256('x'), now())",
+    "INSERT INTO keyproxy.users (id, tenant_id, created_at) VALUES ('u_x', 'acme', '2001-01-01')",
     "INSERT INTO keyproxy.api_keys (id, user_id, digest, revoked_at) VALUES ('key_x', 'u_42', sha256('x'), now())",
     "UPDATE keyproxy.api_keys SET acts_for = 'tenant'",
     "UPDATE keyproxy.api_keys SET plan_id = NULL",
@@ -272,7 +318,7 @@ async def test_roles_of_proxies_keep_the_functions_that_they_call_while_the_sche
 
 async def test_application_cannot_forge_audit_rows_with_a_trigger_of_its_own(app: Sql) -> None:
     await app.execute("CREATE TEMP TABLE mine (id text, digest bytea, lineage text, replaces text)")
-    for function in ("audit('key')", "note_key_change()", "end_key_logins()", "inherit_lineage()"):
+    for function in ("audit('key')", "note_key_change()", "end_key_logins()", "inherit_lineage()", "inherit_plan()"):
         await refused(
             app,
             f"CREATE TRIGGER mine AFTER INSERT ON mine FOR EACH ROW EXECUTE FUNCTION keyproxy.{function}",

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, urlencode, urlsplit
 
+from django.views.decorators.debug import sensitive_variables
+
 from keyproxy_client.django.directory.errors import (
     DirectoryError,
     DirectoryRefused,
@@ -60,6 +62,7 @@ class AdminApi:
     token_file: str
     timeout_seconds: float
 
+    @sensitive_variables()
     def call(
         self,
         method: str,
@@ -96,6 +99,7 @@ class AdminApi:
             return Response(response.status, content, response.getheader("Idempotency-Replayed") == "true")
         raise _error(response.status, content or Content())
 
+    @sensitive_variables()
     def _token(self) -> str:
         try:
             token = Path(self.token_file).read_text(encoding="ascii").strip()

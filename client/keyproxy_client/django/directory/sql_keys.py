@@ -1,7 +1,7 @@
 """Keys in keyproxy's schema, by statements on a connection of Django.
 
 The role of the application reads neither digests nor the plan, the roles or the delegation of a key: a key that it
-issues or rotates has none of these.
+issues has none of these. When it rotates a key, a trigger of keyproxy keeps the plan.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from django.contrib.auth import get_user_model
+from django.core.exceptions import ImproperlyConfigured
 from django.db import DatabaseError, router, transaction
 
 from keyproxy_client import keys
@@ -26,7 +27,7 @@ from keyproxy_client.django.provisioning import lifecycle, outbox
 from keyproxy_client.django.provisioning.lifecycle import Subject
 from keyproxy_client.django.provisioning.outbox import Result
 from keyproxy_client.django.settings import settings
-from keyproxy_client.django.users import InvalidId, may_be_id
+from keyproxy_client.django.users import InvalidId, may_be_id, user_of_id
 
 _log = logging.getLogger("keyproxy_client.sync")
 
@@ -60,6 +61,8 @@ class Report:
 def synchronise(wish: Wish) -> Report:
     """Perform a run. Raises DirectoryError if keyproxy cannot be read."""
     report, found = Report(), directory()
+    if wish.prunes:
+        _check_ids()
     using = router.db_for_write(get_user_model())
     if not wish.is_dry_run:
         _drain(report)
@@ -146,27 +149,51 @@ _CHANGES: Final[dict[str, Callable[..., None]]] = {
 }
 
 
+def _check_ids() -> None:
+    """Raises DirectoryRefused if the users of operators cannot be distinguished from orphans."""
+    try:
+        may_be_id("")
+    except ImproperlyConfigured as error:
+        raise DirectoryRefused(f"{error}: no user is deleted") from error
+
+
 def _prune(found: Directory, orphans: Iterable[DirectoryUser], using: str, wish: Wish, report: Report) -> None:
     """Delete users whose ids are those of users of Django that do not exist, except owners of service keys."""
+    # Read once in each run: a service key may move to another user while this process lives.
+    service_hints = functools.lru_cache(_service_hints)
     for orphan in orphans:
         if not may_be_id(orphan.id):
             continue
-        hints = _service_hints(orphan.tenant)
-        if any(key.hint in hints for key in found.keys.of_user(orphan.id, orphan.tenant)):
-            report.done["kept"] += 1
-            continue
-        if not wish.is_dry_run:
-            try:
-                lifecycle.delete(Subject(None, orphan.id, orphan.tenant), using, actor=ACTOR_SYNC)
-            except (DirectoryError, DatabaseError) as error:
-                report.failed[orphan.id] = str(error).partition("\n")[0]
+        try:
+            hints = service_hints(orphan.tenant)
+            if any(key.hint in hints for key in found.keys.of_user(orphan.id, orphan.tenant)):
+                report.done["kept"] += 1
                 continue
+            if not wish.is_dry_run and not _delete(orphan, using):
+                continue
+        except (DirectoryError, DatabaseError) as error:
+            report.failed[orphan.id] = str(error).partition("\n")[0]
+            continue
         report.note("deleted", orphan.id)
 
 
-@functools.lru_cache(maxsize=64)
+def _delete(orphan: DirectoryUser, using: str) -> bool:
+    """Delete a user that Django still does not have. One that has signed up meanwhile stays."""
+    try:
+        if user_of_id(orphan.id) is not None:
+            return False
+    except ImproperlyConfigured:
+        # The ids have no inverse.
+        pass
+    lifecycle.delete(Subject(None, orphan.id, orphan.tenant), using, actor=ACTOR_SYNC)
+    return True
+
+
 def _service_hints(tenant: str) -> frozenset[str]:
-    """The hints of the tenant's service keys. Raises DirectoryRefused if a file cannot be read."""
+    """The hints of the tenant's service keys. Raises DirectoryRefused if a file cannot be read.
+
+    `{tenant}` in the path: a tenant without a file has no service key. A path without it names the one service key.
+    """
     found = settings()
     hints = set()
     for path in (found.service_key_file, found.service_test_key_file):
@@ -174,9 +201,8 @@ def _service_hints(tenant: str) -> frozenset[str]:
             file = Path(path.replace("{tenant}", tenant))
             try:
                 hints.add(keys.hint(file.read_text(encoding="ascii").strip(), prefix=found.key_prefix))
-            except FileNotFoundError:
-                # Without a file for the tenant there is no service key to protect.
-                continue
             except (OSError, UnicodeDecodeError) as error:
+                if isinstance(error, FileNotFoundError) and "{tenant}" in path:
+                    continue
                 raise DirectoryRefused(f"cannot read {file}: no user is deleted") from error
     return frozenset(hints)

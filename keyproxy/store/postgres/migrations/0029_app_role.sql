@@ -21,6 +21,22 @@ CREATE TRIGGER keep_revocation BEFORE UPDATE ON keyproxy.api_keys FOR EACH ROW
     WHEN (OLD.revoked_at IS NOT NULL AND NEW.revoked_at IS DISTINCT FROM OLD.revoked_at)
     EXECUTE FUNCTION keyproxy.keep_revocation();
 
+-- A key that replaces another one of the same user keeps its plan, whichever client rotates it: a role that may not set plans
+-- may not remove one either. Roles and acts_for would widen the new key: they are not taken over. A role that may set plans
+-- decides itself. The condition is evaluated as the role of the statement, and the function runs as the owner.
+CREATE FUNCTION keyproxy.inherit_plan() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    SELECT k.plan_id INTO NEW.plan_id
+    FROM keyproxy.api_keys AS k WHERE k.id = NEW.replaces AND k.user_id = NEW.user_id;
+    RETURN NEW;
+END
+$$;
+CREATE TRIGGER inherit_plan BEFORE INSERT ON keyproxy.api_keys FOR EACH ROW
+    WHEN (NEW.replaces IS NOT NULL AND NEW.plan_id IS NULL
+          AND NOT has_column_privilege('keyproxy.api_keys', 'plan_id', 'INSERT'))
+    EXECUTE FUNCTION keyproxy.inherit_plan();
+
 -- A function that runs as its owner is for the roles that are named, and not for PUBLIC: applications now use the schema too.
 -- A trigger needs no right to its function, but a role that has it can attach the function to a temporary table of its own,
 -- and so write audit rows and events of changes that did not happen. Three others are called by functions that run as the
