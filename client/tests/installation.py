@@ -49,7 +49,7 @@ class Installation:
         if stamp.exists() and stamp.read_text(encoding="ascii") == state and python.exists():
             return str(python)
         shutil.rmtree(home, ignore_errors=True)
-        _run([interpreter, "-m", "venv", "--without-pip", "--symlinks", str(home)])
+        _run("venv", [interpreter, "-m", "venv", "--without-pip", "--symlinks", str(home)])
         (packages,) = home.glob("lib/python*/site-packages")
         with self._downloading:
             unpacked = self._unpacked(python, packages.parent.name, pins)
@@ -87,7 +87,7 @@ class Installation:
             options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--no-input"]
             # pip of this environment downloads for the other one.
             pip = [sys.executable, "-m", "pip", "--python", str(python)]
-            _run([*pip, "download", *options, "--dest", directory, *pins])
+            _run("pip download", [*pip, "download", *options, "--dest", directory, *pins])
             for wheel in Path(directory).glob("*.whl"):
                 partial = Path(directory) / wheel.stem
                 with zipfile.ZipFile(wheel) as archive:
@@ -116,8 +116,10 @@ def _normal(pin: str) -> str:
     return re.sub(r"[-_.]+", "-", pin.partition("==")[0]).lower() + "==" + pin.partition("==")[2]
 
 
-def _run(command: list[str]) -> None:
+def _run(name: str, command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()]
-        raise NotInstalledError(f"{' '.join(command[1:5])} failed: {lines[-1] if lines else done.returncode}")
+        # pip first reports why the index does not respond, and last the package that is then missing.
+        why = "; ".join(dict.fromkeys([*lines[:1], *lines[-1:]])) or f"status {done.returncode}"
+        raise NotInstalledError(f"{name} failed: {why}")
