@@ -25,9 +25,11 @@ from keyproxy.store.embedded.postgres_binaries import find_binaries
 from keyproxy.store.postgres import migrations, roles, scratch_databases
 from keyproxy.store.postgres.database import Database
 from tests import server as servers
+from tests.acceptance.command_server import CommandServer
 from tests.store.redis_server import RedisServer, program
 
 _ROLE = "app"
+_REPOSITORY = Path(__file__).parents[2]
 _KEY_LIFE = timedelta(days=1)
 
 #: The role of an application, as docs/django.md makes it: keyproxy's rights, and a schema of its own for its tables.
@@ -43,9 +45,10 @@ GRANT keyproxy_app TO {_ROLE};
 class Deployer:
     """A PostgreSQL server with a template: a migrated database with roles, tenants and service keys."""
 
-    def __init__(self, server: servers.Server, home: Path) -> None:
-        """`home`: a directory for files of deployments."""
+    def __init__(self, server: servers.Server, home: Path, keyproxy: Path) -> None:
+        """`home`: a directory for files of deployments. `keyproxy`: a program that runs keyproxy's commands."""
         self._server = server
+        self._keyproxy = keyproxy
         self._maintenance_dsn = server.dsn("postgres")
         self._home = home
         self._template = f"kp_client_{secrets.token_hex(4)}"
@@ -129,6 +132,7 @@ class Deployer:
             upstream=upstream,
             home=home,
             python=sys.executable,
+            keyproxy=self._keyproxy,
             config=config,
             programs=[str(found.directory) for found in find_binaries(os.environ)],
         )
@@ -144,7 +148,13 @@ def deployer() -> Iterator[Deployer]:
             started = embedded_postgres.start(Path(directory) / "pg", servers.FAST_SETTINGS)
             stack.callback(started.stop)
             server = started
-        found = Deployer(server, Path(directory))
+        # The imports of a command take ten times as long as its work.
+        commands = stack.enter_context(contextlib.closing(CommandServer(_REPOSITORY)))
+        # Memory is often mounted without the right to execute.
+        keyproxy = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kpc-"))) / "keyproxy"
+        keyproxy.write_text(commands.program, encoding="utf-8")
+        keyproxy.chmod(0o755)
+        found = Deployer(server, Path(directory), keyproxy)
         stack.callback(found.remove)
         asyncio.run(found.prepare())
         yield found

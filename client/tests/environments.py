@@ -19,7 +19,7 @@ from pathlib import Path
 
 from client.tests import pythons
 from client.tests.deploying import Deployer, deployer
-from client.tests.installation import Installation
+from client.tests.installation import Installation, NotInstalledError
 from client.tests.support.deployment import clean_environment
 
 CLIENT = Path(__file__).parents[1]
@@ -68,7 +68,11 @@ class Run:
     def row(self, row: Row, interpreter: str) -> bool:
         """Install and test one row, and print the outcome. Whether it passed."""
         begun = time.monotonic()
-        python = self.installation.ensure(row.name, row.environment, interpreter)
+        try:
+            python = self.installation.ensure(row.name, row.environment, interpreter)
+        except NotInstalledError as error:
+            print(f"client {row.name}: failed, its packages cannot be installed: {error}", flush=True)
+            return False
         installed = time.monotonic()
         with contextlib.ExitStack() as stack:
             variables = {}

@@ -185,7 +185,10 @@ def site(deployment: Deployment, tmp_path: Path) -> Iterator[Site]:
     proxy, django, ops = (f"127.0.0.1:{free_port()}" for _ in range(3))
     programs = tmp_path / "bin"
     programs.mkdir()
-    (programs / "keyproxy").write_text(f'#!/bin/sh\nexec {deployment.python} -m keyproxy "$@"\n', encoding="utf-8")
+    (programs / "keyproxy").write_text(
+        f'#!/bin/sh\n[ "$1" = serve ] && exec {deployment.python} -m keyproxy "$@"\nexec {deployment.keyproxy} "$@"\n',
+        encoding="utf-8",
+    )
     (programs / "keyproxy").chmod(0o755)
     path = [str(programs), str(Path(sys.executable).parent), *deployment.programs, os.environ["PATH"]]
     environment = clean_environment() | {
