@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 
 from django.conf import settings as django_settings
@@ -11,7 +10,7 @@ from keyproxy_client.acting import Acting
 from keyproxy_client.django.provisioning.first_use import FirstUseKeys
 from keyproxy_client.django.settings import Settings, SettingsInvalid, settings
 from keyproxy_client.outgoing.authorizer import ActFor, Authorizer
-from keyproxy_client.outgoing.key_sources import Key, KeyFile, SecretUnavailable
+from keyproxy_client.outgoing.key_sources import Key, SecretUnavailable, key_file
 
 
 def is_configured() -> bool:
@@ -39,14 +38,8 @@ def authorizer(act_for: ActFor, wait_max_seconds: float) -> Authorizer:
 
 
 def _service_key(found: Settings, template: str) -> Key:
-    file = _key_file(template, found.fixed_tenant)
+    file = key_file(template, found.fixed_tenant)
     return FirstUseKeys(file) if found.provision == "first_use" else file
-
-
-@functools.lru_cache(maxsize=64)
-def _key_file(template: str, tenant: str | None) -> KeyFile:
-    """One object per file, so that a process reads it once, whatever the number of clients."""
-    return KeyFile(template, tenant)
 
 
 class PerUserKeys:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import os
@@ -60,7 +61,7 @@ Key: TypeAlias = "str | os.PathLike[str] | Callable[..., str | Awaitable[str]] |
 def source_of(key: Key, *, default_tenant: str | None = None) -> KeySource:
     """The source for a key as callers write it. Raises TypeError and ValueError."""
     if isinstance(key, os.PathLike) or (isinstance(key, str) and key.startswith("/")):
-        return KeyFile(os.fspath(key), default_tenant)
+        return key_file(os.fspath(key), default_tenant)
     if isinstance(key, str):
         if "/" in key:
             raise ValueError("a key has no '/': pass the path of its file as a Path")
@@ -152,6 +153,12 @@ class KeyFile:
                 f"the key file {self._template} needs the tenant of the acting user: acting_as(…, tenant=…)"
             )
         return self._template.replace(_TENANT, tenant)
+
+
+@functools.lru_cache(maxsize=_FILES_MAX)
+def key_file(template: str, default_tenant: str | None) -> KeyFile:
+    """One object per file and process: a client that is made while the file is replaced has the last secret too."""
+    return KeyFile(template, default_tenant)
 
 
 class CalledKey:

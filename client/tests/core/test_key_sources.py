@@ -55,6 +55,16 @@ def test_last_secret_is_used_while_its_file_is_replaced(
     assert source.secret(None) == NEW_KEY
 
 
+def test_a_client_that_is_made_while_the_file_is_replaced_uses_the_last_secret(tmp_path: Path) -> None:
+    path = tmp_path / "{tenant}.key"
+    (tmp_path / "acme.key").write_text(KEY)
+    assert Authorizer("http://localhost", path).credential(ACTING).secret == KEY
+    (tmp_path / "acme.key").unlink()
+    assert Authorizer("http://localhost", path).credential(ACTING).secret == KEY
+    (tmp_path / "acme.key").write_text(NEW_KEY)
+    assert Authorizer("http://localhost", path).credential(ACTING).secret == NEW_KEY
+
+
 @pytest.mark.parametrize("content", [None, b"", b"kp_live", KEY.encode() + b"\r\nX-Other: 1", KEY.encode() + b"\xff"])
 def test_file_without_one_key_gives_an_error_that_does_not_show_it(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "key"

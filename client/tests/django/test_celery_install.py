@@ -229,6 +229,9 @@ def test_each_hook_takes_at_most_5_microseconds(eager: SimpleNamespace) -> None:
     body: tuple[Any, ...] = ((), {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None})
     with acting_as("u_alice", "acme"):
         assert microseconds(lambda: keyproxy_celery._add_headers(dict(plain), body)) <= 5
+        step = {"task": "who", "args": [], "kwargs": {}, "options": {}}
+        nested = {"chain": [step | {"options": {"chord": step}}, step], "chord": step}
+        assert microseconds(lambda: keyproxy_celery._add_headers(plain | BOB, ((), {}, dict(nested)))) <= 5
     eager.who.request_stack.push(Context(plain | BOB, args=(), kwargs={}, is_eager=False))
 
     def run() -> None:
