@@ -6,6 +6,8 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
+from tests.running_process import RunningProcess
+
 _POLL_SECONDS = 0.005
 
 
@@ -15,7 +17,7 @@ async def until(
     *,
     seconds: float = 10.0,
     pause_seconds: float = _POLL_SECONDS,
-    while_running: asyncio.subprocess.Process | None = None,
+    while_running: RunningProcess | None = None,
 ) -> None:
     """Wait until the condition is true. Fails with `what` after the deadline, or when the process has ended."""
     deadline = time.monotonic() + seconds

@@ -26,6 +26,7 @@ from keyproxy.store.postgres.database import Database
 from tests import waiting
 from tests.acceptance.command_server import CommandServer
 from tests.rawhttp import Client, Upstream, connect, free_port
+from tests.running_process import RunningProcess
 from tests.server import Server
 
 ROOT = Path(__file__).parents[2]
@@ -154,24 +155,12 @@ class Site:
         return 0.0
 
     @contextlib.asynccontextmanager
-    async def serving(self, *, files_max: int = 0) -> AsyncIterator[asyncio.subprocess.Process]:
+    async def serving(self, *, files_max: int = 0) -> AsyncIterator[RunningProcess]:
         """`keyproxy serve`, until the context or the process ends. `files_max`: its limit of open files."""
-        limited = [sys.executable, "-c", _LIMITED, str(files_max)] if files_max else []
-        process = await asyncio.create_subprocess_exec(
-            *limited,
-            sys.executable,
-            "-m",
-            "keyproxy",
-            "serve",
-            "--config",
-            str(self.config),
-            env=self.environment,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        assert process.stdout is not None
-        assert process.stderr is not None
-        reading = [asyncio.create_task(self._keep(stream)) for stream in (process.stdout, process.stderr)]
+        (out, out_kept), (err, err_kept) = await self._pipe(), await self._pipe()
+        process = await self.start("serve", out=out, err=err, files_max=files_max)
+        os.close(out)
+        os.close(err)
         try:
             await until(self._is_up, while_running=process)
             yield process
@@ -180,18 +169,39 @@ class Site:
                 process.send_signal(signal.SIGTERM)
             async with asyncio.timeout(STUCK_SECONDS):
                 await process.wait()
-            await asyncio.gather(*reading)
+            await asyncio.gather(out_kept, err_kept)
+
+    async def start(self, command: str, *, out: int, err: int, files_max: int = 0) -> RunningProcess:
+        """Start a command: as users do, unless there is a server of commands. `out`, `err`: its descriptors."""
+        arguments = [command, "--config", str(self.config)]
+        if self.commands is not None and not files_max:
+            return await self.commands.start(arguments, self.environment, out=out, err=err, seconds=STUCK_SECONDS)
+        limited = [sys.executable, "-c", _LIMITED, str(files_max)] if files_max else []
+        return await asyncio.create_subprocess_exec(
+            *limited, sys.executable, "-m", "keyproxy", *arguments, env=self.environment, stdout=out, stderr=err
+        )
+
+    async def _pipe(self) -> tuple[int, asyncio.Task[None]]:
+        """The end to which a process writes, and the task that keeps what it has printed."""
+        reading, writing = os.pipe()
+        stream = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(reading, "rb")
+        )
+
+        async def keep() -> None:
+            with contextlib.closing(transport):
+                while chunk := await stream.read(65_536):
+                    self.printed.append(chunk)
+
+        return writing, asyncio.create_task(keep())
 
     def log(self) -> list[dict[str, Any]]:
         """The access log so far."""
         lines = b"".join(self.printed).splitlines()
         return [json.loads(line) for line in lines if line.startswith(b'{"time"')]
 
-    async def _keep(self, stream: asyncio.StreamReader) -> None:
-        while chunk := await stream.read(65_536):
-            self.printed.append(chunk)
-
-    async def until_ready(self, process: asyncio.subprocess.Process) -> None:
+    async def until_ready(self, process: RunningProcess) -> None:
         """Wait until the proxy that this process runs is ready."""
 
         async def is_ready() -> bool:
@@ -221,19 +231,10 @@ until = functools.partial(waiting.until, seconds=STUCK_SECONDS, pause_seconds=0.
 
 
 @contextlib.asynccontextmanager
-async def administering(site: Site, port: int) -> AsyncIterator[asyncio.subprocess.Process]:
+async def administering(site: Site, port: int) -> AsyncIterator[RunningProcess]:
     """`keyproxy admin` on a port, while the context lasts."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "keyproxy",
-        "admin",
-        "--config",
-        str(site.config),
-        env=site.environment,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
+    with Path(os.devnull).open("wb") as nowhere:
+        process = await site.start("admin", out=nowhere.fileno(), err=nowhere.fileno())
 
     async def is_up() -> bool:
         with contextlib.suppress(aiohttp.ClientError):

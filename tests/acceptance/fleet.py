@@ -13,6 +13,7 @@ import aiohttp
 
 from tests.acceptance.conftest import Site
 from tests.rawhttp import free_port
+from tests.running_process import RunningProcess
 from tests.store.harness import Relay
 
 
@@ -23,7 +24,7 @@ class Fleet:
         self.sites, self.relays = sites, relays
         self.secret = secret
         self.answers: Counter[int] = Counter()
-        self.processes: list[asyncio.subprocess.Process | None] = [None] * len(sites)
+        self.processes: list[RunningProcess | None] = [None] * len(sites)
         self._stacks = [contextlib.AsyncExitStack() for _ in sites]
 
     async def start(self, number: int) -> None:

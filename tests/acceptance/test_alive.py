@@ -19,12 +19,18 @@ import trustme
 
 from tests.acceptance.conftest import STUCK_SECONDS, Configure, Site, until
 from tests.rawhttp import Client
+from tests.running_process import RunningProcess
 from tests.store.harness import Sql
 from tests.wire.conftest import request
 
 #: Between two requests on a connection. Without a pause, starting processes would lack CPU, and no connection would ever
 #: be idle.
 _PAUSE_SECONDS = 0.005
+
+
+@pytest.fixture
+def commands() -> None:
+    """Each process starts as users start it."""
 
 
 class Load:
@@ -101,7 +107,7 @@ async def test_a_rolling_restart_fails_no_request(configure: Configure, dsn: str
     assert load.wrong == []
 
 
-async def have_started(site: Site, number: int, latest: asyncio.subprocess.Process) -> None:
+async def have_started(site: Site, number: int, latest: RunningProcess) -> None:
     """Wait until the logs of this number of processes, including the latest, report that they serve; for workers the
     supervisor logs it."""
 

@@ -26,6 +26,11 @@ SECONDS = float(os.environ.get("KEYPROXY_TEST_CRASH_SECONDS", "8"))
 _ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-Usage-Tokens: %d\r\n\r\nok" % TOKENS_EACH
 
 
+@pytest.fixture
+def commands() -> None:
+    """Each process starts as users start it."""
+
+
 @pytest.mark.parametrize(("requests", "tokens"), [(1_000_000, 10**9), (500, 2_800)])
 async def test_crashes_pauses_and_partitions_overspend_and_lose_nothing(
     configure: Configure, dsn: str, requests: int, tokens: int

@@ -21,6 +21,7 @@ from keyproxy.platform import process_registry
 from tests.acceptance.conftest import STUCK_SECONDS, Configure, Output, Site, administering, until
 from tests.acceptance.test_alive import workers_of
 from tests.rawhttp import connect, free_port
+from tests.running_process import RunningProcess
 from tests.wire.conftest import request
 
 LINGER_SECONDS = 3.0
@@ -63,7 +64,7 @@ class Visitors:
             await asyncio.sleep(0.02)
 
 
-async def leave(site: Site, process: asyncio.subprocess.Process, how: str) -> None:
+async def leave(site: Site, process: RunningProcess, how: str) -> None:
     """Shut a proxy down in one of the two ways."""
     if how == "SIGTERM":
         process.send_signal(signal.SIGTERM)

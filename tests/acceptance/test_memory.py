@@ -27,6 +27,11 @@ _CHAT = "/v1/chat/completions"
 _ROUTES = [{"match": f"POST {_CHAT}", "tokens": "openai"}, {"match": "* /{rest...}"}]
 
 
+@pytest.fixture
+def commands() -> None:
+    """A process that is forked would have the peak of the one that it is forked from."""
+
+
 def _peak_bytes(pid: int) -> int:
     status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024

@@ -75,7 +75,8 @@ async def test_requests_import_no_module(configure: Configure, dsn: str) -> None
         {"match": "POST /v1/ai/jobs", "scopes": ["jobs:write"]},
     ]
     site = configure(dsn, routes=routes)
-    site.environment["PYTHONPROFILEIMPORTTIME"] = "1"
+    # Only the start of an interpreter reads this variable.
+    site.commands, site.environment["PYTHONPROFILEIMPORTTIME"] = None, "1"
     key, other = await site.key(scopes=["jobs:write"]), await site.key("u_43")
     async with site.serving() as process:
         await site.until_ready(process)

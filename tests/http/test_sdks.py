@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import anthropic
 import httpx2
-import openai
 import pytest
 
 from keyproxy.http.error_responses import ErrorRenderer
 from keyproxy.http.own_response import OwnResponse
 from keyproxy.limit_state import LimitPolicy, LimitState
 from keyproxy.reasons import LimitReason, Reason, Refusal
+from tests.lazy_modules import lazily, load
+
+if TYPE_CHECKING:
+    import anthropic
+    import openai
+else:
+    anthropic, openai = lazily("anthropic", "openai")
 
 LIMIT = LimitState(LimitPolicy("user.tokens-per-day", 1000, 86_400, "tokens"), 3, 30)
 OVER_LIMIT = [Reason.RATE_LIMITED, Reason.CONCURRENCY_LIMITED, Reason.QUOTA_EXHAUSTED, Reason.TOKEN_BUDGET_EXHAUSTED]
@@ -28,6 +34,12 @@ MESSAGE_START = (
 )
 
 Server = Callable[[httpx2.Request], httpx2.Response]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imported() -> None:
+    """What the tests measure does not include the imports."""
+    load(anthropic, openai)
 
 
 def answering(answer: OwnResponse) -> Server:

@@ -8,24 +8,18 @@ import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import anthropic
-import boto3
-import ollama
-import openai
 import pytest
 import trustme
 from botocore.exceptions import ClientError, EventStreamError
-from google import genai
-from google.genai import errors as genai_errors
-from google.genai import types as genai_types
 
 from keyproxy.ai.responses.streams.aws_event_stream import make_message
 from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.config.schema import RouteRow
 from keyproxy.model import Ending
 from tests import fakes
+from tests.lazy_modules import lazily, load
 from tests.rawhttp import Message, Upstream
 from tests.waiting import until
 from tests.wire.conftest import KEY, Start, Wire
@@ -33,6 +27,15 @@ from tests.wire.test_ai_endings import Streaming, charged
 from tests.wire.test_ai_examples import HELLO, plan, reports
 from tests.wire.test_ai_examples import MESSAGES as OPENAI_MESSAGES
 from tests.wire.test_limits import STREAM, chunk
+
+if TYPE_CHECKING:
+    import anthropic
+    import boto3
+    import ollama
+    import openai
+    from google import genai
+else:
+    anthropic, boto3, genai, ollama, openai = lazily("anthropic", "boto3", "google.genai", "ollama", "openai")
 
 SECRET = KEY.decode()
 
@@ -137,7 +140,7 @@ class Sdk(NamedTuple):
     """How an SDK asks, for a whole response and for a stream, and the exception that it raises for a refusal."""
 
     ask: Callable[[str, bool], str]
-    refused: type[Exception]
+    refused: Callable[[], type[Exception]]
     answer: bytes
     stream: bytes
     cap: tuple[str, ...]
@@ -166,7 +169,7 @@ def with_anthropic(url: str, streams: bool) -> str:
 
 
 def with_gemini(url: str, streams: bool) -> str:
-    options = genai_types.HttpOptions(base_url=url, headers={"X-Api-Key": SECRET})
+    options = genai.types.HttpOptions(base_url=url, headers={"X-Api-Key": SECRET})
     with genai.Client(api_key="none", http_options=options) as client:
         if not streams:
             return client.models.generate_content(model="g", contents=HELLO).text or ""
@@ -179,6 +182,12 @@ def with_ollama(url: str, streams: bool) -> str:
             return client.chat(model="llama3.2", messages=OPENAI_MESSAGES).message.content or ""
         lines = client.chat(model="llama3.2", messages=OPENAI_MESSAGES, stream=True)
         return "".join(one.message.content or "" for one in lines)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imported() -> None:
+    """What the tests measure does not include the imports."""
+    load(anthropic, boto3, genai, ollama, openai)
 
 
 @pytest.fixture(autouse=True)
@@ -218,14 +227,16 @@ def with_bedrock(url: str, streams: bool) -> str:
 
 
 SDKS = {
-    "openai": Sdk(with_openai, openai.APIStatusError, OPENAI, OPENAI_STREAM, ("max_completion_tokens",)),
-    "anthropic": Sdk(with_anthropic, anthropic.APIStatusError, reports(ANTHROPIC_MESSAGE), ANTHROPIC_STREAM, ()),
+    "openai": Sdk(with_openai, lambda: openai.APIStatusError, OPENAI, OPENAI_STREAM, ("max_completion_tokens",)),
+    "anthropic": Sdk(with_anthropic, lambda: anthropic.APIStatusError, reports(ANTHROPIC_MESSAGE), ANTHROPIC_STREAM, ()),
     "gemini": Sdk(
-        with_gemini, genai_errors.APIError, reports(GEMINI_CHUNK), GEMINI_STREAM,
+        with_gemini, lambda: genai.errors.APIError, reports(GEMINI_CHUNK), GEMINI_STREAM,
         ("generationConfig", "maxOutputTokens"),
     ),
-    "ollama": Sdk(with_ollama, ollama.ResponseError, reports(OLLAMA_LINE), OLLAMA_STREAM, ("options", "num_predict")),
-    "bedrock": Sdk(with_bedrock, ClientError, CONVERSE, CONVERSE_STREAM, ("inferenceConfig", "maxTokens")),
+    "ollama": Sdk(
+        with_ollama, lambda: ollama.ResponseError, reports(OLLAMA_LINE), OLLAMA_STREAM, ("options", "num_predict"),
+    ),
+    "bedrock": Sdk(with_bedrock, lambda: ClientError, CONVERSE, CONVERSE_STREAM, ("inferenceConfig", "maxTokens")),
 }  # fmt: skip
 
 
@@ -275,7 +286,7 @@ async def test_an_sdk_works_with_caps_and_streams(start: Start, name: str, strea
 async def test_an_sdk_raises_at_once_for_what_never_fits(start: Start, name: str) -> None:
     wire = await proxied(start, name, "tokens/day=20")
     began = time.monotonic()
-    with pytest.raises(SDKS[name].refused) as raised:
+    with pytest.raises(SDKS[name].refused()) as raised:
         await call(wire, name, streams=False)
     assert "token" in str(raised.value)
     assert time.monotonic() - began < 5.0
@@ -288,7 +299,7 @@ async def test_an_sdk_with_default_retries_raises_at_once_for_a_spent_budget(sta
     wire = await proxied(start, name, "tokens/day=72" if name == "anthropic" else "tokens/day=40")
     assert await call(wire, name, streams=False) == "Hi"
     began = time.monotonic()
-    with pytest.raises(SDKS[name].refused):
+    with pytest.raises(SDKS[name].refused()):
         await call(wire, name, streams=False)
     assert time.monotonic() - began < 5.0
     refusals = [one for one in wire.recorder.seen if one.status != 200]
