@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from celery import Celery, chain, chord, group
+from celery import Celery, chain, chord
 from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError
 from celery.result import AsyncResult
 
@@ -133,7 +133,6 @@ def test_the_body_of_a_chord_acts_for_its_publisher_also_if_chains_and_chords_in
     again = who.clone(immutable=True)
     headers = [
         [again, chain(as_bob, again)],
-        [again, chain(as_bob, again, group(again, again))],
         [again, chord([as_bob], who)],
         [again, chain(again, chord([as_bob], again), as_bob)],
     ]
