@@ -19,6 +19,7 @@ from keyproxy.config.tools.anomaly_settings import AnomalySettings
 from keyproxy.config.tools.tool_settings import ApprovalSettings
 from keyproxy.store.postgres.database import Database
 from tests.acceptance.conftest import Configure, administering
+from tests.acceptance.conftest import commands as commands
 from tests.acceptance.conftest import configure as configure
 from tests.admin.conftest import serving
 from tests.rawhttp import free_port

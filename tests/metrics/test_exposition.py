@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import shutil
 import subprocess
@@ -612,6 +613,14 @@ def test_the_page_of_metrics_states_how_values_of_workers_are_combined() -> None
         assert merged[key] == together[how], name
 
 
+@functools.cache
+def names_of_the_client() -> frozenset[str]:
+    """Its commands, tables, functions and message headers. It has no metrics."""
+    modules = sorted((ROOT / "client" / "keyproxy_client").rglob("*.py"))
+    texts = [text for path in modules for text in (path.stem, path.read_text(encoding="utf-8"))]
+    return frozenset(re.findall(r"keyproxy_[a-z0-9_]+", " ".join(texts)))
+
+
 @pytest.mark.parametrize(
     "path",
     sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "config.example.toml"]),
@@ -621,7 +630,9 @@ def test_every_metric_named_in_the_repository_exists(path: Path) -> None:
     known = {row[0].strip("`") for rows in tables().values() for row in rows}
     histograms = {row[0].strip("`") for rows in tables().values() for row in rows if row[1] == "histogram"}
     known |= {name + suffix for name in histograms for suffix in ("_bucket", "_sum", "_count")}
-    others = {"keyproxy_proxy", "keyproxy_admin", "keyproxy_authorize", "keyproxy_broken", "keyproxy_restored"}
+    others = {
+        "keyproxy_proxy", "keyproxy_admin", "keyproxy_authorize", "keyproxy_app", "keyproxy_broken", "keyproxy_restored",
+    } | names_of_the_client()  # fmt: skip
     text = path.read_text(encoding="utf-8")
     if path.name == "CHANGELOG.md":
         text = ""  # also names former metrics
