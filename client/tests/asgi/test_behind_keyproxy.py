@@ -1,4 +1,4 @@
-"""Real servers behind a real keyproxy: whom it lets through, and what a request past it achieves.
+"""Real servers behind a real keyproxy: which identity they see, and what a request past it achieves.
 
 One proxy has two upstreams: a unix socket for live keys, and a TCP port for test keys. The servers take turns there.
 """

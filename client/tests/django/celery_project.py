@@ -1,4 +1,4 @@
-"""A Celery app whose tasks report for whom they act. Worker processes import it by its name."""
+"""A Celery app whose tasks report the user that they act for. Worker processes import it by its name."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def spawn(block: str | None = None) -> str:
 
 @app.task
 def call_in_place(options: dict[str, Any]) -> list[Report]:
-    """Run a task in place within a block; returns whom it acts for, and for whom the block acts afterwards."""
+    """Run a task in place within a block; returns the acting user of the task, and that of the block afterwards."""
     with acting_as("u_block"):
         inner = who.apply(**options).get(disable_sync_subtasks=False)
         return [inner, report()]
@@ -158,7 +158,7 @@ def leave_blocks_open(user: str) -> None:
 
 @app.task
 def end_blocks_of_earlier_tasks() -> list[Report]:
-    """What the garbage collector does with suspended generators at any time; returns whom it acts for then."""
+    """What the garbage collector does with suspended generators at any time; returns the acting user afterwards."""
     before = report()
     suspended.clear()
     return [before, report()]
@@ -166,7 +166,7 @@ def end_blocks_of_earlier_tasks() -> list[Report]:
 
 @app.task
 def call(origin: str, keys: str, test_keys: str) -> list[Any]:
-    """Call keyproxy as a job does; returns whom the upstream sees, or the class of the error."""
+    """Call keyproxy as a job does; returns the user that the upstream sees, or the class of the error."""
     found = acting()
     key = Path(test_keys if found is not None and found.is_test else keys)
     with httpx_client(origin=origin, key=key, timeout=10) as http:

@@ -1,4 +1,4 @@
-"""For whom tasks act: each way to publish a task, with a worker of threads."""
+"""The acting user of tasks: each way to publish a task, with a worker of threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""For whom tasks act in a worker of processes, with a broker between: after tasks that fail, time out or die."""
+"""The acting user of tasks in a worker of processes, with a broker between: after tasks that fail, time out or die."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""For whom the tasks of Django act: enqueued, called, and run by a worker from what a backend stores."""
+"""The acting user of Django's tasks: enqueued, called, and run by a worker from what a backend stores."""
 
 from __future__ import annotations
 

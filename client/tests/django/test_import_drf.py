@@ -181,7 +181,7 @@ def test_import_does_not_enable_an_inactive_owner_or_move_one_to_another_tenant(
 def test_keys_without_owner_are_problems_and_others_are_imported(
     project: None, owner: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    APIKey.objects.create_key(name="nobody's")
+    APIKey.objects.create_key(name="without an owner")
     CustomAPIKey.objects.create_key(name="n", user=owner)
     done = run(capsys, "keyproxy_import_drf", "--json")
     assert done.status == 1

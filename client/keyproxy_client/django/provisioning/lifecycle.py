@@ -167,7 +167,7 @@ def _perform(operation: str, subject: Subject, using: str, actor: str) -> None:
         }
         outbox.enqueue(operation, subject.id, payload, using)
         return
-    # As an error of the database does, a refusal makes the whole transaction fail, whoever catches it within.
+    # Like an error of the database, a refusal makes the whole transaction fail, even if code within it catches it.
     with transaction.mark_for_rollback_on_error(using=using):
         users = directory().users
         if operation == Operation.CREATE:
