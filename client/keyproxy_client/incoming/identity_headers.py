@@ -145,7 +145,7 @@ class IdentityHeaders:
         try:
             if None not in present[:_REQUIRED_COUNT]:
                 return self.identity(presented) == identity
-            stated: list[Any] = [None if value is None else _text(value) for value in present]
+            stated = list(map(_text, present))
         except IdentityInvalid:
             return False
         if stated[_SCOPE] is not None:
@@ -218,21 +218,21 @@ def read(headers: Any, *, prefix: str = DEFAULT_PREFIX) -> Identity | None:
 
 
 def _parsed(values: tuple[Any, ...]) -> Identity:
-    user, tenant, scope, test, key_id = (_text(value) for value in values[:_REQUIRED_COUNT])
-    actor, agent = (None if value is None else _text(value) for value in values[_REQUIRED_COUNT:])
-    ids = [user, tenant, key_id] if actor is None else [user, tenant, key_id, actor]
+    user, tenant, scope, test, key_id, actor, agent = map(_text, values)
     is_test = _TEST_VALUES.get(test)
-    is_valid = all(map(names.is_id, ids)) and _SCOPES.fullmatch(scope) is not None and is_test is not None
-    if not is_valid or is_test is None or (agent is not None and not names.is_agent(agent)):
+    are_ids = names.is_id(user) and names.is_id(tenant) and names.is_id(key_id) and (actor is None or names.is_id(actor))
+    is_valid = are_ids and _SCOPES.fullmatch(scope) is not None and (agent is None or names.is_agent(agent))
+    if is_test is None or not is_valid:
         raise IdentityInvalid("a value is outside keyproxy's patterns")
     return Identity(user, tenant, frozenset(scope.split()), is_test, key_id, actor, agent)
 
 
-def _text(value: object) -> str:
-    if isinstance(value, str):
-        return value
+def _text(value: Any) -> Any:
+    """None stays None."""
     if isinstance(value, bytes):
         return value.decode("latin-1")
+    if value is None or isinstance(value, str):
+        return value
     raise IdentityInvalid("a value is neither text nor bytes")
 
 
