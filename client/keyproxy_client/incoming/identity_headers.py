@@ -220,7 +220,9 @@ def read(headers: Any, *, prefix: str = DEFAULT_PREFIX) -> Identity | None:
 def _parsed(values: tuple[Any, ...]) -> Identity:
     user, tenant, scope, test, key_id, actor, agent = map(_text, values)
     is_test = _TEST_VALUES.get(test)
-    are_ids = names.is_id(user) and names.is_id(tenant) and names.is_id(key_id) and (actor is None or names.is_id(actor))
+    are_ids = (
+        names.is_id(user) and names.is_id(tenant) and names.is_id(key_id) and (actor is None or names.is_id(actor))
+    )
     is_valid = are_ids and _SCOPES.fullmatch(scope) is not None and (agent is None or names.is_agent(agent))
     if is_test is None or not is_valid:
         raise IdentityInvalid("a value is outside keyproxy's patterns")
