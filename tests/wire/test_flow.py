@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import socket
 from typing import Any, ClassVar, cast
 
 import pytest
@@ -153,7 +154,9 @@ async def test_a_client_that_does_not_read_holds_the_upstream_back(start: Start)
 
 
 async def test_an_upstream_that_does_not_read_holds_the_client_back(start: Start) -> None:
-    async def never(_message: Message, _reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> bool:
+    async def never(_message: Message, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        # Otherwise the kernel may let this buffer alone grow to tcp_rmem, 32 MB on some machines.
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         await asyncio.Event().wait()
         return False
 
