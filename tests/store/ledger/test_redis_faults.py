@@ -447,15 +447,15 @@ async def test_window_of_a_minute_is_reported_and_deleted_after_its_end(
     starts = replies[0].starts
     await ledger.sync("a", 2, [line(2, minute, limit=1000, granted=5, used=3, returned=2, is_closing=True)])
     for ahead, used in ((70, 0), (140, 7)):
-        # A request that began in its minute is still in flight, then it ends.
-        await jump(ahead)
+        # A request that began in its minute is still in flight, then it ends. Counted from the start of the minute.
+        await jump(starts + ahead - int(time.time()))
         told = line(1, minute, limit=1000, granted=0, used=used, is_closing=bool(used))._replace(starts=starts)
         assert await ledger.sync("a", ahead, [told]) is not None
         # At once, also if an exchange that began earlier has just ended.
         await make_due(server)
         await ledger.reap()
         assert await sql.fetchval("SELECT spent FROM keyproxy.windows WHERE selector <> ''") == 3 + used
-    await jump(240)
+    await jump(starts + 240 - int(time.time()))
     await ledger.reap()
     async with Redis.from_url(server.url) as client:
         assert [key async for key in client.scan_iter("*:w:*")] == []
