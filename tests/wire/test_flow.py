@@ -142,6 +142,8 @@ async def test_a_client_that_does_not_read_holds_the_upstream_back(start: Start)
 
     wire = await start(serving=Upstream(endless))
     async with wire.client() as client:
+        # As below: this buffer alone could exceed the bound.
+        client.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         cast("asyncio.Transport", client.writer.transport).pause_reading()
         await client.send(request("GET", "/"))
         last = -1
