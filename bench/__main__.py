@@ -1,8 +1,8 @@
 """`make bench`: CPU per request of keyproxy and other proxies, measured in one run.
 
-All peers proxy the same nginx and get the same load from wrk (keep-alive, a JSON POST of 90 bytes with a key), with one
-worker each, in turn and several times. Figures are medians over the rounds; a ratio is the median of the rounds'
-ratios, so that a machine whose speed drifts does not distort it.
+All peers proxy the same nginx and get the same load from wrk, with one worker each, in turn and several times: 32
+keep-alive connections on which no two requests are alike (bench.traffic). Figures are medians over the rounds; a ratio or
+a difference is the median of those within a round, so that a machine whose speed drifts does not distort it.
 """
 
 from __future__ import annotations
@@ -15,30 +15,29 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from bench import load
+from bench import load, traffic
 from bench.load import Result
-from bench.peers import METERED_BODY, METERED_PATH, PATH, Peer, family, free_port, nginx_upstream, peers
+from bench.peers import CHAT_PATH, METERED_CHAT_PATH, PATH, Peer, family, free_port, nginx_upstream, peers
 from bench.site import Site, machine, site
 from keyproxy.auth.api_key import KeyFormat
 
 _OURS = "keyproxy"
 _COMPILED = "keyproxy, compiled"
+_KEYS = 1_000
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the comparison and print its tables. Returns 0 if wrk is installed."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of load per peer and round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help="names of peers, separated by commas")
+    parser.add_argument("--seconds", type=int, default=1, help="of load per row and round")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", default="", help="names of rows, separated by semicolons")
     parser.add_argument("--envoy", default=".venv-bench", help="the environment that Envoy is installed in")
     parser.add_argument("--compiled", default=".venv-compiled", help="the environment of the compiled build")
-    parser.add_argument("--limits", action="store_true", help="also with requests under limits")
-    parser.add_argument("--delegation", action="store_true", help="also acting for a user, agent tokens, assertions")
     parser.add_argument("--keys", type=int, default=20_000, help="for the table of misses")
     options = parser.parse_args(arguments)
     if not shutil.which("wrk") or not shutil.which("nginx"):
@@ -54,39 +53,97 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def compare(ours: Site, options: argparse.Namespace) -> None:
-    """The table of all peers."""
-    secret = ours.keys(1)[0]
-    envoy = next(Path(options.envoy).glob("lib/python*/site-packages/envoy/_bin/envoy"), Path("/nonexistent"))
-    wanted = {name.strip() for name in options.only.split(",") if name.strip()}
-    everyone = [
-        *peers(ours.home, ours.upstream, secret, envoy),
-        *_builds(ours, options),
-    ]
-    always = {peer.name for peer in everyone if peer.name.startswith(_OURS)}
-    chosen = [peer for peer in everyone if not peer.missing and (not wanted or peer.name in wanted | always)]
-    for peer in everyone:
-        if peer.missing:
-            print(f"{peer.name} is left out: {peer.missing} is not installed")
-    results: dict[str, list[Result]] = {peer.name: [] for peer in chosen}
+@dataclass(frozen=True)
+class Row:
+    """Traffic to a server. `base`: the row that it is compared with in the last column, besides keyproxy's."""
+
+    name: str
+    server: Peer
+    script: Callable[[Path], Path]
+    base: str = ""
+
+
+def compare(ours: Site, options: argparse.Namespace) -> dict[str, list[Result]]:
+    """Measure all rows and print the table."""
+    wanted = {name.strip() for name in options.only.split(";") if name.strip()}
+    rows = [row for row in _rows(ours, options) if not wanted or row.name in wanted | {_OURS, _COMPILED}]
+    for name in {row.server.name: row.server for row in rows if row.server.missing}.values():
+        print(f"{name.name} is left out: {name.missing} is not installed")
+    rows = [row for row in rows if not row.server.missing]
+    results: dict[str, list[Result]] = {row.name: [] for row in rows}
     with contextlib.ExitStack() as stack:
-        ports = {peer.name: free_port() for peer in chosen}
-        pids = {peer.name: stack.enter_context(peer.start(ports[peer.name])) for peer in chosen}
-        scripts = {
-            peer.name: load.script(ours.home / f"{number}.lua", header=peer.header.format(key=secret), body=peer.body)
-            for number, peer in enumerate(chosen)
-        }
+        started: dict[str, tuple[int, list[int]]] = {}
+        for row in rows:
+            if row.server.name not in started:
+                port = free_port()
+                started[row.server.name] = port, stack.enter_context(row.server.start(port))
+        scripts = {row.name: row.script(ours.home / f"row-{number}.lua") for number, row in enumerate(rows)}
         for number in load.rounds(options.rounds):
-            for peer in chosen:
-                url = f"http://127.0.0.1:{ports[peer.name]}{peer.path}"
-                warm = 1.0 if number == 1 else 0.0
+            for row in rows:
+                port, pids = started[row.server.name]
                 # List the processes now: a worker may have started after its parent began to listen.
-                measured = family(pids[peer.name][0])
-                result = load.run(url, scripts[peer.name], measured, seconds=options.seconds, warm_seconds=warm)
+                measured = family(pids[0])
+                result = load.run(
+                    f"http://127.0.0.1:{port}", scripts[row.name], measured,
+                    seconds=options.seconds, warm_seconds=1 if number == 1 else 0,
+                )  # fmt: skip
                 if result.refused:
-                    print(f"{peer.name} refused {result.refused} requests", file=sys.stderr)
-                results[peer.name].append(result)
-    _print(results)
+                    print(f"{row.name} refused {result.refused} of {result.requests} requests", file=sys.stderr)
+                results[row.name].append(result)
+    _print(results, rows)
+    return results
+
+
+def _rows(ours: Site, options: argparse.Namespace) -> list[Row]:
+    """Everything that is measured, in the order of the table."""
+    envoy = next(Path(options.envoy).glob("lib/python*/site-packages/envoy/_bin/envoy"), Path("/nonexistent"))
+    secrets = ours.keys(_KEYS)
+    known, limited = _file(ours, "known", secrets), _file(ours, "limited", ours.keys(_KEYS, limited=True))
+    secret, users, tokens = ours.delegated(_KEYS)
+    acting = _file(ours, "acting", [f"{secret}\tX-Keyproxy-Act-For: {user}" for user in users])
+    delegated = _file(ours, "tokens", tokens)
+    jobs = functools.partial(traffic.varied, credentials=known, to=PATH)
+    rows = [
+        Row(peer.name, peer, functools.partial(jobs, scheme=peer.scheme))
+        for peer in peers(ours.home, ours.upstream, secrets, envoy)
+    ]
+    python = Path(options.compiled) / "bin" / "python"
+    missing = "" if python.exists() else f"{options.compiled} (make compiled)"
+    for name, program, absent in ((_OURS, sys.executable, ""), (_COMPILED, str(python.absolute()), missing)):
+        server = Peer(name, absent, functools.partial(ours.serving, python=program))
+        signed = functools.partial(ours.serving, python=program, access="assertion = true")
+        signing = Peer(f"{name}, assertion", absent, signed)
+        unlogged = functools.partial(ours.serving, python=program, log='access = "refusals"')
+        header = f"Authorization: Api-Key {secrets[0]}\nUser-Agent: python-requests/2.32\nAccept: */*"
+        chat = functools.partial(traffic.varied, body=traffic.CHAT, has_id=False)
+        rows += [
+            Row(name, server, jobs),
+            Row(f"{name}, windows", server, functools.partial(jobs, credentials=limited), name),
+            Row(f"{name}, acting for a user", server, functools.partial(jobs, credentials=acting), name),
+            Row(
+                f"{name}, agent token", server,
+                functools.partial(jobs, credentials=delegated, scheme="Authorization: Bearer "), name,
+            ),
+            Row(f"{name}, assertion", signing, jobs, name),
+            Row(f"{name}, chat", server, functools.partial(chat, credentials=known, to=CHAT_PATH), name),
+            Row(
+                f"{name}, chat, metered under limits", server,
+                functools.partial(chat, credentials=limited, to=METERED_CHAT_PATH), f"{name}, chat",
+            ),
+            Row(f"{name}, logs refusals only", Peer(f"{name}, refusals", absent, unlogged), jobs, name),
+            Row(f"{name}, best case: one request repeated", server, functools.partial(_repeated, header=header), name),
+        ]  # fmt: skip
+    return rows
+
+
+def _repeated(path: Path, *, header: str) -> Path:
+    return traffic.repeated(path, header=header, to=PATH)
+
+
+def _file(ours: Site, name: str, lines: Sequence[str]) -> Path:
+    path = ours.home / f"{name}.txt"
+    path.write_text("\n".join(lines) + "\n", encoding="ascii")
+    return path
 
 
 def misses(ours: Site, options: argparse.Namespace) -> None:
@@ -106,10 +163,10 @@ def misses(ours: Site, options: argparse.Namespace) -> None:
     }  # fmt: skip
     for name, (keys, cache, is_warmed) in cases.items():
         port = free_port()
-        lua = load.script(ours.home / "many.lua", header="", keys=keys)
+        lua = traffic.varied(ours.home / "many.lua", keys, to=PATH, in_order=True)
         with ours.serving(port, cache=cache) as pids:
-            warm = options.seconds * 4 if is_warmed else 1.0
-            result = load.run(f"http://127.0.0.1:{port}{PATH}", lua, pids, seconds=options.seconds, warm_seconds=warm)
+            warm = 8 if is_warmed else 1
+            result = load.run(f"http://127.0.0.1:{port}", lua, pids, seconds=3, warm_seconds=warm)
             rows.append((name, result))
     print("\na new key in every request              µs CPU   req/s  p50 ms  p99 ms  peak MiB")
     for name, result in rows:
@@ -119,71 +176,41 @@ def misses(ours: Site, options: argparse.Namespace) -> None:
         )
 
 
-def _builds(ours: Site, options: argparse.Namespace) -> list[Peer]:
-    """Both builds; with --limits each again, with windows on the key, the user and the tenant."""
-    python = Path(options.compiled) / "bin" / "python"
-    missing = "" if python.exists() else f"{options.compiled} (make compiled)"
-    builds = [
-        Peer(_OURS, "", ours.serving),
-        Peer(_COMPILED, missing, lambda port: ours.serving(port, python=str(python.absolute()))),
-    ]
-    return [*builds, *_with_limits(ours, builds, options), *_delegated(ours, python, missing, options)]
-
-
-def _with_limits(ours: Site, builds: Sequence[Peer], options: argparse.Namespace) -> list[Peer]:
-    if not options.limits:
-        return []
-    header = f"Authorization: Api-Key {ours.limited_key()}"
-    windows = [replace(build, name=f"{build.name}, windows", header=header) for build in builds]
-    return [
-        *windows,
-        *(replace(one, name=f"{one.name}, tokens", path=METERED_PATH, body=METERED_BODY) for one in windows),
-    ]
-
-
-def _delegated(ours: Site, python: Path, missing: str, options: argparse.Namespace) -> list[Peer]:
-    """Both builds with a key that acts for a user, with an agent token, and each and a plain key with assertions."""
-    if not options.delegation:
-        return []
-    secret, token = ours.delegation()
-    headers = {
-        "": "Authorization: Api-Key {key}",
-        ", acting": f"Authorization: Api-Key {secret}\nX-Keyproxy-Act-For: u_alice",
-        ", agent token": f"Authorization: Bearer {token}",
-    }
-    found = []
-    for build, program, absent in ((_OURS, sys.executable, ""), (_COMPILED, str(python.absolute()), missing)):
-        for access, signed in (("", ""), ("assertion = true", ", assertion")):
-            start = functools.partial(ours.serving, python=program, access=access)
-            found += [
-                Peer(f"{build}{kind}{signed}", absent, start, header)
-                for kind, header in headers.items()
-                if kind or signed
-            ]
-    return found
-
-
-def _ratio(mine: Sequence[Result], others: Sequence[Result]) -> str:
-    """keyproxy's CPU relative to a peer's by round: the median and the range."""
+def _ratios(mine: Sequence[Result], others: Sequence[Result]) -> str:
+    """Our CPU relative to another's by round: the median and the quartiles."""
     pairs = zip(mine, others, strict=True)
-    ratios = [one.cpu_microseconds / max(other.cpu_microseconds, 1e-9) for one, other in pairs]
-    return f"{statistics.median(ratios):6.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return _spread([one.cpu_microseconds / max(other.cpu_microseconds, 1e-9) for one, other in pairs])
 
 
-def _print(results: dict[str, list[Result]]) -> None:
+def _spread(values: Sequence[float]) -> str:
+    if len(values) < 4:
+        return f"{statistics.median(values):6.2f}"
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:6.2f} ({low:.2f} to {high:.2f})"
+
+
+def _print(results: dict[str, list[Result]], rows: Sequence[Row]) -> None:
     print(
-        "\none known key                          µs CPU   user   req/s  p50 ms  p99 ms  peak MiB"
-        "  keyproxy / it          compiled / it"
+        "\nno two requests alike                            µs CPU   user   req/s  p50 ms  p99 ms"
+        "   keyproxy / it          compiled / it         µs over its base"
     )
-    for name, runs in results.items():
+    for row in rows:
+        runs = results[row.name]
 
         def middle(attribute: str, of: Sequence[Result] = runs) -> float:
             return float(statistics.median(getattr(run, attribute) for run in of))
 
+        ratios = [
+            _ratios(results[name], runs) if name in results and not row.base else "" for name in (_OURS, _COMPILED)
+        ]
+        added = ""
+        if row.base in results:
+            pairs = zip(runs, results[row.base], strict=True)
+            added = _spread([one.cpu_microseconds - other.cpu_microseconds for one, other in pairs])
         print(
-            f"  {name:<34} {middle('cpu_microseconds'):7.1f} {middle('user_share'):6.0%} {middle('per_second'):7.0f}"
-            f" {middle('p50_milliseconds'):7.2f} {middle('p99_milliseconds'):7.2f} {middle('peak_mib'):9.1f}"
-            f"  {_ratio(results[_OURS], runs)}  {_ratio(results[_COMPILED], runs) if _COMPILED in results else ''}"
+            f"  {row.name:<46} {middle('cpu_microseconds'):6.1f} {middle('user_share'):6.0%} {middle('per_second'):7.0f}"
+            f" {middle('p50_milliseconds'):7.2f} {middle('p99_milliseconds'):7.2f}"
+            f"  {ratios[0]:<22} {ratios[1]:<22} {added}"
         )
 
 

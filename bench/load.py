@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import threading
@@ -12,26 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-_TICK_MICROSECONDS = 1e6 / os.sysconf("SC_CLK_TCK")
 _UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
-
-_SCRIPT = """
-wrk.method = "{method}"
-wrk.body = [[{body}]]
-wrk.headers["Content-Type"] = "application/json"
-{header}
-"""
-
-#: One key after another from a file, a new one for each request.
-_MANY_KEYS = """
-local keys, at = {{}}, 0
-for key in io.lines("{keys}") do keys[#keys + 1] = key end
-request = function()
-  at = at % #keys + 1
-  wrk.headers["Authorization"] = "Api-Key " .. keys[at]
-  return wrk.format()
-end
-"""
 
 
 @dataclass(frozen=True)
@@ -46,6 +26,21 @@ class Result:
     p99_milliseconds: float
     peak_mib: float
     refused: int
+
+
+def cpu_seconds(pids: Sequence[int]) -> float:
+    """CPU of all threads of the processes so far, as the scheduler counts it, to the nanosecond."""
+    return sum(
+        int(thread.joinpath("schedstat").read_text(encoding="ascii").split()[0])
+        for pid in pids
+        for thread in Path(f"/proc/{pid}/task").iterdir()
+    ) / 1e9  # fmt: skip
+
+
+def user_share(pids: Sequence[int], before: tuple[int, int] = (0, 0)) -> float:
+    """The user's share of the CPU since `before`, by clock ticks."""
+    user, system = (now - then for now, then in zip(cpu_ticks(pids), before, strict=True))
+    return user / max(user + system, 1)
 
 
 def cpu_ticks(pids: Sequence[int]) -> tuple[int, int]:
@@ -74,32 +69,22 @@ def _status(pid: int, name: str) -> int:
     return int(match[1]) if match else 0
 
 
-def script(path: Path, *, header: str, method: str = "POST", body: str = "x" * 90, keys: Path | None = None) -> Path:
-    """A wrk script: the same header lines for all requests, or a different key for each."""
-    fields = [] if keys else [line.partition(": ") for line in header.splitlines()]
-    lines = "\n".join(f'wrk.headers["{name}"] = "{value}"' for name, _, value in fields)
-    text = _SCRIPT.format(method=method, body=body, header=lines)
-    path.write_text(text + (_MANY_KEYS.format(keys=keys) if keys else ""), encoding="utf-8")
-    return path
-
-
 def run(
     url: str, lua: Path, pids: Sequence[int], *, seconds: float, connections: int = 32, warm_seconds: float = 0.0
 ) -> Result:
     """Load a URL with wrk and measure what it costs the processes `pids`."""
     if warm_seconds:
         _wrk(url, lua, warm_seconds, connections)
-    before = cpu_ticks(pids)
+    ticks, before = cpu_ticks(pids), cpu_seconds(pids)
     output = _wrk(url, lua, seconds, connections)
-    after = cpu_ticks(pids)
+    used = cpu_seconds(pids) - before
     requests = int(_found(r"(\d+) requests in", output))
-    user, system = after[0] - before[0], after[1] - before[1]
     failed = re.search(r"Non-2xx or 3xx responses: (\d+)", output)
     return Result(
         requests=requests,
         per_second=float(_found(r"Requests/sec:\s+([\d.]+)", output)),
-        cpu_microseconds=(user + system) * _TICK_MICROSECONDS / max(requests, 1),
-        user_share=user / max(user + system, 1),
+        cpu_microseconds=used * 1e6 / max(requests, 1),
+        user_share=user_share(pids, ticks),
         p50_milliseconds=_latency("50", output),
         p99_milliseconds=_latency("99", output),
         peak_mib=peak_mib(pids),

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from bench import load, paced
+from bench import load, paced, traffic
 from bench.events import EVENTS
 from bench.peers import PATH, Peer, family, free_port, nginx_upstream, peers, running
 from bench.site import Site, machine, site
@@ -34,8 +34,9 @@ class Stage:
         self.site = ours
         self.options = options
         self.secret = ours.keys(1)[0]
+        self.limited = ours.keys(1, limited=True)[0]
         envoy = next(Path(options.envoy).glob("lib/python*/site-packages/envoy/_bin/envoy"), Path("/nonexistent"))
-        self.peers = {one.name: one for one in peers(ours.home, ours.upstream, self.secret, envoy) if not one.missing}
+        self.peers = {one.name: one for one in peers(ours.home, ours.upstream, [self.secret], envoy) if not one.missing}
         self.builds = {"keyproxy": sys.executable}
         compiled = (Path(options.compiled) / "bin" / "python").absolute()
         if compiled.exists():
@@ -49,10 +50,10 @@ class Stage:
         """keyproxy's builds, and those of these peers that are installed."""
         return [*(self.peers[name] for name in names if name in self.peers), *self.ours()]
 
-    def script(self, peer: Peer, method: str = "POST", body_bytes: int = 90) -> Path:
+    def script(self, peer: Peer, method: str = "POST", body_bytes: int = 90, *, to: str = PATH) -> Path:
         """What wrk is to send."""
-        header = peer.header.format(key=self.secret)
-        return load.script(self.site.home / "one.lua", header=header, method=method, body="x" * body_bytes)
+        path, header = self.site.home / "one.lua", peer.scheme + self.secret
+        return traffic.repeated(path, header=header, to=to, method=method, body="x" * body_bytes)
 
     def _serving(self, python: str) -> Callable[[int], contextlib.AbstractContextManager[list[int]]]:
         return lambda port: self.site.serving(port, python=python)
@@ -73,14 +74,14 @@ def latency(stage: Stage) -> None:
     with started([direct, *stage.chosen("HAProxy", "Envoy")]) as running:
         own_port, own_pids = next((port, pids) for peer, port, pids in running if peer.name == "keyproxy")
         own = next(peer for peer, *_ in running if peer.name == "keyproxy")
-        most = load.run(f"http://127.0.0.1:{own_port}{PATH}", stage.script(own), own_pids, seconds=seconds).per_second
+        most = load.run(f"http://127.0.0.1:{own_port}", stage.script(own), own_pids, seconds=seconds).per_second
         print(f"\nlatency at a fixed rate; our maximum (pure build) is {most:.0f} requests/s")
         print("                            rate    p50 ms    p99 ms   p99 added")
         for share in _SHARES:
             found: dict[str, list[tuple[float, float]]] = {peer.name: [] for peer, *_ in running}
             for _ in range(stage.options.rounds):
                 for peer, port, _pids in running:
-                    request = _request(peer.header.format(key=stage.secret))
+                    request = _request(peer.scheme + stage.secret)
                     to = stage.site.upstream if peer is direct else port
                     taken = paced.latencies(to, request, per_second=most * share, seconds=seconds)
                     found[peer.name].append((_at(taken, 0.5), _at(taken, 0.99)))
@@ -103,7 +104,7 @@ def workers(stage: Stage) -> None:
             }
             for _ in range(stage.options.rounds):
                 for number, port in ports.items():
-                    url, script = f"http://127.0.0.1:{port}{PATH}", stage.script(stage.ours()[0])
+                    url, script = f"http://127.0.0.1:{port}", stage.script(stage.ours()[0])
                     pids = family(first[number])  # list the processes now: all workers have started
                     runs[number].append(load.run(url, script, pids, seconds=stage.options.seconds))
         cpu = {number: statistics.median(one.cpu_microseconds for one in those) for number, those in runs.items()}
@@ -125,8 +126,8 @@ def streaming(stage: Stage) -> None:
                 for peer, port, pids in running:
                     ways = (("down", "GET", f"/files/{length}.bin", 0), ("up", "POST", PATH, length))
                     for way, method, path, body in ways:
-                        script = stage.script(peer, method, body)
-                        url = f"http://127.0.0.1:{port}{path}"
+                        script = stage.script(peer, method, body, to=path)
+                        url = f"http://127.0.0.1:{port}"
                         run = load.run(url, script, pids, seconds=stage.options.seconds, connections=8)
                         if run.refused:
                             raise RuntimeError(f"{peer.name} refused {run.refused} requests")
@@ -140,7 +141,7 @@ def metered(stage: Stage) -> None:
     """CPU of a metered stream, and of the same stream without metering."""
     print(f"\nstreams of {EVENTS} events          µs CPU per stream    streams/s   metered / plain")
     body = '{"model":"m","stream":true,"max_tokens":400,"messages":[{"role":"user","content":"What does it cost?"}]}'
-    keys = {"plain": stage.secret, "metered": stage.secret, "metered, limits": stage.site.limited_key()}
+    keys = {"plain": stage.secret, "metered": stage.secret, "metered, limits": stage.limited}
     upstream, home = free_port(), stage.site.home
     with contextlib.ExitStack() as stack:
         stack.enter_context(
@@ -152,9 +153,9 @@ def metered(stage: Stage) -> None:
             runs: dict[str, list[load.Result]] = {kind: [] for kind in keys}
             for _ in range(stage.options.rounds):
                 for kind, secret in keys.items():
-                    header = f"Authorization: Api-Key {secret}"
-                    script = load.script(home / "stream.lua", header=header, method="POST", body=body)
-                    url = f"http://127.0.0.1:{port}/v1/ai/streams/{kind.partition(',')[0]}"
+                    to = f"/v1/ai/streams/{kind.partition(',')[0]}"
+                    script = traffic.repeated(home / "stream.lua", header=traffic.API_KEY + secret, to=to, body=body)
+                    url = f"http://127.0.0.1:{port}"
                     runs[kind].append(load.run(url, script, pids, seconds=stage.options.seconds, connections=16))
             for kind, those in runs.items():
                 if any(run.refused for run in those):
@@ -171,7 +172,7 @@ def memory(stage: Stage) -> None:
     print("\nmemory                      after start, MiB   per idle connection, bytes")
     for peer in stage.chosen("nginx bare", "HAProxy", "Envoy"):
         with started([peer]) as [(_, port, pids)]:
-            request = _request(peer.header.format(key=stage.secret))
+            request = _request(peer.scheme + stage.secret)
             _send_once(port, request).close()
             before = load.rss_mib(pids)
             number = _IDLE_CONNECTIONS if peer.name != "HAProxy" else 2_000

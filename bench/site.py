@@ -9,14 +9,15 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import uvloop
 
-from bench.peers import METERED_PATH, PATH, free_port, running
+from bench.peers import CHAT_PATH, METERED_CHAT_PATH, METERED_PATH, PATH, free_port, running
 from keyproxy.auth.api_key import KeyFormat
 from keyproxy.config.delegation_settings import AccessSettings
+from keyproxy.limits.plan import Limit, Plan
 from keyproxy.platform import clock
 from keyproxy.store.directory.agents.operator_mint import minting
 from keyproxy.store.directory.directory import Actor, Directory, KeyWish
@@ -36,11 +37,28 @@ url = "http://127.0.0.1:{upstream}"
 dsn = "{dsn}"
 [cache]
 {cache}
+[log]
+{log}
 [access]
 {access}
+[[models]]
+name = "gpt-4o"
+scopes = ["models:large"]
+input_micros_per_million = 2500000
+output_micros_per_million = 10000000
 [[routes]]
 match = "POST {path}"
 scopes = ["jobs:write"]
+[[routes]]
+match = "POST {path}/{{id}}"
+scopes = ["jobs:write"]
+[[routes]]
+match = "POST {chat}"
+scopes = ["jobs:write"]
+[[routes]]
+match = "POST {metered_chat}"
+scopes = ["jobs:write"]
+tokens = "openai"
 [[routes]]
 match = "POST {metered}"
 scopes = ["jobs:write"]
@@ -48,6 +66,7 @@ tokens = "header"
 [[routes]]
 match = "POST /v1/ai/streams/metered"
 tokens = "openai"
+model = "none"
 [[routes]]
 match = "POST /v1/ai/streams/plain"
 [[routes]]
@@ -57,14 +76,21 @@ match = "POST /files/{{rest...}}"
 """
 
 
+_SCOPES = ("jobs:write", "models:large")
+
+#: How many entities are created at a time.
+_BATCH = 64
+
 #: None of these is ever reached. No rate or concurrency: they would refuse wrk's requests.
-_LIMITS = {
-    "requests_per_day": 10**9,
-    "requests_per_month": 10**9,
-    "tokens_per_request": 10_000,
-    "tokens_per_day": 10**10,
-    "tokens_per_month": 10**10,
-}
+_MANY = 10**10
+_LIMITS = Plan(
+    [
+        *Plan(requests_per_day=_MANY, requests_per_month=_MANY).limits,
+        *Plan(tokens_per_request=10_000, tokens_per_day=_MANY, tokens_per_month=_MANY).limits,
+        Limit("spend", "day", _MANY),
+        Limit("spend", "month", _MANY),
+    ]
+)
 
 
 class Site:
@@ -76,17 +102,13 @@ class Site:
         self.upstream = upstream
         self.ops_port = 0
 
-    def keys(self, number: int) -> list[str]:
-        """Secrets of new keys, each of its own user."""
-        return uvloop.run(self._keys(number))
+    def keys(self, number: int, *, limited: bool = False) -> list[str]:
+        """Secrets of new keys, each of its own user. `limited`: each key, its user and their tenant have windows."""
+        return uvloop.run(self._keys(number, limited=limited))
 
-    def limited_key(self) -> str:
-        """The secret of a key that, like its user and its tenant, has request and token windows."""
-        return uvloop.run(self._limited_key())
-
-    def delegation(self) -> tuple[str, str]:
-        """The secret of a key that acts for `u_alice`, and an agent token of 15 minutes cut from it."""
-        return uvloop.run(self._delegation())
+    def delegated(self, number: int) -> tuple[str, list[str], list[str]]:
+        """The secret of a key that acts for users, the ids of these, and as many agent tokens cut from the key."""
+        return uvloop.run(self._delegated(number))
 
     @contextlib.contextmanager
     def serving(
@@ -96,14 +118,15 @@ class Site:
         cache: str = "",
         listen: str = "",
         access: str = "",
+        log: str = "",
         python: str = sys.executable,
         environment: dict[str, str] | None = None,
         upstream: int = 0,
     ) -> Iterator[list[int]]:
         """`keyproxy serve` on a port, as installed for this Python; yields its processes.
 
-        `cache`, `listen`, `access`: additional lines of these configuration tables. `upstream`: the port of another
-        compute server.
+        `cache`, `listen`, `access`, `log`: additional lines of these configuration tables. `upstream`: the port of
+        another compute server.
         """
         self.ops_port = free_port()
         text = _CONFIG.format(
@@ -114,8 +137,11 @@ class Site:
             cache=cache,
             listen=listen,
             access=access,
+            log=log,
             path=PATH,
             metered=METERED_PATH,
+            chat=CHAT_PATH,
+            metered_chat=METERED_CHAT_PATH,
         )
         config = self.home / f"keyproxy-{port}.toml"
         config.write_text(text, encoding="utf-8")
@@ -125,49 +151,46 @@ class Site:
         with running(command, port, self.home / f"keyproxy-{port}.log") as pids:
             yield pids
 
-    async def _limited_key(self) -> str:
-        database = Database(self.dsn, pool_size_max=1, statement_timeout_seconds=60.0)
-        await database.open()
-        directory = Directory(database, KeyFormat(), Actor("bench", "local"))
-        await directory.plans.set("windows", _LIMITS)
-        await directory.tenants.create("limited", "", "windows")
-        wish = KeyWish(scopes=("jobs:write",), plan="windows")
-        user = await directory.users.create("u_limited", "limited", wish, plan="windows")
-        await database.close()
-        secret: str = user["key"]["secret"]
-        return secret
-
-    async def _delegation(self) -> tuple[str, str]:
-        database = Database(self.dsn, pool_size_max=1, statement_timeout_seconds=60.0)
-        await database.open()
-        async with minting(database, AccessSettings(), clock.now) as mint:
+    async def _delegated(self, number: int) -> tuple[str, list[str], list[str]]:
+        tokens: list[str] = []
+        async with self._database() as database, minting(database, AccessSettings(), clock.now) as mint:
             directory = Directory(database, KeyFormat(), Actor("bench", "local"), mint=mint)
             await directory.tenants.create("delegation", "")
-            for user in ("u_worker", "u_alice"):
-                await directory.users.create(user, "delegation", None)
-            key = await directory.keys.issue("u_worker", KeyWish(scopes=("jobs:write",), acts_for="tenant"))
-            token = await directory.agent_tokens.mint(key["id"], {"agent": "crawler", "scopes": ["jobs:write"]})
-        await database.close()
-        return key["secret"], token["token"]
+            users = [f"u_acted_for_{one}" for one in range(number)]
+            for some in _batches(["u_worker", *users]):
+                await asyncio.gather(*(directory.users.create(user, "delegation", None) for user in some))
+            key = await directory.keys.issue("u_worker", KeyWish(scopes=_SCOPES, acts_for="tenant"))
+            for some in _batches(users):
+                wish = {"agent": "crawler", "scopes": ["jobs:write"]}
+                minted = await asyncio.gather(*(directory.agent_tokens.mint(key["id"], wish) for _ in some))
+                tokens += [one["token"] for one in minted]
+        return key["secret"], users, tokens
 
-    async def _keys(self, number: int) -> list[str]:
+    async def _keys(self, number: int, *, limited: bool) -> list[str]:
+        secrets_made: list[str] = []
+        batch = secrets.token_hex(4)
+        tenant, plan = (f"limited_{batch}", "limited") if limited else (f"free_{batch}", None)
+        async with self._database() as database:
+            directory = Directory(database, KeyFormat(), Actor("bench", "local"))
+            if limited:
+                await directory.plans.set("limited", _LIMITS.to_json())
+            await directory.tenants.create(tenant, "", plan)
+            wish = KeyWish(scopes=_SCOPES, plan=plan)
+            for some in _batches([f"u_{batch}_{one}" for one in range(number)]):
+                made = await asyncio.gather(*(directory.users.create(user, tenant, wish, plan=plan) for user in some))
+                secrets_made += [user["key"]["secret"] for user in made]
+        return secrets_made
+
+    @contextlib.asynccontextmanager
+    async def _database(self) -> AsyncIterator[Database]:
         database = Database(self.dsn, pool_size_max=4, statement_timeout_seconds=60.0)
         await database.open()
-        directory = Directory(database, KeyFormat(), Actor("bench", "local"))
-        await directory.tenants.create("acme", "")
-        wish = KeyWish(scopes=("jobs:write",))
-        made_secrets: list[str] = []
-        batch = secrets.token_hex(4)
-        for start in range(0, number, 64):
-            made = await asyncio.gather(
-                *(
-                    directory.users.create(f"u_{batch}_{start + one}", "acme", wish)
-                    for one in range(min(64, number - start))
-                )
-            )
-            made_secrets += [user["key"]["secret"] for user in made]
+        yield database
         await database.close()
-        return made_secrets
+
+
+def _batches(names: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (names[start : start + _BATCH] for start in range(0, len(names), _BATCH))
 
 
 @contextlib.contextmanager
