@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import gc
+import itertools
 import time
+from collections.abc import Sequence
 from typing import cast
 
 import uvloop
@@ -18,19 +21,23 @@ _TICK_SECONDS = 0.0005
 _CONNECTIONS = 64
 
 
-def latencies(port: int, request: bytes, *, per_second: float, seconds: float) -> list[float]:
-    """Seconds from each request's scheduled time to the last byte of its response, sorted.
+def latencies(port: int, requests: Sequence[bytes], *, per_second: float, seconds: float) -> list[float]:
+    """Send these again and again. Seconds from each request's scheduled time to the last byte of its response, sorted.
 
     Raises RuntimeError if a response is not a 200, a connection is lost, or responses stop.
     """
-    return sorted(uvloop.run(_Paced(port, request, per_second).run(seconds)))
+    gc.disable()
+    try:
+        return sorted(uvloop.run(_Paced(port, requests, per_second).run(seconds)))
+    finally:
+        gc.enable()
 
 
 class _Paced:
     """One run."""
 
-    def __init__(self, port: int, request: bytes, per_second: float) -> None:
-        self.request = request
+    def __init__(self, port: int, requests: Sequence[bytes], per_second: float) -> None:
+        self.following = itertools.cycle(requests).__next__
         self.free: list[_Connection] = []
         self.due: collections.deque[float] = collections.deque()
         self.taken: list[float] = []
@@ -77,7 +84,7 @@ class _Connection(asyncio.Protocol):
 
     def send(self, due: float) -> None:
         self._due = due
-        self._transport.write(self._paced.request)
+        self._transport.write(self._paced.following())
 
     def data_received(self, data: bytes) -> None:
         paced = self._paced

@@ -1,6 +1,6 @@
-"""keyproxy in other regimes: at a fixed rate, with two workers, for long bodies, for metered streams, and in memory.
+"""keyproxy in other regimes: with two workers, and for long bodies.
 
-Run as `python -m bench.regimes [latency] [workers] [streaming] [metered] [memory]`; without a name, all of them.
+Run as `python -m bench.regimes [workers] [bodies]`; without a name, both.
 Measures the installed peers too, and the compiled build if it exists (`make compiled`).
 """
 
@@ -9,21 +9,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import socket
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from bench import load, paced, traffic
-from bench.events import EVENTS
-from bench.peers import PATH, Peer, family, free_port, nginx_upstream, peers, running
+from bench import load, traffic
+from bench.peers import PATH, Peer, family, free_port, nginx_upstream, peers
 from bench.site import Site, machine, site
 
-_SHARES = (0.3, 0.7)
 _SIZES = {"16 KiB": 16_384, "1 MiB": 1_048_576}
-_IDLE_CONNECTIONS = 5_000
 _MIB = 1_048_576
 
 
@@ -34,7 +30,6 @@ class Stage:
         self.site = ours
         self.options = options
         self.secret = ours.keys(1)[0]
-        self.limited = ours.keys(1, limited=True)[0]
         envoy = next(Path(options.envoy).glob("lib/python*/site-packages/envoy/_bin/envoy"), Path("/nonexistent"))
         self.peers = {one.name: one for one in peers(ours.home, ours.upstream, [self.secret], envoy) if not one.missing}
         self.builds = {"keyproxy": sys.executable}
@@ -67,30 +62,6 @@ def started(chosen: Sequence[Peer]) -> Iterator[list[tuple[Peer, int, list[int]]
         yield [(peer, port, stack.enter_context(peer.start(port))) for peer, port in zip(chosen, ports, strict=True)]
 
 
-def latency(stage: Stage) -> None:
-    """p50 and p99 at shares of keyproxy's maximum rate, and the latency added to direct upstream requests."""
-    seconds = stage.options.seconds
-    direct = Peer("direct", "", lambda _: contextlib.nullcontext([]))
-    with started([direct, *stage.chosen("HAProxy", "Envoy")]) as running:
-        own_port, own_pids = next((port, pids) for peer, port, pids in running if peer.name == "keyproxy")
-        own = next(peer for peer, *_ in running if peer.name == "keyproxy")
-        most = load.run(f"http://127.0.0.1:{own_port}", stage.script(own), own_pids, seconds=seconds).per_second
-        print(f"\nlatency at a fixed rate; our maximum (pure build) is {most:.0f} requests/s")
-        print("                            rate    p50 ms    p99 ms   p99 added")
-        for share in _SHARES:
-            found: dict[str, list[tuple[float, float]]] = {peer.name: [] for peer, *_ in running}
-            for _ in range(stage.options.rounds):
-                for peer, port, _pids in running:
-                    request = _request(peer.scheme + stage.secret)
-                    to = stage.site.upstream if peer is direct else port
-                    taken = paced.latencies(to, request, per_second=most * share, seconds=seconds)
-                    found[peer.name].append((_at(taken, 0.5), _at(taken, 0.99)))
-            base = statistics.median(p99 for _, p99 in found["direct"])
-            for name, runs in found.items():
-                p50, p99 = (statistics.median(column) for column in zip(*runs, strict=True))
-                print(f"  {name:<22} {share:>6.0%}  {p50:8.2f}  {p99:8.2f}  {p99 - base:+8.2f}")
-
-
 def workers(stage: Stage) -> None:
     """CPU per request with one worker and with two."""
     print("\nworkers                        µs CPU   req/s   all processes")
@@ -113,7 +84,7 @@ def workers(stage: Stage) -> None:
             print(f"  {name:<20} {number}  {cpu[number]:8.1f} {rate:7.0f}  {cpu[number] / cpu[1]:5.2f} x")
 
 
-def streaming(stage: Stage) -> None:
+def bodies(stage: Stage) -> None:
     """CPU per MiB relayed, both ways."""
     files = stage.site.home / "files"
     files.mkdir(exist_ok=True)
@@ -137,77 +108,7 @@ def streaming(stage: Stage) -> None:
             print(f"  {peer.name:<24}" + "".join(f"{cell:12.0f}" for cell in cells))
 
 
-def metered(stage: Stage) -> None:
-    """CPU of a metered stream, and of the same stream without metering."""
-    print(f"\nstreams of {EVENTS} events          µs CPU per stream    streams/s   metered / plain")
-    body = '{"model":"m","stream":true,"max_tokens":400,"messages":[{"role":"user","content":"What does it cost?"}]}'
-    keys = {"plain": stage.secret, "metered": stage.secret, "metered, limits": stage.limited}
-    upstream, home = free_port(), stage.site.home
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(
-            running([sys.executable, "-m", "bench.events", str(upstream)], upstream, home / "events.log")
-        )
-        for name, python in stage.builds.items():
-            port = free_port()
-            pids = stack.enter_context(stage.site.serving(port, python=python, upstream=upstream))
-            runs: dict[str, list[load.Result]] = {kind: [] for kind in keys}
-            for _ in range(stage.options.rounds):
-                for kind, secret in keys.items():
-                    to = f"/v1/ai/streams/{kind.partition(',')[0]}"
-                    script = traffic.repeated(home / "stream.lua", header=traffic.API_KEY + secret, to=to, body=body)
-                    url = f"http://127.0.0.1:{port}"
-                    runs[kind].append(load.run(url, script, pids, seconds=stage.options.seconds, connections=16))
-            for kind, those in runs.items():
-                if any(run.refused for run in those):
-                    raise RuntimeError(f"{name} refused {kind} streams")
-                pairs = zip(those, runs["plain"], strict=True)
-                ratio = statistics.median(one.cpu_microseconds / other.cpu_microseconds for one, other in pairs)
-                cpu = statistics.median(run.cpu_microseconds for run in those)
-                rate = statistics.median(run.per_second for run in those)
-                print(f"  {name + ', ' + kind:<36} {cpu:11.0f} {rate:12.0f} {ratio:12.2f} x")
-
-
-def memory(stage: Stage) -> None:
-    """Memory of the process after its start, and per idle connection. Per cached key: `python -m bench.cache`."""
-    print("\nmemory                      after start, MiB   per idle connection, bytes")
-    for peer in stage.chosen("nginx bare", "HAProxy", "Envoy"):
-        with started([peer]) as [(_, port, pids)]:
-            request = _request(peer.scheme + stage.secret)
-            _send_once(port, request).close()
-            before = load.rss_mib(pids)
-            number = _IDLE_CONNECTIONS if peer.name != "HAProxy" else 2_000
-            connections = [_send_once(port, request) for _ in range(number)]
-            after = load.rss_mib(pids)
-            for one in connections:
-                one.close()
-            print(f"  {peer.name:<24} {before:10.1f} {(after - before) * _MIB / number:24.0f}   ({number} of them)")
-
-
-def _send_once(port: int, request: bytes) -> socket.socket:
-    """A connection that was used once and is idle."""
-    sock = socket.create_connection(("127.0.0.1", port), 10)
-    sock.sendall(request)
-    response = b""
-    while b'"queued"}' not in response:
-        part = sock.recv(65_536)
-        if not part:
-            raise RuntimeError(f"the connection was closed after {response[:200]!r}")
-        response += part
-    return sock
-
-
-def _request(header: str) -> bytes:
-    return (
-        f"POST {PATH} HTTP/1.1\r\nHost: 127.0.0.1\r\n{header}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: 90\r\n\r\n{'x' * 90}"
-    ).encode()
-
-
-def _at(ordered: Sequence[float], share: float) -> float:
-    return ordered[int(len(ordered) * share)] * 1e3
-
-
-REGIMES = {"latency": latency, "workers": workers, "streaming": streaming, "metered": metered, "memory": memory}
+REGIMES = {"workers": workers, "bodies": bodies}
 
 
 def main(arguments: Sequence[str]) -> int:
