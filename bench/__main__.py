@@ -112,7 +112,7 @@ def _other_goals(ours: Site, compiled: str, options: argparse.Namespace) -> list
     missed = misses(ours, python, keys=20_000)
     ratios = streams(ours, {build.name: python}, seconds=2, rounds=4)
     idle = memory.idle_connections(servers, secrets[0])
-    key, user = memory.per_key(python, 50_000), memory.per_user(python, 5_000)
+    key, user = memory.per_key(python, 50_000), memory.per_user(python, 15_000)
     print(f"\nmemory per cached key {key:.0f} bytes, per active user under limits {user:.0f} bytes more")
     return [
         Goal(f"p99 at {_RATE}/s, over HAProxy's", 0.2, "ms", tails[0]),

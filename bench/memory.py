@@ -38,7 +38,9 @@ def idle_connections(servers: Sequence[Peer], secret: str) -> dict[str, float]:
 
 def per_key(python: str, keys: int) -> float:
     """Bytes per cached key, in a process of its own."""
-    return _figure(python, "bench.cache", ["--keys", str(keys), "--strangers", "2000"], r"(\d+) bytes of memory per key")
+    return _figure(
+        python, "bench.cache", ["--keys", str(keys), "--strangers", "2000"], r"(\d+) bytes of memory per key"
+    )
 
 
 def per_user(python: str, users: int) -> float:
