@@ -16,11 +16,7 @@ from pathlib import Path
 from bench import load
 from bench.load import Result
 from bench.peers import Peer, family, free_port
-
-_HEADINGS = (
-    "\nno two requests alike                               µs CPU   user   req/s  p50 ms  p99 ms"
-    "  keyproxy / it          compiled / it          µs over its base"
-)
+from bench.tables import print_table
 
 
 @dataclass(frozen=True)
@@ -57,18 +53,21 @@ class Comparison:
 
     def print(self, *ours: str) -> None:
         """Print the table, with the ratios of `ours` to the rows that have no base."""
-        print(_HEADINGS)
+        headings = ["no two requests alike", "µs CPU", "of it user", "requests/s", "p50 ms", "p99 ms"]
+        headings += [f"{name} / this" for name in ours] + ["µs over the row without"]
+        table = []
         for row in self.rows:
             runs = self.runs[row.name]
+            middles = [_middle(runs, name) for name in ("cpu_microseconds", "user_share", "per_second")]
+            times = [f"{_middle(runs, name):.2f}" for name in ("p50_milliseconds", "p99_milliseconds")]
             ratios = [
                 _spread(self.ratios(name, row.name)) if name in self.runs and not row.base else "" for name in ours
             ]
             added = _spread(self.differences(row.name, row.base)) if row.base in self.runs else ""
-            print(
-                f"  {row.name:<50} {_middle(runs, 'cpu_microseconds'):6.1f} {_middle(runs, 'user_share'):6.0%}"
-                f" {_middle(runs, 'per_second'):7.0f} {_middle(runs, 'p50_milliseconds'):7.2f}"
-                f" {_middle(runs, 'p99_milliseconds'):7.2f}  {ratios[0]:<22} {ratios[1]:<22} {added}"
+            table.append(
+                [row.name, f"{middles[0]:.1f}", f"{middles[1]:.0%}", f"{middles[2]:,.0f}", *times, *ratios, added]
             )
+        print_table(headings, table)
 
 
 def compare(home: Path, rows: Sequence[Row], *, seconds: int, rounds: int) -> Comparison:
@@ -107,6 +106,6 @@ def _middle(runs: Sequence[Result], attribute: str) -> float:
 def _spread(values: Sequence[float]) -> str:
     """The median, and the quartiles."""
     if len(values) < 4:
-        return f"{statistics.median(values):6.2f}"
+        return f"{statistics.median(values):.2f}"
     low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:6.2f} ({low:.2f} to {high:.2f})"
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"

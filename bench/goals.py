@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from bench.tables import print_table
+
 
 class Goal(NamedTuple):
     """A limit, and what was measured; None: nothing was, since a peer or the compiled build is missing."""
@@ -22,11 +24,16 @@ class Goal(NamedTuple):
 
 def print_goals(goals: Sequence[Goal]) -> None:
     """Print the table as in docs/performance.md."""
-    print("\n| | limit | measured | |\n|---|---|---|---|")
-    for goal in goals:
-        measured = "not measured" if goal.measured is None else _figure(goal.measured, goal.unit)
-        verdict = "met" if goal.is_met else "**not met**"
-        print(f"| {goal.name} | ≤ {_figure(goal.limit, goal.unit)} | {measured} | {verdict} |")
+    rows = [
+        [
+            goal.name,
+            f"≤ {_figure(goal.limit, goal.unit)}",
+            "not measured" if goal.measured is None else _figure(goal.measured, goal.unit),
+            "met" if goal.is_met else "**not met**",
+        ]
+        for goal in goals
+    ]
+    print_table(["limits", "", "measured", ""], rows)
 
 
 def _figure(value: float, unit: str) -> str:

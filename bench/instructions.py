@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from bench.tables import print_table
+
 _ROOT: Final = Path(__file__).parents[1]
 _MEASURED: Final = 1_000
 _WARMING: Final = 3_000
@@ -57,11 +59,11 @@ def main(arguments: Sequence[str]) -> int:
     kinds = options.kinds or list(KINDS)
     python = (Path(options.compiled) / "bin" / "python").absolute()
     counted = {kind: _counted(python, kind) for kind in kinds}
-    print("| instructions per request | " + " | ".join(KINDS[kind] for kind in kinds) + " |")
-    print("|---|" + "---|" * len(kinds))
-    for part, function in _PARTS.items():
-        print(f"| {part} | " + " | ".join(f"{counted[kind].get(function, 0.0):,.0f}" for kind in kinds) + " |")
-    print("| **all** | " + " | ".join(f"**{counted[kind]['']:,.0f}**" for kind in kinds) + " |")
+    rows = [
+        [part, *(f"{counted[kind].get(function, 0.0):,.0f}" for kind in kinds)] for part, function in _PARTS.items()
+    ]
+    rows.append(["**all**", *(f"**{counted[kind]['']:,.0f}**" for kind in kinds)])
+    print_table(["instructions per request", *(KINDS[kind] for kind in kinds)], rows)
     return 0
 
 

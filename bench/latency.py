@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from bench import paced
 from bench.peers import PATH, Peer, free_port
+from bench.tables import print_table
 
 _REQUESTS = 5_000
 _POINTS = (0.5, 0.99, 0.999)
@@ -31,12 +32,15 @@ def latencies(
             for name, port in ports.items():
                 taken = paced.latencies(port, sent[name], per_second=rate, seconds=seconds)
                 found[name].append([taken[int(len(taken) * point)] * 1e3 for point in _POINTS])
-    print(f"\n{rate} requests/s, open loop       p50 ms   p99 ms  p99.9 ms   added: p50      p99    p99.9")
+    rows = []
     for name in found:
         middles = [statistics.median(column) for column in zip(*found[name], strict=True)]
         added = [statistics.median(differences(found, name, DIRECT, place)) for place in range(len(_POINTS))]
-        cells = "".join(f"{one:9.2f}" for one in middles) + "   " + "".join(f"{one:9.2f}" for one in added)
-        print(f"  {name:<27}{cells if name != DIRECT else cells[:27]}")
+        rows.append(
+            [name, *(f"{one:.2f}" for one in middles), *("" if name == DIRECT else f"{one:.2f}" for one in added)]
+        )
+    headings = [f"{rate:,} requests/s, open loop", "p50 ms", "p99 ms", "p99.9 ms", "added: p50", "p99", "p99.9"]
+    print_table(headings, rows)
     return found
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bench import load
 from bench.peers import PATH, Peer, free_port
+from bench.tables import print_table
 
 _IDLE_CONNECTIONS = 3_000
 #: HAProxy's configuration has a bound of 4,000, for both sides.
@@ -19,8 +20,7 @@ _MIB = 1_048_576
 
 def idle_connections(servers: Sequence[Peer], secret: str) -> dict[str, float]:
     """Bytes per connection that was used once and is idle. Prints the table."""
-    found = {}
-    print("\nmemory                        after start, MiB   per idle connection, bytes")
+    found, rows = {}, []
     for server in servers:
         port = free_port()
         with server.start(port) as pids:
@@ -32,7 +32,8 @@ def idle_connections(servers: Sequence[Peer], secret: str) -> dict[str, float]:
             found[server.name] = (load.rss_mib(pids) - before) * _MIB / number
             for one in connections:
                 one.close()
-            print(f"  {server.name:<26} {before:10.1f} {found[server.name]:24.0f}   ({number} of them)")
+            rows.append([server.name, f"{before:.1f}", f"{found[server.name]:,.0f}", f"{number:,}"])
+    print_table(["memory", "after start, MiB", "bytes per idle connection", "of these"], rows)
     return found
 
 

@@ -6,6 +6,7 @@ from bench import load, traffic
 from bench.load import Result
 from bench.peers import PATH, free_port
 from bench.site import Site
+from bench.tables import print_table
 from keyproxy.auth.api_key import KeyFormat
 
 KNOWN = "known key"
@@ -30,14 +31,17 @@ def misses(ours: Site, python: str, keys: int) -> dict[str, Result]:
         REMEMBERED: (strangers, "unknown_seconds = 600.0\nunknown_entries_max = 1000000", 6 * _SECONDS),
     }
     found = {}
-    print("\na new key in every request, compiled    µs CPU   req/s  p50 ms  p99 ms  peak MiB")
     for name, (credentials, cache, warm_seconds) in cases.items():
         port, script = free_port(), traffic.varied(ours.home / "many.lua", credentials, to=PATH, in_order=True)
         with ours.serving(port, cache=cache, python=python) as pids:
             url = f"http://127.0.0.1:{port}"
             result = found[name] = load.run(url, script, pids, seconds=_SECONDS, warm_seconds=warm_seconds)
-        print(
-            f"  {name:<36} {result.cpu_microseconds:7.1f} {result.per_second:7.0f} {result.p50_milliseconds:7.2f}"
-            f" {result.p99_milliseconds:7.2f} {result.peak_mib:9.1f}"
-        )
+    rows = [
+        [
+            name, f"{one.cpu_microseconds:.1f}", f"{one.per_second:,.0f}", f"{one.p50_milliseconds:.2f}",
+            f"{one.p99_milliseconds:.2f}", f"{one.peak_mib:.1f}",
+        ]
+        for name, one in found.items()
+    ]  # fmt: skip
+    print_table(["a new key in every request", "µs CPU", "requests/s", "p50 ms", "p99 ms", "peak MiB"], rows)
     return found

@@ -11,6 +11,7 @@ from bench import load, traffic
 from bench.events import EVENTS
 from bench.peers import free_port, running
 from bench.site import Site
+from bench.tables import print_table
 
 RELAYED = "relayed"
 READ = "usage read"
@@ -23,8 +24,7 @@ def streams(ours: Site, builds: Mapping[str, str], *, seconds: int, rounds: int)
     """By build and kind, the CPU of a stream relative to that of one that is only relayed. Prints the table."""
     plain, limited = ours.keys(1)[0], ours.keys(1, limited=True)[0]
     kinds = {RELAYED: ("plain", plain), READ: ("metered", plain), LIMITED: ("metered", limited)}
-    ratios = {}
-    print(f"\nstreams of {EVENTS} events                              µs CPU  streams/s  / relayed")
+    ratios, rows = {}, []
     upstream = free_port()
     with contextlib.ExitStack() as stack:
         log = ours.home / "events.log"
@@ -54,5 +54,6 @@ def streams(ours: Site, builds: Mapping[str, str], *, seconds: int, rounds: int)
                 )
                 cpu = statistics.median(run.cpu_microseconds for run in those)
                 rate = statistics.median(run.per_second for run in those)
-                print(f"  {name + ', ' + kind:<46} {cpu:11.0f} {rate:10.0f} {ratios[name, kind]:9.2f}")
+                rows.append([f"{name}, {kind}", f"{cpu:,.0f}", f"{rate:,.0f}", f"{ratios[name, kind]:.2f}"])
+    print_table([f"streams of {EVENTS} events", "µs CPU", "streams/s", "/ relayed"], rows)
     return ratios
