@@ -35,7 +35,7 @@ def misses(ours: Site, python: str, keys: int) -> dict[str, Result]:
         port, script = free_port(), traffic.varied(ours.home / "many.lua", credentials, to=PATH, in_order=True)
         with ours.serving(port, cache=cache, python=python) as pids:
             url = f"http://127.0.0.1:{port}"
-            result = found[name] = load.run(url, script, pids, seconds=_SECONDS, warm_seconds=warm_seconds)
+            found[name] = load.run(url, script, pids, seconds=_SECONDS, warm_seconds=warm_seconds)
     rows = [
         [
             name, f"{one.cpu_microseconds:.1f}", f"{one.per_second:,.0f}", f"{one.p50_milliseconds:.2f}",
