@@ -126,7 +126,10 @@ class _Reader(Generic[_Fields]):
             if meaning is None:
                 return None
             key[place] = meaning
-        return self._shapes.get(tuple(key))
+        shape = self._shapes.get(tuple(key))
+        if shape is not None:
+            shape.sighted()
+        return shape
 
     def _remember(self, minor_version: int, fields: _Fields, lines: list[bytes], parsed: ParsedFields) -> None:
         """Cache a head that was just parsed, if all its lines can be recognised again."""
@@ -139,7 +142,7 @@ class _Reader(Generic[_Fields]):
             self._lines.clear()
             self._meanings.clear()
         elif (minor_version, *meanings) not in self._shapes:
-            shape = Shape(minor_version, fields, parsed, meanings)
+            shape = Shape(minor_version, fields, lines, parsed, meanings)
             self._shapes[(minor_version, *meanings)] = self._by_fields[fields] = shape
 
     def _may_remember(self, line: bytes) -> bool:
@@ -159,8 +162,8 @@ class _Reader(Generic[_Fields]):
         name = line.partition(b":")[0]
         kind = self._names.kind(name)
         if self._is_stable(name, kind):
-            return self._lines.setdefault(line, Meaning(kind, line, is_whole_line=True))
-        return self._meanings.setdefault(name, Meaning(kind, name + b": ", is_whole_line=False))
+            return self._lines.setdefault(line, Meaning(kind, is_whole_line=True))
+        return self._meanings.setdefault(name, Meaning(kind, is_whole_line=False))
 
 
 class RequestReader(_Reader[RequestFields]):
@@ -193,28 +196,29 @@ class RequestReader(_Reader[RequestFields]):
         """
         if like is not None and self._is_again(like.raw, like.fields, buffer):
             return like
-        raw = buffer[: end + 4]
-        lines = buffer[:end].split(CRLF)
-        start = lines[0]
+        at = buffer.find(CRLF)
+        start = buffer[:at]
         line = self._start_lines.get(start)
         if line is None:
             line = self._plain_line(start)
             if line is None:
                 line = self._start_line(start)
                 if line is None:
-                    return self._parse(raw)
+                    return self._parse(buffer[: end + 4])
         shape = None if like is None else self._by_fields.get(like.fields)
-        values = shape.values(lines) if shape is not None and shape.minor_version == line.minor_version else None
+        values = (
+            shape.values(buffer, at, end) if shape is not None and shape.minor_version == line.minor_version else None
+        )
         if values is None:
-            shape = self._recognised(lines, line.minor_version)
-            values = shape.values(lines) if shape is not None else None
+            shape = self._recognised(buffer[:end].split(CRLF), line.minor_version)
+            values = shape.values(buffer, at, end) if shape is not None else None
         if shape is None or values is None:
-            return self._parse(raw, line)
+            return self._parse(buffer[: end + 4], line)
         head = _filled(line, shape, values)
         if like is not None and _are_equal(head.credentials, like.credentials):
             head.digest, head.key_part = like.digest, like.key_part
         if end <= _RAW_BYTES_MAX:
-            head.raw = raw
+            head.raw = buffer[: end + 4]
         return head
 
     def _plain_line(self, text: bytes) -> RequestLine | None:
@@ -290,24 +294,25 @@ class ResponseReader(_Reader[ResponseFields]):
         """
         if like is not None and self._is_again(like.raw, like.fields, buffer):
             return like
-        raw = buffer[: end + 4]
-        lines = buffer[:end].split(CRLF)
-        line = self._start_lines.get(lines[0])
+        at = buffer.find(CRLF)
+        line = self._start_lines.get(buffer[:at])
         if line is None:
-            return self._parse(raw)
+            return self._parse(buffer[: end + 4])
         shape = None if like is None else self._by_fields.get(like.fields)
-        values = shape.values(lines) if shape is not None and shape.minor_version == line.minor_version else None
+        values = (
+            shape.values(buffer, at, end) if shape is not None and shape.minor_version == line.minor_version else None
+        )
         if values is None:
-            shape = self._recognised(lines, line.minor_version)
-            values = shape.values(lines) if shape is not None else None
+            shape = self._recognised(buffer[:end].split(CRLF), line.minor_version)
+            values = shape.values(buffer, at, end) if shape is not None else None
         if shape is None or values is None:
-            return self._parse(raw)
+            return self._parse(buffer[: end + 4])
         content_length = int(values[shape.content_length]) if shape.content_length >= 0 else 0
         head = ResponseHead(line, shape.fields, shape.block(values), content_length)
         if shape.usage_tokens >= 0:
             head.usage_tokens = values[shape.usage_tokens].strip(_OWS)
         if end <= _RAW_BYTES_MAX:
-            head.raw = raw
+            head.raw = buffer[: end + 4]
         return head
 
     def _parse(self, raw: bytes) -> ResponseHead:
