@@ -46,10 +46,17 @@ _REFRESH: Final = b"refresh"
 _CLIENT: Final = b"client"
 _KINDS: Final = "live|test|admin|access|refresh|client"
 
+#: All pairs of base62 digits, by value.
+_PAIRS_COUNT: Final = 62 * 62
+_PAIRS: Final = [base62(number, 2) for number in range(_PAIRS_COUNT)]
+
 #: A secret of OAuth under any prefix.
 _OF_OAUTH = re.compile(
     rb"[0-9a-z]+_(?:%b|%b|%b)_[0-9A-Za-z]{%d}" % (_ACCESS, _REFRESH, _CLIENT, RANDOM_DIGITS + CHECKSUM_DIGITS)
 )
+
+#: What an access token contains and few keys do.
+_ACCESS_MARK: Final = b"_access_"
 
 _LIKE_A_KEY = re.compile(rf"([0-9a-z]+_(?:{_KINDS})_)[0-9a-z]{{{_RECOGNISABLE_DIGITS},}}", re.IGNORECASE)
 
@@ -150,8 +157,10 @@ class KeyFormat:
         A JSON Web Token is an agent token of ours or nothing; its signature is verified before any lookup. A secret of
         OAuth that was issued under another prefix is nothing, as one under this prefix is no key.
         """
+        if self._ours.fullmatch(plaintext) is not None:
+            return _is_whole(plaintext)
         if self._start.match(plaintext):
-            return self._ours.fullmatch(plaintext) is not None and _is_whole(plaintext)
+            return False
         if not self._accepts_foreign or _FOREIGN.fullmatch(plaintext) is None:
             return False
         if _OF_OAUTH.fullmatch(plaintext) is not None and _is_whole(plaintext):
@@ -200,6 +209,16 @@ class KeyFormat:
         return part[:shown] if len(part) >= shown else ""
 
 
+def is_access_token(plaintext: bytes) -> bool:
+    """Whether this is a whole OAuth access token, under any prefix. No key is."""
+    return (
+        plaintext.find(_ACCESS_MARK) >= 0
+        and plaintext.endswith(_ACCESS_MARK, 0, -RANDOM_DIGITS - CHECKSUM_DIGITS)
+        and _OF_OAUTH.fullmatch(plaintext) is not None
+        and _is_whole(plaintext)
+    )
+
+
 def masked(text: str) -> str:
     """The text, with everything that looks like a key under any prefix, or an agent token, truncated to its start."""
     return agent_token_format.masked(_LIKE_A_KEY.sub(r"\1…", text))
@@ -210,4 +229,7 @@ def _is_whole(key: bytes) -> bool:
 
 
 def _checksum(body: bytes) -> bytes:
-    return base62(zlib.crc32(body), CHECKSUM_DIGITS)
+    """The CRC-32 in six digits. By pairs, since every key that is not cached is checked."""
+    number = zlib.crc32(body)
+    rest = number // _PAIRS_COUNT
+    return _PAIRS[rest // _PAIRS_COUNT] + _PAIRS[rest % _PAIRS_COUNT] + _PAIRS[number % _PAIRS_COUNT]

@@ -70,6 +70,9 @@ class RouteTable:
         self._compiled = [_compiled(pattern, route) for pattern, route in routes]
         self._calling = [row for row in self._compiled if _calls_tools(row.route)]
         self._remembered: dict[tuple[bytes, bytes], Route | None] = {}
+        shapes = {ANY_ROUTE.error_shape, *(route.error_shape for _, route in routes)}
+        #: The error format of all requests, if there is only one.
+        self._only_shape = ANY_ROUTE.error_shape if len(shapes) == 1 else ""
 
     def match(self, method: bytes, path: bytes) -> Route | None:
         """The first route for this method and raw path, None if there is none.
@@ -107,6 +110,8 @@ class RouteTable:
 
     def error_shape(self, method: bytes, path: bytes) -> str:
         """The error format of the route for this method and raw path; the default if none matches unambiguously."""
+        if self._only_shape:
+            return self._only_shape
         try:
             route = self.match(method, path)
         except Refusal:
