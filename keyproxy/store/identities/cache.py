@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from keyproxy.auth import names
-from keyproxy.auth.api_key import SecretKey, is_access_token
+from keyproxy.auth.api_key import SecretKey
 from keyproxy.auth.authorization import refused_delegation
 from keyproxy.config.schema import Cache
 from keyproxy.model import Identity, KeyDigest, Missing, Moment
@@ -45,8 +45,9 @@ from keyproxy.store.identities.identity_rows import (
     identity_of,
 )
 from keyproxy.store.identities.last_used import LastUsed
-from keyproxy.store.identities.lookup_batcher import LookupBatcher, LookupQuery
+from keyproxy.store.identities.lookup_batcher import Flight, LookupBatcher, LookupQuery
 from keyproxy.store.identities.refused_digests import RefusedDigests
+from keyproxy.store.identities.request_lookup import LookupOwner
 from keyproxy.store.identities.unknown_credentials import TokenVerifier, UnknownCredentials
 from keyproxy.store.postgres.database import Database, Row
 
@@ -124,13 +125,12 @@ class IdentityCache(Identities):
         self._refused_digests = RefusedDigests(cache.unknown_entries_max, cache.unknown_seconds)
         self._unknown = UnknownCredentials(database, self._refused_digests, verifier, now)
         keys: LookupQuery[Any] = BY_DIGEST
+        others: dict[type, LookupQuery[Any]]
+        others = {AccessTokenDigest: BY_ACCESS_TOKEN, TokenDigest: BY_TOKEN, ActingPair: BY_PAIR}
         self._look_ups: LookupBatcher[_Subject] = LookupBatcher(
-            database,
-            keys,
-            self._settle,
-            look_ups_max=look_ups_max,
-            others={AccessTokenDigest: BY_ACCESS_TOKEN, TokenDigest: BY_TOKEN, ActingPair: BY_PAIR},
+            database, keys, self._settle, look_ups_max=look_ups_max, others=others
         )
+        self._fetches = LookupOwner(self._look_ups, self._count_miss, self._restore)
 
     # -- the hot path
 
@@ -154,8 +154,8 @@ class IdentityCache(Identities):
                 raise refusal
         if self._database.is_down:
             return self._while_down(entry, now, is_first_lookup)
-        # One that is not cached is a key, unless `fetching` finds out otherwise.
-        raise self._missing(digest if entry is None else _subject_of(entry.identity, digest))
+        # A digest that is not cached is that of a key, unless `fetching` finds out otherwise.
+        raise self._fetches.missing(digest if entry is None else _subject_of(entry.identity, digest))
 
     def acting(self, digest: KeyDigest, user_id: str, now: Moment, *, is_first_lookup: bool = True) -> Identity:
         """The cached identity of a key that acts for this user. Raises Missing with the lookup, or a Refusal."""
@@ -177,7 +177,7 @@ class IdentityCache(Identities):
                 return refused
         if self._database.is_down:
             return self._while_down(entry, now, is_first_lookup)
-        raise self._missing(ActingPair(digest, user_id))
+        raise self._fetches.missing(ActingPair(digest, user_id))
 
     def reviewed(self, digest: KeyDigest, before: Identity, now: Moment) -> Identity:
         """The identity behind a credential that was resolved to `before`, as it is now."""
@@ -187,16 +187,11 @@ class IdentityCache(Identities):
             return self.known(digest, now, is_first_lookup=False)
         except Missing:
             # Its entry may have been evicted; the digest alone does not show what to look up.
-            raise self._missing(_subject_of(before, digest)) from None
+            raise self._fetches.missing(_subject_of(before, digest)) from None
 
     def fetching(self, key: SecretKey, missing: Missing) -> Missing:
         """What to fetch for a credential, after `known` or `acting` raised `missing`. Off the hot path."""
-        digest = key.digest()
-        if is_access_token(key.reveal()):
-            return self._missing(AccessTokenDigest(digest))
-        token = self._missing(TokenDigest(digest))
-        is_cached = digest in self._entries or self._groups.has_key(digest)
-        return self._unknown.fetching(key, missing, token, is_cached=is_cached)
+        return self._unknown.fetching(key, missing, self._fetches, is_cached=self._has_entries)
 
     def _refused(self, digest: KeyDigest, user_id: str, now: Moment, is_first_lookup: bool) -> Identity | None:
         """The identity of a credential that may not act for this user, as far as that is known without a lookup.
@@ -311,40 +306,50 @@ class IdentityCache(Identities):
 
     # -- the cold path
 
-    def _missing(self, subject: _Subject) -> Missing:
-        # Not written where it is raised: in the compiled build, a function with a lambda allocates for each call.
-        return Missing("identity", lambda _patience: self._fetch(subject))
-
-    async def _fetch(self, subject: _Subject) -> None:
+    def _count_miss(self, subject: _Subject) -> bool:
         self.counts.miss += 1
-        await self._look_ups.fetch_missing(
-            subject, is_known=self._is_cached(subject), is_kept=lambda: self._is_kept(subject)
-        )
+        return self._is_cached(subject)
+
+    def _restore(self, subject: _Subject, flight: Flight) -> None:
+        if not self._look_ups.is_current(flight) or self._is_kept(subject):
+            return
+        if isinstance(flight.kept, Entry):
+            self._keys.put(_digest_of(subject), flight.kept, self._now().mono_seconds)
+        else:
+            self._settle(subject, flight.row)
 
     def _is_cached(self, subject: _Subject) -> bool:
         return subject in self._acting if isinstance(subject, ActingPair) else _digest_of(subject) in self._entries
 
-    def _is_kept(self, subject: _Subject) -> bool:
-        if self._refused_digests.has(_digest_of(subject), self._now().mono_seconds):
-            return True
-        return self._pairs.holds(subject) if isinstance(subject, ActingPair) else self._is_cached(subject)
+    def _has_entries(self, digest: KeyDigest) -> bool:
+        return digest in self._entries or self._groups.has_key(digest)
 
-    def _settle(self, subject: _Subject, row: Row | None) -> None:
+    def _is_kept(self, subject: _Subject) -> bool:
+        if isinstance(subject, ActingPair):
+            if self._pairs.holds(subject):
+                return True
+        elif self._is_cached(subject):
+            return True
+        return self._refused_digests.has(_digest_of(subject), self._now().mono_seconds)
+
+    def _settle(self, subject: _Subject, row: Row | None) -> Entry | None:
         digest = _digest_of(subject)
         if row is None:
             self._entries.pop(digest, None)
             if isinstance(subject, ActingPair):
                 self._pairs.drop(subject)
             self._refused_digests.add(digest, self._now().mono_seconds)
-            return
+            return None
+        entry: Entry | None = None
         if isinstance(subject, ActingPair):
             self._pairs.keep(subject, row)
         elif isinstance(subject, TokenDigest):
-            self._keep(digest, token_identity(row, self._header_prefix), self._group_of_token(row))
+            entry = self._keep(digest, token_identity(row, self._header_prefix), self._group_of_token(row))
         else:
             identity = identity_of(row, self._header_prefix, self._resources)
-            self._keep(digest, identity, self._groups.get(USER, row["user_id"]))
+            entry = self._keep(digest, identity, self._groups.get(USER, identity.user_id))
         self._refused_digests.discard(digest)
+        return entry
 
     def _group_of_token(self, row: Row) -> Group:
         """The group of the user of an agent token; if it was minted while acting, also of the owner of its root key."""
@@ -356,12 +361,13 @@ class IdentityCache(Identities):
         both.depend_on(self._groups.get(USER, row["owner_id"]))
         return both
 
-    def _keep(self, digest: KeyDigest, identity: Identity, user: Group) -> None:
+    def _keep(self, digest: KeyDigest, identity: Identity, user: Group) -> Entry:
         now = self._now().mono_seconds
         entry = Entry(identity, user, self._groups.get(TENANT, identity.tenant_id))
         entry.fresh_until = now + self._cache.fresh_seconds
         entry.stale_until = now + self._cache.stale_seconds
         self._keys.put(digest, entry, now)
+        return entry
 
     # -- statistics and shutdown
 
@@ -387,4 +393,4 @@ def _subject_of(identity: Identity, digest: KeyDigest) -> KeyDigest | AccessToke
 
 
 def _digest_of(subject: _Subject) -> KeyDigest:
-    return subject.digest if isinstance(subject, (AccessTokenDigest, TokenDigest, ActingPair)) else subject
+    return KeyDigest(subject) if isinstance(subject, bytes) else subject.digest

@@ -84,7 +84,7 @@ class EntryTable(Generic[_Key, _AnyEntry]):
         self.rows[key] = entry
 
     def _make_room(self, now: float) -> None:
-        for _ in range(_SECOND_CHANCES_MAX):
+        for _ in range(min(_SECOND_CHANCES_MAX, len(self.rows))):
             key, entry = self.rows.popitem(last=False)
             if entry.mark_due <= now:
                 return

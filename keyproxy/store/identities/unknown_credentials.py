@@ -10,12 +10,15 @@ from collections.abc import Callable
 from typing import Protocol
 
 from keyproxy.auth.agent_token_format import is_jwt
-from keyproxy.auth.api_key import SecretKey
-from keyproxy.model import Missing, Moment, TimeBudget
+from keyproxy.auth.api_key import SecretKey, is_access_token
+from keyproxy.model import KeyDigest, Missing, Moment, TimeBudget
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.store.identities import drf_api_keys
+from keyproxy.store.identities.delegated_rows import TokenDigest
 from keyproxy.store.identities.drf_api_keys import DrfApiKeys
+from keyproxy.store.identities.identity_rows import AccessTokenDigest
 from keyproxy.store.identities.refused_digests import RefusedDigests
+from keyproxy.store.identities.request_lookup import LookupOwner
 from keyproxy.store.postgres.database import Database
 
 
@@ -39,19 +42,27 @@ class UnknownCredentials:
         self._foreign = DrfApiKeys(database)
         self._refused = refused
 
-    def fetching(self, key: SecretKey, missing: Missing, token: Missing, *, is_cached: bool) -> Missing:
+    def fetching(
+        self, key: SecretKey, missing: Missing, fetches: LookupOwner, *, is_cached: Callable[[KeyDigest], bool]
+    ) -> Missing:
         """What to fetch for this credential, after `known` or `acting` raised `missing`. Raises a Refusal.
 
-        `token`: the lookup of the credential as an agent token. `is_cached`: there are outdated entries of it. A token is
-        verified again nevertheless: the configuration may accept other tokens than before.
+        `fetches`: looks up what `missing` does not. `is_cached`: whether there are outdated entries of a digest. A token
+        is verified again nevertheless: the configuration may accept other tokens than before.
         """
-        if is_jwt(key.reveal()):
+        plaintext = key.reveal()
+        if is_access_token(plaintext):
+            return fetches.missing(AccessTokenDigest(key.digest()))
+        if plaintext.find(b".") < 0:
+            # Neither an agent token nor a key that another program has issued.
+            return missing
+        if is_jwt(plaintext):
             try:
                 self._verify(key)
             except Missing as unknown_signing_key:
                 return unknown_signing_key
-            return token
-        if is_cached or drf_api_keys.prefix_of(key) is None:
+            return fetches.missing(TokenDigest(key.digest()))
+        if drf_api_keys.prefix_of(key) is None or is_cached(key.digest()):
             return missing
 
         async def fetch_missing(patience: TimeBudget) -> None:
