@@ -10,6 +10,9 @@ from keyproxy.reasons import Reason, Refusal
 
 _NO_ROW: Final = "the store has no such key"
 
+#: How many expired digests an addition removes: more than it adds, and few enough not to delay other requests.
+_REMOVED_MAX: Final = 4
+
 
 class _Verdict:
     """Why a digest is refused, the detail for the log, and until when, in monotonic seconds."""
@@ -38,7 +41,7 @@ class RefusedDigests:
 
     def count(self, mono: float) -> int:
         """How many there are."""
-        self._expire(mono)
+        self._expire(mono, len(self._verdicts))
         return len(self._verdicts)
 
     def has(self, digest: KeyDigest, mono: float) -> bool:
@@ -59,7 +62,7 @@ class RefusedDigests:
         """Refuse a digest from now on, by default because the store has no row with it."""
         verdicts = self._verdicts
         verdicts.pop(digest, None)
-        self._expire(mono)
+        self._expire(mono, _REMOVED_MAX)
         if len(verdicts) >= self._entries_max:
             verdicts.popitem(last=False)
         verdicts[digest] = _Verdict(reason, detail, mono + self._seconds)
@@ -73,10 +76,10 @@ class RefusedDigests:
         """Look all digests up again."""
         self._verdicts.clear()
 
-    def _expire(self, mono: float) -> None:
+    def _expire(self, mono: float, removed_max: int) -> None:
         verdicts = self._verdicts
-        while verdicts:
-            first = next(iter(verdicts.values()))
-            if mono < first.until:
+        for _ in range(removed_max):
+            first = next(iter(verdicts.values()), None)
+            if first is None or mono < first.until:
                 return
             verdicts.popitem(last=False)

@@ -65,10 +65,12 @@ class _RequestLookup:
 
     def _ended(self, flight: Flight, refusal: Refusal | None) -> None:
         done, self._done = self._done, None
-        if refusal is None:
-            self._owner.restore(self._subject, flight)
-        else:
-            # Each request has a refusal of its own: raising one changes it.
-            refusal = Refusal(refusal.reason, refusal.detail)
-        if done is not None:
-            done(refusal)
+        try:
+            if refusal is None:
+                self._owner.restore(self._subject, flight)
+            else:
+                # Each request has a refusal of its own: raising one changes it.
+                refusal = Refusal(refusal.reason, refusal.detail)
+        finally:
+            if done is not None:
+                done(refusal)

@@ -64,6 +64,17 @@ def test_expired_digests_make_room_before_those_that_are_not() -> None:
     assert refused.count(6.0) == 1
 
 
+def test_expired_digests_are_removed_a_few_at_a_time_and_refuse_nothing_meanwhile() -> None:
+    refused = RefusedDigests(1_000, 5.0)
+    old = [fakes.key(number).digest() for number in range(20)]
+    for digest in old:
+        refused.add(digest, 0.0)
+    for number in range(100, 110):
+        refused.add(fakes.key(number).digest(), 6.0)
+        assert not any(refused.has(digest, 6.0) or refused.refusal(digest, 6.0) for digest in old)
+    assert refused.count(6.0) == 10
+
+
 def test_discarded_digest_is_looked_up_again() -> None:
     refused = RefusedDigests(10, 5.0)
     one, two = fakes.key(1).digest(), fakes.key(2).digest()
