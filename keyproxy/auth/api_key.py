@@ -18,6 +18,7 @@ from typing import Final
 from keyproxy.auth import agent_token_format
 from keyproxy.auth.base62 import base62
 from keyproxy.model import KeyDigest
+from keyproxy.mypyc_compat import mypyc_attr
 
 RANDOM_DIGITS: Final = 43
 CHECKSUM_DIGITS: Final = 6
@@ -60,7 +61,12 @@ _ACCESS_MARK: Final = b"_access_"
 
 _LIKE_A_KEY = re.compile(rf"([0-9a-z]+_(?:{_KINDS})_)[0-9a-z]{{{_RECOGNISABLE_DIGITS},}}", re.IGNORECASE)
 
+#: Hashes begin as copies of this one: OpenSSL 3 looks its algorithm up for each that is made, which takes longer than
+#: to hash a key.
+_UNUSED: Final = hashlib.sha256()
 
+
+@mypyc_attr(acyclic=True)
 class SecretKey:
     """A whole key in plaintext. No `repr`, `str`, format string, pickle or comparison shows or leaks it."""
 
@@ -75,7 +81,9 @@ class SecretKey:
 
     def digest(self) -> KeyDigest:
         """SHA-256 of the whole key, 32 bytes."""
-        return KeyDigest(hashlib.sha256(self._plaintext).digest())
+        hashing = _UNUSED.copy()
+        hashing.update(self._plaintext)
+        return KeyDigest(hashing.digest())
 
     def __repr__(self) -> str:
         return "SecretKey(<not shown>)"
@@ -138,6 +146,10 @@ class KeyFormat:
     def is_of_oauth(self, plaintext: bytes) -> bool:
         """Whether this begins as an access token, a refresh token or a client secret does, which are no keys."""
         return plaintext.startswith(self._oauth_starts)
+
+    def may_contain_access_token(self, text: bytes) -> bool:
+        """Whether the start of an access token is anywhere in these bytes."""
+        return text.find(self._access_start) >= 0
 
     def begins_as_access_token(self, plaintext: bytes) -> bool:
         """Whether this begins as an access token does. It may be malformed."""
