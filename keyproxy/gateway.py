@@ -131,14 +131,14 @@ class Gateway(Gate):
         if head is None:
             raise Refusal(Reason.INTERNAL_ERROR, "cannot decide on a request without a head")
         if self._routes.has_public:
-            route = self._routes.public(head.line.method, head.line.path)
+            route = self._routes.public(head.line)
             if route is not None:
                 return self._decide_public(exchange, head, route)
         now = self._now()
         identity = identification.identify(
             exchange, head, self._identities, self._key_format, now=now, is_first_lookup=is_first_lookup
         )
-        exchange.route = self._routes.match(head.line.method, head.line.path)
+        exchange.route = self._routes.route_of(head.line)
         grant = authorization.admit(identity, exchange.route, now)
         if exchange.permit is not None:
             # Admitted before; since then its changed body was compressed.

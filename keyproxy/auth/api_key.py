@@ -117,6 +117,10 @@ class KeyFormat:
         )
         start = rb"%b_(?:%b)_" % (re.escape(self._prefix), _KINDS.encode("ascii"))
         self._start = re.compile(start, re.IGNORECASE)
+        #: No shorter text contains one of our keys or tokens.
+        self._recognisable_bytes = min(
+            len(self._prefix) + len("_live_") + _RECOGNISABLE_DIGITS, agent_token_format.START_BYTES
+        )
         self._recognisable = re.compile(rb"%b[0-9A-Z]{%d}" % (start, _RECOGNISABLE_DIGITS), re.IGNORECASE)
 
     def make(self, entropy: bytes, *, is_test: bool) -> SecretKey:
@@ -203,6 +207,8 @@ class KeyFormat:
     def is_within(self, text: bytes) -> bool:
         """Whether these bytes contain one of our keys or agent tokens, or enough of one to require masking, in upper or
         lower case."""
+        if len(text) < self._recognisable_bytes:
+            return False
         return self._recognisable.search(text) is not None or agent_token_format.is_within(text)
 
     def hint(self, key: SecretKey) -> str:

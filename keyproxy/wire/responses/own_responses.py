@@ -74,4 +74,4 @@ def _error_shape(exchange: Exchange, server: ServerContext) -> str:
     if exchange.route is not None:
         return exchange.route.error_shape
     head = exchange.head
-    return ANY_ROUTE.error_shape if head is None else server.routes.error_shape(head.line.method, head.line.path)
+    return ANY_ROUTE.error_shape if head is None else server.routes.error_shape(head.line)
