@@ -242,9 +242,17 @@ class TimeBudget:
 class Missing(Exception):
     """A decision needs a value that is not in memory. `fetch_missing` fetches it, or raises a Refusal."""
 
-    def __init__(self, what: str, fetch_missing: Callable[[TimeBudget], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        what: str,
+        fetch_missing: Callable[[TimeBudget], Awaitable[None]],
+        begin: Callable[[Callable[[Refusal | None], None]], None] | None = None,
+    ) -> None:
         super().__init__(what)
         self._bring = fetch_missing
+        #: Fetches the value without a task; when that has ended, in a later iteration of the event loop, it calls its
+        #: argument, with the refusal if there is none. None: only `fetch_missing` fetches it.
+        self.begin = begin
 
     async def fetch_missing(self, patience: TimeBudget | None = None) -> None:
         """Fetch the value. `patience`: the request's time budget, which earlier rounds may have reduced; None: full."""

@@ -33,6 +33,9 @@ _TOKEN_START: Final = "eyJ0eXAiOiJhdCtqd3QiLCJhbGciOiJFUzI1NiIsImtpZCI6"  # noqa
 #: The same for `keyproxy-assertion+jwt`. An assertion is no credential here, but it proves an identity to an upstream.
 _ASSERTION_START: Final = "eyJ0eXAiOiJrZXlwcm94eS1hc3NlcnRpb24rand0IiwiYWxnIjoiRVMyNTYiLCJraWQi"
 
+#: No shorter text contains a token or an assertion.
+START_BYTES: Final = len(_TOKEN_START)
+
 _STARTS: Final = f"(?:{_TOKEN_START}|{_ASSERTION_START})"
 _RECOGNISABLE = re.compile(_STARTS.encode("ascii"), re.IGNORECASE)
 _LIKE_A_TOKEN = re.compile(rf"({_STARTS})[A-Za-z0-9_.-]*", re.IGNORECASE)
@@ -70,7 +73,7 @@ def signature_of(plaintext: bytes) -> bytes:
 
 def is_within(text: bytes) -> bool:
     """Whether these bytes contain the start of one of our tokens or assertions, in upper or lower case."""
-    return len(text) >= len(_TOKEN_START) and _RECOGNISABLE.search(text) is not None
+    return len(text) >= START_BYTES and _RECOGNISABLE.search(text) is not None
 
 
 def masked(text: str) -> str:

@@ -47,10 +47,17 @@ _REFRESH: Final = b"refresh"
 _CLIENT: Final = b"client"
 _KINDS: Final = "live|test|admin|access|refresh|client"
 
+#: All pairs of base62 digits, by value.
+_PAIRS_COUNT: Final = 62 * 62
+_PAIRS: Final = [base62(number, 2) for number in range(_PAIRS_COUNT)]
+
 #: A secret of OAuth under any prefix.
 _OF_OAUTH = re.compile(
     rb"[0-9a-z]+_(?:%b|%b|%b)_[0-9A-Za-z]{%d}" % (_ACCESS, _REFRESH, _CLIENT, RANDOM_DIGITS + CHECKSUM_DIGITS)
 )
+
+#: What an access token contains and few keys do.
+_ACCESS_MARK: Final = b"_access_"
 
 _LIKE_A_KEY = re.compile(rf"([0-9a-z]+_(?:{_KINDS})_)[0-9a-z]{{{_RECOGNISABLE_DIGITS},}}", re.IGNORECASE)
 
@@ -115,6 +122,10 @@ class KeyFormat:
         )
         start = rb"%b_(?:%b)_" % (re.escape(self._prefix), _KINDS.encode("ascii"))
         self._start = re.compile(start, re.IGNORECASE)
+        #: No shorter text contains one of our keys or tokens.
+        self._recognisable_bytes = min(
+            len(self._prefix) + len("_live_") + _RECOGNISABLE_DIGITS, agent_token_format.START_BYTES
+        )
         self._recognisable = re.compile(rb"%b[0-9A-Z]{%d}" % (start, _RECOGNISABLE_DIGITS), re.IGNORECASE)
 
     def make(self, entropy: bytes, *, is_test: bool) -> SecretKey:
@@ -167,8 +178,10 @@ class KeyFormat:
         A JSON Web Token is an agent token of ours or nothing; its signature is verified before any lookup. A secret of
         OAuth that was issued under another prefix is nothing, as one under this prefix is no key.
         """
+        if self._ours.fullmatch(plaintext) is not None:
+            return _is_whole(plaintext)
         if self._start.match(plaintext):
-            return self._ours.fullmatch(plaintext) is not None and _is_whole(plaintext)
+            return False
         if not self._accepts_foreign or _FOREIGN.fullmatch(plaintext) is None:
             return False
         if _OF_OAUTH.fullmatch(plaintext) is not None and _is_whole(plaintext):
@@ -199,6 +212,8 @@ class KeyFormat:
     def is_within(self, text: bytes) -> bool:
         """Whether these bytes contain one of our keys or agent tokens, or enough of one to require masking, in upper or
         lower case."""
+        if len(text) < self._recognisable_bytes:
+            return False
         return self._recognisable.search(text) is not None or agent_token_format.is_within(text)
 
     def hint(self, key: SecretKey) -> str:
@@ -217,6 +232,16 @@ class KeyFormat:
         return part[:shown] if len(part) >= shown else ""
 
 
+def is_access_token(plaintext: bytes) -> bool:
+    """Whether this is a whole OAuth access token, under any prefix. No key is."""
+    return (
+        plaintext.find(_ACCESS_MARK) >= 0
+        and plaintext.endswith(_ACCESS_MARK, 0, -RANDOM_DIGITS - CHECKSUM_DIGITS)
+        and _OF_OAUTH.fullmatch(plaintext) is not None
+        and _is_whole(plaintext)
+    )
+
+
 def masked(text: str) -> str:
     """The text, with everything that looks like a key under any prefix, or an agent token, truncated to its start."""
     return agent_token_format.masked(_LIKE_A_KEY.sub(r"\1…", text))
@@ -227,4 +252,7 @@ def _is_whole(key: bytes) -> bool:
 
 
 def _checksum(body: bytes) -> bytes:
-    return base62(zlib.crc32(body), CHECKSUM_DIGITS)
+    """The CRC-32 in six digits. By pairs, since every key that is not cached is checked."""
+    number = zlib.crc32(body)
+    rest = number // _PAIRS_COUNT
+    return _PAIRS[rest // _PAIRS_COUNT] + _PAIRS[rest % _PAIRS_COUNT] + _PAIRS[number % _PAIRS_COUNT]

@@ -85,9 +85,9 @@ def discard(head: RequestHead) -> None:
         raise Refusal(Reason.KEY_IN_URL)
     if head.is_free_of_key:
         return
-    for name, value in head.credentials:
-        after_scheme = b"" if name == b"x-api-key" else value.partition(b" ")[2].strip()
-        part = _part(after_scheme or value)
+    for field in head.credentials:
+        after_scheme = b"" if field.name == b"x-api-key" else field.value.partition(b" ")[2].strip()
+        part = _part(after_scheme or field.value)
         if len(part) >= _WORD_BYTES_MIN:
             _take_out(head, part)
     head.is_free_of_key = True
@@ -142,8 +142,8 @@ def _check_access_token(head: RequestHead, plaintext: bytes, key_format: KeyForm
         raise Refusal(Reason.KEY_INVALID, "OAuth is not configured")
     if not key_format.begins_as_access_token(plaintext):
         raise Refusal(Reason.KEY_INVALID, "a refresh token or client secret, which no route accepts")
-    for name, value in head.credentials:
-        if name == b"x-api-key" or value[: len(_BEARER)].lower() != _BEARER:
+    for field in head.credentials:
+        if field.name == b"x-api-key" or field.value[: len(_BEARER)].lower() != _BEARER:
             raise Refusal(Reason.KEY_INVALID, "an access token outside 'Authorization: Bearer'")
 
 
@@ -169,7 +169,7 @@ def _plaintext(name: bytes, value: bytes) -> bytes:
 
 def _the_same(credentials: tuple[CredentialField, ...]) -> bytes:
     try:
-        first, *others = (_plaintext(*credential) for credential in credentials)
+        first, *others = (_plaintext(one.name, one.value) for one in credentials)
     except Refusal:
         raise Refusal(Reason.CREDENTIALS_AMBIGUOUS, "several credentials, not all of them keys") from None
     if any(other != first for other in others):
@@ -263,7 +263,7 @@ def _basic_passwords(text: bytes) -> list[bytes]:
 
 def holds_key(target: bytes, key_format: KeyFormat) -> bool:
     """Whether a request target contains a key, or a parameter for one. Its path may be decoded already."""
-    if b"?" not in target and b"%" not in target:
+    if target.find(b"?") < 0 and target.find(b"%") < 0:
         return key_format.is_within(target)
     # Decode repeatedly: template engines and redirects may have encoded a key several times.
     decoded = target

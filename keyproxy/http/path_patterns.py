@@ -65,6 +65,22 @@ class PathPattern(NamedTuple):
         """Whether any segment has a placeholder."""
         return any(segment.name for segment in self.segments)
 
+    @property
+    def has_rest(self) -> bool:
+        """Whether the last segment matches any number of segments."""
+        return self.segments[-1].is_rest
+
+    @property
+    def start(self) -> bytes:
+        """What every matching path begins with."""
+        start = ""
+        for segment in self.segments:
+            start += "/"
+            if segment.name:
+                break
+            start += segment.text
+        return start.encode("ascii")
+
     def compiled(self, *, captured: str | None = "") -> re.Pattern[bytes]:
         """An expression that matches whole paths. `captured`: see `Segment.expression`; empty: no group."""
         path = "".join(f"/{segment.expression(captured=captured)}" for segment in self.segments)

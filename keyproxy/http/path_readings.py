@@ -13,7 +13,6 @@ _PARAMETERS = re.compile(rb";[^/]*")
 _SLASHES = re.compile(rb"/{2,}")
 _ENCODED_SLASH = re.compile(rb"%2f", re.IGNORECASE)
 _TWICE_ENCODED_SLASH: Final = b"%252F"
-_FOLDED_BY_SOME: Final = (b"%", b"//", b";")
 
 #: Segments that a server removes, or that lead elsewhere.
 _UNSTABLE: Final = (b"", b".", b"..")
@@ -21,12 +20,13 @@ _UNSTABLE: Final = (b"", b".", b"..")
 
 def is_folded_by_some(path: bytes) -> bool:
     """Whether any server reads the path differently from how it was sent."""
-    return any(mark in path for mark in _FOLDED_BY_SOME)
+    # `find` takes less time than `in`, which first tries its operand as an integer; `any` would make a generator.
+    return path.find(b"%") >= 0 or path.find(b"//") >= 0 or path.find(b";") >= 0
 
 
 def has_encoded_slash(path: bytes) -> bool:
     """Whether the path has `%2F`."""
-    return b"%" in path and _ENCODED_SLASH.search(path) is not None
+    return path.find(b"%") >= 0 and _ENCODED_SLASH.search(path) is not None
 
 
 def readings(path: bytes) -> set[bytes]:

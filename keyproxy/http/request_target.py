@@ -32,7 +32,16 @@ class Target(NamedTuple):
     decoded: bytes
 
 
-_PLAIN_PATH = re.compile(rb"/(?:[A-Za-z0-9_~!$&'()*+,=:@-][A-Za-z0-9_~!$&'()*+,=:@/-]*)?")
+#: What the bytes of a target mean, for `plainness`: a letter for those that have no meaning to any server, a digit for
+#: `_` and `.`, which keys and dot segments have, and neither for all others.
+_LETTERS: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789~!$&'()*+,=:@/-"
+_MEANINGS: Final = bytes([97 if byte in _LETTERS else 48 if byte in b"_." else 0 for byte in range(256)])
+
+#: Results of `plainness`.
+NOT_PLAIN: Final = 0
+PLAIN: Final = 1
+PLAINEST: Final = 2
+
 _FORBIDDEN_ANYWHERE = re.compile(rb"[\x00-\x20\x7f-\xff\\#]")
 #: In the path as sent: an invalid encoding, or that of `. / \\`, a control, or a first byte of overlong UTF-8.
 _BAD_ENCODING = re.compile(rb"%(?![0-9a-f]{2})|%(?:2e|2f|5c|[01][0-9a-f]|7f|c[01])", re.IGNORECASE)
@@ -57,7 +66,7 @@ _PORT_MAX = 65_535
 
 def judge(method: bytes, target: bytes, host: bytes | None, *, accepts_encoded_slash: bool = False) -> Target:
     """The target as it goes upstream. Raises a Refusal (REQUEST_MALFORMED) with the fault."""
-    if _PLAIN_PATH.fullmatch(target):
+    if plainness(target):
         return Target(target, target, target)
     if _FORBIDDEN_ANYWHERE.search(target):
         raise _refusal("the target contains a byte that is invalid in a target")
@@ -72,6 +81,19 @@ def judge(method: bytes, target: bytes, host: bytes | None, *, accepts_encoded_s
     path = target.partition(b"?")[0]
     decoded = _checked_but_slashes(path) if accepts_encoded_slash else _checked_path(path)
     return Target(target, path, target if decoded is None else decoded + target[len(path) :])
+
+
+def plainness(target: bytes) -> int:
+    """Whether a target is a path that every server reads as it was sent, but for repeated slashes after the first one:
+    PLAIN; or PLAINEST if it also has no `_` or `.`. NOT_PLAIN: it may be valid all the same.
+    """
+    # A table and two methods of bytes take a third of the time of an expression.
+    meanings = target.translate(_MEANINGS)
+    if not target.startswith(b"/") or target.startswith(b"//"):
+        return NOT_PLAIN
+    if meanings.isalpha():
+        return PLAINEST
+    return PLAIN if meanings.isalnum() and target.find(b"/.") < 0 else NOT_PLAIN
 
 
 def check_host(host: bytes) -> None:

@@ -18,11 +18,12 @@ of that route, and those that take it for a slash a path of that route or of non
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
 
 from keyproxy.http import path_readings
 from keyproxy.http.path_patterns import PathPattern, parse_pattern
+from keyproxy.http_messages import RequestLine
 from keyproxy.model import Route
 from keyproxy.reasons import Reason, Refusal
 
@@ -40,22 +41,39 @@ KNOWN_METHODS: Final = frozenset(
 
 ANY_ROUTE: Final = Route(name="any")
 
-#: The number of matched paths that are cached; then the cache is cleared. Paths contain ids, so most never recur.
-_REMEMBERED_MAX: Final = 4096
-_REMEMBERED_BYTES_MAX: Final = 256
 
+class _Row:
+    """A compiled route. `values`: matches like the pattern, with a group for each placeholder.
 
-class _Row(NamedTuple):
-    """A compiled route. `method` None: any. `values`: matches like `pattern`, with a group for each placeholder.
-
-    `lenient`: what servers that read leniently match, see `_lenient`.
+    `lenient`: what servers that read leniently match, see `_lenient`. `has_rest`: only such a pattern matches a path with
+    an empty segment before the end.
     """
 
-    method: bytes | None
-    pattern: re.Pattern[bytes]
-    values: re.Pattern[bytes]
-    lenient: re.Pattern[bytes]
-    route: Route
+    __slots__ = ("_fullmatch", "_start", "has_rest", "lenient", "method", "route", "values")
+
+    def __init__(self, pattern: PathPattern, route: Route) -> None:
+        """Raises InvalidPatternError."""
+        #: None: any.
+        self.method: Final = pattern.method
+        self.route: Final = route
+        self.has_rest: Final = pattern.has_rest
+        self.values: Final = pattern.compiled(captured=None)
+        self.lenient: Final = re.compile(_lenient(pattern, route), re.IGNORECASE | re.DOTALL)
+        self._start: Final = pattern.start
+        self._fullmatch: Callable[[bytes], re.Match[bytes] | None] = pattern.compiled().fullmatch
+
+    def matches(self, method: bytes, path: bytes) -> bool:
+        """Whether a request with this path, taken literally, is one of this row."""
+        if self.method is not None and self.method != method:
+            return False
+        # Most rows of a long table differ in their start.
+        return path.startswith(self._start) and self._fullmatch(path) is not None
+
+    def may_match(self, method: bytes, path: bytes) -> bool:
+        """Whether a server that reads leniently could take a request for one of this row."""
+        if self.method is not None and self.method != method and not (method == b"HEAD" and self.method == b"GET"):
+            return False
+        return self.lenient.fullmatch(path) is not None
 
 
 class RouteTable:
@@ -67,48 +85,40 @@ class RouteTable:
         self.rows: Final = tuple(routes)
         self.has_public: Final = any(route.is_public for _, route in routes)
         self.forwards_encoded_slash: Final = any(route.forwards_encoded_slash for _, route in routes)
-        self._compiled = [_compiled(pattern, route) for pattern, route in routes]
+        self._compiled = [_Row(parse_pattern(pattern), route) for pattern, route in routes]
         self._calling = [row for row in self._compiled if _calls_tools(row.route)]
-        self._remembered: dict[tuple[bytes, bytes], Route | None] = {}
+        shapes = {ANY_ROUTE.error_shape, *(route.error_shape for _, route in routes)}
+        #: The error format of all requests, if there is only one.
+        self._only_shape = ANY_ROUTE.error_shape if len(shapes) == 1 else ""
 
     def match(self, method: bytes, path: bytes) -> Route | None:
         """The first route for this method and raw path, None if there is none.
 
         Raises a Refusal (REQUEST_MALFORMED) for a path that servers could read as one of another route.
         """
-        if not self._compiled:
-            return ANY_ROUTE
-        try:
-            return self._remembered[method, path]
-        except KeyError:
-            pass
-        row = self._first(method, path)
-        route = None if row is None else row.route
-        if self.forwards_encoded_slash and path_readings.has_encoded_slash(path):
-            if row is not None:
-                self._check_encoded_slash(method, path, row)
-        elif path_readings.is_folded_by_some(path):
-            self._check_readings(method, path_readings.readings(path), route)
-        if self._calling and route is not None:
-            self._check_calls(method, path, route)
-        if len(self._remembered) >= _REMEMBERED_MAX:
-            self._remembered.clear()
-        if len(path) <= _REMEMBERED_BYTES_MAX:
-            self._remembered[method, path] = route
-        return route
+        return self._match(method, path, is_plain=False)
 
-    def public(self, method: bytes, path: bytes) -> Route | None:
-        """The public route for this method and raw path; None if a key is needed, or the path is ambiguous."""
+    def route_of(self, line: RequestLine) -> Route | None:
+        """The first route for a request line, None if there is none. Raises a Refusal as `match` does."""
+        if line.matched_by is not self:
+            line.route = self._match(line.method, line.path, is_plain=line.is_plain)
+            line.matched_by = self
+        return line.route
+
+    def public(self, line: RequestLine) -> Route | None:
+        """The public route for a request line; None if a key is needed, or the path is ambiguous."""
         try:
-            route = self.match(method, path)
+            route = self.route_of(line)
         except Refusal:
             return None
         return route if route is not None and route.is_public else None
 
-    def error_shape(self, method: bytes, path: bytes) -> str:
-        """The error format of the route for this method and raw path; the default if none matches unambiguously."""
+    def error_shape(self, line: RequestLine) -> str:
+        """The error format of the route for a request line; the default if none matches unambiguously."""
+        if self._only_shape:
+            return self._only_shape
         try:
-            route = self.match(method, path)
+            route = self.route_of(line)
         except Refusal:
             return ANY_ROUTE.error_shape
         return ANY_ROUTE.error_shape if route is None else route.error_shape
@@ -121,9 +131,27 @@ class RouteTable:
         """Every method that is served: the known ones, and those that a pattern names."""
         return KNOWN_METHODS | {row.method for row in self._compiled if row.method is not None}
 
+    def _match(self, method: bytes, path: bytes, *, is_plain: bool) -> Route | None:
+        if not self._compiled:
+            return ANY_ROUTE
+        row = self._first(method, path)
+        route = None if row is None else row.route
+        if is_plain:
+            # Only repeated slashes can be read in another way, and most rows match no path that has them.
+            if (row is None or row.has_rest) and path.find(b"//") >= 0:
+                self._check_readings(method, path_readings.readings(path), route)
+        elif self.forwards_encoded_slash and path_readings.has_encoded_slash(path):
+            if row is not None:
+                self._check_encoded_slash(method, path, row)
+        elif path_readings.is_folded_by_some(path):
+            self._check_readings(method, path_readings.readings(path), route)
+        if self._calling and route is not None:
+            self._check_calls(method, path, route)
+        return route
+
     def _first(self, method: bytes, path: bytes) -> _Row | None:
         for row in self._compiled:
-            if _meets(row, method, row.pattern, path):
+            if row.matches(method, path):
                 return row
         return None
 
@@ -139,9 +167,9 @@ class RouteTable:
     def _check_calls(self, method: bytes, path: bytes, route: Route) -> None:
         """Raise a Refusal if a lenient server reads the path as one of a route that judges other tools."""
         for reading in path_readings.all_readings(path):
-            if not any(_may_meet(row, method, reading) for row in self._calling):
+            if not any(row.may_match(method, reading) for row in self._calling):
                 continue
-            first = next(row for row in self._compiled if _may_meet(row, method, reading))
+            first = next(row for row in self._compiled if row.may_match(method, reading))
             if _calls_tools(first.route) and not _judges_alike(first.route, route):
                 raise _ambiguous("a server that reads leniently would take this for a request of a route of tools")
 
@@ -156,12 +184,6 @@ class RouteTable:
         self._check_readings(method, path_readings.readings_that_split(path), row.route, may_meet_none=True)
 
 
-def _compiled(text: str, route: Route) -> _Row:
-    pattern = parse_pattern(text)
-    lenient = re.compile(_lenient(pattern, route), re.IGNORECASE | re.DOTALL)
-    return _Row(pattern.method, pattern.compiled(), pattern.compiled(captured=None), lenient, route)
-
-
 def _lenient(pattern: PathPattern, route: Route) -> bytes:
     """An expression for the paths that a server could serve as this route's: in any case, with slashes at the end.
 
@@ -174,15 +196,6 @@ def _lenient(pattern: PathPattern, route: Route) -> bytes:
         return b"(?:%b)/*" % exact
     more = rb"(?:[/ .?#].*)?" if route.protocol else rb"(?:[ .?#][^/]*)?/*"
     return b"(?:%b|%b%b)" % (exact, base, more)
-
-
-def _meets(row: _Row, method: bytes, pattern: re.Pattern[bytes], path: bytes) -> bool:
-    return (row.method is None or row.method == method) and pattern.fullmatch(path) is not None
-
-
-def _may_meet(row: _Row, method: bytes, path: bytes) -> bool:
-    """Whether a server that reads leniently could take a request for one of this row."""
-    return _meets(row, method, row.lenient, path) or (method == b"HEAD" and _meets(row, b"GET", row.lenient, path))
 
 
 def _calls_tools(route: Route) -> bool:

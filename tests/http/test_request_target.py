@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 from urllib.parse import unquote_to_bytes
 
@@ -216,3 +217,18 @@ def test_a_host_is_a_name_or_address_with_a_port_or_without(host: bytes) -> None
 def test_any_other_host_is_refused(host: bytes) -> None:
     with pytest.raises(Refusal):
         request_target.check_host(host)
+
+
+@given(st.text(alphabet="/.a_%?;~*#\\ \x00\xe9", max_size=12).map(lambda text: text.encode("latin-1")))
+def test_a_plain_target_is_valid_in_every_position_and_decodes_to_itself(target: bytes) -> None:
+    """Such a target is forwarded without any other check."""
+    if request_target.plainness(target) == request_target.NOT_PLAIN:
+        return
+    assert not any(mark in target for mark in (b"%", b";", b"?", b"#", b"\\", b" ", b"\x00", b"\xe9", b"/."))
+    assert target.startswith(b"/")
+    assert not target.startswith(b"//")
+    assert not re.search(rb"[^!-~]", target)
+    # With a query it takes the way of all others.
+    query = b"?a"
+    assert request_target.judge(b"GET", target + query, b"a") == (target + query, target, target + query)
+    assert request_target.judge(b"GET", target, b"a") == (target, target, target)

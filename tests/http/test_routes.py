@@ -7,14 +7,18 @@ from itertools import product
 from urllib.parse import unquote_to_bytes
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from keyproxy.http import path_readings
+from keyproxy.http.headers import FieldNames
 from keyproxy.http.path_patterns import InvalidPatternError
 from keyproxy.http.routes import ANY_ROUTE, KNOWN_METHODS, RouteTable
+from keyproxy.http_messages import RequestLine
 from keyproxy.model import Route
 from keyproxy.reasons import Reason, Refusal
+from keyproxy.wire.parsing.head_cache import RequestReader
+from tests import fakes
 
 
 def table(*patterns: str) -> RouteTable:
@@ -203,20 +207,45 @@ def test_cached_matches_do_not_affect_others(paths: list[bytes]) -> None:
     assert [matched(used, path) for path in paths] == [matched(table(*patterns), path) for path in paths]
 
 
-def test_path_cache_is_bounded() -> None:
-    routes_ = table("GET /{id}")
-    sizes = []
-    for number in range(10_000):
-        routes_.match(b"GET", b"/%d" % number)
-        sizes.append(len(routes_._remembered))
-    assert 1 < max(sizes) <= 4096
-    assert routes_._remembered
+def a_line(target: bytes) -> RequestLine:
+    raw = b"GET %b HTTP/1.1\r\nHost: a\r\n\r\n" % target
+    return RequestReader(FieldNames(), fakes.holds_key, accepts_encoded_slash=True).read(raw, len(raw) - 4).line
 
 
-def test_long_path_is_not_cached() -> None:
-    routes_ = table("GET /{id}")
-    routes_.match(b"GET", b"/" + b"a" * 30_000)
-    assert sum(len(path) for _, path in routes_._remembered) < 4096
+PIECES = st.sampled_from([b"/", b"//", b"a", b"b", b"1", b".", b"..", b"_", b";", b"%61", b"%2f", b"%3b", b"%2e", b"?"])
+
+
+@given(st.lists(PIECES, max_size=7).map(b"".join))
+@example(b"/a//1")
+@example(b"a//")
+@settings(max_examples=500)
+def test_a_request_line_matches_as_its_path_does(rest: bytes) -> None:
+    """A line that was found to be plain is matched with fewer checks."""
+    rows = [
+        ("GET /a/{id}", Route("a")),
+        ("GET /b", Route("b", forwards_encoded_slash=True)),
+        ("* /{rest...}", ANY_ROUTE),
+    ]
+    for routes_ in (RouteTable(rows), RouteTable(rows[:2]), RouteTable(rows[:1])):
+        try:
+            line = a_line(b"/" + rest)
+        except Refusal:
+            return
+        try:
+            found = None if (route := routes_.route_of(line)) is None else route.name
+        except Refusal:
+            found = "refused"
+        assert found == matched(routes_, line.path)
+        event(f"{found}, {line.is_plain}")
+
+
+def test_a_kept_line_matches_the_table_that_is_asked() -> None:
+    """Another table is in use after a reload; the lines of a connection stay."""
+    line, old, new = a_line(b"/a"), table("GET /a"), table("GET /{id}")
+    assert [old.route_of(line), new.route_of(line), old.route_of(line)] == [
+        old.match(b"GET", b"/a"), new.match(b"GET", b"/a"), old.match(b"GET", b"/a"),
+    ]  # fmt: skip
+    assert table("GET /b").route_of(line) is None
 
 
 def test_the_names_are_those_of_all_routes_and_of_any() -> None:

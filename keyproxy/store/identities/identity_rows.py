@@ -19,14 +19,35 @@ from keyproxy.reasons import Reason
 from keyproxy.store.identities.lookup_batcher import LookupQuery
 from keyproxy.store.postgres.database import Row
 
-#: The lookup of identities by the digests of their keys or OAuth access tokens.
+
+class AccessTokenDigest(NamedTuple):
+    """The digest of an OAuth access token, as opposed to that of a key."""
+
+    digest: KeyDigest
+
+
+def _groups_of(row: Row) -> Sequence[tuple[str, str]]:
+    return (("user", row["user_id"]), ("tenant", row["tenant_id"]))
+
+
+#: The lookup of identities by the digests of their keys.
 BY_DIGEST: Final = LookupQuery(
     "identities_by_digest",
     "keys",
     parameters=lambda digests: (digests,),
     subject=lambda row: KeyDigest(row["digest"]),
     name=lambda row: f"key {row['key_id']}",
-    groups=lambda row: (("user", row["user_id"]), ("tenant", row["tenant_id"])),
+    groups=_groups_of,
+)
+
+#: The lookup of identities by the digests of OAuth access tokens.
+BY_ACCESS_TOKEN: Final[LookupQuery[AccessTokenDigest]] = LookupQuery(
+    "access_token_identities",
+    "access tokens",
+    parameters=lambda tokens: ([token.digest for token in tokens],),
+    subject=lambda row: AccessTokenDigest(KeyDigest(row["digest"])),
+    name=lambda row: f"session {row['key_id']}",
+    groups=_groups_of,
 )
 
 
@@ -55,7 +76,7 @@ NO_RESOURCES: Final = TokenResources()
 
 
 def identity_of(row: Row, header_prefix: str, resources: TokenResources = NO_RESOURCES) -> Identity:
-    """The identity of one row of `identities_by_digest`. Raises ValueError and the like for an invalid row.
+    """The identity of one row of either lookup. Raises ValueError and the like for an invalid row.
 
     A token for another resource is no credential here, whatever else its row contains.
     """

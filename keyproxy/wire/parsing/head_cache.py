@@ -22,6 +22,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Final, Generic, TypeVar
 
+from keyproxy.auth.agent_token_format import START_BYTES
 from keyproxy.http import request_target
 from keyproxy.http.headers import FieldNames, Kind
 from keyproxy.http.routes import KNOWN_METHODS
@@ -83,6 +84,10 @@ _VARYING_KINDS: Final = frozenset(
     }
 )  # fmt: skip
 
+#: The usual methods, and the end of a request line that is usual.
+_PLAIN_METHODS: Final = {one: one for one in (b"GET", b"POST", b"PUT", b"PATCH", b"DELETE", b"HEAD", b"OPTIONS")}
+_PLAIN_VERSION: Final = b" HTTP/1.1"
+
 _PLAIN_REQUEST_LINE = re.compile(rb"(GET|POST|PUT|PATCH|DELETE|HEAD|OPTIONS) (/[!-~]*) HTTP/1\.([01])")
 
 _OWS: Final = b" \t"
@@ -121,10 +126,7 @@ class _Reader(Generic[_Fields]):
             if meaning is None:
                 return None
             key[place] = meaning
-        shape = self._shapes.get(tuple(key))
-        if shape is not None:
-            shape.sighted()
-        return shape
+        return self._shapes.get(tuple(key))
 
     def _remember(self, minor_version: int, fields: _Fields, lines: list[bytes], parsed: ParsedFields) -> None:
         """Cache a head that was just parsed, if all its lines can be recognised again."""
@@ -137,7 +139,7 @@ class _Reader(Generic[_Fields]):
             self._lines.clear()
             self._meanings.clear()
         elif (minor_version, *meanings) not in self._shapes:
-            shape = Shape(minor_version, fields, lines, parsed, meanings)
+            shape = Shape(minor_version, fields, parsed, meanings)
             self._shapes[(minor_version, *meanings)] = self._by_fields[fields] = shape
 
     def _may_remember(self, line: bytes) -> bool:
@@ -157,8 +159,8 @@ class _Reader(Generic[_Fields]):
         name = line.partition(b":")[0]
         kind = self._names.kind(name)
         if self._is_stable(name, kind):
-            return self._lines.setdefault(line, Meaning(kind, is_whole_line=True))
-        return self._meanings.setdefault(name, Meaning(kind, is_whole_line=False))
+            return self._lines.setdefault(line, Meaning(kind, line, is_whole_line=True))
+        return self._meanings.setdefault(name, Meaning(kind, name + b": ", is_whole_line=False))
 
 
 class RequestReader(_Reader[RequestFields]):
@@ -191,26 +193,49 @@ class RequestReader(_Reader[RequestFields]):
         """
         if like is not None and self._is_again(like.raw, like.fields, buffer):
             return like
-        at = buffer.find(CRLF)
-        start = buffer[:at]
-        line = self._start_lines.get(start) or self._start_line(start)
+        raw = buffer[: end + 4]
+        lines = buffer[:end].split(CRLF)
+        start = lines[0]
+        line = self._start_lines.get(start)
         if line is None:
-            return self._parse(buffer[: end + 4])
+            line = self._plain_line(start)
+            if line is None:
+                line = self._start_line(start)
+                if line is None:
+                    return self._parse(raw)
         shape = None if like is None else self._by_fields.get(like.fields)
-        values = (
-            shape.values(buffer, at, end) if shape is not None and shape.minor_version == line.minor_version else None
-        )
+        values = shape.values(lines) if shape is not None and shape.minor_version == line.minor_version else None
         if values is None:
-            shape = self._recognised(buffer[:end].split(CRLF), line.minor_version)
-            values = shape.values(buffer, at, end) if shape is not None else None
+            shape = self._recognised(lines, line.minor_version)
+            values = shape.values(lines) if shape is not None else None
         if shape is None or values is None:
-            return self._parse(buffer[: end + 4], line)
+            return self._parse(raw, line)
         head = _filled(line, shape, values)
-        if like is not None and head.credentials == like.credentials:
+        if like is not None and _are_equal(head.credentials, like.credentials):
             head.digest, head.key_part = like.digest, like.key_part
         if end <= _RAW_BYTES_MAX:
-            head.raw = buffer[: end + 4]
+            head.raw = raw
         return head
+
+    def _plain_line(self, text: bytes) -> RequestLine | None:
+        """Return a request line with a target that needs no further checks; None for any other. It is cached.
+
+        Paths with ids in them are nearly always new and plain.
+        """
+        if len(text) > _LINE_BYTES_MAX or not text.endswith(_PLAIN_VERSION):
+            return None
+        sent, _, target = text[: -len(_PLAIN_VERSION)].partition(b" ")
+        method = _PLAIN_METHODS.get(sent)
+        plainness = request_target.plainness(target)
+        if method is None or plainness == request_target.NOT_PLAIN:
+            return None
+        # A key of ours has `_`, and an agent token is long.
+        may_hold_key = plainness != request_target.PLAINEST or len(target) >= START_BYTES
+        holds_key = may_hold_key and self._holds_key(target)
+        line = RequestLine(method, target, target, 1, text + CRLF, holds_key, is_plain=True)
+        if not holds_key:
+            self._cache_line(text, line)
+        return line
 
     def _start_line(self, text: bytes) -> RequestLine | None:
         """Return a request line that can be parsed on its own: any target in origin form. It is cached."""
@@ -223,13 +248,12 @@ class RequestReader(_Reader[RequestFields]):
         except Refusal:
             return None
         line = request_line(method, going, int(minor), holds_key=self._holds_key(going.decoded))
-        self._remember_line(text, line)
+        # A query is seldom repeated, and may contain secrets.
+        if text.find(b"?") < 0 and not line.holds_key and len(text) <= _LINE_BYTES_MAX:
+            self._cache_line(text, line)
         return line
 
-    def _remember_line(self, text: bytes, line: RequestLine) -> None:
-        # A query is seldom repeated, and may contain secrets.
-        if b"?" in text or line.holds_key or len(text) > _LINE_BYTES_MAX:
-            return
+    def _cache_line(self, text: bytes, line: RequestLine) -> None:
         if len(self._start_lines) >= _START_LINES_MAX:
             self._start_lines.clear()
         self._start_lines[text] = line
@@ -239,9 +263,7 @@ class RequestReader(_Reader[RequestFields]):
             raw, self._names, self._holds_key, self.methods,
             line=judged, accepts_encoded_slash=self.accepts_encoded_slash,
         )  # fmt: skip
-        start, *lines = raw[:-4].split(CRLF)
-        if judged is None and _PLAIN_REQUEST_LINE.fullmatch(start):
-            self._remember_line(start, line)
+        lines = raw[:-4].split(CRLF)[1:]
         # Handshakes are parsed each time: their completeness depends on the method and on values.
         if not fields.opens_tunnel:
             self._remember(line.minor_version, fields, lines, parsed)
@@ -268,25 +290,24 @@ class ResponseReader(_Reader[ResponseFields]):
         """
         if like is not None and self._is_again(like.raw, like.fields, buffer):
             return like
-        at = buffer.find(CRLF)
-        line = self._start_lines.get(buffer[:at])
+        raw = buffer[: end + 4]
+        lines = buffer[:end].split(CRLF)
+        line = self._start_lines.get(lines[0])
         if line is None:
-            return self._parse(buffer[: end + 4])
+            return self._parse(raw)
         shape = None if like is None else self._by_fields.get(like.fields)
-        values = (
-            shape.values(buffer, at, end) if shape is not None and shape.minor_version == line.minor_version else None
-        )
+        values = shape.values(lines) if shape is not None and shape.minor_version == line.minor_version else None
         if values is None:
-            shape = self._recognised(buffer[:end].split(CRLF), line.minor_version)
-            values = shape.values(buffer, at, end) if shape is not None else None
+            shape = self._recognised(lines, line.minor_version)
+            values = shape.values(lines) if shape is not None else None
         if shape is None or values is None:
-            return self._parse(buffer[: end + 4])
+            return self._parse(raw)
         content_length = int(values[shape.content_length]) if shape.content_length >= 0 else 0
         head = ResponseHead(line, shape.fields, shape.block(values), content_length)
         if shape.usage_tokens >= 0:
             head.usage_tokens = values[shape.usage_tokens].strip(_OWS)
         if end <= _RAW_BYTES_MAX:
-            head.raw = buffer[: end + 4]
+            head.raw = raw
         return head
 
     def _parse(self, raw: bytes) -> ResponseHead:
@@ -314,6 +335,12 @@ def _filled(line: RequestLine, shape: Shape[RequestFields], values: Sequence[byt
     if shape.forwarded:
         head.forwarded = tuple([(name, values[place].strip(_OWS)) for place, name in shape.forwarded])
     return head
+
+
+def _are_equal(credentials: tuple[CredentialField, ...], others: tuple[CredentialField, ...]) -> bool:
+    if len(credentials) == 1 and len(others) == 1:
+        return credentials[0].value == others[0].value and credentials[0].name == others[0].name
+    return credentials == others
 
 
 def _block(lines: list[bytes], parsed: ParsedFields) -> bytes:

@@ -141,7 +141,8 @@ def _check_is_served(method: bytes, parsed: ParsedFields, methods: Collection[by
 def request_line(method: bytes, going: request_target.Target, minor_version: int, *, holds_key: bool) -> RequestLine:
     """Build a request line from its parsed parts."""
     start = b"%b %b HTTP/1.1\r\n" % (method, going.target)
-    return RequestLine(method, going.target, going.path, minor_version, start, holds_key)
+    is_plain = going.path.find(b"%") < 0 and going.path.find(b";") < 0
+    return RequestLine(method, going.target, going.path, minor_version, start, holds_key, is_plain=is_plain)
 
 
 def parse_response(raw: bytes, names: FieldNames) -> tuple[StatusLine, ResponseFields, ParsedFields]:

@@ -1,17 +1,16 @@
 """Shapes of heads: the constant lines, and the places of the values that differ between them.
 
-A shape is created from a parsed head. One regular expression tests whether another head has the same shape: everything
-between the values must be equal, byte for byte, and a value must consist of field characters only (a Content-Length: of
-digits only). The parse result of such a head is the cached one, with its own values in their places.
+A shape is created from a parsed head. Another head has the same shape if everything between the values is equal, byte
+for byte, and each value consists of field characters only (a Content-Length: of digits only). The parse result of such a
+head is the cached one, with its own values in their places.
 
-Compiling an expression costs as much as parsing ten heads, so a shape is compiled only once it was seen a few times: a
-client that always sends new heads costs their parsing and seldom more.
+The lines are compared one by one: a regular expression for a whole shape takes twice as long, and to compile it as long
+as to parse ten heads.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final, Generic, TypeVar
 
 from keyproxy.http.headers import Kind
@@ -19,43 +18,40 @@ from keyproxy.wire.parsing.header_fields import CONTENT_LENGTH_DIGITS_MAX, Parse
 
 CRLF: Final = b"\r\n"
 
-#: A value: visible, space, tab, obs-text. RFC 9110 section 5.5. The quantifier is possessive: no backtracking.
-_VALUE: Final = rb"([\t\x20-\x7e\x80-\xff]*+)"
+#: A letter for each byte that a value may have: visible, space, tab, obs-text. RFC 9110 section 5.5.
+_FIELD_CHARACTERS: Final = bytes([97 if byte == 9 or (byte >= 0x20 and byte != 0x7F) else 0 for byte in range(256)])
 
-#: A length in canonical form. Any other form is parsed each time, and rewritten.
-_NUMBER: Final = b"(0|[1-9][0-9]{0,%d})" % (CONTENT_LENGTH_DIGITS_MAX - 1)
-
-LEARNT_AFTER: Final = 8
-
-#: A compiled expression takes ten times as much memory as its text. Heads with a longer one are parsed each time.
-_PATTERN_BYTES_MAX: Final = 2048
+#: A shape is used from the second head on.
+LEARNT_AFTER: Final = 1
 
 _Fields = TypeVar("_Fields")
 
 
 class Meaning:
-    """The meaning of all lines with one name, or (`is_whole_line`) of one exact line. Compared by identity."""
+    """The meaning of all lines with one name, or (`is_whole_line`) of one exact line. Compared by identity.
 
-    __slots__ = ("is_whole_line", "kind")
+    `text`: the line; or what comes before its value, the name with a colon and a space.
+    """
 
-    def __init__(self, kind: Kind, *, is_whole_line: bool) -> None:
-        self.kind = kind
-        self.is_whole_line = is_whole_line
+    __slots__ = ("is_whole_line", "kind", "text")
+
+    def __init__(self, kind: Kind, text: bytes, *, is_whole_line: bool) -> None:
+        self.kind: Final = kind
+        self.text: Final = text
+        self.is_whole_line: Final = is_whole_line
 
 
 class Shape(Generic[_Fields]):
     """A cached parse result: the constant lines, and the holes for values between them.
 
     The indexes of significant holes count from 0, -1 for none; fields that may be repeated have the index and the name,
-    in lower case. `values` returns None until the shape was seen often enough.
+    in lower case.
     """
 
     __slots__ = (
         "_first",
         "_going",
-        "_match",
-        "_pattern",
-        "_sightings",
+        "_lines",
         "act_for",
         "content_length",
         "credentials",
@@ -66,35 +62,28 @@ class Shape(Generic[_Fields]):
         "usage_tokens",
     )
 
-    def __init__(
-        self, minor_version: int, fields: _Fields, lines: list[bytes], parsed: ParsedFields, meanings: list[Meaning]
-    ) -> None:
+    def __init__(self, minor_version: int, fields: _Fields, parsed: ParsedFields, lines: list[Meaning]) -> None:
         self.minor_version = minor_version
         self.fields = fields
         self.content_length = self.request_id = self.act_for = self.usage_tokens = -1
         self.credentials: list[tuple[int, bytes]] = []
         self.forwarded: list[tuple[int, bytes]] = []
-        self._sightings = 0
-        self._match: Callable[[bytes, int, int], re.Match[bytes] | None] | None = None
-        pattern, going = b"", [b""]
+        self._lines = lines
+        going = [b""]
         places = []
         holes = 0
-        for line, is_forwarded, meaning in zip(lines, parsed.is_forwarded, meanings, strict=True):
-            if meaning.is_whole_line:
-                pattern += re.escape(CRLF + line)
-                going[-1] += line + CRLF if is_forwarded else b""
+        for line, is_forwarded in zip(lines, parsed.is_forwarded, strict=True):
+            if line.is_whole_line:
+                going[-1] += line.text + CRLF if is_forwarded else b""
                 continue
-            name = line.partition(b":")[0]
-            self._note_hole(meaning.kind, name.lower(), holes)
-            if meaning.kind is Kind.USAGE and parsed.usage_tokens is not None and is_forwarded:
+            self._note_hole(line.kind, line.text[:-2].lower(), holes)
+            if line.kind is Kind.USAGE and parsed.usage_tokens is not None and is_forwarded:
                 self.usage_tokens = holes
             if is_forwarded:
                 places.append(holes)
-                going[-1] += name + b": "
+                going[-1] += line.text
                 going.append(CRLF)
-            pattern += re.escape(CRLF + name + b": ") + (_NUMBER if meaning.kind is Kind.CONTENT_LENGTH else _VALUE)
             holes += 1
-        self._pattern = pattern
         #: The forwarded lines: the first constant part, then the index of each value and the constant part after it.
         self._first = going[0]
         self._going = list(zip(places, going[1:], strict=True))
@@ -111,18 +100,30 @@ class Shape(Generic[_Fields]):
         elif kind is Kind.FORWARDED:
             self.forwarded.append((place, name))
 
-    def sighted(self) -> None:
-        """Count a head of this shape. After enough of them, compile the expression."""
-        self._sightings += 1
-        if self._sightings == LEARNT_AFTER and len(self._pattern) <= _PATTERN_BYTES_MAX:
-            self._match = re.compile(self._pattern).fullmatch
+    def values(self, lines: list[bytes]) -> list[bytes] | None:
+        """Return the values in the holes, for a head with these lines; None if it has another shape.
 
-    def values(self, buffer: bytes, at: int, end: int) -> Sequence[bytes] | None:
-        """Return the values in the holes, for a head with lines from `at` to `end`; None if it has another shape."""
-        if self._match is None:
+        The first line, the start line, is not compared.
+        """
+        expected = self._lines
+        if len(lines) != len(expected) + 1:
             return None
-        match = self._match(buffer, at, end)
-        return None if match is None else match.groups()
+        found: list[bytes] = []
+        place = 1
+        for one in expected:
+            line = lines[place]
+            place += 1
+            if one.is_whole_line:
+                if line != one.text:
+                    return None
+            elif line.startswith(one.text):
+                found.append(line[len(one.text) :])
+            else:
+                return None
+        if self.content_length >= 0 and not _is_canonical(found[self.content_length]):
+            return None
+        characters = b"".join(found).translate(_FIELD_CHARACTERS)
+        return found if characters.isalpha() or not characters else None
 
     def block(self, values: Sequence[bytes]) -> bytes:
         """Return the forwarded lines of a head with these values."""
@@ -130,3 +131,10 @@ class Shape(Generic[_Fields]):
         for place, after in self._going:
             block += values[place] + after
         return block
+
+
+def _is_canonical(length: bytes) -> bool:
+    """Whether a length is in canonical form. Any other form is parsed each time, and rewritten."""
+    if not length.isdigit() or len(length) > CONTENT_LENGTH_DIGITS_MAX:
+        return False
+    return not length.startswith(b"0") or len(length) == 1

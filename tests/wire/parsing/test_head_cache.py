@@ -12,6 +12,7 @@ import pytest
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
+from keyproxy.http import request_target
 from keyproxy.http.headers import FieldNames
 from keyproxy.http_messages import RequestHead, ResponseHead
 from keyproxy.reasons import Reason, Refusal
@@ -39,7 +40,7 @@ def read(reader: RequestReader | ResponseReader, raw: bytes, after: bytes = b"")
     return reader.read(raw + after, len(raw) - 4)
 
 
-@pytest.mark.parametrize("target", [b"/a", b"/%2525%2525", b"/a?b=%2525", b"http://a/%2525"])
+@pytest.mark.parametrize("target", [b"/a_b", b"/%2525%2525", b"/a?b=%2525", b"http://a/%2525"])
 def test_a_target_is_searched_for_a_key_once_and_with_its_path_decoded(target: bytes) -> None:
     """Decoding a path of 30 KB takes milliseconds, and happens before the key is known."""
     searched: list[bytes] = []
@@ -51,6 +52,22 @@ def test_a_target_is_searched_for_a_key_once_and_with_its_path_decoded(target: b
     read(RequestReader(FieldNames(), holds_key), b"GET %b HTTP/1.1\r\nHost: a\r\n\r\n" % target)
     path, mark, query = target.removeprefix(b"http://a").partition(b"?")
     assert searched == [path.replace(b"%2525", b"%") + mark + query]
+
+
+@given(st.text(alphabet="/aZ9-_.~%?;=:@kplivetsKPLIVE", max_size=70).map(str.encode), st.sampled_from([KEY, b"ab"]))
+@example(b"kp_live_" + b"a" * 16, b"")
+@example(b"eyJ0eXAiOiJhdCtqd3QiLCJhbGciOiJFUzI1NiIsImtpZCI6", b"")
+@example(b"eyj0exaioijhdctqd3qilcjhbgcioijfuzi1niisimtpzci6", b"")
+@settings(max_examples=300)
+def test_a_key_is_found_in_every_target_that_is_read_without_a_full_check(start: bytes, end: bytes) -> None:
+    raw = b"GET /%b%b HTTP/1.1\r\nHost: a\r\n\r\n" % (start, end)
+    reader = requests()
+    for _ in range(OFTEN):
+        try:
+            found = reader.read(raw, len(raw) - 4)
+        except Refusal:
+            return
+        assert found.line.holds_key == fakes.holds_key(request_target.judge(b"GET", found.line.target, b"a").decoded)
 
 
 def test_path_under_a_known_shape_is_parsed_once() -> None:
@@ -90,10 +107,12 @@ def outcome(
 
 
 def everything_of(head: RequestHead | ResponseHead) -> tuple[Any, ...]:
-    shared = (dataclasses.astuple(head.line), dataclasses.astuple(head.fields), head.block, head.content_length)
+    shared = (dataclasses.astuple(head.fields), head.block, head.content_length)
     if isinstance(head, ResponseHead):
-        return shared
-    return (*shared, head.credentials, head.forwarded, head.request_id, head.act_for, head.has_body)
+        return (dataclasses.astuple(head.line), *shared)
+    line = head.line
+    said = (line.method, line.target, line.path, line.minor_version, line.start, line.holds_key, line.is_plain)
+    return (said, *shared, head.credentials, head.forwarded, head.request_id, head.act_for, head.has_body)
 
 
 def head(*lines: bytes, start: bytes = b"POST /a HTTP/1.1") -> bytes:

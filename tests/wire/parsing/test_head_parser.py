@@ -9,7 +9,7 @@ from hypothesis import given
 
 from keyproxy.http.headers import FieldNames
 from keyproxy.http.routes import KNOWN_METHODS
-from keyproxy.http_messages import RequestFields, RequestLine, ResponseFields, StatusLine
+from keyproxy.http_messages import CredentialField, RequestFields, RequestLine, ResponseFields, StatusLine
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.parsing.head_beginnings import check_beginning, refused_line
 from keyproxy.wire.parsing.head_cache import RequestReader, ResponseReader
@@ -227,7 +227,7 @@ def test_credentials_and_claims_are_set_aside_with_lower_case_names_and_trimmed_
             b"X-Forwarded-FOR:  x , y \r\nX-Request-Id: r \r\nForwarded: z"
         )
     )
-    assert parsed.credentials == [(b"authorization", b"Api-Key k"), (b"x-api-key", b"k")]
+    assert parsed.credentials == [CredentialField(b"authorization", b"Api-Key k"), CredentialField(b"x-api-key", b"k")]
     assert parsed.forwarded == [(b"x-forwarded-for", b"x , y"), (b"forwarded", b"z")]
     assert parsed.request_id == b"r"
     assert not fields.expects_continue
