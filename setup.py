@@ -16,8 +16,10 @@ MODULES = (
     "problem_spec", "reasons", "model", "http_messages", "gateway", "limit_state", "platform/clock",
     "metrics/access_log", "metrics/delegation_counts", "metrics/model_counts", "metrics/recorder",
     "store/identities/acting_pairs", "store/identities/cache", "store/identities/entries",
-    "store/identities/owned_ids", "store/ledger/ledger", "store/usage/journal",
-    "store/usage/model_names", "store/usage/usage_batch",
+    "store/identities/identity_rows", "store/identities/lookup_batcher", "store/identities/owned_ids",
+    "store/identities/refused_digests", "store/identities/request_lookup",
+    "store/identities/unknown_credentials", "store/ledger/ledger",
+    "store/usage/journal", "store/usage/model_names", "store/usage/usage_batch",
 )  # fmt: skip
 
 #: Modules of the folders that stay interpreted, and why.

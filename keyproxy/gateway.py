@@ -7,10 +7,9 @@ nothing between the request and the bytes that go upstream.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 
 from keyproxy.ai.access.access_rules import AccessRules
 from keyproxy.ai.access.judged_request import JudgedRequest
@@ -26,6 +25,7 @@ from keyproxy.decision.access_decision import StoreRecords
 from keyproxy.decision.payments import Payments
 from keyproxy.decision.serving import Serving
 from keyproxy.decision.tool_calls import ToolCalls
+from keyproxy.decision.undecided import Undecided
 from keyproxy.http import headers, idempotency_key
 from keyproxy.http.discovery.published_documents import NO_DOCUMENTS, PublishedDocuments
 from keyproxy.http.routes import RouteTable
@@ -86,7 +86,7 @@ class Gateway(Gate):
         self._now = now
         self._documents = documents
         self._document_targets = documents.targets
-        self._undecided: set[asyncio.Task[None]] = set()
+        self._undecided = Undecided(self._decide_again, self._admit)
 
     def begin(self, exchange: Exchange) -> None:
         """Decide on a request: at once if all values are in memory, else after fetching the missing ones."""
@@ -97,7 +97,7 @@ class Gateway(Gate):
                 return
             permit = self.decide(exchange)
         except Missing as missing:
-            self._start(self._fetch_and_decide(exchange, missing))
+            self._undecided.fetch(exchange, missing)
         except Refusal as refusal:
             exchange.refuse(refusal)
         else:
@@ -106,12 +106,21 @@ class Gateway(Gate):
             else:
                 exchange.forward(permit)
 
+    def _admit(self, exchange: Exchange, permit: Permit) -> None:
+        if exchange.is_minting:
+            self._serve(exchange, permit)
+        else:
+            exchange.forward(permit)
+
+    def _decide_again(self, exchange: Exchange) -> Permit:
+        return self.decide(exchange, is_first_lookup=False)
+
     def _serve(self, exchange: Exchange, permit: Permit) -> None:
         identity, request = exchange.identity, exchange.mint_request
         assert identity is not None  # noqa: S101 - for the type checker: minting was admitted for it
         assert request is not None  # noqa: S101
         exchange.serve(permit)
-        self._start(self._serving.respond(exchange, identity, request, self._now().mono_seconds))
+        self._undecided.start(self._serving.respond(exchange, identity, request, self._now().mono_seconds))
 
     def decide(self, exchange: Exchange, *, is_first_lookup: bool = True) -> Permit:
         """Decide whether this request may go upstream, and with which identity. Never waits.
@@ -275,24 +284,7 @@ class Gateway(Gate):
 
     async def all_decided(self) -> None:
         """Wait until no decision is pending."""
-        while waiting := [task for task in self._undecided if not task.done()]:
-            await asyncio.wait(waiting)
-
-    async def _fetch_and_decide(self, exchange: Exchange, missing: Missing) -> None:
-        """The cold path. Returns when the exchange was forwarded or refused, or is already over."""
-        try:
-            permit = await missing.fetch_and_decide(
-                lambda: self.decide(exchange, is_first_lookup=False), lambda: exchange.is_over
-            )
-            if permit is not None and exchange.is_minting:
-                self._serve(exchange, permit)
-            elif permit is not None:
-                exchange.forward(permit)
-        except Refusal as refusal:
-            exchange.refuse(refusal)
-        except Exception:  # noqa: BLE001 - the outermost boundary of this task
-            _log.exception("request decision failed", extra={"request_id": exchange.request_id.decode("ascii")})
-            exchange.refuse(Refusal(Reason.INTERNAL_ERROR))
+        await self._undecided.all_ended()
 
     def review(self, exchange: Exchange) -> None:
         """Recheck an exchange in flight: refuse it if its key is no longer valid for it.
@@ -303,12 +295,7 @@ class Gateway(Gate):
         try:
             self._review(exchange)
         except Missing as missing:
-            self._start(self._fetch_and_review(exchange, missing))
-
-    def _start(self, fetching: Coroutine[None, None, None]) -> None:
-        task = asyncio.get_running_loop().create_task(fetching)
-        self._undecided.add(task)
-        task.add_done_callback(self._undecided.discard)
+            self._undecided.start(self._fetch_and_review(exchange, missing))
 
     def _review(self, exchange: Exchange) -> None:
         # Minting is not reviewed: the store checks every bound when it inserts the token.
@@ -380,7 +367,7 @@ class Gateway(Gate):
             exchange.extend(Permit(permit.grant, hold))
         except Missing as missing:
             exchange.pause_stream()
-            self._start(self._fetch_and_watch(exchange, missing, patience or TimeBudget()))
+            self._undecided.start(self._fetch_and_watch(exchange, missing, patience or TimeBudget()))
         except Refusal as refusal:
             if is_used_up:
                 exchange.end_stream(refusal)

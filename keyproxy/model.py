@@ -81,6 +81,7 @@ class OAuthSession:
     bound_to: bytes | None = None
 
 
+@mypyc_attr(acyclic=True)
 class CachedAssertion:
     """The signed assertion of one identity, as a header line. It is used while `signed_by` is the number of the signer in
     use, and before `renew_mono_seconds`."""
@@ -93,6 +94,7 @@ class CachedAssertion:
         self.signed_by = 0
 
 
+@mypyc_attr(acyclic=True)
 @dataclass(frozen=True, slots=True, eq=False)
 class Identity:
     """The identity behind a credential, computed once when its row enters the cache.
@@ -240,9 +242,17 @@ class TimeBudget:
 class Missing(Exception):
     """A decision needs a value that is not in memory. `fetch_missing` fetches it, or raises a Refusal."""
 
-    def __init__(self, what: str, fetch_missing: Callable[[TimeBudget], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        what: str,
+        fetch_missing: Callable[[TimeBudget], Awaitable[None]],
+        begin: Callable[[Callable[[Refusal | None], None]], None] | None = None,
+    ) -> None:
         super().__init__(what)
         self._bring = fetch_missing
+        #: Fetches the value without a task; when that has ended, in a later iteration of the event loop, it calls its
+        #: argument, with the refusal if there is none. None: only `fetch_missing` fetches it.
+        self.begin = begin
 
     async def fetch_missing(self, patience: TimeBudget | None = None) -> None:
         """Fetch the value. `patience`: the request's time budget, which earlier rounds may have reduced; None: full."""

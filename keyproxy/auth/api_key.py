@@ -18,6 +18,7 @@ from typing import Final
 from keyproxy.auth import agent_token_format
 from keyproxy.auth.base62 import base62
 from keyproxy.model import KeyDigest
+from keyproxy.mypyc_compat import mypyc_attr
 
 RANDOM_DIGITS: Final = 43
 CHECKSUM_DIGITS: Final = 6
@@ -46,14 +47,33 @@ _REFRESH: Final = b"refresh"
 _CLIENT: Final = b"client"
 _KINDS: Final = "live|test|admin|access|refresh|client"
 
+#: All pairs of base62 digits, by value.
+_PAIRS_COUNT: Final = 62 * 62
+_PAIRS: Final = [base62(number, 2) for number in range(_PAIRS_COUNT)]
+
 #: A secret of OAuth under any prefix.
 _OF_OAUTH = re.compile(
     rb"[0-9a-z]+_(?:%b|%b|%b)_[0-9A-Za-z]{%d}" % (_ACCESS, _REFRESH, _CLIENT, RANDOM_DIGITS + CHECKSUM_DIGITS)
 )
 
+#: What an access token contains and few keys do.
+_ACCESS_MARK: Final = b"_access_"
+
 _LIKE_A_KEY = re.compile(rf"([0-9a-z]+_(?:{_KINDS})_)[0-9a-z]{{{_RECOGNISABLE_DIGITS},}}", re.IGNORECASE)
 
+#: Hashes begin as copies of this one: OpenSSL 3 looks its algorithm up for each that is made, which takes longer than
+#: to hash a key.
+_UNUSED: Final = hashlib.sha256()
 
+
+def digest_of(plaintext: bytes) -> KeyDigest:
+    """SHA-256 of a whole key, 32 bytes."""
+    hashing = _UNUSED.copy()
+    hashing.update(plaintext)
+    return KeyDigest(hashing.digest())
+
+
+@mypyc_attr(acyclic=True)
 class SecretKey:
     """A whole key in plaintext. No `repr`, `str`, format string, pickle or comparison shows or leaks it."""
 
@@ -68,7 +88,7 @@ class SecretKey:
 
     def digest(self) -> KeyDigest:
         """SHA-256 of the whole key, 32 bytes."""
-        return KeyDigest(hashlib.sha256(self._plaintext).digest())
+        return digest_of(self._plaintext)
 
     def __repr__(self) -> str:
         return "SecretKey(<not shown>)"
@@ -136,6 +156,10 @@ class KeyFormat:
         """Whether this begins as an access token, a refresh token or a client secret does, which are no keys."""
         return plaintext.startswith(self._oauth_starts)
 
+    def may_contain_access_token(self, text: bytes) -> bool:
+        """Whether the start of an access token is anywhere in these bytes."""
+        return text.find(self._access_start) >= 0
+
     def begins_as_access_token(self, plaintext: bytes) -> bool:
         """Whether this begins as an access token does. It may be malformed."""
         return plaintext.startswith(self._access_start)
@@ -154,8 +178,10 @@ class KeyFormat:
         A JSON Web Token is an agent token of ours or nothing; its signature is verified before any lookup. A secret of
         OAuth that was issued under another prefix is nothing, as one under this prefix is no key.
         """
+        if self._ours.fullmatch(plaintext) is not None:
+            return _is_whole(plaintext)
         if self._start.match(plaintext):
-            return self._ours.fullmatch(plaintext) is not None and _is_whole(plaintext)
+            return False
         if not self._accepts_foreign or _FOREIGN.fullmatch(plaintext) is None:
             return False
         if _OF_OAUTH.fullmatch(plaintext) is not None and _is_whole(plaintext):
@@ -206,6 +232,16 @@ class KeyFormat:
         return part[:shown] if len(part) >= shown else ""
 
 
+def is_access_token(plaintext: bytes) -> bool:
+    """Whether this is a whole OAuth access token, under any prefix. No key is."""
+    return (
+        plaintext.find(_ACCESS_MARK) >= 0
+        and plaintext.endswith(_ACCESS_MARK, 0, -RANDOM_DIGITS - CHECKSUM_DIGITS)
+        and _OF_OAUTH.fullmatch(plaintext) is not None
+        and _is_whole(plaintext)
+    )
+
+
 def masked(text: str) -> str:
     """The text, with everything that looks like a key under any prefix, or an agent token, truncated to its start."""
     return agent_token_format.masked(_LIKE_A_KEY.sub(r"\1…", text))
@@ -216,4 +252,7 @@ def _is_whole(key: bytes) -> bool:
 
 
 def _checksum(body: bytes) -> bytes:
-    return base62(zlib.crc32(body), CHECKSUM_DIGITS)
+    """The CRC-32 in six digits. By pairs, since every key that is not cached is checked."""
+    number = zlib.crc32(body)
+    rest = number // _PAIRS_COUNT
+    return _PAIRS[rest // _PAIRS_COUNT] + _PAIRS[rest % _PAIRS_COUNT] + _PAIRS[number % _PAIRS_COUNT]

@@ -32,9 +32,11 @@ def identify(
         else:
             user_id = head.act_for.decode("latin-1")
             identity = identities.acting(digest, user_id, now, is_first_lookup=is_first_lookup)
-    except Refusal:
-        # A malformed key is refused as such, without a lookup, whatever the state of cache and store.
-        credentials.checked(head, key_format)
+    except Refusal as refusal:
+        # A malformed key is refused as such, without a lookup, whatever the state of the store. A key that the cache
+        # refuses by itself was checked before its lookup.
+        if refusal.reason is Reason.STORE_UNAVAILABLE:
+            credentials.checked(head, key_format)
         raise
     except Missing as missing:
         raise identities.fetching(credentials.checked(head, key_format), missing) from None

@@ -16,7 +16,7 @@ from keyproxy.http import error_shapes, problem_json
 from keyproxy.http.discovery.challenges import Challenges
 from keyproxy.http.error_shapes import ErrorFacts
 from keyproxy.http.own_response import OwnResponse
-from keyproxy.reasons import SPENT, Reason, Refusal
+from keyproxy.reasons import SPENT, LimitReason, Reason, Refusal
 
 #: Reasons with a status that `errors.invalid_key_status` sets: the request has a key, and it is not accepted.
 KEY_REFUSALS: Final = frozenset(
@@ -28,9 +28,30 @@ _ALLOW: Final = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 
 _PROBLEM: Final = "problem"
 
+#: Stands for the request id in a response that is kept. No text of ours contains it, and JSON does not change it.
+_ANY_ID: Final = "0-any-request-id-0"
+
 ERROR_SHAPES: Final = (_PROBLEM, *error_shapes.SHAPES, error_shapes.MCP)
 
 _NO_OAUTH: Final = Challenges()
+
+
+class _KeptResponse:
+    """The response for all refusals that state their reason only. Its body is split at the request id."""
+
+    __slots__ = ("after", "before", "fields", "has_id", "reason_phrase", "status")
+
+    def __init__(self, rendered: OwnResponse) -> None:
+        self.status = rendered.status
+        self.reason_phrase = rendered.reason_phrase
+        self.fields = rendered.fields
+        self.before, marker, self.after = rendered.body.partition(_ANY_ID.encode("ascii"))
+        self.has_id = bool(marker)
+
+    def response(self, request_id: bytes) -> OwnResponse:
+        """The response to one request."""
+        body = b"%b%b%b" % (self.before, request_id, self.after) if self.has_id else self.before
+        return OwnResponse(self.status, self.reason_phrase, self.fields, body)
 
 
 class ErrorRenderer:
@@ -40,6 +61,8 @@ class ErrorRenderer:
         self, *, invalid_key_status: int = 401, spent_status: int = 429, challenges: Challenges = _NO_OAUTH
     ) -> None:
         self._challenges = challenges
+        #: By reason and error format: no more than there are.
+        self._kept: dict[tuple[Reason, str], _KeptResponse] = {}
         self._statuses: Mapping[Reason, int] = {
             **dict.fromkeys(KEY_REFUSALS, invalid_key_status),
             **dict.fromkeys(SPENT, spent_status),
@@ -47,11 +70,11 @@ class ErrorRenderer:
 
     def status(self, reason: Reason) -> int:
         """The HTTP status for a reason."""
-        return self._statuses.get(reason, reason.value.status)
+        return self._statuses.get(reason, reason.status)
 
     def status_of(self, refusal: Refusal) -> int:
         """The HTTP status of one refusal. A window that is only reserved by requests in flight is always 429."""
-        return refusal.reason.value.status if refusal.is_held else self.status(refusal.reason)
+        return refusal.reason.status if refusal.is_held else self.status(refusal.reason)
 
     def render(
         self,
@@ -66,6 +89,23 @@ class ErrorRenderer:
 
         `rpc_id`: of a JSON-RPC request, empty: unknown. `route_scopes`: that every request on the route needs.
         """
+        if rpc_id or error_shape == error_shapes.MCP or not _states_its_reason_only(refusal):
+            return self._rendered(refusal, request_id, error_shape, rpc_id=rpc_id, route_scopes=route_scopes)
+        key = refusal.reason, error_shape
+        kept = self._kept.get(key)
+        if kept is None:
+            kept = self._kept[key] = _KeptResponse(self._rendered(refusal, _ANY_ID, error_shape))
+        return kept.response(request_id.encode("ascii"))
+
+    def _rendered(
+        self,
+        refusal: Refusal,
+        request_id: str,
+        error_shape: str,
+        *,
+        rpc_id: bytes = b"",
+        route_scopes: Collection[str] = (),
+    ) -> OwnResponse:
         status = self.status_of(refusal)
         media_type = problem_json.MEDIA_TYPE if error_shape == "problem" else "application/json"
         fields = [f"Content-Type: {media_type}", "Cache-Control: no-store"]
@@ -124,12 +164,28 @@ class ErrorRenderer:
         return json.dumps(error_shapes.error_content(error_shape, error)).encode("utf-8")
 
 
+def _states_its_reason_only(refusal: Refusal) -> bool:
+    """Whether the responses to all such refusals are equal but for the request id."""
+    return (
+        not refusal.applied
+        and refusal.members is None
+        and not refusal.caller_text
+        and not refusal.missing_scopes
+        and not refusal.allow
+        and refusal.field is None
+        and refusal.limit is None
+        and refusal.limit_reason is LimitReason.NONE
+        and not refusal.replaces_sentence
+        and refusal.retry_after_seconds == refusal.reason.retry_after_seconds
+    )
+
+
 def _members(refusal: Refusal) -> dict[str, object]:
     """The members of this refusal, such as those that describe the exceeded limit.
 
     `retryable`: the same request can be admitted later.
     """
-    limit, reason = refusal.limit, refusal.limit_reason.value
+    limit, reason = refusal.limit, refusal.limit_reason.text
     members: dict[str, object] = {}
     if limit is not None:
         members["policy"] = limit.policy.name

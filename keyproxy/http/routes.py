@@ -87,6 +87,9 @@ class RouteTable:
         self.forwards_encoded_slash: Final = any(route.forwards_encoded_slash for _, route in routes)
         self._compiled = [_Row(parse_pattern(pattern), route) for pattern, route in routes]
         self._calling = [row for row in self._compiled if _calls_tools(row.route)]
+        shapes = {ANY_ROUTE.error_shape, *(route.error_shape for _, route in routes)}
+        #: The error format of all requests, if there is only one.
+        self._only_shape = ANY_ROUTE.error_shape if len(shapes) == 1 else ""
 
     def match(self, method: bytes, path: bytes) -> Route | None:
         """The first route for this method and raw path, None if there is none.
@@ -112,6 +115,8 @@ class RouteTable:
 
     def error_shape(self, line: RequestLine) -> str:
         """The error format of the route for a request line; the default if none matches unambiguously."""
+        if self._only_shape:
+            return self._only_shape
         try:
             route = self.route_of(line)
         except Refusal:

@@ -6,14 +6,15 @@ import copy
 import hashlib
 import json
 import pickle
+import zlib
 from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keyproxy.auth.api_key import KeyFormat, SecretKey
-from keyproxy.auth.base62 import ALPHABET
+from keyproxy.auth.api_key import KeyFormat, SecretKey, is_access_token
+from keyproxy.auth.base62 import ALPHABET, base62
 
 OURS = KeyFormat()
 OURS_ONLY = KeyFormat(accepts_foreign=False)
@@ -155,3 +156,38 @@ def test_key_cannot_be_copied_serialised_or_compared(leak: Callable[[SecretKey],
     with pytest.raises(TypeError) as error:
         leak(SecretKey(ZERO))
     assert ZERO[8:].decode() not in str(error.value)
+
+
+@given(entropies, st.sampled_from(["kp", "a", "x1234567890abcde"]))
+def test_only_a_whole_access_token_is_one_and_it_is_never_a_key(entropy: bytes, prefix: str) -> None:
+    made = KeyFormat(prefix)
+    token = made.make_access_token(entropy).reveal()
+    assert is_access_token(token)
+    assert made.may_be_access_token(token)
+    assert not any(one.may_exist(token) for one in (made, OURS, OURS_ONLY))
+    others = (made.make_refresh_token, made.make_client_secret, made.make_admin_token)
+    assert not any(is_access_token(make(entropy).reveal()) for make in others)
+    assert not is_access_token(made.make(entropy, is_test=False).reveal())
+
+
+@pytest.mark.parametrize(
+    "plaintext",
+    [
+        b"",
+        b"_access_",
+        b"kp_access_" + ZERO[-49:],
+        OURS.make_access_token(bytes(32)).reveal()[:-1],
+        OURS.make_access_token(bytes(32)).reveal() + b"0",
+        OURS.make_access_token(bytes(32)).reveal()[:-1] + b"z",
+        b"K" + OURS.make_access_token(bytes(32)).reveal(),
+        b"." + OURS.make_access_token(bytes(32)).reveal(),
+    ],
+)
+def test_what_is_no_whole_access_token_is_looked_up_as_a_key_if_at_all(plaintext: bytes) -> None:
+    assert not is_access_token(plaintext)
+    assert not OURS.may_be_access_token(plaintext)
+
+
+@given(st.binary())
+def test_checksum_is_the_crc_in_base62(body: bytes) -> None:
+    assert KeyFormat.has_right_checksum(body + base62(zlib.crc32(body), 6))

@@ -261,3 +261,50 @@ def test_missing_scopes_of_a_tool_are_a_bearer_challenge_to_clients_of_mcp() -> 
     headers = fields(ErrorRenderer().render(refusal, "r-1", "mcp"))
     assert headers["WWW-Authenticate"] == 'Bearer error="insufficient_scope", scope="a b"'
     assert headers["Content-Type"] == "application/json"
+
+
+# -- kept responses
+
+
+@each_shape
+@each_reason
+def test_every_refusal_that_states_its_reason_only_is_answered_alike_but_for_the_request_id(
+    reason: Reason, shape: str
+) -> None:
+    renderer = ErrorRenderer()
+    first = renderer.render(Refusal(reason, "a detail for the log"), "a:1/+=@", shape)
+    second = renderer.render(Refusal(reason), "b-2", shape)
+    assert second == ErrorRenderer().render(Refusal(reason), "b-2", shape)
+    assert second == first._replace(body=first.body.replace(b"a:1/+=@", b"b-2"))
+    assert json.loads(second.body)
+
+
+_STATES = (LimitState(LimitPolicy("requests-per-day", 10, 86_400), 0, 60.0),)
+
+
+@each_shape
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"caller_text": "And this."},
+        {"caller_text": "Only this.", "replaces_sentence": True},
+        {"field": "model"},
+        {"missing_scopes": ("a:b",)},
+        {"allow": "GET"},
+        {"retry_after_seconds": 77},
+        {"limit": _STATES[0]},
+        {"applied": _STATES},
+        {"limit_reason": LimitReason.SPENT},
+        {"members": {"approval_id": "apr_1"}},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_refusal_that_states_more_is_never_answered_with_a_response_that_was_kept(
+    more: dict[str, Any], shape: str
+) -> None:
+    renderer = ErrorRenderer()
+    for reason in (Reason.KEY_INVALID, Reason.SCOPE_INSUFFICIENT, Reason.QUOTA_EXHAUSTED, Reason.METHOD_NOT_ALLOWED):
+        plain = renderer.render(Refusal(reason), "r-1", shape)
+        fresh = ErrorRenderer().render(Refusal(reason, **more), "r-1", shape)
+        assert renderer.render(Refusal(reason, **more), "r-1", shape) == fresh
+        assert renderer.render(Refusal(reason), "r-1", shape) == plain

@@ -10,7 +10,7 @@ states of an entry:
     changed the feed delivered a change of the key, its user or its tenant: never served again. If only limits changed,
             the key is looked up again before it is served, and still served under the old limits while the store is down.
 
-Unknown digests are cached in a separate table, so that a flood of them evicts no known key: see `unknown_credentials`. So
+Unknown digests are cached in a separate table, so that a flood of them evicts no known key: see `refused_digests`. So
 are the pairs of a key and a user that it acts for: see `acting_pairs`. For the lookups see `lookup_batcher`.
 """
 
@@ -36,14 +36,23 @@ from keyproxy.store.identities.delegated_rows import (
 )
 from keyproxy.store.identities.entries import Entry, EntryTable
 from keyproxy.store.identities.groups import KEY, TENANT, USER, Group, Groups
-from keyproxy.store.identities.identity_rows import BY_DIGEST, NO_RESOURCES, TokenResources, identity_of
+from keyproxy.store.identities.identity_rows import (
+    BY_ACCESS_TOKEN,
+    BY_DIGEST,
+    NO_RESOURCES,
+    AccessTokenDigest,
+    TokenResources,
+    identity_of,
+)
 from keyproxy.store.identities.last_used import LastUsed
-from keyproxy.store.identities.lookup_batcher import LookupBatcher, LookupQuery
+from keyproxy.store.identities.lookup_batcher import Flight, LookupBatcher, LookupQuery
+from keyproxy.store.identities.refused_digests import RefusedDigests
+from keyproxy.store.identities.request_lookup import LookupOwner
 from keyproxy.store.identities.unknown_credentials import TokenVerifier, UnknownCredentials
 from keyproxy.store.postgres.database import Database, Row
 
 #: What the store is queried for.
-_Subject: TypeAlias = KeyDigest | TokenDigest | ActingPair
+_Subject: TypeAlias = KeyDigest | AccessTokenDigest | TokenDigest | ActingPair
 
 
 class LookupCounts:
@@ -113,15 +122,15 @@ class IdentityCache(Identities):
         self._entries = self._keys.rows
         self._pairs = ActingPairs(cache, self._groups, header_prefix, now)
         self._acting = self._pairs.entries.rows
-        self._unknown = UnknownCredentials(database, cache, verifier, now)
+        self._refused_digests = RefusedDigests(cache.unknown_entries_max, cache.unknown_seconds)
+        self._unknown = UnknownCredentials(database, self._refused_digests, verifier, now)
         keys: LookupQuery[Any] = BY_DIGEST
+        others: dict[type, LookupQuery[Any]]
+        others = {AccessTokenDigest: BY_ACCESS_TOKEN, TokenDigest: BY_TOKEN, ActingPair: BY_PAIR}
         self._look_ups: LookupBatcher[_Subject] = LookupBatcher(
-            database,
-            keys,
-            self._settle,
-            look_ups_max=look_ups_max,
-            others={TokenDigest: BY_TOKEN, ActingPair: BY_PAIR},
+            database, keys, self._settle, look_ups_max=look_ups_max, others=others
         )
+        self._fetches = LookupOwner(self._look_ups, self._count_miss, self._restore)
 
     # -- the hot path
 
@@ -140,10 +149,13 @@ class IdentityCache(Identities):
                     self._last_used.mark(entry, now)
                 return entry.identity
         elif entry is None:
-            self._refuse_unknown(digest, is_first_lookup)
+            refusal = self._refusal(digest, now, is_first_lookup)
+            if refusal is not None:
+                raise refusal
         if self._database.is_down:
             return self._while_down(entry, now, is_first_lookup)
-        raise self._missing(_subject_of(entry, digest))
+        # A digest that is not cached is that of a key, unless `fetching` finds out otherwise.
+        raise self._fetches.missing(digest if entry is None else _subject_of(entry.identity, digest))
 
     def acting(self, digest: KeyDigest, user_id: str, now: Moment, *, is_first_lookup: bool = True) -> Identity:
         """The cached identity of a key that acts for this user. Raises Missing with the lookup, or a Refusal."""
@@ -165,7 +177,7 @@ class IdentityCache(Identities):
                 return refused
         if self._database.is_down:
             return self._while_down(entry, now, is_first_lookup)
-        raise self._missing(ActingPair(digest, user_id))
+        raise self._fetches.missing(ActingPair(digest, user_id))
 
     def reviewed(self, digest: KeyDigest, before: Identity, now: Moment) -> Identity:
         """The identity behind a credential that was resolved to `before`, as it is now."""
@@ -175,14 +187,11 @@ class IdentityCache(Identities):
             return self.known(digest, now, is_first_lookup=False)
         except Missing:
             # Its entry may have been evicted; the digest alone does not show what to look up.
-            raise self._missing(digest if before.agent_token is None else TokenDigest(digest)) from None
+            raise self._fetches.missing(_subject_of(before, digest)) from None
 
     def fetching(self, key: SecretKey, missing: Missing) -> Missing:
         """What to fetch for a credential, after `known` or `acting` raised `missing`. Off the hot path."""
-        digest = key.digest()
-        token = self._missing(TokenDigest(digest))
-        is_cached = digest in self._entries or self._groups.has_key(digest)
-        return self._unknown.fetching(key, missing, token, is_cached=is_cached)
+        return self._unknown.fetching(key, missing, self._fetches, is_cached=self._has_entries)
 
     def _refused(self, digest: KeyDigest, user_id: str, now: Moment, is_first_lookup: bool) -> Identity | None:
         """The identity of a credential that may not act for this user, as far as that is known without a lookup.
@@ -191,7 +200,9 @@ class IdentityCache(Identities):
         """
         own = self._entries.get(digest)
         if own is None:
-            self._refuse_unknown(digest, is_first_lookup)
+            refusal = self._refusal(digest, now, is_first_lookup)
+            if refusal is not None:
+                raise refusal
         if not names.is_id(user_id) or (own is not None and own.identity.agent_token is not None):
             return refused_delegation(self.known(digest, now, is_first_lookup=is_first_lookup))
         if self._database.is_down:
@@ -203,12 +214,11 @@ class IdentityCache(Identities):
             self.counts.unknown += 1
         return refused
 
-    def _refuse_unknown(self, digest: KeyDigest, is_first_lookup: bool) -> None:
-        refusal = self._unknown.refusal(digest)
-        if refusal is not None:
-            if is_first_lookup:
-                self.counts.unknown += 1
-            raise refusal
+    def _refusal(self, digest: KeyDigest, now: Moment, is_first_lookup: bool) -> Refusal | None:
+        refusal = self._refused_digests.refusal(digest, now.mono_seconds)
+        if refusal is not None and is_first_lookup:
+            self.counts.unknown += 1
+        return refusal
 
     def _while_down(self, entry: Entry | None, now: Moment, is_first_lookup: bool) -> Identity:
         if entry is not None and entry.is_usable(now.mono_seconds):
@@ -233,7 +243,7 @@ class IdentityCache(Identities):
             return True
         if entry.is_distrusted or mono >= self._feed.current_until:
             return False
-        subject = _subject_of(entry, digest) if user_id is None else ActingPair(digest, user_id)
+        subject = _subject_of(entry.identity, digest) if user_id is None else ActingPair(digest, user_id)
         self._look_ups.enqueue(subject, is_known=True)
         return True
 
@@ -244,7 +254,7 @@ class IdentityCache(Identities):
         entry = self._entries.get(digest)
         if entry is not None:
             entry.forget()
-        self._unknown.discard(digest)
+        self._refused_digests.discard(digest)
         self._look_ups.subject_changed(digest)
         self._forget_group(KEY, digest)
 
@@ -276,14 +286,14 @@ class IdentityCache(Identities):
         """Changes may have been missed: look up every key before it is served again, unless the store is down."""
         self._keys.distrust_all()
         self._pairs.distrust_all()
-        self._unknown.clear()
+        self._refused_digests.clear()
         self._look_ups.all_changed()
 
     def forget_all(self) -> None:
         """Any key may have been changed or deleted: serve none before it is looked up, even while the store is down."""
         self._keys.forget_all()
         self._pairs.forget_all()
-        self._unknown.clear()
+        self._refused_digests.clear()
         self._look_ups.all_changed()
 
     def _forget_group(self, kind: str, name: str | KeyDigest) -> None:
@@ -296,40 +306,50 @@ class IdentityCache(Identities):
 
     # -- the cold path
 
-    def _missing(self, subject: _Subject) -> Missing:
-        # Not written where it is raised: in the compiled build, a function with a lambda allocates for each call.
-        return Missing("identity", lambda _patience: self._fetch(subject))
-
-    async def _fetch(self, subject: _Subject) -> None:
+    def _count_miss(self, subject: _Subject) -> bool:
         self.counts.miss += 1
-        await self._look_ups.fetch_missing(
-            subject, is_known=self._is_cached(subject), is_kept=lambda: self._is_kept(subject)
-        )
+        return self._is_cached(subject)
+
+    def _restore(self, subject: _Subject, flight: Flight) -> None:
+        if not self._look_ups.is_current(flight) or self._is_kept(subject):
+            return
+        if isinstance(flight.kept, Entry):
+            self._keys.put(_digest_of(subject), flight.kept, self._now().mono_seconds)
+        else:
+            self._settle(subject, flight.row)
 
     def _is_cached(self, subject: _Subject) -> bool:
         return subject in self._acting if isinstance(subject, ActingPair) else _digest_of(subject) in self._entries
 
-    def _is_kept(self, subject: _Subject) -> bool:
-        if _digest_of(subject) in self._unknown:
-            return True
-        return self._pairs.holds(subject) if isinstance(subject, ActingPair) else self._is_cached(subject)
+    def _has_entries(self, digest: KeyDigest) -> bool:
+        return digest in self._entries or self._groups.has_key(digest)
 
-    def _settle(self, subject: _Subject, row: Row | None) -> None:
+    def _is_kept(self, subject: _Subject) -> bool:
+        if isinstance(subject, ActingPair):
+            if self._pairs.holds(subject):
+                return True
+        elif self._is_cached(subject):
+            return True
+        return self._refused_digests.has(_digest_of(subject), self._now().mono_seconds)
+
+    def _settle(self, subject: _Subject, row: Row | None) -> Entry | None:
         digest = _digest_of(subject)
         if row is None:
             self._entries.pop(digest, None)
             if isinstance(subject, ActingPair):
                 self._pairs.drop(subject)
-            self._unknown.add(digest)
-            return
+            self._refused_digests.add(digest, self._now().mono_seconds)
+            return None
+        entry: Entry | None = None
         if isinstance(subject, ActingPair):
             self._pairs.keep(subject, row)
         elif isinstance(subject, TokenDigest):
-            self._keep(digest, token_identity(row, self._header_prefix), self._group_of_token(row))
+            entry = self._keep(digest, token_identity(row, self._header_prefix), self._group_of_token(row))
         else:
             identity = identity_of(row, self._header_prefix, self._resources)
-            self._keep(digest, identity, self._groups.get(USER, row["user_id"]))
-        self._unknown.discard(digest)
+            entry = self._keep(digest, identity, self._groups.get(USER, identity.user_id))
+        self._refused_digests.discard(digest)
+        return entry
 
     def _group_of_token(self, row: Row) -> Group:
         """The group of the user of an agent token; if it was minted while acting, also of the owner of its root key."""
@@ -341,12 +361,13 @@ class IdentityCache(Identities):
         both.depend_on(self._groups.get(USER, row["owner_id"]))
         return both
 
-    def _keep(self, digest: KeyDigest, identity: Identity, user: Group) -> None:
+    def _keep(self, digest: KeyDigest, identity: Identity, user: Group) -> Entry:
         now = self._now().mono_seconds
         entry = Entry(identity, user, self._groups.get(TENANT, identity.tenant_id))
         entry.fresh_until = now + self._cache.fresh_seconds
         entry.stale_until = now + self._cache.stale_seconds
         self._keys.put(digest, entry, now)
+        return entry
 
     # -- statistics and shutdown
 
@@ -354,7 +375,7 @@ class IdentityCache(Identities):
         """How many entries the tables hold."""
         return {
             "known": len(self._entries),
-            "unknown": len(self._unknown),
+            "unknown": self._refused_digests.count(self._now().mono_seconds),
             **self._pairs.sizes(),
             "looking_up": len(self._look_ups),
         }
@@ -364,10 +385,12 @@ class IdentityCache(Identities):
         await self._look_ups.close()
 
 
-def _subject_of(entry: Entry | None, digest: KeyDigest) -> KeyDigest | TokenDigest:
-    """What to look a digest up as. One that is not cached is a key, unless `fetching` finds out otherwise."""
-    return digest if entry is None or entry.identity.agent_token is None else TokenDigest(digest)
+def _subject_of(identity: Identity, digest: KeyDigest) -> KeyDigest | AccessTokenDigest | TokenDigest:
+    """What to look up for a digest that resolved to this identity before."""
+    if identity.agent_token is not None:
+        return TokenDigest(digest)
+    return digest if identity.oauth is None else AccessTokenDigest(digest)
 
 
 def _digest_of(subject: _Subject) -> KeyDigest:
-    return subject.digest if isinstance(subject, (ActingPair, TokenDigest)) else subject
+    return KeyDigest(subject) if isinstance(subject, bytes) else subject.digest

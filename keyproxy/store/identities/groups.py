@@ -97,7 +97,11 @@ class Groups:
 
     def get(self, kind: str, name: Hashable) -> Group:
         """The group for entries that are read now."""
-        return self._tables[kind].setdefault(name, Group())
+        table = self._tables[kind]
+        group = table.get(name)
+        if group is None:
+            group = table[name] = Group()
+        return group
 
     def key_of(self, digest: bytes, owner: Group) -> Group:
         """The group of the identities with which a key acts. They depend on the owner of the key too."""

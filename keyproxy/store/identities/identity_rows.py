@@ -19,14 +19,35 @@ from keyproxy.reasons import Reason
 from keyproxy.store.identities.lookup_batcher import LookupQuery
 from keyproxy.store.postgres.database import Row
 
-#: The lookup of identities by the digests of their keys or OAuth access tokens.
+
+class AccessTokenDigest(NamedTuple):
+    """The digest of an OAuth access token, as opposed to that of a key."""
+
+    digest: KeyDigest
+
+
+def _groups_of(row: Row) -> Sequence[tuple[str, str]]:
+    return (("user", row["user_id"]), ("tenant", row["tenant_id"]))
+
+
+#: The lookup of identities by the digests of their keys.
 BY_DIGEST: Final = LookupQuery(
     "identities_by_digest",
     "keys",
     parameters=lambda digests: (digests,),
     subject=lambda row: KeyDigest(row["digest"]),
     name=lambda row: f"key {row['key_id']}",
-    groups=lambda row: (("user", row["user_id"]), ("tenant", row["tenant_id"])),
+    groups=_groups_of,
+)
+
+#: The lookup of identities by the digests of OAuth access tokens.
+BY_ACCESS_TOKEN: Final[LookupQuery[AccessTokenDigest]] = LookupQuery(
+    "access_token_identities",
+    "access tokens",
+    parameters=lambda tokens: ([token.digest for token in tokens],),
+    subject=lambda row: AccessTokenDigest(KeyDigest(row["digest"])),
+    name=lambda row: f"session {row['key_id']}",
+    groups=_groups_of,
 )
 
 
@@ -55,18 +76,20 @@ NO_RESOURCES: Final = TokenResources()
 
 
 def identity_of(row: Row, header_prefix: str, resources: TokenResources = NO_RESOURCES) -> Identity:
-    """The identity of one row of `identities_by_digest`. Raises ValueError and the like for an invalid row.
+    """The identity of one row of either lookup. Raises ValueError and the like for an invalid row.
 
     A token for another resource is no credential here, whatever else its row contains.
     """
     user, expires = row["user_id"], row["expires_wall_seconds"]
+    key_id, lineage = row["key_id"], row["key_pool"]
     scopes = bounded_scopes(row["scopes"], f"key {row['key_id']}")
     oauth = _oauth_of(row)
     is_for_us = oauth is None or resources.include(row["resource"], is_test=row["is_test"])
     return Identity(
-        key_id=row["key_id"],
+        key_id=key_id,
         user_id=user,
-        tenant_id=row["tenant_id"],
+        # A tenant may have 100,000 keys, and most keys replace no other: equal texts are one object.
+        tenant_id=sys.intern(row["tenant_id"]),
         scopes=scope_set(tuple(scopes)),
         is_test=row["is_test"],
         expires_wall_seconds=NEVER if expires is None else expires,
@@ -75,7 +98,7 @@ def identity_of(row: Row, header_prefix: str, resources: TokenResources = NO_RES
         allowance=allowance_of(pools_of(row, user)),
         retiring_field=retiring_field_of(row, header_prefix),
         can_act=row["can_act"],
-        lineage=row["key_pool"],
+        lineage=key_id if lineage == key_id else lineage,
         oauth=oauth,
     )
 

@@ -63,23 +63,63 @@ class LookupQuery(Generic[_Subject]):
     share: Callable[[_Subject], Hashable] | None = None
 
 
-class _Flight:
-    """The lookup of one subject. `result` resolves to None on success, or to a Refusal with the reason of the failure.
+class Flight:
+    """The lookup of one subject.
 
-    `row` is the result, settled when the feed had delivered `settled_at_change` changes. `share`: the bound under which
-    it waits.
+    `row`: its result, from which `kept` was made when the feed had delivered `settled_at_change` changes. `share`: the
+    bound under which the subject waits.
     """
 
-    __slots__ = ("attempts", "has_changed", "queried_at_change", "result", "row", "settled_at_change", "share")
+    __slots__ = (
+        "_has_ended",
+        "_loop",
+        "_refusal",
+        "_result",
+        "_waiting",
+        "attempts",
+        "has_changed",
+        "kept",
+        "queried_at_change",
+        "row",
+        "settled_at_change",
+        "share",
+    )
 
-    def __init__(self, result: asyncio.Future[Refusal | None], share: Hashable | None) -> None:
-        self.result = result
+    def __init__(self, loop: asyncio.AbstractEventLoop, share: Hashable | None) -> None:
         self.share = share
         self.queried_at_change = 0
         self.attempts = 0
         self.has_changed = False
         self.row: Row | None = None
+        self.kept: object = None
         self.settled_at_change = -1
+        self._loop = loop
+        self._waiting: list[Callable[[Flight, Refusal | None], None]] = []
+        self._result: asyncio.Future[Refusal | None] | None = None
+        self._has_ended = False
+        self._refusal: Refusal | None = None
+
+    @property
+    def result(self) -> asyncio.Future[Refusal | None]:
+        """Resolves to None on success, or to a Refusal with the reason of the failure."""
+        if self._result is None:
+            self._result = self._loop.create_future()
+            if self._has_ended:
+                self._result.set_result(self._refusal)
+        return self._result
+
+    def call_at_end(self, ended: Callable[[Flight, Refusal | None], None]) -> None:
+        """Call this in a later iteration of the event loop than the one in which the lookup ends."""
+        self._waiting.append(ended)
+
+    def end(self, refusal: Refusal | None) -> None:
+        """The lookup has ended, with this refusal if it failed."""
+        self._has_ended, self._refusal = True, refusal
+        if self._result is not None and not self._result.done():
+            self._result.set_result(refusal)
+        for ended in self._waiting:
+            self._loop.call_soon(ended, self, refusal)
+        self._waiting = []
 
 
 class LookupBatcher(Generic[_Subject]):
@@ -89,20 +129,20 @@ class LookupBatcher(Generic[_Subject]):
         self,
         database: Database,
         query: LookupQuery[_Subject],
-        settle: Callable[[_Subject, Row | None], None],
+        settle: Callable[[_Subject, Row | None], object],
         *,
         look_ups_max: int,
         others: Mapping[type, LookupQuery[Any]] | None = None,
     ) -> None:
-        """`settle` receives each result, None for a subject without a row. `look_ups_max`: how many queries may run at
-        once. `others`: the queries for subjects of other types than those that `query` is for."""
+        """`settle` receives each result, None for a subject without a row, and returns what it keeps. `look_ups_max`: how
+        many queries may run at once. `others`: the queries for subjects of other types than those that `query` is for."""
         self._database = database
         self._query = query
         self._others = dict(others or {})
         self._shares: collections.Counter[Hashable] = collections.Counter()
         self._settle = settle
         self._look_ups_max = look_ups_max
-        self._flights: dict[_Subject, _Flight] = {}
+        self._flights: dict[_Subject, Flight] = {}
         self._waiting: collections.deque[_Subject] = collections.deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._working = 0
@@ -121,15 +161,23 @@ class LookupBatcher(Generic[_Subject]):
         """
         flight = self.enqueue(subject, is_known=is_known)
         if flight is None:
-            raise Refusal(Reason.OVERLOADED, f"too many {self._query_for(subject).plural} are waiting for a lookup")
+            raise self.too_many(subject)
         # A cancelled request must not cancel the lookup for the others.
         refusal = await asyncio.shield(flight.result)
         if refusal is not None:
             raise Refusal(refusal.reason, refusal.detail)
-        if flight.settled_at_change == self._changes and not is_kept():
+        if self.is_current(flight) and not is_kept():
             self._settle(subject, flight.row)
 
-    def enqueue(self, subject: _Subject, *, is_known: bool) -> _Flight | None:
+    def is_current(self, flight: Flight) -> bool:
+        """Whether nothing has changed since the result was settled."""
+        return flight.settled_at_change == self._changes
+
+    def too_many(self, subject: _Subject) -> Refusal:
+        """The refusal if `enqueue` has no room for this subject."""
+        return Refusal(Reason.OVERLOADED, f"too many {self._query_for(subject).plural} are waiting for a lookup")
+
+    def enqueue(self, subject: _Subject, *, is_known: bool) -> Flight | None:
         """Join the lookup of this subject or start one; None if too many are waiting already."""
         flight = self._flights.get(subject)
         if flight is not None:
@@ -141,7 +189,7 @@ class LookupBatcher(Generic[_Subject]):
             if len(self._waiting) >= _WAITING_MAX or (share is not None and self._shares[share] >= _SHARE_MAX):
                 return None
         loop = asyncio.get_running_loop()
-        flight = self._flights[subject] = _Flight(loop.create_future(), share)
+        flight = self._flights[subject] = Flight(loop, share)
         if share is not None:
             self._shares[share] += 1
         # Cached subjects first: their callers were verified before.
@@ -235,8 +283,7 @@ class LookupBatcher(Generic[_Subject]):
                 self._shares[flight.share] -= 1
                 if not self._shares[flight.share]:
                     del self._shares[flight.share]
-            if not flight.result.done():
-                flight.result.set_result(refusal)
+            flight.end(refusal)
         if refusal is not None:
             self._waiting = collections.deque(subject for subject in self._waiting if subject in self._flights)
         if not self._flights:
@@ -246,9 +293,9 @@ class LookupBatcher(Generic[_Subject]):
         settled, given_up, unusable = [], [], []
         for subject in batch:
             flight, row = self._flights[subject], found.get(subject)
-            if not self._is_outdated(query, subject, row):
+            if not (flight.has_changed or (self._changed_groups and self._is_outdated(query, subject, flight, row))):
                 try:
-                    self._settle(subject, row)
+                    flight.kept = self._settle(subject, row)
                 except UNUSABLE as error:
                     name = None if row is None else query.name(row)
                     _log.error("the row of %s is invalid, refusing requests that need it: %s", name, error)
@@ -268,13 +315,8 @@ class LookupBatcher(Generic[_Subject]):
             detail = f"one of the {query.plural} changes faster than it can be read"
             self._finish(given_up, Refusal(Reason.STORE_UNAVAILABLE, detail))
 
-    def _is_outdated(self, query: LookupQuery[Any], subject: _Subject, row: Row | None) -> bool:
-        """Whether something that this result depends on has changed since the query started."""
-        flight = self._flights[subject]
-        if flight.has_changed:
-            return True
-        if not self._changed_groups:
-            return False
+    def _is_outdated(self, query: LookupQuery[Any], subject: _Subject, flight: Flight, row: Row | None) -> bool:
+        """Whether a group that this result depends on has changed since the query started."""
         groups = [*query.groups_of_subject(subject), *(() if row is None else query.groups(row))]
         return any(self._changed_groups.get(group, 0) > flight.queried_at_change for group in groups)
 

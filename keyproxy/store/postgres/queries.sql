@@ -1,12 +1,10 @@
 -- All statements of the data plane and the control plane, by name. Parameters are asyncpg's.
 --
 -- name: identities_by_digest
--- The identities of the keys and OAuth access tokens with the given digests, one row per known credential. One query serves a
--- batch. The function is called for keys with roles or a ceiling only. A token stands for its session, draws on the pool of
--- its grant, ends with its session, and is suspended with the key that its user signed in with. Each lookup is a subquery of
--- one row: see acting_identities.
--- Needs: api_keys (digest), api_keys (replaces), users (id), tenants (id), roles (id), oauth_access_tokens (digest),
--- oauth_sessions (id), oauth_grants (id), oauth_clients (id), api_keys (id).
+-- The identities of the keys with the given digests, one row per known key, with the columns of access_token_identities. One
+-- query serves a batch. The function is called for keys with roles or a ceiling only. Each lookup is a subquery of one row:
+-- see acting_identities.
+-- Needs: api_keys (digest), api_keys (replaces), users (id), tenants (id), plans (id), roles (id).
 SELECT
     k.digest,
     k.id AS key_id,
@@ -33,31 +31,37 @@ SELECT
 FROM unnest((SELECT $1::bytea[])) AS w (digest)
 CROSS JOIN LATERAL (SELECT x.* FROM keyproxy.api_keys AS x WHERE x.digest = w.digest LIMIT 1) AS k
 CROSS JOIN LATERAL (SELECT x.* FROM keyproxy.users AS x WHERE x.id = k.user_id LIMIT 1) AS u
-CROSS JOIN LATERAL (SELECT x.* FROM keyproxy.tenants AS x WHERE x.id = u.tenant_id LIMIT 1) AS t
-UNION ALL
+CROSS JOIN LATERAL (SELECT x.* FROM keyproxy.tenants AS x WHERE x.id = u.tenant_id LIMIT 1) AS t;
+
+-- name: access_token_identities
+-- The identities of the OAuth access tokens with the given digests, one row per known token. A token stands for its session,
+-- draws on the pool of its grant, ends with its session, and is suspended with the key that its user signed in with. Each
+-- lookup is a subquery of one row: see acting_identities.
+-- Needs: oauth_access_tokens (digest), oauth_sessions (id), oauth_grants (id), oauth_clients (id), api_keys (id), users (id),
+-- tenants (id), plans (id), roles (id).
 SELECT
     a.digest,
-    s.id,
+    s.id AS key_id,
     CASE WHEN u.roles IS NULL AND t.roles IS NULL THEN a.scopes
-         ELSE keyproxy.effective_scopes(a.scopes, '{}', u.roles, t.roles) END,
+         ELSE keyproxy.effective_scopes(a.scopes, '{}', u.roles, t.roles) END AS scopes,
     g.is_test,
-    false,
-    extract(epoch FROM least(a.expires_at, s.expires_at))::float8,
-    false,
+    false AS can_act,
+    extract(epoch FROM least(a.expires_at, s.expires_at))::float8 AS expires_wall_seconds,
+    false AS is_revoked,
     s.via_key IS NOT NULL AND EXISTS (
         SELECT FROM keyproxy.api_keys AS k WHERE k.id = s.via_key AND k.suspended_at IS NOT NULL
-    ),
-    u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL OR c.disabled_at IS NOT NULL,
-    u.id,
-    t.id,
-    g.id,
-    false,
-    (SELECT p.limits FROM keyproxy.plans AS p WHERE p.id = g.plan_id),
+    ) AS is_suspended,
+    u.disabled_at IS NOT NULL OR t.disabled_at IS NOT NULL OR c.disabled_at IS NOT NULL AS is_disabled,
+    u.id AS user_id,
+    t.id AS tenant_id,
+    g.id AS key_pool,
+    false AS is_retiring,
+    (SELECT p.limits FROM keyproxy.plans AS p WHERE p.id = g.plan_id) AS key_limits,
     (SELECT p.limits FROM keyproxy.plans AS p
-     WHERE p.id = CASE WHEN g.is_test THEN coalesce(u.test_plan_id, u.plan_id) ELSE u.plan_id END),
+     WHERE p.id = CASE WHEN g.is_test THEN coalesce(u.test_plan_id, u.plan_id) ELSE u.plan_id END) AS user_limits,
     (SELECT p.limits FROM keyproxy.plans AS p
-     WHERE p.id = CASE WHEN g.is_test THEN coalesce(t.test_plan_id, t.plan_id) ELSE t.plan_id END),
-    c.id,
+     WHERE p.id = CASE WHEN g.is_test THEN coalesce(t.test_plan_id, t.plan_id) ELSE t.plan_id END) AS tenant_limits,
+    c.id AS oauth_client,
     g.resource,
     a.bound_to
 FROM unnest((SELECT $1::bytea[])) AS w (digest)
@@ -1411,7 +1415,7 @@ SELECT (SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM keyproxy.usag
        pg_snapshot_xmax(pg_current_snapshot())::text AS not_begun;
 
 -- name: digest_of_key
--- The digest of a key, or of the newest access token of an OAuth session: the parameter of identities_by_digest.
+-- The digest of a key, or of the newest access token of an OAuth session: the parameter of identities_by_digest or access_token_identities.
 -- Needs: api_keys (id), oauth_access_tokens (session_id, expires_at).
 SELECT k.digest FROM keyproxy.api_keys AS k WHERE k.id = $1
 UNION ALL (

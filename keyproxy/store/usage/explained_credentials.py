@@ -47,7 +47,9 @@ async def key_credential(
     """
     digests = [row["digest"] for row in await database.fetch("digest_of_key", key_id)]
     is_session = _SESSION_ID.fullmatch(key_id) is not None
-    if act_for is None or is_session:
+    if is_session:
+        rows = await database.fetch("access_token_identities", digests)
+    elif act_for is None:
         rows = await database.fetch("identities_by_digest", digests)
     else:
         rows = await database.fetch("acting_identities", digests, [act_for] * len(digests))

@@ -53,7 +53,7 @@ def note(refusal: Refusal, exchange: Exchange) -> None:
     """Record the refusal as the outcome of the exchange."""
     exchange.reason = refusal.reason
     exchange.refusal_detail = refusal.detail
-    exchange.limit_reason = refusal.limit_reason.value
+    exchange.limit_reason = refusal.limit_reason.text
     if refusal.limit is not None:
         exchange.policy = refusal.limit.policy.name
     if refusal.members is not None:

@@ -87,7 +87,12 @@ def arguments_of(statement: str) -> tuple[object, ...]:
     if statement == "acting_identities":
         keys = [hashlib.sha256(f"key {number}".encode()).digest() for number in numbers]
         return keys, [f"v_{number}" for number in numbers]
-    name = "access {}" if statement == "identities_by_digest" else "token {} 1"
+    names = {
+        "identities_by_digest": "key {}",
+        "access_token_identities": "access {}",
+        "agent_token_identities": "token {} 1",
+    }
+    name = names[statement]
     return ([hashlib.sha256(name.format(number).encode()).digest() for number in numbers],)
 
 
@@ -103,7 +108,10 @@ def _looked_at(node: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan", "auto"])
-@pytest.mark.parametrize("statement", ["acting_identities", "agent_token_identities", "identities_by_digest"])
+@pytest.mark.parametrize(
+    "statement",
+    ["access_token_identities", "acting_identities", "agent_token_identities", "identities_by_digest"],
+)
 async def test_lookup_reads_a_bounded_number_of_rows_per_subject_whatever_the_statistics_are(
     stale: Sql, statement: str, mode: str
 ) -> None:

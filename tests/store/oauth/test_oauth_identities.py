@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 
 import pytest
 
+from keyproxy.config.schema import Cache
 from keyproxy.limits.ledger_protocol import Pool
-from keyproxy.model import Identity
+from keyproxy.model import Identity, Missing
 from keyproxy.reasons import Reason
 from keyproxy.store.directory.errors import NotFound
 from keyproxy.store.identities.identity_rows import NO_RESOURCES, TokenResources
@@ -413,3 +414,30 @@ async def test_windows_of_a_grant_can_be_credited_by_the_id_of_the_grant_or_a_se
     (row,) = await database.fetch("limits_of_key_pool", owner, False)
     assert (row["pool_id"], row["tenant_id"], row["is_test"]) == (grant_id(), "acme", False)
     assert "requests_per_day" in row["limits"]
+
+
+async def test_access_token_is_looked_up_among_tokens_only_and_a_key_among_keys_only(rig: Rig) -> None:
+    await add_access_token(rig.sql)
+    key = await add_key(rig.sql)
+    assert isinstance(await rig.resolve(access_token(1)), Identity)
+    assert isinstance(await rig.resolve(key), Identity)
+    assert rig.door.arguments["access_token_identities"] == [([access_token(1).digest()],)]
+    assert rig.door.arguments["identities_by_digest"] == [([key.digest()],)]
+    # Also when its row is read again.
+    rig.clock.advance(Cache().fresh_seconds)
+    await rig.feed.poll()
+    assert isinstance(await rig.resolve(access_token(1)), Identity)
+    await until(lambda: len(rig.door.arguments["access_token_identities"]) == 2, "the token is refreshed")
+    assert len(rig.door.arguments["identities_by_digest"]) == 1
+
+
+async def test_evicted_access_token_of_a_request_in_flight_is_looked_up_as_a_token(make_rig: MakeRig) -> None:
+    rig = await make_rig(resources=BOTH, cache=Cache(entries_max=1))
+    await rig.feed.poll()
+    await add_access_token(rig.sql)
+    before = await resolved(rig)
+    assert isinstance(await rig.resolve(await add_key(rig.sql)), Identity)
+    with pytest.raises(Missing) as caught:
+        rig.cache.reviewed(access_token(1).digest(), before, rig.now())
+    await caught.value.fetch_missing()
+    assert rig.cache.reviewed(access_token(1).digest(), before, rig.now()).oauth is not None

@@ -167,7 +167,7 @@ async def test_proxy_resolves_tokens_and_records_their_use(dsn: str, sql: Sql, p
     await sql.execute(may_log_in(dsn, role))
     database = Database(as_role(dsn, role), pool_size_max=1, statement_timeout_seconds=5.0)
     await database.open()
-    (row,) = await database.fetch("identities_by_digest", [secret.digest()])
+    (row,) = await database.fetch("access_token_identities", [secret.digest()])
     await database.fetch("mark_used", [row["key_id"]], f'{{"{row["key_id"]}": 1800000000}}')
     await database.close()
     assert await sql.fetchval("SELECT last_used_at IS NOT NULL FROM keyproxy.oauth_sessions") is True

@@ -18,7 +18,7 @@ from keyproxy.model import Identity
 from keyproxy.reasons import Reason
 from keyproxy.store.directory.directory import Actor, Directory, KeyWish
 from keyproxy.store.identities.change_feed import CHANNEL
-from keyproxy.store.postgres import migrations
+from keyproxy.store.postgres import migrations, queries
 from keyproxy.store.postgres.database import Database, NotificationListener, StoreConflict, StoreUnavailable
 from tests.server import Server
 from tests.store.conftest import MakePooler, MakeRig, StartServer
@@ -93,6 +93,40 @@ async def test_refused_change_is_a_conflict_and_not_an_outage(
         async with database.transaction() as transaction:
             await transaction.fetch(statement, *arguments)
     assert await database.fetch("tenants", "", 10) == []
+
+
+async def test_statement_is_the_only_one_that_the_server_runs_for_it(dsn: str, sql: Sql) -> None:
+    async with opened(dsn, pool_size_max=1) as door:
+        await door.fetch("tenants", "", 1)
+        await door.fetch("tenant", "a")
+        last = await sql.fetchval(
+            "SELECT query FROM pg_stat_activity"
+            " WHERE datname = current_database() AND application_name = 'keyproxy' AND pid <> pg_backend_pid()"
+        )
+    assert last == queries.load()["tenant"]
+
+
+async def test_connection_comes_back_from_a_transaction_without_its_locks(dsn: str, sql: Sql) -> None:
+    async def locks() -> object:
+        return await sql.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")
+
+    async def claim(door: Database) -> None:
+        async with door.transaction() as transaction:
+            (row,) = await transaction.fetch("claim_request", 7)
+            assert row["is_claimed"]
+            await asyncio.Event().wait()
+
+    async with opened(dsn, pool_size_max=1) as door:
+        for _ in range(2):
+            claiming = asyncio.create_task(claim(door))
+            async with asyncio.timeout(5):
+                while await locks() != 1:
+                    await asyncio.sleep(0.01)
+            claiming.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await claiming
+            assert await door.fetch("tenants", "", 1) == []
+            assert await locks() == 0
 
 
 # -- opening and closing
