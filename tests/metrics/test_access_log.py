@@ -115,6 +115,35 @@ def test_refused_head_has_its_method_and_path_and_never_a_key_or_a_query(
     assert (line["method"], line["path"]) == (method, path)
 
 
+@pytest.mark.parametrize("path", ['/v1/"x', "/v1/%22", '/","status":500,"x":"', "/v1/ab~!$&'()*+,=:@-_;"])
+def test_a_path_is_escaped_so_that_it_adds_no_member_to_its_line(logged: Logged, path: str) -> None:
+    raw = f"GET {path} HTTP/1.1\r\nHost: proxy.test\r\n\r\n".encode()
+    line = line_of(logged, ended(RequestReader(FieldNames(), lambda _: False).read(raw, len(raw) - 4)))
+    assert (line["method"], line["path"], line["status"]) == ("GET", path, 200)
+
+
+def test_a_method_outside_the_known_ones_is_logged_as_sent(logged: Logged) -> None:
+    one = ended()
+    one.head = head_of()
+    one.head.line = dataclasses.replace(one.head.line, method=b'BREW"')
+    assert line_of(logged, one)["method"] == 'BREW"'
+
+
+def test_lines_of_one_batch_have_times_of_their_own(logged: Logged) -> None:
+    rows = []
+    for started, ended_at in ((10.0, 13.0), (12.5, 13.0), (10.125, 13.25), (12.75, 13.0)):
+        one = ended(head_of())
+        one.started_mono, one.ended_mono = started, ended_at
+        rows.append(row(one))
+    logged.log.write(rows)
+    assert [(line["time"], line["duration_seconds"]) for line in logged.lines()] == [
+        ("2023-11-14T22:13:30.000Z", 3.0),
+        ("2023-11-14T22:13:32.500Z", 0.5),
+        ("2023-11-14T22:13:30.125Z", 3.125),
+        ("2023-11-14T22:13:32.750Z", 0.25),
+    ]
+
+
 # -- calls of tools
 
 
@@ -370,7 +399,9 @@ def test_a_trace_id_is_found_wherever_its_line_stands() -> None:
 # -- which requests have a line
 
 
-@pytest.mark.parametrize(("access", "share"), [(True, 1.0), (False, 1.0), ("refusals", 0.0), (0.01, 0.01), (1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("access", "share"), [(True, 1.0), (False, 1.0), ("all", 1.0), ("refusals", 0.0), (0.01, 0.01), (1.0, 1.0)]
+)
 def test_the_setting_selects_the_fraction_of_successes_to_log(access: Any, share: float) -> None:
     assert Log(access=access).success_share == share
 
