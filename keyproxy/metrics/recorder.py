@@ -48,6 +48,9 @@ OUTCOMES: Final = tuple(_CODES.values())
 
 _PENDING_SECONDS: Final = 0.01
 
+#: The log's lines are passed on after this number of batches.
+_BATCHES_PER_FLUSH: Final = 5
+
 #: A batch of this size is counted immediately, which bounds memory.
 _PENDING_MAX: Final = 250
 
@@ -146,7 +149,9 @@ class Recorder(gate.Recorder):
         self._cells: dict[tuple[str, str, int, str, str], Cell] = {}
         self._pending: list[Exchange] = []
         self._others = sinks
+        self._access_log = access_log
         self._sinks = self._all_sinks(access_log)
+        self._batches = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._turn: asyncio.TimerHandle | None = None
 
@@ -161,10 +166,13 @@ class Recorder(gate.Recorder):
             self._turn.cancel()
             self._turn = None
         self.count_pending()
+        self._flush()
 
     def log_to(self, access_log: AccessLog | None) -> None:
         """Log further requests to this access log; None: do not log them."""
         self.count_pending()
+        self._flush()
+        self._access_log = access_log
         self._sinks = self._all_sinks(access_log)
 
     def record(self, exchange: Exchange) -> None:
@@ -258,6 +266,14 @@ class Recorder(gate.Recorder):
         assert self._loop is not None  # noqa: S101 - for the type checker
         self._turn = self._loop.call_later(_PENDING_SECONDS, self._count_in_turns)
         self.count_pending()
+        self._batches += 1
+        if self._batches >= _BATCHES_PER_FLUSH:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._batches = 0
+        if self._access_log is not None:
+            self._access_log.flush()
 
 
 def _shares_labels(one: Exchange, other: Exchange) -> bool:
