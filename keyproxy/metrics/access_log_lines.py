@@ -37,6 +37,8 @@ _NO_TOKENS: Final = b',"tokens_in":null,"tokens_out":null,"tokens_cached":null,"
 _CACHED_MAX: Final = 4096
 _SECONDS_CACHED_MAX: Final = 512
 
+_to_json: Final = orjson.dumps
+
 _METHODS: Final = {method: b'"method":"%b","path":' % method for method in KNOWN_METHODS}
 _NO_LINE: Final = b'"method":"","path":""'
 _NO_SUBJECT: Final = b',"model":null,"category":null,"tool":null,"approval":null'
@@ -75,31 +77,23 @@ class AccessLogLines:
         client = b"" if exchange.peer is None else exchange.peer.recorded_address(head)
         trace = b"" if head is None or not head.fields.has_traceparent else trace_id(head.block)
         about, session = self._about(identity, row[2])
-        return b"".join(
-            [
-                self._second_text,
-                THREE_DIGITS[int((wall - second) * 1000)],
-                b'Z","request_id":"',
-                exchange.request_id,
-                b'","trace_id":"%b","client":' % trace if trace else _NO_TRACE,
-                b'"%b",' % client if client else b"null,",
-                _request_line(exchange, head),
-                self._outcome(exchange, row[1], row[3]),
-                about,
-                self._subject(exchange),
-                session,
-                b',"duration_seconds":',
-                decimal_seconds(exchange.ended_mono - started),
-                b',"upstream_seconds":',
-                decimal_seconds(exchange.responded_mono - exchange.sent_mono) if exchange.responded_mono else b"null",
-                b',"request_bytes":',
-                decimal(exchange.bytes_in),
-                b',"response_bytes":',
-                decimal(exchange.bytes_out),
-                b"" if exchange.metered is None else _tokens(exchange, exchange.metered),
-                b"" if exchange.reason is None else _why(exchange, head),
-                b"}\n",
-            ]
+        # mypyc concatenates at once what a format has as %b only.
+        return b'%b%bZ","request_id":"%b%b%b%b%b%b%b%b,"duration_seconds":%b,"upstream_seconds":%b%b%b%b}\n' % (
+            self._second_text,
+            THREE_DIGITS[int((wall - second) * 1000)],
+            exchange.request_id,
+            b'","trace_id":"%b","client":' % trace if trace else _NO_TRACE,
+            b'"%b",' % client if client else b"null,",
+            _request_line(exchange, head),
+            self._outcome(exchange, row[1], row[3]),
+            about,
+            self._subject(exchange),
+            session,
+            decimal_seconds(exchange.ended_mono - started),
+            decimal_seconds(exchange.responded_mono - exchange.sent_mono) if exchange.responded_mono else b"null",
+            b',"request_bytes":%b,"response_bytes":%b' % (decimal(exchange.bytes_in), decimal(exchange.bytes_out)),
+            b"" if exchange.metered is None else _tokens(exchange, exchange.metered),
+            b"" if exchange.reason is None else _why(exchange, head),
         )
 
     def _start(self, second: int) -> bytes:
@@ -169,7 +163,7 @@ def _request_line(exchange: Exchange, head: RequestHead | None) -> bytes:
     start = _METHODS.get(line.method)
     if start is None:
         start = b'"method":%b,"path":' % orjson.dumps(line.method.decode("ascii", "replace"))
-    return start + orjson.dumps(path)
+    return start + _to_json(path)
 
 
 def _identity(identity: Identity | None, mode: str) -> bytes:
@@ -212,25 +206,14 @@ def _tokens(exchange: Exchange, metered: MeteredRequest) -> bytes:
             b"null" if exchange.permit is None else decimal(metered.tokens_reserved),
             cap,
         )
-    return b"".join(
-        [
-            b',"tokens_in":',
-            decimal(use.tokens_in),
-            b',"tokens_out":',
-            decimal(use.tokens_out),
-            b',"tokens_cached":',
-            decimal(use.cached),
-            b',"tokens_reasoning":',
-            decimal(use.reasoning),
-            b',"tokens_reserved":',
-            decimal(metered.tokens_reserved),
-            b',"output_cap":',
-            cap,
-            b',"cost_micros":',
-            decimal(exchange.cost_micros),
-            b',"estimated":true' if exchange.is_estimated else b',"estimated":false',
-        ]
-    )
+    return (
+        b',"tokens_in":%b,"tokens_out":%b,"tokens_cached":%b,"tokens_reasoning":%b,"tokens_reserved":%b,'
+        b'"output_cap":%b,"cost_micros":%b,"estimated":%b'
+    ) % (
+        decimal(use.tokens_in), decimal(use.tokens_out), decimal(use.cached), decimal(use.reasoning),
+        decimal(metered.tokens_reserved), cap, decimal(exchange.cost_micros),
+        b"true" if exchange.is_estimated else b"false",
+    )  # fmt: skip
 
 
 def _why(exchange: Exchange, head: RequestHead | None) -> bytes:

@@ -82,25 +82,17 @@ class UsageGroup:
         client = b"" if peer is None else peer.recorded_address(head)
         key = (method, exchange.status, code, exchange.policy, client, use is not None)
         common, tail = self.alike.get(key) or self._alike(key)
-        return b"".join(
-            [
-                b"[",
-                decimal(int((started + wall_offset) * 1_000)),
-                b',"',
-                exchange.request_id,
-                b'",',
-                common,
-                b"" if use is None else _token_details(use, exchange.cost_micros),
-                tail,
-                b",",
-                decimal(exchange.bytes_in),
-                b",",
-                decimal(exchange.bytes_out),
-                b",",
-                decimal(int((exchange.ended_mono - started) * 1_000_000)),
-                b",null,null," if use is None else b",%b,%b," % (decimal(use.tokens_in), decimal(use.tokens_out)),
-                b"true]" if exchange.is_estimated else b"false]",
-            ]
+        return b'[%b,"%b",%b%b%b,%b,%b,%b,%b,%b]' % (
+            decimal(int((started + wall_offset) * 1_000)),
+            exchange.request_id,
+            common,
+            b"" if use is None else _token_details(use, exchange.cost_micros),
+            tail,
+            decimal(exchange.bytes_in),
+            decimal(exchange.bytes_out),
+            decimal(int((exchange.ended_mono - started) * 1_000_000)),
+            b"null,null" if use is None else b"%b,%b" % (decimal(use.tokens_in), decimal(use.tokens_out)),
+            b"true" if exchange.is_estimated else b"false",
         )
 
     def _alike(self, key: _Alike) -> tuple[bytes, bytes]:
@@ -126,18 +118,9 @@ class UsageGroup:
 
 def _token_details(use: TokenUse, cost_micros: int) -> bytes:
     """The fields about tokens in the middle of an event."""
-    return b"".join(
-        [
-            b",",
-            decimal(use.cached),
-            b",",
-            decimal(use.cache_write),
-            b",",
-            decimal(use.reasoning),
-            b",",
-            decimal(cost_micros),
-        ]
-    )
+    return b",%b,%b,%b,%b" % (
+        decimal(use.cached), decimal(use.cache_write), decimal(use.reasoning), decimal(cost_micros),
+    )  # fmt: skip
 
 
 def _value(identity: Identity, route: str, model: str) -> tuple[str | None, ...]:
