@@ -102,7 +102,10 @@ class AccessLog:
 
     def _takes(self, status: int) -> bool:
         """Whether to log a response that was relayed completely. A server error is not a success."""
-        return status >= _SERVER_ERROR or random.random() < self.success_share  # noqa: S311 - no secret
+        share = self.success_share
+        if status >= _SERVER_ERROR or share >= 1.0:
+            return True
+        return share > 0.0 and random.random() < share  # noqa: S311 - no secret
 
     def _collect(self, lines: bytes) -> None:
         self._queued_bytes += len(lines)
