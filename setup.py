@@ -14,7 +14,8 @@ from setuptools import Extension, setup
 FOLDERS = ("ai", "auth", "decision", "http", "limits", "ports", "wire")
 MODULES = (
     "problem_spec", "reasons", "model", "http_messages", "gateway", "limit_state", "platform/clock",
-    "metrics/access_log", "metrics/delegation_counts", "metrics/model_counts", "metrics/recorder",
+    "platform/decimal_text", "metrics/access_log", "metrics/access_log_lines", "metrics/delegation_counts",
+    "metrics/model_counts", "metrics/recorder",
     "store/identities/acting_pairs", "store/identities/cache", "store/identities/entries",
     "store/identities/identity_rows", "store/identities/lookup_batcher", "store/identities/owned_ids",
     "store/identities/refused_digests", "store/identities/request_lookup",

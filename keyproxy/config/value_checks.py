@@ -122,15 +122,16 @@ def percentages(value: list[int]) -> str | None:
     return None
 
 
-#: The access log without successes.
+#: The access log with every request, which `true` means too, and the one without successes.
+ALL: Final = "all"
 REFUSALS: Final = "refusals"
 
 
 def access_log(value: bool | str | float) -> str | None:
     """Which requests the access log has."""
-    if isinstance(value, bool) or value == REFUSALS or (isinstance(value, float) and 0.0 < value <= 1.0):
+    if isinstance(value, bool) or value in (ALL, REFUSALS) or (isinstance(value, float) and 0.0 < value <= 1.0):
         return None
-    return f"must be true, false, {REFUSALS!r}, or the fraction of successes to log, above 0 and at most 1"
+    return f"must be true, {ALL!r}, false, {REFUSALS!r}, or the fraction of successes to log, above 0 and at most 1"
 
 
 def trusted_networks(value: list[str]) -> str | None:

@@ -8,12 +8,13 @@ and codes are closed sets, statuses lie between 100 and 599.
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Final
 
 from keyproxy.ai.responses.token_use import TokenUse
-from keyproxy.metrics.access_log import AccessLog, LabelledExchange
+from keyproxy.metrics.access_log import AccessLog
+from keyproxy.metrics.access_log_lines import LabelledExchange
 from keyproxy.metrics.delegation_counts import DelegationCounts
 from keyproxy.metrics.model_counts import ModelCounts
 from keyproxy.metrics.tool_counts import ToolCounts
@@ -47,6 +48,9 @@ OUTCOMES: Final = tuple(_CODES.values())
 
 _PENDING_SECONDS: Final = 0.01
 
+#: The log's lines are passed on after this number of batches.
+_BATCHES_PER_FLUSH: Final = 5
+
 #: A batch of this size is counted immediately, which bounds memory.
 _PENDING_MAX: Final = 250
 
@@ -63,9 +67,23 @@ class Histogram:
 
     def observe(self, *seconds: float) -> None:
         """Count observations."""
-        bounds, counts = self.bounds, self.counts
-        for one in seconds:
-            counts[bisect_left(bounds, one)] += 1
+        self.observe_all([*seconds])
+
+    def observe_all(self, seconds: list[float]) -> None:
+        """Count observations, and leave them sorted.
+
+        Most batches are within the first few bounds, so that looking these up among the observations is cheaper than
+        looking up each observation among the bounds.
+        """
+        seconds.sort()
+        counts, below = self.counts, 0
+        for place, bound in enumerate(self.bounds):
+            if below == len(seconds):
+                break
+            upto = bisect_right(seconds, bound)
+            counts[place] += upto - below
+            below = upto
+        counts[-1] += len(seconds) - below
         self.total += sum(seconds)
 
 
@@ -131,7 +149,9 @@ class Recorder(gate.Recorder):
         self._cells: dict[tuple[str, str, int, str, str], Cell] = {}
         self._pending: list[Exchange] = []
         self._others = sinks
+        self._access_log = access_log
         self._sinks = self._all_sinks(access_log)
+        self._batches = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._turn: asyncio.TimerHandle | None = None
 
@@ -146,10 +166,13 @@ class Recorder(gate.Recorder):
             self._turn.cancel()
             self._turn = None
         self.count_pending()
+        self._flush()
 
     def log_to(self, access_log: AccessLog | None) -> None:
         """Log further requests to this access log; None: do not log them."""
         self.count_pending()
+        self._flush()
+        self._access_log = access_log
         self._sinks = self._all_sinks(access_log)
 
     def record(self, exchange: Exchange) -> None:
@@ -165,20 +188,15 @@ class Recorder(gate.Recorder):
     def count_pending(self) -> None:
         """Count and log the pending batch."""
         pending, self._pending = self._pending, []
-        cells = self._cells
-        rows = []
+        rows: list[LabelledExchange] = []
+        cell: Cell | None = None
+        last: Exchange | None = None
         for exchange in pending:
-            identity, route, reason = exchange.identity, exchange.route, exchange.reason
-            code = outcome = _OK if exchange.ending is COMPLETED else _CODES[exchange.ending]
-            if reason is not None:
-                code = reason.code
-            labels = (
-                NO_ROUTE if route is None else route.name,
-                NO_MODE if identity is None else identity.mode,
-                exchange.status,
-                code,
-                outcome,
-            )
+            # Requests that follow each other mostly share all labels.
+            if cell is None or last is None or not _shares_labels(exchange, last):
+                cell = self._cell(exchange)
+            last = exchange
+            identity, reason = exchange.identity, exchange.reason
             if identity is not None and identity.retiring_field is not None:
                 self.retiring_count += 1
             if (
@@ -188,18 +206,31 @@ class Recorder(gate.Recorder):
             ):
                 self.delegation.add(exchange)
             if exchange.tool_call is not None or reason is _TOOL_NOT_ALLOWED:
-                self.tools.add(exchange, outcome)
-            cell = cells.get(labels)
-            if cell is None:
-                cell = cells[labels] = Cell(*labels)
+                self.tools.add(exchange, cell.outcome)
             cell.ended.append(exchange)
-            rows.append((exchange, cell.route, cell.mode, code))
-        for cell in cells.values():
+            rows.append((exchange, cell.route, cell.mode, cell.code))
+        for cell in self._cells.values():
             if cell.ended:
                 self._count(cell)
         if rows:
             for sink in self._sinks:
                 sink(rows)
+
+    def _cell(self, exchange: Exchange) -> Cell:
+        """The cell with the labels of an exchange."""
+        identity, route, reason = exchange.identity, exchange.route, exchange.reason
+        outcome = _CODES[exchange.ending]
+        labels = (
+            NO_ROUTE if route is None else route.name,
+            NO_MODE if identity is None else identity.mode,
+            exchange.status,
+            outcome if reason is None else reason.code,
+            outcome,
+        )
+        cell = self._cells.get(labels)
+        if cell is None:
+            cell = self._cells[labels] = Cell(*labels)
+        return cell
 
     def _all_sinks(self, access_log: AccessLog | None) -> tuple[Callable[[Sequence[LabelledExchange]], None], ...]:
         # The log comes last: the other sinks bound the names of models.
@@ -208,19 +239,19 @@ class Recorder(gate.Recorder):
     def _count(self, cell: Cell) -> None:
         ended, cell.ended = cell.ended, []
         cell.count += len(ended)
-        cell.request_seconds.observe(*[one.ended_mono - one.started_mono for one in ended])
-        cell.upstream_seconds.observe(
-            *[one.responded_mono - one.sent_mono for one in ended if one.responded_mono and one.sent_mono]
+        cell.request_seconds.observe_all([one.ended_mono - one.started_mono for one in ended])
+        cell.upstream_seconds.observe_all(
+            [one.responded_mono - one.sent_mono for one in ended if one.responded_mono and one.sent_mono]
         )
-        self.overhead_seconds.observe(
-            *[
+        self.overhead_seconds.observe_all(
+            [
                 one.sent_mono - one.started_mono - one.body_wait_seconds - one.connection_wait_seconds
                 for one in ended
                 if one.sent_mono
             ]
         )
         if waits := [one.connection_wait_seconds for one in ended if one.connection_wait_seconds]:
-            self.connection_wait_seconds.observe(*waits)
+            self.connection_wait_seconds.observe_all(waits)
         for exchange in ended:
             if exchange.categories is not None and exchange.sent_mono:
                 for category in exchange.categories:
@@ -235,6 +266,29 @@ class Recorder(gate.Recorder):
         assert self._loop is not None  # noqa: S101 - for the type checker
         self._turn = self._loop.call_later(_PENDING_SECONDS, self._count_in_turns)
         self.count_pending()
+        self._batches += 1
+        if self._batches >= _BATCHES_PER_FLUSH:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._batches = 0
+        if self._access_log is not None:
+            self._access_log.flush()
+
+
+def _shares_labels(one: Exchange, other: Exchange) -> bool:
+    """Whether two exchanges are surely counted in one cell."""
+    if (
+        one.route is not other.route
+        or one.status != other.status
+        or one.ending is not other.ending
+        or one.reason is not other.reason
+    ):
+        return False
+    first, second = one.identity, other.identity
+    if first is None or second is None:
+        return first is second
+    return first.is_test == second.is_test
 
 
 def _count_tokens(cell: Cell, exchange: Exchange, use: TokenUse) -> None:

@@ -19,7 +19,8 @@ from keyproxy.ai.categories import TEMPLATE
 from keyproxy.config.schema import Listen, Settings
 from keyproxy.decision.anomalies.watcher import Watcher, terms_of
 from keyproxy.gateway import Gateway
-from keyproxy.metrics.access_log import AccessLog, LabelledExchange
+from keyproxy.metrics.access_log import AccessLog
+from keyproxy.metrics.access_log_lines import LabelledExchange
 from keyproxy.metrics.exposition import CONTENT_TYPE, Catalogue
 from keyproxy.metrics.recorder import Histogram, Recorder
 from keyproxy.platform import clock, sockets

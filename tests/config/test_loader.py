@@ -161,10 +161,10 @@ def test_environment_over_file_over_default(
     ("in_file", "in_environment", "value"),
     [
         ("true", "TRUE", True), ("true", "1", True), ("false", "false", False), ("false", "0", False),
-        ('"refusals"', "refusals", "refusals"), ("0.01", "0.01", 0.01), ("1", "1.0", 1.0),
+        ('"refusals"', "refusals", "refusals"), ('"all"', "all", "all"), ("0.01", "0.01", 0.01), ("1", "1.0", 1.0),
     ],
 )  # fmt: skip
-def test_log_access_is_a_boolean_refusals_or_a_fraction(
+def test_log_access_is_a_boolean_all_refusals_or_a_fraction(
     reader: Reader, in_file: str, in_environment: str, value: object
 ) -> None:
     from_file = reader.load(f"[log]\naccess = {in_file}").settings.log.access
@@ -366,8 +366,8 @@ BOUNDS: dict[str, tuple[list[str], list[str]]] = {
     "errors.invalid_key_status": (["400", "402"], ["401", "403"]),
     "errors.spent_status": (["403"], ["402", "429"]),
     "log.level": (['"INFO"', '"trace"'], ['"debug"', '"error"']),
-    "log.access": (['"true"', '"refusal"', '""', "0", "0.0", "-0.1", "1.1", "nan", "[0.1]"],
-                   ["true", "false", '"refusals"', "0.01", "1.0", "1"]),
+    "log.access": (['"true"', '"All"', '"refusal"', '""', "0", "0.0", "-0.1", "1.1", "nan", "[0.1]"],
+                   ["true", "false", '"all"', '"refusals"', "0.01", "1.0", "1"]),
 }  # fmt: skip
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
+from itertools import pairwise
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,14 @@ from keyproxy.http.headers import FieldNames
 from keyproxy.http.routes import ANY_ROUTE
 from keyproxy.http_messages import RequestHead
 from keyproxy.metrics.access_log import AccessLog
+from keyproxy.metrics.recorder import REQUEST_BOUNDS, Histogram, Recorder
 from keyproxy.model import COMPLETED, AgentToken, Ending, Grant, Identity, OAuthSession, Permit
 from keyproxy.ports.exchange import Exchange
 from keyproxy.reasons import Reason
 from keyproxy.wire.parsing.head_beginnings import refused_line
 from keyproxy.wire.parsing.head_cache import RequestReader
 from tests import fakes
+from tests.waiting import until, wait_until
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT = "00f067aa0ba902b7"
@@ -35,9 +40,14 @@ class Logged:
     """An access log, and the lines that it has written."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = path.open("w+b")
         self.log = AccessLog(self._file.fileno(), wall_offset=lambda: 1_700_000_000.0)
         self.log.start()
+
+    def size(self) -> int:
+        """The number of bytes written so far."""
+        return self._path.stat().st_size
 
     def lines(self) -> list[dict[str, Any]]:
         """All of them, once the log is closed."""
@@ -113,6 +123,35 @@ def test_refused_head_has_its_method_and_path_and_never_a_key_or_a_query(
 ) -> None:
     line = line_of(logged, refused(f"{start} HTTP/1.1\r\nHost: a\r\n\r\n".encode()))
     assert (line["method"], line["path"]) == (method, path)
+
+
+@pytest.mark.parametrize("path", ['/v1/"x', "/v1/%22", '/","status":500,"x":"', "/v1/ab~!$&'()*+,=:@-_;"])
+def test_a_path_is_escaped_so_that_it_adds_no_member_to_its_line(logged: Logged, path: str) -> None:
+    raw = f"GET {path} HTTP/1.1\r\nHost: proxy.test\r\n\r\n".encode()
+    line = line_of(logged, ended(RequestReader(FieldNames(), lambda _: False).read(raw, len(raw) - 4)))
+    assert (line["method"], line["path"], line["status"]) == ("GET", path, 200)
+
+
+def test_a_method_outside_the_known_ones_is_logged_as_sent(logged: Logged) -> None:
+    one = ended()
+    one.head = head_of()
+    one.head.line = dataclasses.replace(one.head.line, method=b'BREW"')
+    assert line_of(logged, one)["method"] == 'BREW"'
+
+
+def test_lines_of_one_batch_have_times_of_their_own(logged: Logged) -> None:
+    rows = []
+    for started, ended_at in ((10.0, 13.0), (12.5, 13.0), (10.125, 13.25), (12.75, 13.0)):
+        one = ended(head_of())
+        one.started_mono, one.ended_mono = started, ended_at
+        rows.append(row(one))
+    logged.log.write(rows)
+    assert [(line["time"], line["duration_seconds"]) for line in logged.lines()] == [
+        ("2023-11-14T22:13:30.000Z", 3.0),
+        ("2023-11-14T22:13:32.500Z", 0.5),
+        ("2023-11-14T22:13:30.125Z", 3.125),
+        ("2023-11-14T22:13:32.750Z", 0.25),
+    ]
 
 
 # -- calls of tools
@@ -370,7 +409,9 @@ def test_a_trace_id_is_found_wherever_its_line_stands() -> None:
 # -- which requests have a line
 
 
-@pytest.mark.parametrize(("access", "share"), [(True, 1.0), (False, 1.0), ("refusals", 0.0), (0.01, 0.01), (1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("access", "share"), [(True, 1.0), (False, 1.0), ("all", 1.0), ("refusals", 0.0), (0.01, 0.01), (1.0, 1.0)]
+)
 def test_the_setting_selects_the_fraction_of_successes_to_log(access: Any, share: float) -> None:
     assert Log(access=access).success_share == share
 
@@ -490,3 +531,83 @@ def test_a_line_names_grant_and_client_of_an_oauth_token_and_is_unchanged_withou
     with_token, with_key = logged.lines()
     assert (with_token["key_id"], with_token["grant"], with_token["oauth_client"]) == ("ses_1", "gra_1", "cli_1")
     assert with_token.keys() - with_key.keys() == {"grant", "oauth_client"}
+
+
+# -- when lines are written
+
+
+def test_lines_are_written_at_a_flush_and_none_is_lost_without_one(logged: Logged) -> None:
+    for status in (201, 202):
+        one = ended(head_of(), status=status)
+        logged.log.write([row(one)])
+    assert logged.size() == 0
+    logged.log.flush()
+    wait_until(lambda: logged.size() > 0, "the lines are written")
+    logged.log.write([row(ended(head_of(), status=203))])
+    assert [line["status"] for line in logged.lines()] == [201, 202, 203]
+
+
+def test_many_lines_are_written_without_a_flush(logged: Logged) -> None:
+    rows = [row(ended(head_of()))] * 100
+    for _ in range(10):
+        logged.log.write(rows)
+    wait_until(lambda: logged.size() > 100_000, "most lines are written")
+    assert len(logged.lines()) == 1_000
+
+
+async def test_a_recorder_has_each_line_written_soon_and_all_at_its_end(logged: Logged) -> None:
+    recorder = Recorder(logged.log)
+    recorder.start(asyncio.get_running_loop())
+    recorder.record(ended(head_of()))
+    await until(lambda: logged.size() > 0, "the line is written")
+    recorder.record(ended(head_of()))
+    recorder.close()
+    assert len(logged.lines()) == 2
+
+
+async def test_requests_that_ended_before_a_change_of_the_log_are_logged(logged: Logged) -> None:
+    recorder = Recorder(logged.log)
+    recorder.record(ended(head_of()))
+    recorder.log_to(None)
+    recorder.record(ended(head_of()))
+    recorder.close()
+    wait_until(lambda: logged.size() > 0, "the line is written")
+    assert len(logged.lines()) == 1
+
+
+# -- counts
+
+
+def test_a_batch_is_counted_by_what_its_exchanges_have_in_common() -> None:
+    recorder = Recorder(None)
+    live, test = fakes.identity(), fakes.identity(is_test=True)
+    kinds: list[tuple[Identity | None, int, Reason | None]] = [
+        (live, 200, None), (live, 200, None), (test, 200, None), (live, 200, None), (live, 404, None), (None, 401, None),
+        (None, 401, Reason.KEY_INVALID), (live, 200, None),
+    ]  # fmt: skip
+    for identity, status, reason in kinds:
+        one = ended(head_of(), status=status, reason=reason)
+        one.identity, one.route = identity, None if identity is None else ANY_ROUTE
+        recorder.record(one)
+    counted = {(cell.route, cell.mode, cell.status, cell.code, cell.outcome): cell.count for cell in recorder.cells()}
+    assert counted == {
+        ("any", "live", 200, "ok", "ok"): 4,
+        ("any", "test", 200, "ok", "ok"): 1,
+        ("any", "live", 404, "ok", "ok"): 1,
+        ("none", "none", 401, "ok", "ok"): 1,
+        ("none", "none", 401, "api_key_invalid", "refused"): 1,
+    }
+
+
+@pytest.mark.parametrize("number", [0, 1, 40])
+def test_an_observation_is_counted_below_the_first_bound_that_it_does_not_exceed(number: int) -> None:
+    values = [0.0, 0.001, 0.0011, 0.0025, 5.0, 300.0, 300.1, -1.0] * number
+    together, singly = Histogram(REQUEST_BOUNDS), Histogram(REQUEST_BOUNDS)
+    together.observe_all([*values])
+    for value in values:
+        singly.observe(value)
+    counts = [
+        sum(below < value <= bound for value in values) for below, bound in pairwise([-inf, *REQUEST_BOUNDS, inf])
+    ]
+    assert together.counts == singly.counts == counts
+    assert together.total == pytest.approx(singly.total)

@@ -21,8 +21,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-import orjson
-
 from keyproxy.config import schema
 from keyproxy.model import Identity, Moment
 from keyproxy.ports.exchange import Exchange
@@ -163,8 +161,8 @@ class UsageJournal:
         self.dropped["events"] += sum(exchange.identity is not None for exchange, *_ in rows)
         return False
 
-    def _keep(self, events: Sequence[object]) -> None:
-        batch, encoded = self._batch, orjson.dumps(events)[1:-1]
+    def _keep(self, events: Sequence[bytes]) -> None:
+        batch, encoded = self._batch, b",".join(events)
         batch.events.append(encoded)
         batch.event_bytes += len(encoded)
         batch.event_count += len(events)

@@ -7,7 +7,9 @@ from typing import Final
 
 import orjson
 
+from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.model import Identity
+from keyproxy.platform.decimal_text import decimal
 from keyproxy.ports.exchange import Exchange
 
 #: Cached common parts of events per group; the cache is cleared when it is full.
@@ -73,27 +75,24 @@ class UsageGroup:
             if exchange.is_estimated:
                 self.estimated += use.tokens_in + use.tokens_out
 
-    def event(self, exchange: Exchange, code: str, wall_offset: float) -> tuple[object, ...]:
-        """One event, in the order in which the view keyproxy.usage_events reads it."""
+    def event(self, exchange: Exchange, code: str, wall_offset: float) -> bytes:
+        """One event as a JSON array, in the order in which the view keyproxy.usage_events reads it."""
         head, use, started, peer = exchange.head, exchange.token_use, exchange.started_mono, exchange.peer
         method = b"" if head is None else head.line.method
         client = b"" if peer is None else peer.recorded_address(head)
         key = (method, exchange.status, code, exchange.policy, client, use is not None)
         common, tail = self.alike.get(key) or self._alike(key)
-        if use is not None:
-            common = b"%b,%d,%d,%d,%d%b" % (
-                common, use.cached, use.cache_write, use.reasoning, exchange.cost_micros, tail,
-            )  # fmt: skip
-        return (
-            int((started + wall_offset) * 1_000),
-            exchange.request_id.decode("ascii"),
-            orjson.Fragment(common),
-            exchange.bytes_in,
-            exchange.bytes_out,
-            int((exchange.ended_mono - started) * 1_000_000),
-            None if use is None else use.tokens_in,
-            None if use is None else use.tokens_out,
-            exchange.is_estimated,
+        return b'[%b,"%b",%b%b%b,%b,%b,%b,%b,%b]' % (
+            decimal(int((started + wall_offset) * 1_000)),
+            exchange.request_id,
+            common,
+            b"" if use is None else _token_details(use, exchange.cost_micros),
+            tail,
+            decimal(exchange.bytes_in),
+            decimal(exchange.bytes_out),
+            decimal(int((exchange.ended_mono - started) * 1_000_000)),
+            b"null,null" if use is None else b"%b,%b" % (decimal(use.tokens_in), decimal(use.tokens_out)),
+            b"true" if exchange.is_estimated else b"false",
         )
 
     def _alike(self, key: _Alike) -> tuple[bytes, bytes]:
@@ -115,6 +114,13 @@ class UsageGroup:
             parts = orjson.dumps([*common, *padding, *tail]), b""
         self.alike[key] = parts
         return parts
+
+
+def _token_details(use: TokenUse, cost_micros: int) -> bytes:
+    """The fields about tokens in the middle of an event."""
+    return b",%b,%b,%b,%b" % (
+        decimal(use.cached), decimal(use.cache_write), decimal(use.reasoning), decimal(cost_micros),
+    )  # fmt: skip
 
 
 def _value(identity: Identity, route: str, model: str) -> tuple[str | None, ...]:
