@@ -148,7 +148,7 @@ class ClientConnection(ExchangeOwner):
                 # Requests without a key do not keep their place against clients with a key.
                 self.quiet_since = now
             if not transport.is_stalled:
-                self.deadline = now + self.server.listen.keepalive_timeout_seconds
+                self.deadline = now + self.server.keepalive_seconds
             if transport.is_paused:
                 self.resume()
             if self.stream.buffer or transport.phase == HALF_CLOSED:
@@ -263,7 +263,7 @@ class ClientConnection(ExchangeOwner):
         stream, server = self.stream, self.server
         is_new = not stream.checked_bytes
         try:
-            begun = stream.begin(server.requests, server.listen.header_bytes_max)
+            begun = stream.begin(server.requests, server.header_bytes_max)
         except FramingError as error:
             self.refuse_without_exchange(Refusal(Reason.REQUEST_MALFORMED, str(error)))
             return True
@@ -305,7 +305,7 @@ class ClientConnection(ExchangeOwner):
 
     def _is_too_large(self, exchange: Exchange, more_bytes: int = 0) -> bool:
         """Refuse a body that exceeds the limit, or announces a length that does."""
-        limit = self.server.listen.body_bytes_max
+        limit = self.server.body_bytes_max
         body_bytes = exchange.bytes_in + more_bytes + self.stream.body.remaining_bytes
         if not limit or body_bytes <= limit or exchange.is_tunnel:
             return False
