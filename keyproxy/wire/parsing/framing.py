@@ -55,9 +55,8 @@ class Body:
 
     __slots__ = ("is_complete", "remaining_bytes")
 
-    def __init__(self, remaining_bytes: int, *, is_complete: bool) -> None:
-        self.remaining_bytes = remaining_bytes
-        self.is_complete = is_complete
+    is_complete: bool
+    remaining_bytes: int
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
         """Return (content, bytes after the end of the body). Raises FramingError."""
@@ -74,7 +73,8 @@ class NoBody(Body):
     __slots__ = ()
 
     def __init__(self) -> None:
-        super().__init__(0, is_complete=True)
+        self.is_complete = True
+        self.remaining_bytes = 0
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
         return b"", data
@@ -86,7 +86,8 @@ class CountedBody(Body):
     __slots__ = ()
 
     def __init__(self, content_length: int) -> None:
-        super().__init__(content_length, is_complete=content_length == 0)
+        self.remaining_bytes = content_length
+        self.is_complete = content_length == 0
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
         remaining = self.remaining_bytes - len(data)
@@ -104,7 +105,8 @@ class EndlessBody(Body):
     __slots__ = ()
 
     def __init__(self) -> None:
-        super().__init__(0, is_complete=False)
+        self.is_complete = False
+        self.remaining_bytes = 0
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
         return data, b""
@@ -119,7 +121,8 @@ class ChunkedBody(Body):
     __slots__ = ("_at", "_buffer", "_extension_bytes", "_forbids", "_next", "_trailer_bytes")
 
     def __init__(self, forbids: Callable[[bytes], bool]) -> None:
-        super().__init__(0, is_complete=False)
+        self.is_complete = False
+        self.remaining_bytes = 0
         self._forbids = forbids
         self._buffer = b""
         self._at = 0

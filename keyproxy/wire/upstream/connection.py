@@ -155,7 +155,7 @@ class UpstreamConnection(asyncio.Protocol):
         """Lend the connection to this exchange and write its request: the head and what has arrived of the body."""
         assert exchange.head is not None  # noqa: S101 - for the type checker: it has a permit
         self.exchange = exchange
-        self._stream.begin(exchange.head.line.method)
+        self._stream.begin(exchange.head)
         self._is_chunked = exchange.head.fields.is_chunked
         is_complete, is_joined = exchange.is_complete, len(body) <= _JOINED_BYTES_MAX
         if is_joined and (body or self._is_chunked):
@@ -333,7 +333,7 @@ class UpstreamConnection(asyncio.Protocol):
         stream = self._stream
         body = stream.body
         while body is None:
-            head = stream.next_head(data, is_tunnel_request=exchange.is_tunnel_request)
+            head = stream.next_head(data)
             if head is None:
                 # Keep the deadline: a head must not trickle in indefinitely.
                 return

@@ -56,12 +56,13 @@ class Turns(Generic[T]):
 
     def may_take(self, user: Owner, now: float) -> bool:
         """Whether the user may take a free place."""
-        return self._may_hold_one_more(self._held.get(user, 0), now)
+        held = self._held.get(user, 0)
+        return held < self.share or (held < self.cap and self._may_exceed_share(now))
 
     def try_take(self, user: Owner, now: float) -> bool:
         """Give the user a free place, if it may take one. Return whether it has got it."""
         held = self._held.get(user, 0)
-        if not self._may_hold_one_more(held, now):
+        if held >= self.share and (held >= self.cap or not self._may_exceed_share(now)):
             return False
         self._hold(user, held + 1, now)
         return True
@@ -69,9 +70,6 @@ class Turns(Generic[T]):
     def take(self, user: Owner, now: float) -> None:
         """Record that the user got a place."""
         self._hold(user, self._held.get(user, 0) + 1, now)
-
-    def _may_hold_one_more(self, held: int, now: float) -> bool:
-        return held < self.share or (held < self.cap and self._may_exceed_share(now))
 
     def _hold(self, user: Owner, held: int, now: float) -> None:
         self._held[user] = held
