@@ -36,6 +36,10 @@ _NO_DIGIT: Final = 16
 _DIGITS: Final = bytes([int(chr(one), 16) if chr(one) in "0123456789abcdefABCDEF" else _NO_DIGIT for one in range(256)])
 _TRAILER = re.compile(rb"(%b):[\t \x21-\x7e\x80-\xff]*" % _TOKEN)
 
+#: The lines before small chunks, such as the events of a stream: to format one takes as long as the rest of a chunk.
+_SIZE_LINES_MAX: Final = 1_024
+_SIZE_LINES: Final[tuple[bytes, ...]] = tuple([b"%x\r\n" % size for size in range(_SIZE_LINES_MAX)])
+
 #: The parts of a chunked body.
 _AT_SIZE: Final = 0
 _AT_CONTENT: Final = 1
@@ -252,7 +256,8 @@ def _is_crlf(buffer: bytes, at: int) -> bool:
 
 def chunk(content: bytes) -> bytes:
     """Content as one chunk. `content` is not empty: an empty chunk would end the body."""
-    return b"%x\r\n%b\r\n" % (len(content), content)
+    size = len(content)
+    return (_SIZE_LINES[size] if size < _SIZE_LINES_MAX else b"%x\r\n" % size) + content + _CRLF
 
 
 LAST_CHUNK: Final = b"0\r\n\r\n"
@@ -263,4 +268,5 @@ CHUNK_BEGINNING: Final = b"0"
 
 def chunks(content: bytes, *, is_last: bool) -> bytes:
     """Content as one chunk, or as none if it is empty; `is_last`: followed by the last chunk."""
-    return (chunk(content) if content else b"") + (LAST_CHUNK if is_last else b"")
+    some = chunk(content) if content else b""
+    return some + LAST_CHUNK if is_last else some
