@@ -121,13 +121,10 @@ def relayed(
     head: ResponseHead, lines: bytes, request_id: bytes, *, is_chunked: bool, closes: bool, is_http_11: bool
 ) -> bytes:
     """The head of a relayed response, reframed. `lines`: the upstream's and ours. `is_http_11`: of the client."""
-    end = b"\r\nTransfer-Encoding: chunked\r\n" if is_chunked else b"\r\n"
-    if closes:
-        end = end + _CLOSE
-    elif not is_http_11:
-        end = end + _KEEP_ALIVE
-    # Compiled code appends to bytes that nothing else refers to in place, for half of the cost of a join.
-    return head.line.start + lines + b"X-Request-Id: " + request_id + end + b"\r\n"
+    end = b"\r\nTransfer-Encoding: chunked\r\n\r\n" if is_chunked else b"\r\n\r\n"
+    if closes or not is_http_11:
+        end = b"\r\n" + (_CLOSE if closes else _KEEP_ALIVE) + end.removeprefix(b"\r\n")
+    return head.line.start + lines + b"X-Request-Id: " + request_id + end
 
 
 def switching(head: ResponseHead, lines: bytes, request_id: bytes) -> bytes:
