@@ -159,7 +159,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._is_chunked = exchange.head.fields.is_chunked
         is_complete, is_joined = exchange.is_complete, len(body) <= _JOINED_BYTES_MAX
         if is_joined and (body or self._is_chunked):
-            head = head + self._framed(body, is_last=is_complete)
+            head = head + (chunks(body, is_last=is_complete) if self._is_chunked else body)
         is_last = is_complete and is_joined
         # While the request is still being sent, the client connection's timeouts apply.
         self.deadline = now + self._first_byte_seconds if is_last else NO_DEADLINE
