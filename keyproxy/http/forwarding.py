@@ -90,7 +90,9 @@ class Forwarding:
         first = b"X-Forwarded-For: %b\r\n" % address if address else b""
         self._block = b"%b%bX-Forwarded-Proto: %b\r\n" % (certificate, first, self._scheme)
         #: What follows the addresses of a client's list.
-        self._last = b"%b%b\r\nX-Forwarded-Proto: %b\r\n" % (b", " if address else b"", address, self._scheme)
+        self._last = b""
+        if is_trusted:
+            self._last = b"%b%b\r\nX-Forwarded-Proto: %b\r\n" % (b", " if address else b"", address, self._scheme)
 
     @property
     def has_certificate(self) -> bool:
@@ -152,6 +154,8 @@ class TrustRule:
         self._trusts_unix = "unix" in trusted_proxies
         self._networks = [ipaddress.ip_network(entry) for entry in trusted_proxies if entry != "unix"]
         self._hops: dict[bytes, Hop] = {}
+        #: Of peers without a certificate: most connections come from few of them, and share what is known of theirs.
+        self._peers: dict[tuple[str, bool], Forwarding] = {}
 
     def client(self, forwarded: Sequence[tuple[bytes, bytes]], peer: Hop) -> Hop:
         """The client by the X-Forwarded-For of a trusted `peer`.
@@ -207,9 +211,19 @@ class TrustRule:
         `subject`: the name in the client's verified certificate, None if there is none; `certificate_digest`: its
         SHA-256.
         """
+        if subject is None and not certificate_digest:
+            known = self._peers.get((address, is_tls))
+            if known is None:
+                if len(self._peers) >= _REMEMBERED_MAX:
+                    self._peers.clear()
+                known = self._peers[address, is_tls] = self._forwarding(address, b"", b"", is_tls=is_tls)
+            return known
         certificate = b""
         if subject is not None:
             certificate = identity_block(self._header_prefix, [("Client-Cert-Subject", subject)])
+        return self._forwarding(address, certificate, certificate_digest, is_tls=is_tls)
+
+    def _forwarding(self, address: str, certificate: bytes, certificate_digest: bytes, *, is_tls: bool) -> Forwarding:
         peer = self._hop_of(_unmapped(address)) if address else UNKNOWN
         is_trusted = peer.is_trusted if address else self._trusts_unix
         return Forwarding(

@@ -54,6 +54,10 @@ class ServerContext:
     is_draining: bool
     key_format: KeyFormat
     listen: Listen
+    #: Three of its settings, which every request reads: attributes of `listen` are found by name.
+    header_bytes_max: int
+    body_bytes_max: int
+    keepalive_seconds: float
     loop: asyncio.AbstractEventLoop
     problems: ErrorRenderer
     recorder: Recorder

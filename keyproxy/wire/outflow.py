@@ -16,29 +16,27 @@ from keyproxy.wire.pace import STILL_BYTES_PER_SECOND, Pace
 
 
 class Outflow:
-    """The outflow of one connection. The writer increments `written_bytes`."""
+    """The outflow of one connection. The writer increments `written_bytes`. `is_stalled`: the peer has fallen behind."""
 
-    __slots__ = ("_pace", "_seen_bytes", "_since_check_bytes", "written_bytes")
+    __slots__ = ("_pace", "_seen_bytes", "_since_check_bytes", "is_stalled", "written_bytes")
 
     def __init__(self) -> None:
         self.written_bytes = 0
+        self.is_stalled = False
         self._pace: Pace | None = None
         self._seen_bytes = 0
         self._since_check_bytes = 0
 
-    @property
-    def is_stalled(self) -> bool:
-        """Whether the peer has fallen behind."""
-        return self._pace is not None
-
     def stall(self, transport: asyncio.WriteTransport | None, now: float) -> None:
         """The peer does not keep up from now on."""
+        self.is_stalled = True
         self._pace = Pace(now)
         self._seen_bytes = self._taken(transport)
         self._since_check_bytes = 0
 
     def flow(self) -> None:
         """The peer keeps up again."""
+        self.is_stalled = False
         self._pace = None
 
     def sample(self, transport: asyncio.WriteTransport | None, now: float) -> None:

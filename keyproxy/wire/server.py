@@ -92,7 +92,9 @@ class ProxyServer(ServerContext):
         self._take(terms)
 
     def _take(self, terms: ServerTerms) -> None:
-        self.listen = terms.listen
+        self.listen = listen = terms.listen
+        self.header_bytes_max, self.body_bytes_max = listen.header_bytes_max, listen.body_bytes_max
+        self.keepalive_seconds = listen.keepalive_timeout_seconds
         self.room.configure(terms.tokens)
         self.gate = terms.gate
         self.assertions = terms.assertions

@@ -179,6 +179,27 @@ def test_empty_claim_of_a_trusted_peer_is_left_out(sent: list[bytes], forwarded:
     assert TrustRule([]).forwarding("10.0.0.1", is_tls=False).block(head(*claims, *empty)) == OURS
 
 
+def test_the_connections_of_one_peer_share_their_forwarding_and_those_of_others_do_not() -> None:
+    rule = TrustRule(["10.0.0.0/8"])
+    one = rule.forwarding("10.0.0.1", is_tls=False)
+    assert rule.forwarding("10.0.0.1", is_tls=False) is one
+    others = [
+        rule.forwarding("10.0.0.1", is_tls=True), rule.forwarding("10.0.0.2", is_tls=False),
+        rule.forwarding("10.0.0.1", is_tls=False, subject="CN=a"),
+        rule.forwarding("10.0.0.1", is_tls=False, certificate_digest=b"d"),
+        rule.forwarding("", is_tls=False), rule.forwarding("192.0.2.1", is_tls=False),
+    ]  # fmt: skip
+    assert len({id(other) for other in (one, *others)}) == 7
+    assert [other.is_trusted for other in others] == [True, True, True, True, False, False]
+
+
+def test_many_peers_are_each_known_by_their_own_address() -> None:
+    rule = TrustRule([])
+    for number in range(5_000):
+        address = f"10.1.{number // 256}.{number % 256}"
+        assert rule.forwarding(address, is_tls=False).client(None).address == address.encode()
+
+
 @pytest.mark.parametrize(
     ("address", "trusted", "is_tls", "block"),
     [

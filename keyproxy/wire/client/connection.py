@@ -147,8 +147,8 @@ class ClientConnection(ExchangeOwner):
             if exchange is not None and exchange.identity is not None:
                 # Requests without a key do not keep their place against clients with a key.
                 self.quiet_since = now
-            if not transport.is_stalled:
-                self.deadline = now + self.server.listen.keepalive_timeout_seconds
+            if not transport.outflow.is_stalled:
+                self.deadline = now + self.server.keepalive_seconds
             if transport.is_paused:
                 self.resume()
             if self.stream.buffer or transport.phase == HALF_CLOSED:
@@ -196,7 +196,7 @@ class ClientConnection(ExchangeOwner):
         """Process the buffer as far as possible."""
         if self._reading != RESTING:
             return  # called from a response further up the stack: that loop continues, or the next iteration does
-        self._reading = READ.step(self._reading, READING)
+        self._reading = READING
         stream, transport = self.stream, self.transport
         begun, before_bytes = 0, len(stream.buffer)
         try:
@@ -208,7 +208,7 @@ class ClientConnection(ExchangeOwner):
                         self._pump_later()
                         return
                     begun += 1
-                    if transport.is_stalled:
+                    if transport.outflow.is_stalled:
                         # The client does not read the responses it has requested: more must not accumulate here.
                         self.pause()
                         break
@@ -224,7 +224,7 @@ class ClientConnection(ExchangeOwner):
                 self._no_more_comes()
         finally:
             if self._reading == READING:
-                self._reading = READ.step(self._reading, RESTING)
+                self._reading = RESTING
 
     def _pump_later(self) -> None:
         """Continue in the loop's next iteration."""
@@ -263,7 +263,7 @@ class ClientConnection(ExchangeOwner):
         stream, server = self.stream, self.server
         is_new = not stream.checked_bytes
         try:
-            begun = stream.begin(server.requests, server.listen.header_bytes_max)
+            begun = stream.begin(server.requests, server.header_bytes_max)
         except FramingError as error:
             self.refuse_without_exchange(Refusal(Reason.REQUEST_MALFORMED, str(error)))
             return True
@@ -305,7 +305,7 @@ class ClientConnection(ExchangeOwner):
 
     def _is_too_large(self, exchange: Exchange, more_bytes: int = 0) -> bool:
         """Refuse a body that exceeds the limit, or announces a length that does."""
-        limit = self.server.listen.body_bytes_max
+        limit = self.server.body_bytes_max
         body_bytes = exchange.bytes_in + more_bytes + self.stream.body.remaining_bytes
         if not limit or body_bytes <= limit or exchange.is_tunnel:
             return False

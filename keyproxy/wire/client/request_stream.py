@@ -32,7 +32,7 @@ class RequestStream:
     def __init__(self) -> None:
         #: Received bytes that are not processed yet.
         self.buffer = b""
-        #: The body of the request that was begun last.
+        #: The body of the request that was begun last, if it was not complete at once.
         self.body: Body = _NO_BODY
         #: The head that the next one is compared with. It contains a key, so it is dropped soon when the connection is
         #: idle.
@@ -58,13 +58,10 @@ class RequestStream:
         head = self.last_head = reader.read(buffer, end, self.last_head)
         content, rest = b"", buffer[end + 4 :]
         if head.has_body:
-            if head.fields.is_chunked:
-                self.body = _chunked(reader)
-                content, rest = self.body.feed(rest)
-            else:
-                counted = CountedBody(head.content_length)
-                content, rest = counted.feed(rest)
-                self.body = counted
+            body = _chunked(reader) if head.fields.is_chunked else CountedBody(head.content_length)
+            content, rest = body.feed(rest)
+            # A complete one is not kept: the connection may be idle for long.
+            self.body = _NO_BODY if body.is_complete else body
         else:
             self.body = _NO_BODY
         if rest == b"\r\n" and not head.fields.opens_tunnel:

@@ -18,8 +18,8 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 _NO_CONTENT: Final = 204
 
-_CLOSE = b"Connection: close\r\n"
-_KEEP_ALIVE = b"Connection: keep-alive\r\n"
+_CLOSE: Final = b"Connection: close\r\n"
+_KEEP_ALIVE: Final = b"Connection: keep-alive\r\n"
 
 
 #: Not by strftime, whose names follow the locale.
@@ -121,18 +121,10 @@ def relayed(
     head: ResponseHead, lines: bytes, request_id: bytes, *, is_chunked: bool, closes: bool, is_http_11: bool
 ) -> bytes:
     """The head of a relayed response, reframed. `lines`: the upstream's and ours. `is_http_11`: of the client."""
-    kept = b"" if is_http_11 else _KEEP_ALIVE
-    return b"".join(
-        (
-            head.line.start,
-            lines,
-            b"X-Request-Id: ",
-            request_id,
-            b"\r\nTransfer-Encoding: chunked\r\n" if is_chunked else b"\r\n",
-            _CLOSE if closes else kept,
-            b"\r\n",
-        )
-    )
+    end = b"\r\nTransfer-Encoding: chunked\r\n\r\n" if is_chunked else b"\r\n\r\n"
+    if closes or not is_http_11:
+        end = b"\r\n" + (_CLOSE if closes else _KEEP_ALIVE) + end.removeprefix(b"\r\n")
+    return head.line.start + lines + b"X-Request-Id: " + request_id + end
 
 
 def switching(head: ResponseHead, lines: bytes, request_id: bytes) -> bytes:

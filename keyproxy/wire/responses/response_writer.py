@@ -93,7 +93,7 @@ class ResponseWriter:
         out = response_heads.relayed(
             response, lines, self._request_id, is_chunked=self.is_chunked, closes=self.closes, is_http_11=is_http_11
         )
-        self._held_back = out.removeprefix(self._sent_ahead)
+        self._held_back = out.removeprefix(self._sent_ahead) if self._sent_ahead else out
 
     def begin_tunnel(self, response: ResponseHead, lines: bytes) -> None:
         """Accept a WebSocket handshake: from now on content is written unchanged."""
@@ -106,9 +106,9 @@ class ResponseWriter:
         """Write the next content, with the head if it is held back."""
         out = self._held_back
         if not self.is_chunked:
-            out += content
+            out = out + content
         elif content or is_last:
-            out += chunks(content, is_last=is_last)
+            out = out + chunks(content, is_last=is_last)
         if is_last:
             self._phase = RESPONSE.step(self._phase, ENDED)
         elif self._held_back:

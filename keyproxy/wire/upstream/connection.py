@@ -155,11 +155,11 @@ class UpstreamConnection(asyncio.Protocol):
         """Lend the connection to this exchange and write its request: the head and what has arrived of the body."""
         assert exchange.head is not None  # noqa: S101 - for the type checker: it has a permit
         self.exchange = exchange
-        self._stream.begin(exchange.head.line.method)
+        self._stream.begin(exchange.head)
         self._is_chunked = exchange.head.fields.is_chunked
         is_complete, is_joined = exchange.is_complete, len(body) <= _JOINED_BYTES_MAX
         if is_joined and (body or self._is_chunked):
-            head += self._framed(body, is_last=is_complete)
+            head = head + (chunks(body, is_last=is_complete) if self._is_chunked else body)
         is_last = is_complete and is_joined
         # While the request is still being sent, the client connection's timeouts apply.
         self.deadline = now + self._first_byte_seconds if is_last else NO_DEADLINE
@@ -227,7 +227,7 @@ class UpstreamConnection(asyncio.Protocol):
         # Unwritten bytes of a request would become the start of the next one.
         is_whole = self.writer.end() and self._long_body is None
         self._long_body = None
-        is_reusable = self._stream.end() and is_whole and self.is_open
+        is_reusable = self._stream.end() and is_whole and self._transport is not None
         if is_clean and is_reusable:
             self.deadline = NO_DEADLINE
             if self._is_paused:
@@ -333,7 +333,7 @@ class UpstreamConnection(asyncio.Protocol):
         stream = self._stream
         body = stream.body
         while body is None:
-            head = stream.next_head(data, is_tunnel_request=exchange.is_tunnel_request)
+            head = stream.next_head(data)
             if head is None:
                 # Keep the deadline: a head must not trickle in indefinitely.
                 return

@@ -59,9 +59,19 @@ class Turns(Generic[T]):
         held = self._held.get(user, 0)
         return held < self.share or (held < self.cap and self._may_exceed_share(now))
 
+    def try_take(self, user: Owner, now: float) -> bool:
+        """Give the user a free place, if it may take one. Return whether it has got it."""
+        held = self._held.get(user, 0)
+        if held >= self.share and (held >= self.cap or not self._may_exceed_share(now)):
+            return False
+        self._hold(user, held + 1, now)
+        return True
+
     def take(self, user: Owner, now: float) -> None:
         """Record that the user got a place."""
-        held = self._held.get(user, 0) + 1
+        self._hold(user, self._held.get(user, 0) + 1, now)
+
+    def _hold(self, user: Owner, held: int, now: float) -> None:
         self._held[user] = held
         self._total += 1
         if self._queues:
@@ -71,12 +81,10 @@ class Turns(Generic[T]):
 
     def give_back(self, user: Owner) -> None:
         """Record that a place of the user is free again."""
-        held = self._held[user] - 1
+        held = self._held.pop(user) - 1
         self._total -= 1
         if held:
             self._held[user] = held
-        else:
-            del self._held[user]
         if self._queues:
             self._rank(user)
 

@@ -16,7 +16,6 @@ so that they leave connections for other requests.
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import ssl
 from collections.abc import Callable
@@ -82,7 +81,8 @@ class UpstreamPool(ConnectionOwner):
         self._deadlines = deadlines
         self.clock = clock
         self._loop = loop
-        self._idle: collections.deque[UpstreamConnection] = collections.deque()
+        #: The least recently used one first.
+        self._idle: list[UpstreamConnection] = []
         self._open: set[UpstreamConnection] = set()
         self._connecting: set[asyncio.Task[None]] = set()
         self._turns: Turns[PoolUser] = Turns(settings.connections_max, settings.connections_per_user_max)
@@ -104,14 +104,15 @@ class UpstreamPool(ConnectionOwner):
 
     def take(self, owner: Owner, now: float) -> UpstreamConnection | None:
         """Take the most recently used idle connection; None if there is none, or none for this user."""
-        if not self._idle or not self._turns.may_take(owner, now):
+        if not self._idle or (owner[2] == PUBLIC and not self._has_room_for_public()):
             return None
-        if owner[2] == PUBLIC and not self._has_room_for_public():
+        if not self._turns.try_take(owner, now):
             return None
         connection = self._take_idle(now)
-        if connection is not None:
+        if connection is None:
+            self._turns.give_back(owner)
+        else:
             connection.owner = owner
-            self._turns.take(owner, now)
         return connection
 
     def wait(self, exchange: PoolUser, owner: Owner) -> None:
@@ -147,10 +148,14 @@ class UpstreamPool(ConnectionOwner):
         self._end_renewal(exchange)
 
     def release(self, connection: UpstreamConnection, now: float) -> None:
-        """Lend a freed connection to the next exchange in turn, or keep it idle."""
+        """Lend a freed connection to the next exchange in turn, or keep it idle. It is checked when it is lent."""
         self._returned(connection)
-        if len(self._turns) and self._lend(connection, now):
-            return
+        if len(self._turns):
+            if not connection.is_open:
+                connection.abort()
+                return
+            if self._lend(connection, now):
+                return
         if self._is_retired:
             connection.abort()
             return
@@ -195,7 +200,7 @@ class UpstreamPool(ConnectionOwner):
         """Retire this pool in favour of another: serve requests in flight and queued ones, then keep no connection."""
         self._is_retired = True
         while self._idle:
-            self._idle.popleft().abort()
+            self._idle.pop().abort()
 
     async def close(self) -> None:
         """Close everything. Exchanges under way lose their upstream."""
@@ -365,9 +370,9 @@ class UpstreamPool(ConnectionOwner):
     def _expire(self) -> None:
         self._expiry = None
         now = self.clock()
-        # The least recently used one is first; what remains at the front is young enough.
+        # What remains at the front is young enough.
         while self._idle and (not self._idle[0].is_open or now - self._idle[0].idle_since >= IDLE_SECONDS):
-            self._idle.popleft().abort()
+            self._idle.pop(0).abort()
         if self._idle:
             self._expiry = self._loop.call_later(min(self.settings.connect_timeout_seconds, 1.0), self._expire)
 
@@ -380,13 +385,13 @@ class Upstreams:
     """The pools for live and test requests. Without an upstream for tests, both go to the same."""
 
     def __init__(self, live: UpstreamPool, test: UpstreamPool | None = None) -> None:
-        self._pools = (live, test or live)
+        self._live: Final = live
+        self._test: Final = test or live
 
     def for_owner(self, owner: Owner) -> UpstreamPool:
         """The pool for the requests of one owner."""
-        return self._pools[owner[2] == TEST]
+        return self._test if owner[2] == TEST else self._live
 
     def distinct(self) -> dict[str, UpstreamPool]:
         """Every pool once, by the mode it serves."""
-        live, test = self._pools
-        return {"live": live} if live is test else {"live": live, "test": test}
+        return {"live": self._live} if self._live is self._test else {"live": self._live, "test": self._test}

@@ -104,7 +104,8 @@ class RequestWriter:
     def end(self) -> bool:
         """End the request. Return whether all of it has left our buffers."""
         is_written, self._kept = not self._kept, b""
-        self._forget_duplicate()
+        if self._duplicate >= 0:
+            self._forget_duplicate()
         if self.outflow.is_stalled:
             self.outflow.flow()
             is_written = is_written and self._transport is not None and not self._transport.get_write_buffer_size()

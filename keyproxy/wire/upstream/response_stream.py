@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from keyproxy.http.headers import Kind
-from keyproxy.http_messages import ResponseHead
+from keyproxy.http_messages import RequestHead, ResponseHead
 from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.parsing.framing import Body, ChunkedBody, CountedBody, EndlessBody, NoBody
 from keyproxy.wire.parsing.head_beginnings import HEAD_END, check_response_beginning
@@ -31,6 +31,7 @@ class ResponseStream:
         "_checked_bytes",
         "_interim",
         "_is_suspect",
+        "_is_tunnel_request",
         "_last_head",
         "_method",
         "_reader",
@@ -48,12 +49,14 @@ class ResponseStream:
         #: The head that the next one is compared with.
         self._last_head: ResponseHead | None = None
         self._method = b""
+        self._is_tunnel_request = False
         self._interim = 0
         self._is_suspect = False
 
-    def begin(self, method: bytes) -> None:
-        """Expect the response to a request with this method."""
-        self._method = method
+    def begin(self, request: RequestHead) -> None:
+        """Expect the response to this request."""
+        self._method = request.line.method
+        self._is_tunnel_request = request.fields.opens_tunnel
         self.body = None
         self._interim = 0
         self._is_suspect = False
@@ -63,7 +66,7 @@ class ResponseStream:
         body, self.body = self.body, None
         return body is not None and body.is_complete and self.keeps_alive and not self._buffer
 
-    def next_head(self, data: bytes, *, is_tunnel_request: bool) -> ResponseHead | None:
+    def next_head(self, data: bytes) -> ResponseHead | None:
         """Take received bytes and return the next head; None if it is incomplete. It was final if `body` is set.
 
         Raises a Refusal (UPSTREAM_INVALID).
@@ -87,7 +90,7 @@ class ResponseStream:
         if head.line.status >= _FINAL:
             self.keeps_alive = head.fields.keeps_alive and not self._is_suspect
             self.body = self._body_of(head)
-        elif head.fields.opens_tunnel and is_tunnel_request:
+        elif head.fields.opens_tunnel and self._is_tunnel_request:
             self.keeps_alive = False
             self.body = EndlessBody()
         elif head.line.status == SWITCHING_PROTOCOLS or self._interim >= _INTERIM_MAX:

@@ -42,7 +42,8 @@ class UpstreamUser(exchange.Exchange):
     @property
     def may_reuse(self) -> bool:
         """Whether the request may go on a connection that is open."""
-        return not (self.is_tunnel_request or self.has_claim)
+        head, call = self.head, self.tool_call
+        return (head is None or not head.fields.opens_tunnel) and (call is None or call.claim is None)
 
     def may_retry(self, refusal: Refusal, *, is_reused: bool) -> bool:
         """Whether the request may be sent again, on another connection."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable
 
@@ -132,6 +133,29 @@ def test_chunks_end_at_the_same_byte_however_they_arrive(
 def test_chunked_content_round_trips(parts: list[bytes], after: bytes) -> None:
     wire = b"".join(map(chunk, parts)) + LAST_CHUNK
     assert fed(chunked(), [wire + after]) == (b"".join(parts), after, True)
+
+
+@pytest.mark.parametrize("length", [1, 9, 10, 15, 16, 255, 256, 1_023, 1_024, 4_096, 70_000])
+def test_a_chunk_of_any_length_has_its_size_in_front(length: int) -> None:
+    content = b"x" * length
+    assert chunk(content) == b"%x\r\n%b\r\n" % (length, content)
+    for size in (b"%x" % length, b"%X" % length, b"%08x" % length, b"%09x" % length, b"%016x" % length):
+        wire = size + b"\r\n" + content + b"\r\n" + LAST_CHUNK
+        assert fed(chunked(), [wire]) == fed(chunked(), bytewise(wire)) == (content, b"", True)
+
+
+@pytest.mark.parametrize("size", [b"", b"g", b"1g", b"+1", b"-1", b" 1", b"1_0", b"0x1", b"1\r", b"\x801", b"\xb2"])
+def test_a_size_is_digits_whatever_the_chunk_after_it(size: bytes) -> None:
+    content = b"x" * 16
+    assert fed(chunked(), [size + b"\r\n" + content[:1] + b"\r\n" + LAST_CHUNK]) is None
+    assert fed(chunked(), [size + b"\r\n" + content + b"\r\n" + LAST_CHUNK]) is None
+
+
+def test_a_chunked_body_is_freed_without_the_garbage_collector() -> None:
+    gc.collect()
+    for _ in range(1_000):
+        chunked().feed(b"5\r\nhello\r\n0;a=b\r\nX: y\r\n\r\n")
+    assert gc.collect() < 1_000
 
 
 _SOUP = [

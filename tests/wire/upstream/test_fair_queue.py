@@ -30,10 +30,12 @@ class Sharing(RuleBasedStateMachine):
     @rule(user=st.sampled_from(USERS), seconds=st.floats(0, 5))
     def take_or_wait(self, user: Owner, seconds: float) -> None:
         self.now += seconds
-        if len(self.held) < self.places and self.turns.may_take(user, self.now):
-            self.held.append(user)
-            self.turns.take(user, self.now)
-            return
+        may_take = self.turns.may_take(user, self.now)
+        if len(self.held) < self.places:
+            assert self.turns.try_take(user, self.now) == may_take
+            if may_take:
+                self.held.append(user)
+                return
         self.serial += 1
         is_queued = self.turns.wait(user, self.serial, self.now)
         assert is_queued == (len(self.queue) < 16 * self.places)
