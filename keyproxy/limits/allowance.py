@@ -205,7 +205,8 @@ class Bundle:
         self.slots = tuple([lease for lease in leases if lease.window.measure == CONCURRENCY])
         self.counted = tuple([lease for lease in leases if lease.window.measure in _COUNTED])
         self.units = self.slots + self.counted
-        self.paced = tuple([lease for lease in self.units if lease.window.measure in (RATE, CONCURRENCY)])
+        paced = tuple([lease for lease in self.units if lease.window.measure in (RATE, CONCURRENCY)])
+        self.paced = self.slots if paced == self.slots else paced
         self.token_windows = tuple([lease for lease in leases if lease.window.measure in TOKENS])
         self.token_rates = tuple([lease for lease in leases if lease.window.measure == TOKEN_RATE])
         self.token_leases = self.token_windows + self.token_rates

@@ -87,3 +87,7 @@ class UnusedUnits:
         units, granted_at = self._unused - self._overused, self._granted_at
         self._unused = self._overused = 0
         return (units, granted_at) if units > 0 else (units, 0.0)
+
+
+#: Shared by windows that never have any; nothing is added to it.
+NO_UNUSED_UNITS: Final = UnusedUnits()

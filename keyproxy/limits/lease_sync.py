@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 
 from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.lease import IDLE_SECONDS, Lease
+from keyproxy.limits.ledger.report_pace import ReportPace
 from keyproxy.limits.ledger_protocol import CONCURRENCY, REPORTS_PER_SECOND, LeaseGrant, LeaseReport, Pool, Window
 from keyproxy.limits.pool_leases import PoolLeases
 from keyproxy.limits.review_queue import ReviewQueue
@@ -53,15 +54,17 @@ class Short(Exception):
 class LeaseSync:
     """The state that this process synchronises with the ledger."""
 
-    def __init__(self, wake: Callable[[], None], *, settle_seconds: float = 0.5) -> None:
+    def __init__(
+        self, wake: Callable[[], None], *, wake_soon: Callable[[], None] | None = None, pace: ReportPace | None = None
+    ) -> None:
         """`wake` is called when a ledger request is due, at most once until it is made.
 
-        `settle_seconds`: how often `gather` is called, which is often enough for windows with few holders.
+        `wake_soon`: the same for a request that may wait for others to join its message.
         """
-        self._settle_seconds = settle_seconds
+        self.pace: Final = pace or ReportPace()
         #: When the leases end, unless the ledger replies again. After that the ledger may have charged them.
         self.valid_until_mono = 0.0
-        self.reviews = ReviewQueue(wake)
+        self.reviews = ReviewQueue(wake, wake_soon)
         self._pools: WeakValueDictionary[Pool, PoolLeases] = WeakValueDictionary()
         #: The leases that have a grant from the ledger, or a pending request. Each keeps its pool's leases: one lease of
         #: a window is enough.
@@ -123,6 +126,7 @@ class LeaseSync:
 
     def gather(self, now_mono: float, *, is_last: bool = False) -> None:
         """Settle: the next lines report all changes. `is_last`: return everything."""
+        self.pace.note_leases(len(self._active))
         self.reviews.gather(now_mono)
         if is_last:
             for lease in self._active:
@@ -177,9 +181,7 @@ class LeaseSync:
             lease.is_asked = False
         self._touch(lease, now_mono)
         if lease.number and lease.rests(now_mono):
-            # Taking units must not ask for this review again.
-            lease.low = 0
-            self.reviews.review_at(lease, lease.due_mono)
+            self._rest(lease)
             return
         self._tidy(lease, now_mono)
         line = self._line(lease, now_mono)
@@ -187,8 +189,19 @@ class LeaseSync:
             lines.append(line)
             if now_mono >= lease.ends_mono - _PREFETCH_PAUSES * lease.pause_seconds:
                 self._prefetch(lease, now_mono)
-        if lease.number:
+        if lease.number and lease.report_seconds and lease.rests(now_mono):
+            self._rest(lease)
+        elif lease.number:
             self.reviews.review_when_idle(lease, now_mono)
+
+    def _rest(self, lease: Lease) -> None:
+        """Review a lease when its next report is due."""
+        if lease.pause_seconds:
+            # Taking units must not ask for this review again.
+            lease.low = 0
+            self.reviews.review_at(lease, lease.due_mono)
+        else:
+            self.reviews.rest(lease, lease.due_mono)
 
     def _line(self, lease: Lease, now_mono: float) -> LeaseReport | None:
         if lease.number:
@@ -204,6 +217,7 @@ class LeaseSync:
             self.open_lease(lease)
         else:
             return None
+        lease.report_seconds = self.pace.pause_seconds(lease.window)
         line = lease.line(now_mono)
         self._open[line.lease] = lease
         return line
@@ -289,8 +303,9 @@ class LeaseSync:
                 before = lease.granted
                 lease.apply(line, reply, sent_mono=sent_mono, received_mono=received)
                 pause_seconds = reply.holders / REPORTS_PER_SECOND
-                lease.pace_reports(pause_seconds if pause_seconds > self._settle_seconds else 0.0, sent_mono)
-                self.reviews.note_change(lease)
+                lease.pace_reports(pause_seconds if pause_seconds > self.pace.settle_seconds else 0.0, sent_mono)
+                if not (lease.is_resting and lease.rests(received)):
+                    self.reviews.note_change(lease)
                 if lease.granted == before and not settles_seconds:
                     self._note_refusal(lease, line, reply, received)
         self.resend(list(sent.values()))

@@ -83,7 +83,7 @@ class LeaseTable:
             if not lease.is_noted:
                 self._reviews.note_change(lease)
             if free < lease.low:
-                self._reviews.make_urgent(lease)
+                self._reviews.note_low(lease)
         return True
 
     def take_again(self, allowance: Allowance, now_mono: float, need: Need | None, paid: int) -> Hold:
@@ -245,7 +245,8 @@ class LeaseTable:
         return Hold(hold.bundle, meters, earlier=hold, paid=hold.paid, has_slots=hold.has_slots)
 
     def _restore(self, lease: Lease, units: int) -> None:
-        self._reviews.note_change(lease)
+        if not lease.is_noted:
+            self._reviews.note_change(lease)
         if lease.is_current or units < 0:
             lease.free += units
         else:
@@ -344,9 +345,10 @@ class LeaseTable:
             self._open(lease)
         lease.free -= units
         lease.is_overdrawn = lease.is_overdrawn or (self.is_lenient and lease.free < 0)
-        self._reviews.note_change(lease)
+        if not lease.is_noted:
+            self._reviews.note_change(lease)
         if lease.free < lease.low:
-            self._reviews.make_urgent(lease)
+            self._reviews.note_low(lease)
 
     def _refuse_or_request(
         self, short: Sequence[LeaseShortage], leases: Sequence[Lease], now_mono: float, extended: Hold | None = None

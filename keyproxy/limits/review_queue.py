@@ -17,10 +17,11 @@ from keyproxy.limits.lease import Lease
 class ReviewQueue:
     """Leases that wait for a review, each at most once."""
 
-    def __init__(self, wake: Callable[[], None]) -> None:
-        """`wake` is called when a lease becomes urgent, at most once until `rearm`."""
+    def __init__(self, wake: Callable[[], None], wake_soon: Callable[[], None] | None = None) -> None:
+        """`wake` is called when a lease becomes urgent, `wake_soon` when one runs low; each once until `rearm`."""
         self._wake = wake
-        self._is_woken = False
+        self._wake_soon = wake_soon or wake
+        self._is_woken = self._is_woken_soon = False
         #: Leases that a request is short of, or that run low, in order.
         self._urgent: dict[Lease, None] = {}
         #: Leases that changed; `gather` makes them due, in this order.
@@ -40,8 +41,9 @@ class ReviewQueue:
         return len(self._due)
 
     def note_change(self, lease: Lease) -> None:
-        """Review a lease after the next `gather`, because it changed."""
-        if not lease.is_noted:
+        """Review a lease after the next `gather`, because it changed. Ends its rest."""
+        if lease.is_resting or not lease.is_noted:
+            lease.is_resting = False
             lease.is_noted = True
             self._changed.append(lease)
 
@@ -52,11 +54,25 @@ class ReviewQueue:
             self._is_woken = True
             self._wake()
 
+    def note_low(self, lease: Lease) -> None:
+        """Review a lease that runs low with the next message. It may wait a little, so that others join the message."""
+        self._urgent[lease] = None
+        if not (self._is_woken or self._is_woken_soon):
+            self._is_woken_soon = True
+            self._wake_soon()
+
     def make_due(self, lease: Lease) -> None:
         """Review a lease without waiting for `gather`, after the urgent ones."""
-        if not lease.is_noted:
+        if lease.is_resting or not lease.is_noted:
+            lease.is_resting = False
             lease.is_noted = True
             self._due.append(lease)
+
+    def rest(self, lease: Lease, until_mono: float) -> None:
+        """Review a lease at a time, and not because requests change it before: it counts as noted until then."""
+        self.review_at(lease, until_mono)
+        if not lease.is_noted:
+            lease.is_noted = lease.is_resting = True
 
     def review_when_idle(self, lease: Lease, now_mono: float) -> None:
         """Review a lease in use when it has been idle for a while."""
@@ -80,8 +96,8 @@ class ReviewQueue:
                 self.make_due(lease)
 
     def rearm(self) -> None:
-        """Call `wake` again for the next urgent lease."""
-        self._is_woken = False
+        """Call `wake` again for the next urgent lease, and `wake_soon` for the next one that runs low."""
+        self._is_woken = self._is_woken_soon = False
 
     def is_urgent(self, lease: Lease) -> bool:
         """Whether a lease is urgent and was not reviewed yet."""

@@ -8,6 +8,7 @@ from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.limits.lease_sync import LeaseSync, Short
 from keyproxy.limits.lease_table import LeaseTable
 from keyproxy.limits.ledger.accounts import WindowAccount
+from keyproxy.limits.ledger.report_pace import ReportPace
 from keyproxy.limits.ledger_protocol import Pool, Window
 from keyproxy.limits.plan import Plan
 from keyproxy.reasons import LimitReason, Reason, Refusal
@@ -28,10 +29,10 @@ class Fleet:
         self.processes = 0
         self.ledger = ReferenceLedger(lambda: NOON + self.now, lease_seconds=LEASE_SECONDS)
 
-    def process(self) -> Process:
+    def process(self, pace: ReportPace | None = None) -> Process:
         """One more."""
         self.processes += 1
-        return Process(self, f"p{self.processes}")
+        return Process(self, f"p{self.processes}", pace)
 
     def row(self, measure: str, pool: Pool = USER) -> WindowAccount:
         """The latest window of this measure."""
@@ -41,9 +42,9 @@ class Fleet:
 class Process:
     """A lease table with its own clock, and its exchange with the ledger."""
 
-    def __init__(self, fleet: Fleet, name: str) -> None:
+    def __init__(self, fleet: Fleet, name: str, pace: ReportPace | None = None) -> None:
         self.fleet, self.name, self.serial, self.wakes = fleet, name, 0, 0
-        self.lease_sync = LeaseSync(self._wake)
+        self.lease_sync = LeaseSync(self._wake, pace=pace)
         self.table = LeaseTable(self.lease_sync)
 
     def _wake(self) -> None:

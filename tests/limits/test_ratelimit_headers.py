@@ -31,7 +31,7 @@ def leases(count: int) -> list[Lease]:
 @given(st.integers(1, 5), st.lists(st.lists(AMOUNTS, min_size=5, max_size=5), min_size=1, max_size=8))
 def test_the_remaining_amount_is_current(count: int, moments: list[list[int]]) -> None:
     of = leases(count)
-    statement = RateLimitHeaders(of)
+    statement = RateLimitHeaders(tuple(of))
     told = []
     for number, amounts in enumerate(moments):
         for lease, amount in zip(of, amounts, strict=False):
@@ -51,7 +51,7 @@ def test_the_reported_limits_are_selected_again_after_a_second() -> None:
     of = leases(4)
     for lease in of:
         lease.seen_available = lease.limit
-    statement = RateLimitHeaders(of)
+    statement = RateLimitHeaders(tuple(of))
     assert b"tokens_per_month" not in statement.lines(0.0).partition(b"RateLimit: ")[2]
     of[3].seen_available = 1
     of[3].ends_mono = 100.0
@@ -60,4 +60,4 @@ def test_the_reported_limits_are_selected_again_after_a_second() -> None:
 
 
 def test_no_limits_no_lines() -> None:
-    assert RateLimitHeaders([]).lines(0.0) == b""
+    assert RateLimitHeaders(()).lines(0.0) == b""

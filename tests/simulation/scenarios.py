@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 from keyproxy.limits.budgets import budget_plan
+from keyproxy.limits.ledger.report_pace import LINES_PER_SECOND
 from keyproxy.limits.ledger_protocol import Pool
 from keyproxy.limits.plan import Limit, Plan
 from tests.simulation.network import Weather
@@ -21,6 +22,8 @@ def scenario(seed: int) -> Scenario:
     owners = _with_tokens(random.Random(f"tokens {seed}"), owners, plans)
     # A third of the ledgers treat the few processes as many.
     crowding = random.Random(f"crowding {seed}").choice([1, 1, 1, 1, 70, 300])
+    # Half of the processes report as rarely as if they had thousands of leases.
+    lines_per_second = random.Random(f"lines {seed}").choice([LINES_PER_SECOND, LINES_PER_SECOND, 0.3, 3.0])
     return Scenario(
         seed,
         plans,
@@ -34,6 +37,7 @@ def scenario(seed: int) -> Scenario:
         settle_seconds=chance.choice([0.1, 0.5, 1.0]),
         repeats=chance.choice([0.0, 0.2, 0.6]),
         crowding=crowding,
+        lines_per_second=lines_per_second,
     )
 
 

@@ -69,6 +69,14 @@ def test_with_no_faults_a_quota_is_spent_to_its_last_request(limit: int) -> None
     assert world.decided["unavailable"] == world.decided["overloaded"] == 0
 
 
+@pytest.mark.parametrize("limit", [1, 2, 137])
+def test_processes_that_report_rarely_spend_a_quota_to_its_last_request(limit: int) -> None:
+    world = World(replace(kind(Plan(requests_per_day=limit), seconds=40.0), lines_per_second=0.2))
+    world.run()
+    assert world.upstream.used[Window(USER, "requests_per_day")] == limit
+    assert world.decided["unavailable"] == world.decided["overloaded"] == 0
+
+
 def test_with_no_faults_a_token_budget_is_spent_until_the_smallest_request_does_not_fit() -> None:
     world = World(kind(Plan(tokens_per_day=2_000, tokens_per_request=60)))
     world.run()

@@ -17,6 +17,7 @@ from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.ledger.accounts import WindowAccount
+from keyproxy.limits.ledger.report_pace import LINES_PER_SECOND
 from keyproxy.limits.ledger.rules import LedgerRules
 from keyproxy.limits.ledger_protocol import BUDGETS, CONCURRENCY, RATES, TOKEN_POOL, Pool
 from keyproxy.limits.plan import PER_REQUEST, SPEND, TOKEN_RATE, TOKENS, Limit, Plan
@@ -87,6 +88,8 @@ class Scenario:
     settle_seconds: float = 0.5
     #: The ledger takes few processes for many, by this factor: it paces their messages and recalls units.
     crowding: int = 1
+    #: How many reports a process sends per second: few, and it reports its few leases as rarely as others do thousands.
+    lines_per_second: float = LINES_PER_SECOND
     #: The share of requests with an Idempotency-Key, of which there are few different ones.
     repeats: float = 0.0
 
@@ -218,7 +221,7 @@ class World:
         config = schema.LedgerSettings(lease_seconds=LEASE_SECONDS, settle_seconds=self.scenario.settle_seconds)
         asyncio._set_running_loop(loop)
         try:
-            ledger = Ledger(backend, config, now)
+            ledger = Ledger(backend, config, now, lines_per_second=self.scenario.lines_per_second)
             ledger.start()
             store = RemoteClaims(self.network, loop)
             reporting = ReportingLedger(ledger, self.upstream)
@@ -228,7 +231,7 @@ class World:
             asyncio._set_running_loop(None)
         process = Process(loop, backend, ledger, claims, reporting, store, now, {})
         self.fleet.append(process)
-        if self.scenario.crowding > 1:
+        if self.scenario.crowding > 1 or self.scenario.lines_per_second < LINES_PER_SECOND:
             self.clock.at(self.clock.now + chance.uniform(0, 0.5), lambda: self._poll(process))
         self._spawn(process, self._traffic(process))
 
@@ -545,7 +548,9 @@ class World:
         while self.clock.now < gives_up and any(map(self.upstream.is_serving, self.fleet)):
             self.clock.run(self.clock.now + 1.0)
         # Idle units of a window with many holders are returned after two intervals of reports; its lease closes later.
-        self.clock.run(self.clock.now + (12.0 if self.scenario.crowding == 1 else 150.0))
+        # So are those of a process that reports its leases rarely, after two pauses.
+        is_rare = self.scenario.crowding > 1 or self.scenario.lines_per_second < LINES_PER_SECOND
+        self.clock.run(self.clock.now + (150.0 if is_rare else 12.0))
         self.check()
         for process in self.fleet:
             for context in process.loop.errors:

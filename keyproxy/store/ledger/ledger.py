@@ -15,6 +15,7 @@ from typing import Final
 from keyproxy.config import schema
 from keyproxy.limits.allowance import Allowance, Hold, Need
 from keyproxy.limits.lease_sync import Short
+from keyproxy.limits.ledger.report_pace import LINES_PER_SECOND
 from keyproxy.limits.ledger_protocol import REFUSALS
 from keyproxy.model import Missing, Moment, TimeBudget
 from keyproxy.ports import ledger as ledger_port
@@ -50,8 +51,10 @@ class Ledger(ledger_port.Ledger):
         backend: LedgerBackend,
         ledger: schema.LedgerSettings,
         now: Callable[[], Moment],
+        *,
+        lines_per_second: float = LINES_PER_SECOND,
     ) -> None:
-        self.conversation = LedgerClient(backend, ledger, now)
+        self.conversation = LedgerClient(backend, ledger, now, lines_per_second=lines_per_second)
         self._table = self.conversation.lease_table
         self._sync = self.conversation.lease_sync
         self.counts = Counts()
