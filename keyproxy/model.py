@@ -81,6 +81,7 @@ class OAuthSession:
     bound_to: bytes | None = None
 
 
+@mypyc_attr(acyclic=True)
 class CachedAssertion:
     """The signed assertion of one identity, as a header line. It is used while `signed_by` is the number of the signer in
     use, and before `renew_mono_seconds`."""
@@ -93,6 +94,7 @@ class CachedAssertion:
         self.signed_by = 0
 
 
+@mypyc_attr(acyclic=True)
 @dataclass(frozen=True, slots=True, eq=False)
 class Identity:
     """The identity behind a credential, computed once when its row enters the cache.

@@ -66,6 +66,13 @@ _LIKE_A_KEY = re.compile(rf"([0-9a-z]+_(?:{_KINDS})_)[0-9a-z]{{{_RECOGNISABLE_DI
 _UNUSED: Final = hashlib.sha256()
 
 
+def digest_of(plaintext: bytes) -> KeyDigest:
+    """SHA-256 of a whole key, 32 bytes."""
+    hashing = _UNUSED.copy()
+    hashing.update(plaintext)
+    return KeyDigest(hashing.digest())
+
+
 @mypyc_attr(acyclic=True)
 class SecretKey:
     """A whole key in plaintext. No `repr`, `str`, format string, pickle or comparison shows or leaks it."""
@@ -81,9 +88,7 @@ class SecretKey:
 
     def digest(self) -> KeyDigest:
         """SHA-256 of the whole key, 32 bytes."""
-        hashing = _UNUSED.copy()
-        hashing.update(self._plaintext)
-        return KeyDigest(hashing.digest())
+        return digest_of(self._plaintext)
 
     def __repr__(self) -> str:
         return "SecretKey(<not shown>)"

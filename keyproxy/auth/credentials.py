@@ -29,7 +29,7 @@ from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from keyproxy.auth import agent_token_format
-from keyproxy.auth.api_key import KeyFormat, SecretKey
+from keyproxy.auth.api_key import KeyFormat, SecretKey, digest_of
 from keyproxy.http_messages import CredentialField, RequestFields, RequestHead, RequestLine
 from keyproxy.model import KeyDigest
 from keyproxy.reasons import Reason, Refusal
@@ -69,11 +69,11 @@ def digest(head: RequestHead, key_format: KeyFormat) -> KeyDigest:
         raise Refusal(Reason.KEY_IN_URL)
     found = head.digest
     if found is None:
-        key = _presented(head)
-        head.key_part = _part(key)
-        if key_format.is_of_oauth(key.reveal()):
-            _check_access_token(head, key, key_format)
-        found = head.digest = key.digest()
+        plaintext = _presented(head)
+        head.key_part = _part(plaintext)
+        if key_format.is_of_oauth(plaintext):
+            _check_access_token(head, plaintext, key_format)
+        found = head.digest = digest_of(plaintext)
     if not head.is_free_of_key:
         _take_out(head, head.key_part)
     return found
@@ -87,7 +87,7 @@ def discard(head: RequestHead) -> None:
         return
     for field in head.credentials:
         after_scheme = b"" if field.name == b"x-api-key" else field.value.partition(b" ")[2].strip()
-        part = _part(SecretKey(after_scheme or field.value))
+        part = _part(after_scheme or field.value)
         if len(part) >= _WORD_BYTES_MIN:
             _take_out(head, part)
     head.is_free_of_key = True
@@ -96,16 +96,15 @@ def discard(head: RequestHead) -> None:
 def checked(head: RequestHead, key_format: KeyFormat) -> SecretKey:
     """The one key or token of a request, for the lookup of an unknown digest. Raises a Refusal for one that cannot exist:
     an agent token has the form of a JSON Web Token."""
-    key = _presented(head)
-    plaintext = key.reveal()
+    plaintext = _presented(head)
     if key_format.is_of_oauth(plaintext):
-        _check_access_token(head, key, key_format)
+        _check_access_token(head, plaintext, key_format)
         may_exist = key_format.may_be_access_token(plaintext)
     else:
         may_exist = key_format.may_exist(plaintext) or agent_token_format.is_jwt(plaintext)
     if not may_exist:
         raise Refusal(Reason.KEY_INVALID, "malformed, or wrong checksum")
-    return key
+    return SecretKey(plaintext)
 
 
 def has_access_token(head: RequestHead, key_format: KeyFormat) -> bool:
@@ -115,7 +114,7 @@ def has_access_token(head: RequestHead, key_format: KeyFormat) -> bool:
             break
     else:
         return False
-    return key_format.begins_as_access_token(_presented(head).reveal())
+    return key_format.begins_as_access_token(_presented(head))
 
 
 def shows_key(head: RequestHead, text: bytes, key_format: KeyFormat) -> bool:
@@ -126,21 +125,22 @@ def shows_key(head: RequestHead, text: bytes, key_format: KeyFormat) -> bool:
     return bool(head.key_part) and _stands_in(text, head.key_part)
 
 
-def _presented(head: RequestHead) -> SecretKey:
+def _presented(head: RequestHead) -> bytes:
+    """The plaintext of the one key. Raises a Refusal."""
     credentials = head.credentials
     if len(credentials) == 1:
         only = credentials[0]
-        return SecretKey(_plaintext(only.name, only.value))
+        return _plaintext(only.name, only.value)
     if not credentials:
         raise Refusal(Reason.KEY_MISSING)
-    return SecretKey(_the_same(credentials))
+    return _the_same(credentials)
 
 
-def _check_access_token(head: RequestHead, key: SecretKey, key_format: KeyFormat) -> None:
+def _check_access_token(head: RequestHead, plaintext: bytes, key_format: KeyFormat) -> None:
     """Raise a Refusal for a secret of OAuth, unless it is an access token that is presented as one everywhere."""
     if not key_format.accepts_access_tokens:
         raise Refusal(Reason.KEY_INVALID, "OAuth is not configured")
-    if not key_format.begins_as_access_token(key.reveal()):
+    if not key_format.begins_as_access_token(plaintext):
         raise Refusal(Reason.KEY_INVALID, "a refresh token or client secret, which no route accepts")
     for field in head.credentials:
         if field.name == b"x-api-key" or field.value[: len(_BEARER)].lower() != _BEARER:
@@ -177,10 +177,9 @@ def _the_same(credentials: tuple[CredentialField, ...]) -> bytes:
     return first
 
 
-def _part(key: SecretKey) -> bytes:
+def _part(plaintext: bytes) -> bytes:
     """The search pattern for a key: its longest word, which URL encoding does not change; of a JSON Web Token, that of
     its signature."""
-    plaintext = key.reveal()
     signature = agent_token_format.signature_of(plaintext)
     if len(signature) >= _WORD_BYTES_MIN:
         # Random throughout, so that any word of it is as good as the longest, and any long part of a word.

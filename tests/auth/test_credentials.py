@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from urllib.parse import quote
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from keyproxy.auth import credentials
 from keyproxy.auth.api_key import KeyFormat, masked
@@ -235,6 +238,35 @@ def test_on_a_public_route_the_lines_with_a_token_are_dropped_but_not_those_that
     request = holding(token, header, b"Cookie: t=" + token, b"A: 1")
     credentials.discard(request)
     assert request.block == header + b"\r\nA: 1\r\n"
+
+
+#: Foreign keys of several words: without `_`, with the longest one first, in the middle or last.
+_KEYS = st.text(alphabet="aZ09_-.", min_size=16, max_size=70).map(str.encode)
+
+
+@given(st.sampled_from([KEY, FOREIGN]) | _KEYS)
+def test_lines_with_the_longest_word_of_a_key_are_dropped_whatever_the_form_of_the_key(key: bytes) -> None:
+    word = max(re.findall(rb"[0-9A-Za-z]+", key), key=len, default=b"")
+    shown = word if len(word) >= 16 else key
+    request = holding(key, b"A: 1", b"Cookie: a=" + quote(key).encode() + b";", b"X: " + shown, b"B: 2")
+    credentials.digest(request, fakes.FORMAT)
+    assert request.block == b"A: 1\r\nB: 2\r\n"
+
+
+@given(
+    st.sampled_from([b"Api-Key", b"Bearer", b"api-key", b"BEARER", b"Basic", b"Api-Key:", b"Bearer Bearer", b""]),
+    st.text(alphabet=" \t", max_size=3).map(str.encode),
+    st.text(alphabet="aZ09_- \t", max_size=12).map(str.strip).map(str.encode),
+)
+def test_key_is_what_follows_the_scheme_after_spaces_and_contains_no_blank(
+    scheme: bytes, blanks: bytes, key: bytes
+) -> None:
+    value = (scheme + blanks + key).strip(b" \t")
+    found = re.fullmatch(rb"(?:api-key|bearer) +([^ \t]+)", value, re.IGNORECASE)
+    if found is None:
+        assert refused(head((AUTH, value))).reason in {Reason.KEY_INVALID, Reason.KEY_MISSING}
+    else:
+        assert credentials.digest(head((AUTH, value)), fakes.FORMAT) == hashlib.sha256(found[1]).digest()
 
 
 def test_key_in_the_url_is_refused_even_if_a_similar_head_is_cached() -> None:

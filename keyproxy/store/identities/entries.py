@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import collections
+import itertools
 from collections.abc import Hashable
 from typing import Final, Generic, TypeVar
 
 from keyproxy.model import Identity
+from keyproxy.mypyc_compat import mypyc_attr
 from keyproxy.store.identities.groups import Group
 
 _Key = TypeVar("_Key", bound=Hashable)
 
-#: How many recently used entries an eviction skips before it removes the oldest one anyway.
+#: How many recently used entries an eviction skips for each that it removes, before it removes the oldest one anyway.
 _SECOND_CHANCES_MAX: Final = 16
 
+#: A full table evicts this fraction of its entries at once, but no more than this number. One at a time would take
+#: quadratic time: a dict passes over the places of all entries that were removed at its beginning.
+_EVICTED_FRACTION: Final = 64
+_EVICTED_MAX: Final = 256
 
+
+@mypyc_attr(acyclic=True)
 class Entry:
     """One verified identity, and the groups that it depends on."""
 
@@ -43,6 +50,7 @@ class Entry:
         self.is_distrusted = True
 
 
+@mypyc_attr(acyclic=True)
 class ActingEntry(Entry):
     """The identity of a key that acts for a user. `key`: the group of the key and its owner; `user`: that of the user."""
 
@@ -66,16 +74,20 @@ _AnyEntry = TypeVar("_AnyEntry", bound=Entry)
 
 
 class EntryTable(Generic[_Key, _AnyEntry]):
-    """Entries by key, the oldest first, up to a bound. `rows` is read on the hot path."""
+    """Entries by key, the oldest first, up to a bound. `rows` is read on the hot path.
 
-    __slots__ = ("_entries_max", "rows")
+    A dict rather than an OrderedDict: it takes 70 bytes less for an entry, and a lookup half the time.
+    """
+
+    __slots__ = ("_entries_max", "_evicted_at_once", "rows")
 
     def __init__(self, entries_max: int) -> None:
         self._entries_max = entries_max
-        self.rows: collections.OrderedDict[_Key, _AnyEntry] = collections.OrderedDict()
+        self._evicted_at_once = min(max(entries_max // _EVICTED_FRACTION, 1), _EVICTED_MAX)
+        self.rows: dict[_Key, _AnyEntry] = {}
 
     def put(self, key: _Key, entry: _AnyEntry, now: float) -> None:
-        """Add an entry, or replace it. Full: evict the oldest one, but skip one that was used in the last minute."""
+        """Add an entry, or replace it. Full: evict the oldest ones, but skip those that were used in the last minute."""
         before = self.rows.pop(key, None)
         if before is not None:
             entry.mark_due = before.mark_due
@@ -84,12 +96,19 @@ class EntryTable(Generic[_Key, _AnyEntry]):
         self.rows[key] = entry
 
     def _make_room(self, now: float) -> None:
-        for _ in range(min(_SECOND_CHANCES_MAX, len(self.rows))):
-            key, entry = self.rows.popitem(last=False)
-            if entry.mark_due <= now:
+        left, chances = self._evicted_at_once, self._evicted_at_once * _SECOND_CHANCES_MAX
+        for key in list(itertools.islice(self.rows, left + chances)):
+            entry = self.rows.pop(key)
+            if chances and entry.mark_due > now:
+                self.rows[key] = entry
+                chances -= 1
+                continue
+            left -= 1
+            if not left:
                 return
-            self.rows[key] = entry
-        self.rows.popitem(last=False)
+        # Fewer entries than that, and all of them were used in the last minute.
+        for key in list(itertools.islice(self.rows, left)):
+            del self.rows[key]
 
     def forget_all(self) -> None:
         """Serve no entry before it is looked up, even while the store is down."""

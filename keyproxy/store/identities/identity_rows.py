@@ -81,13 +81,15 @@ def identity_of(row: Row, header_prefix: str, resources: TokenResources = NO_RES
     A token for another resource is no credential here, whatever else its row contains.
     """
     user, expires = row["user_id"], row["expires_wall_seconds"]
+    key_id, lineage = row["key_id"], row["key_pool"]
     scopes = bounded_scopes(row["scopes"], f"key {row['key_id']}")
     oauth = _oauth_of(row)
     is_for_us = oauth is None or resources.include(row["resource"], is_test=row["is_test"])
     return Identity(
-        key_id=row["key_id"],
+        key_id=key_id,
         user_id=user,
-        tenant_id=row["tenant_id"],
+        # A tenant may have 100,000 keys, and most keys replace no other: equal texts are one object.
+        tenant_id=sys.intern(row["tenant_id"]),
         scopes=scope_set(tuple(scopes)),
         is_test=row["is_test"],
         expires_wall_seconds=NEVER if expires is None else expires,
@@ -96,7 +98,7 @@ def identity_of(row: Row, header_prefix: str, resources: TokenResources = NO_RES
         allowance=allowance_of(pools_of(row, user)),
         retiring_field=retiring_field_of(row, header_prefix),
         can_act=row["can_act"],
-        lineage=row["key_pool"],
+        lineage=key_id if lineage == key_id else lineage,
         oauth=oauth,
     )
 
