@@ -58,13 +58,8 @@ class RequestStream:
         head = self.last_head = reader.read(buffer, end, self.last_head)
         content, rest = b"", buffer[end + 4 :]
         if head.has_body:
-            if head.fields.is_chunked:
-                self.body = _chunked(reader)
-                content, rest = self.body.feed(rest)
-            else:
-                counted = CountedBody(head.content_length)
-                content, rest = counted.feed(rest)
-                self.body = counted
+            body = self.body = _chunked(reader) if head.fields.is_chunked else CountedBody(head.content_length)
+            content, rest = body.feed(rest)
         else:
             self.body = _NO_BODY
         if rest == b"\r\n" and not head.fields.opens_tunnel:
