@@ -19,7 +19,7 @@ Rejected: a table of whole heads, which a single trace header defeats and which 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
 from keyproxy.auth.agent_token_format import START_BYTES
@@ -328,7 +328,7 @@ class ResponseReader(_Reader[ResponseFields]):
         return head
 
 
-def _filled(line: RequestLine, shape: Shape[RequestFields], values: Sequence[bytes]) -> RequestHead:
+def _filled(line: RequestLine, shape: Shape[RequestFields], values: tuple[bytes, ...]) -> RequestHead:
     """Build a request head of a known shape."""
     credentials = [CredentialField(name, values[place].strip(_OWS)) for place, name in shape.credentials]
     content_length = int(values[shape.content_length]) if shape.content_length >= 0 else 0

@@ -11,7 +11,7 @@ client that always sends new heads costs their parsing and seldom more.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
 from keyproxy.http.headers import Kind
@@ -117,14 +117,14 @@ class Shape(Generic[_Fields]):
         if self._sightings == LEARNT_AFTER and len(self._pattern) <= _PATTERN_BYTES_MAX:
             self._match = re.compile(self._pattern).fullmatch
 
-    def values(self, buffer: bytes, at: int, end: int) -> Sequence[bytes] | None:
+    def values(self, buffer: bytes, at: int, end: int) -> tuple[bytes, ...] | None:
         """Return the values in the holes, for a head with lines from `at` to `end`; None if it has another shape."""
         if self._match is None:
             return None
         match = self._match(buffer, at, end)
         return None if match is None else match.groups()
 
-    def block(self, values: Sequence[bytes]) -> bytes:
+    def block(self, values: tuple[bytes, ...]) -> bytes:
         """Return the forwarded lines of a head with these values."""
         block = self._first
         for place, after in self._going:
