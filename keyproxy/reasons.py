@@ -292,12 +292,22 @@ class Reason(enum.Enum):
         "The proxy failed to handle the request. Its log has the details under the request id.",
     )
 
-    def __init__(self, code: str, status: int, *more: object) -> None:
-        # Plain attributes: `value` is looked up by a descriptor, which takes ten times as long.
-        #: The public, stable name.
-        self.code = code
-        self.status = status
-        self.retry_after_seconds: int | None = self._value_.retry_after_seconds
+    # `_value_`, since `value` is looked up by a descriptor of Python code, in several places for each refusal.
+
+    @property
+    def code(self) -> str:
+        """The public, stable name."""
+        return self._value_.code
+
+    @property
+    def status(self) -> int:
+        """The HTTP status, unless it is configured."""
+        return self._value_.status
+
+    @property
+    def retry_after_seconds(self) -> int | None:
+        """The default wait; None: an unchanged retry cannot succeed."""
+        return self._value_.retry_after_seconds
 
 
 class LimitReason(enum.Enum):
@@ -314,8 +324,10 @@ class LimitReason(enum.Enum):
     BODY_MEMORY = "body_memory"
     NONE = ""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    @property
+    def text(self) -> str:
+        """The name that callers and logs see; empty if there is nothing to distinguish."""
+        return self._value_
 
 
 #: An exhausted window. The operator may set the status of these reasons with `errors.spent_status`.

@@ -66,7 +66,7 @@ def make_token_id(entropy: bytes) -> str:
 def signature_of(plaintext: bytes) -> bytes:
     """The signature of a JSON Web Token; empty if these bytes have another form."""
     # For every presented key: an expression takes ten times as long.
-    if not plaintext.startswith(_OBJECT_START) or plaintext.count(b".") != 2:
+    if plaintext[: len(_OBJECT_START)] != _OBJECT_START or plaintext.count(b".") != 2:
         return b""
     return plaintext.rpartition(b".")[2]
 

@@ -197,9 +197,9 @@ def _part(plaintext: bytes) -> bytes:
 
 def _take_out(head: RequestHead, part: bytes) -> None:
     """Drop every line that contains the key. Raises a Refusal if a line with the key cannot be dropped."""
-    block = head.block
+    block, target = head.block, head.line.target
     # `find` takes less than half the time of `in`, which first tries its operand as an integer.
-    if head.line.target.find(part) >= 0 and _stands_in(head.line.target, part):
+    if len(part) <= len(target) and target.find(part) >= 0 and _stands_in(target, part):
         # A foreign key, which cannot be recognised in the target by its format.
         line = head.line
         head.line = RequestLine(line.method, line.target, line.path, line.minor_version, line.start, holds_key=True)

@@ -14,7 +14,6 @@ import asyncio
 import collections
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from keyproxy.platform.tasks import cancel_all
@@ -44,7 +43,10 @@ _ATTEMPTS_MAX: Final = 5
 UNUSABLE: Final = (ValueError, TypeError, ArithmeticError, LookupError, RecursionError)
 
 
-@dataclass(frozen=True, slots=True)
+def _no_groups(_subject: object) -> Sequence[Group]:
+    return ()
+
+
 class LookupQuery(Generic[_Subject]):
     """The query for a batch of subjects, and how to read its rows.
 
@@ -53,14 +55,26 @@ class LookupQuery(Generic[_Subject]):
     `share`: what the subject belongs to that may have only some subjects waiting; None: there is no such bound.
     """
 
-    statement: str
-    plural: str
-    parameters: Callable[[list[_Subject]], Sequence[object]]
-    subject: Callable[[Row], _Subject]
-    name: Callable[[Row], str]
-    groups: Callable[[Row], Sequence[Group]]
-    groups_of_subject: Callable[[_Subject], Sequence[Group]] = lambda _subject: ()
-    share: Callable[[_Subject], Hashable] | None = None
+    def __init__(
+        self,
+        statement: str,
+        plural: str,
+        *,
+        parameters: Callable[[list[_Subject]], Sequence[object]],
+        subject: Callable[[Row], _Subject],
+        name: Callable[[Row], str],
+        groups: Callable[[Row], Sequence[Group]],
+        groups_of_subject: Callable[[_Subject], Sequence[Group]] = _no_groups,
+        share: Callable[[_Subject], Hashable] | None = None,
+    ) -> None:
+        self.statement: Final = statement
+        self.plural: Final = plural
+        self.parameters: Final = parameters
+        self.subject: Final = subject
+        self.name: Final = name
+        self.groups: Final = groups
+        self.groups_of_subject: Final = groups_of_subject
+        self.share: Final = share
 
 
 class Flight:
