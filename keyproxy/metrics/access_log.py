@@ -31,6 +31,7 @@ _UNWRITTEN_BYTES_MAX: Final = 16 << 20
 _COLLECTED_BYTES: Final = 128 << 10
 _CLOSE_SECONDS: Final = 2.0
 _PIPE_BYTES: Final = 4096
+_STDERR: Final = 2
 
 _OK: Final = "ok"
 _CLIENT_ERROR: Final = 400
@@ -40,8 +41,11 @@ _SERVER_ERROR: Final = 500
 class AccessLog:
     """Writes the access log. Lines beyond the bound are dropped and counted."""
 
-    def __init__(self, fd: int, *, wall_offset: Callable[[], float]) -> None:
-        """`fd`: the output. `wall_offset`: the difference between Unix time and the clock of the exchanges."""
+    def __init__(self, fd: int, *, wall_offset: Callable[[], float], has_siblings: bool = True) -> None:
+        """`fd`: the output. `wall_offset`: the difference between Unix time and the clock of the exchanges.
+
+        `has_siblings`: other processes may write to the same output.
+        """
         self.dropped = 0
         #: The fraction of successes that is logged.
         self.success_share = 1.0
@@ -56,8 +60,7 @@ class AccessLog:
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_all, name="access-log", daemon=True)
         self._lines = AccessLogLines()
-        # Several workers may write to one pipe, where only writes of up to PIPE_BUF are atomic.
-        self._is_shared = stat.S_ISFIFO(os.fstat(fd).st_mode)
+        self._writes_portions = _needs_portions(fd, has_siblings=has_siblings)
 
     def start(self) -> None:
         """Start the writer thread."""
@@ -116,7 +119,7 @@ class AccessLog:
         is_failing = False
         while (lines := self._queue.get()) is not None:
             try:
-                for portion in _portions(lines) if self._is_shared else (lines,):
+                for portion in _portions(lines) if self._writes_portions else (lines,):
                     view = memoryview(portion)
                     while view:
                         # Bound to a name, because mypyc evaluates the bound of a slice twice and would write twice.
@@ -129,6 +132,24 @@ class AccessLog:
                     _log.warning("cannot write the access log: %s; dropping lines until it is writable", error)
                 is_failing = True
             self._written_bytes += len(lines)
+
+
+def _needs_portions(fd: int, *, has_siblings: bool) -> bool:
+    """Whether only short writes keep lines whole: several writers share a pipe, or it does not block.
+
+    Each portion exchanges the GIL between the two threads: once per eight requests.
+    """
+    output = os.fstat(fd)
+    if not stat.S_ISFIFO(output.st_mode):
+        return False
+    return has_siblings or not os.get_blocking(fd) or _is_stderr(output)
+
+
+def _is_stderr(output: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(output, os.fstat(_STDERR))
+    except OSError:  # it is closed
+        return False
 
 
 def _portions(lines: bytes) -> Iterator[bytes]:

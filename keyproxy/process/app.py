@@ -75,7 +75,8 @@ class Proxy:
         self.providers = ProxyProviders()
         self.providers.prepare(settings)
         self._patterns = compile_patterns(settings.categories)
-        self._access_log = AccessLog(access_log_fd, wall_offset=clock.wall_offset)
+        has_siblings = settings.listen.workers != 1
+        self._access_log = AccessLog(access_log_fd, wall_offset=clock.wall_offset, has_siblings=has_siblings)
         self._watcher = Watcher(clock.now)
         self._recorder = Recorder(None, self._note_usage)
         self._log_as(settings)

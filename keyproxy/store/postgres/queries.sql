@@ -1373,11 +1373,12 @@ DELETE FROM keyproxy.claim_batches WHERE ctid = ANY (ARRAY(
 )) RETURNING 1;
 
 -- name: record_usage
--- Writes a batch of usage exactly once: see the function. $1 process, $2 batch, then the sums by column, and events as
--- JSON.
+-- Writes a batch of usage exactly once: see the function. $1 process, $2 batch, then the sums by column, each an array as
+-- text, and events as JSON.
 SELECT keyproxy.record_usage(
-    $1, $2, $3::date[], $4::text[], $5::text[], $6::text[], $7::bool[], $8::text[], $9::text[], $10::int8[], $11::int8[],
-    $12::int8[], $13::int8[], $14::int8[], $15::int8[], $16::int8[], $17::int8[], $18::int8[], $19::text::json
+    $1, $2, $3::text::date[], $4::text::text[], $5::text::text[], $6::text::text[], $7::text::bool[], $8::text::text[],
+    $9::text::text[], $10::text::int8[], $11::text::int8[], $12::text::int8[], $13::text::int8[], $14::text::int8[],
+    $15::text::int8[], $16::text::int8[], $17::text::int8[], $18::text::int8[], $19::text::json
 ) AS is_new;
 
 -- name: tend_usage

@@ -11,6 +11,7 @@ from keyproxy.ai.responses.token_use import TokenUse
 from keyproxy.model import Identity
 from keyproxy.platform.decimal_text import decimal
 from keyproxy.ports.exchange import Exchange
+from keyproxy.store.postgres.array_text import array_text
 
 #: Cached common parts of events per group; the cache is cleared when it is full.
 _ALIKE_MAX: Final = 256
@@ -191,21 +192,21 @@ class UsageBatch:
         groups = self.groups
         return (
             self.number,
-            [date.fromordinal(group.day + _EPOCH_ORDINAL) for group in groups],
-            [group.identity.tenant_id for group in groups],
-            [group.identity.user_id for group in groups],
-            [group.identity.key_id for group in groups],
-            [group.identity.is_test for group in groups],
-            [group.route for group in groups],
-            [group.model for group in groups],
-            [group.requests for group in groups],
-            [group.refusals for group in groups],
-            [group.tokens_in for group in groups],
-            [group.tokens_out for group in groups],
-            [group.estimated for group in groups],
-            [group.cached for group in groups],
-            [group.cache_write for group in groups],
-            [group.reasoning for group in groups],
-            [group.cost_micros for group in groups],
+            array_text([date.fromordinal(group.day + _EPOCH_ORDINAL) for group in groups]),
+            array_text([group.identity.tenant_id for group in groups]),
+            array_text([group.identity.user_id for group in groups]),
+            array_text([group.identity.key_id for group in groups]),
+            array_text([group.identity.is_test for group in groups]),
+            array_text([group.route for group in groups]),
+            array_text([group.model for group in groups]),
+            array_text([group.requests for group in groups]),
+            array_text([group.refusals for group in groups]),
+            array_text([group.tokens_in for group in groups]),
+            array_text([group.tokens_out for group in groups]),
+            array_text([group.estimated for group in groups]),
+            array_text([group.cached for group in groups]),
+            array_text([group.cache_write for group in groups]),
+            array_text([group.reasoning for group in groups]),
+            array_text([group.cost_micros for group in groups]),
             (b"[" + b",".join(self.events) + b"]").decode("utf-8") if self.events else None,
         )

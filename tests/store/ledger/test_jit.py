@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import date
 from typing import cast
 
@@ -13,6 +14,7 @@ from keyproxy.limits.ledger_protocol import Pool, Window
 from keyproxy.store.ledger.charge_dedup_postgres import PostgresClaims
 from keyproxy.store.ledger.postgres_backend import PostgresLedger
 from keyproxy.store.postgres import queries
+from keyproxy.store.postgres.array_text import array_text
 from keyproxy.store.postgres.database import Database
 from keyproxy.store.usage.usage_queries import DIMENSIONS
 from tests.contracts import LEASE_SECONDS, line, window
@@ -127,8 +129,9 @@ async def test_claims_usage_credits_and_cleanup_scan_no_large_table_and_are_not_
     await database.fetch("forget_windows", 0, 10)
     await database.fetch("tend_usage", 7, 400, 10)
     key = ([date(2026, 1, 31)], ["acme"], ["u_42"], ["key_1"], [False], ["r"], ["m"])
+    columns: list[Sequence[object]] = [*key, *([[1]] * 9)]
     for batch in (1, 2):
-        await database.fetch("record_usage", "p", batch, *key, *([[1]] * 9), None)
+        await database.fetch("record_usage", "p", batch, *map(array_text, columns), None)
     await sql.execute("SET client_min_messages = notice")
     assert len(plans) > 20
     assert [plan for plan in plans if "JIT:" in plan] == []

@@ -360,7 +360,7 @@ async def test_proxies_write_and_delete_usage_and_the_admin_side_reads_it(
     assert [row["requests"] for row in await reader.sums(UsageFilter(), ["user"], 10)] == [1]
     assert [event["user"] async for event in reader.events(UsageFilter())] == ["u_42"]
     with pytest.raises(StoreUnavailable, match="permission denied"):
-        await as_admin.fetch("record_usage", "x", 1, *([[]] * 16), None)
+        await as_admin.fetch("record_usage", "x", 1, *(["{}"] * 16), None)
 
 
 async def test_proxies_learn_habits_and_suspend_keys_by_functions_and_resume_none(

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import re
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from keyproxy.limits.ledger_protocol import Pool, Window
 from keyproxy.store.ledger.charge_dedup_postgres import PostgresClaims
 from keyproxy.store.ledger.postgres_backend import PostgresLedger
 from keyproxy.store.postgres import migrations
+from keyproxy.store.postgres.array_text import array_text
 from keyproxy.store.postgres.database import Database, StoreUnavailable
 from keyproxy.store.postgres.failures import translated
 from keyproxy.store.usage.usage_queries import UsageFilter, UsageReader
@@ -149,7 +151,8 @@ async def test_usage_of_both_releases_adds_up(previous: PreviousRelease, databas
     assert [await previous.record(batch, 1) for batch in (1, 2, 2)] == [True, True, False]
     arguments = ([date(2026, 1, 31)], ["acme"], ["u_42"], ["key_1"], [False], ["r"])
     for batch, model in enumerate(("", "gpt-4o"), 1):
-        await database.fetch("record_usage", "new", batch, *arguments, [model], *([[3]] * 9), None)
+        columns: list[Sequence[object]] = [*arguments, [model], *([[3]] * 9)]
+        await database.fetch("record_usage", "new", batch, *map(array_text, columns), None)
     nothing = (None,) * 5
     (row,) = await previous.fetch("usage_by", ["user"], *nothing, 10)
     assert (row["requests"], row["tokens_in"], row["tokens_estimated"]) == (8, 16, 20)
