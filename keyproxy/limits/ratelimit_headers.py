@@ -36,7 +36,10 @@ class _Beginning:
     def lists(self, leases: tuple[Lease, ...]) -> bool:
         """Whether these are the limits of the leases. Policies are shared, so that identity suffices."""
         policies = self.policies
-        return all(lease.policy is policies[number] for number, lease in enumerate(leases))
+        number = len(policies)
+        while number and leases[number - 1].policy is policies[number - 1]:
+            number -= 1
+        return not number
 
 
 class RateLimitHeaders:

@@ -101,6 +101,20 @@ def test_a_name_without_its_colon_is_no_member() -> None:
     assert outcome(b'{"model":"a","model" 1}', "openai") == (JsonError, "a colon is missing")
 
 
+@pytest.mark.parametrize("follows", [b"}", b',"a":1}', b" }", b"\n}", b"]}", b"x}", b".5}", b"e1}", b""])
+@pytest.mark.parametrize("digits", [b"0", b"1", b"9", b"50", b"01", b"-1", b"9" * 78, b"9" * 79, b"9" * 80, b"9" * 200])
+def test_whole_numbers_are_read_as_a_parser_reads_them(digits: bytes, follows: bytes) -> None:
+    content = b'{"max_tokens":' + digits + follows
+    found = outcome(content, "openai")
+    try:
+        json.loads(content)
+    except ValueError:
+        assert _is_fault(found)
+    else:
+        assert isinstance(found, tuple)
+        assert found[0]["max_tokens"] == (digits + follows).split(b",")[0].rstrip(b" \n}]")
+
+
 @given(contents, st.sampled_from([1, 60, 500]))
 def test_portions_of_any_size_give_the_same_result(content: bytes, budget: int) -> None:
     assert outcome(content, "openai", budget=budget) == outcome(content, "openai")

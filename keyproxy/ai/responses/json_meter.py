@@ -23,6 +23,7 @@ KEPT_BYTES_MAX: Final = 65_536
 _PIECE_BYTES: Final = 64
 
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+_MARK_BEGINS: Final = 0xEF
 
 
 class JsonMeter(Meter):
@@ -75,7 +76,7 @@ class JsonMeter(Meter):
             document = self._kept[0] if len(self._kept) == 1 else b"".join(self._kept)
             self._kept = [document]
             try:
-                has_mark = document[:1] == _BYTE_ORDER_MARK[:1]
+                has_mark = bool(document) and document[0] == _MARK_BEGINS
                 parsed = orjson.loads(document.removeprefix(_BYTE_ORDER_MARK) if has_mark else document)
             except ValueError:
                 members = MemberScanner(outermost_members(self._dialect, self._endpoint))

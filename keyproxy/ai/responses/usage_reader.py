@@ -54,15 +54,21 @@ class ResponseUsageReader:
     def read_document(self, document: dict[str, object]) -> None:
         """Read a response that is one document."""
         self._read_model(document)
-        for by_total in (False, True):
-            for fields in self._usage:
-                for place in fields.places:
-                    counts = member(document, place)
-                    if self.report is None and isinstance(counts, dict):
-                        self.report = report_in(fields, counts, by_total=by_total)
+        if self.report is None:
+            self.report = self._report_in(document, by_total=False) or self._report_in(document, by_total=True)
         if self.report is not None:
             self.reported_input = self.report
             self._has_last_report = True
+
+    def _report_in(self, document: dict[str, object], *, by_total: bool) -> UsageReport | None:
+        for fields in self._usage:
+            for place in fields.places:
+                counts = member(document, place)
+                if isinstance(counts, dict):
+                    report = report_in(fields, counts, by_total=by_total)
+                    if report is not None:
+                        return report
+        return None
 
     def read_event(self, event: dict[str, object], kind: str = "") -> bool:
         """Read an event of a stream; return whether it reports usage. `kind`: its type, if its framing states that."""
