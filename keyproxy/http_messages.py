@@ -130,6 +130,7 @@ def _is_json(media_type: bytes) -> bool:
     return not media_type or media_type == b"application/json" or media_type.endswith(b"+json")
 
 
+@mypyc_attr(acyclic=True)
 class RequestHead:
     """A parsed and validated request line with fields, well-formed HTTP/1.1.
 
@@ -220,6 +221,7 @@ class ResponseFields:
         object.__setattr__(self, "is_json", _is_json(self.media_type))
 
 
+@mypyc_attr(acyclic=True)
 class ResponseHead:
     """A validated status line and fields from an upstream. `block` and `raw` are as in `RequestHead`.
 
