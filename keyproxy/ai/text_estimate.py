@@ -264,7 +264,7 @@ def json_text(raw: bytes) -> bytes:
 
     `raw`: the strings as they stand in JSON, without their quotes, perhaps joined by `SEPARATOR`.
     """
-    if b"\\" not in raw:
+    if raw.find(b"\\") < 0:  # `in` tries the operand as a number first, at 2,000 instructions
         return raw
     for escape, character in _ESCAPES:
         raw = raw.replace(escape, character)
@@ -291,7 +291,7 @@ def _quarters(text: bytes) -> int:
     """Count a text of classes, in quarter tokens."""
     letters = text.translate(_LETTERS)
     tokens = text.count(b".") + _runs(letters, b"a") + letters.count(_7_LETTERS) + 6 * letters.count(_16_LETTERS)
-    if b"A" in text:
+    if text.find(b"A") >= 0:
         tokens += text.count(b"aA") + text.count(b"AAA")
     digits = text.count(b"0")
     if digits:
