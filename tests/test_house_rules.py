@@ -377,7 +377,6 @@ def test_reveal_is_called_only_where_a_key_is_issued_or_checked() -> None:
     }
     assert callers == {
         "keyproxy/auth/api_key.py",
-        "keyproxy/auth/credentials.py",
         "keyproxy/auth/minting.py",
         "keyproxy/authorize/tokens/token_endpoint.py",
         "keyproxy/cli/remote/remote_keys.py",
