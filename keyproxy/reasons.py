@@ -300,11 +300,6 @@ class Reason(enum.Enum):
         return self._value_.code
 
     @property
-    def status(self) -> int:
-        """The HTTP status, unless it is configured."""
-        return self._value_.status
-
-    @property
     def retry_after_seconds(self) -> int | None:
         """The default wait; None: an unchanged retry cannot succeed."""
         return self._value_.retry_after_seconds
@@ -323,11 +318,6 @@ class LimitReason(enum.Enum):
     PACE = "pace"
     BODY_MEMORY = "body_memory"
     NONE = ""
-
-    @property
-    def text(self) -> str:
-        """The name that callers and logs see; empty if there is nothing to distinguish."""
-        return self._value_
 
 
 #: An exhausted window. The operator may set the status of these reasons with `errors.spent_status`.

@@ -70,11 +70,11 @@ class ErrorRenderer:
 
     def status(self, reason: Reason) -> int:
         """The HTTP status for a reason."""
-        return self._statuses.get(reason, reason.status)
+        return self._statuses.get(reason, reason.value.status)
 
     def status_of(self, refusal: Refusal) -> int:
         """The HTTP status of one refusal. A window that is only reserved by requests in flight is always 429."""
-        return refusal.reason.status if refusal.is_held else self.status(refusal.reason)
+        return refusal.reason.value.status if refusal.is_held else self.status(refusal.reason)
 
     def render(
         self,
@@ -185,7 +185,7 @@ def _members(refusal: Refusal) -> dict[str, object]:
 
     `retryable`: the same request can be admitted later.
     """
-    limit, reason = refusal.limit, refusal.limit_reason.text
+    limit, reason = refusal.limit, refusal.limit_reason.value
     members: dict[str, object] = {}
     if limit is not None:
         members["policy"] = limit.policy.name

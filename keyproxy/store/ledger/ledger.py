@@ -176,7 +176,7 @@ class Ledger(ledger_port.Ledger):
     def _count(self, refusal: Refusal) -> None:
         if refusal.limit is not None:
             # Without the selector: models and routes would make a series each.
-            labels = refusal.limit.policy.name.partition("@")[0], refusal.limit_reason.text
+            labels = refusal.limit.policy.name.partition("@")[0], refusal.limit_reason.value
             self.refusals[labels] = self.refusals.get(labels, 0) + 1
 
     async def _bring(self, short: Short, check: Callable[[], object], patience: TimeBudget) -> None:

@@ -7,7 +7,7 @@ from keyproxy.http.error_shapes import MCP
 from keyproxy.http.own_response import OwnResponse
 from keyproxy.http.routes import ANY_ROUTE
 from keyproxy.ports.exchange import Exchange
-from keyproxy.reasons import Reason, Refusal
+from keyproxy.reasons import LimitReason, Reason, Refusal
 from keyproxy.wire.context import ServerContext
 from keyproxy.wire.responses import response_heads
 from keyproxy.wire.responses.response_writer import ResponseWriter
@@ -53,7 +53,8 @@ def note(refusal: Refusal, exchange: Exchange) -> None:
     """Record the refusal as the outcome of the exchange."""
     exchange.reason = refusal.reason
     exchange.refusal_detail = refusal.detail
-    exchange.limit_reason = refusal.limit_reason.text
+    if refusal.limit_reason is not LimitReason.NONE:
+        exchange.limit_reason = refusal.limit_reason.value
     if refusal.limit is not None:
         exchange.policy = refusal.limit.policy.name
     if refusal.members is not None:
