@@ -20,7 +20,7 @@ from keyproxy.http import headers
 from keyproxy.http.forwarding import TrustRule
 from keyproxy.http.headers import FieldNames
 from keyproxy.http.routes import ANY_ROUTE
-from keyproxy.http_messages import RequestHead
+from keyproxy.http_messages import RequestHead, RequestLine
 from keyproxy.metrics.access_log import AccessLog
 from keyproxy.metrics.recorder import REQUEST_BOUNDS, Histogram, Recorder
 from keyproxy.model import COMPLETED, AgentToken, Ending, Grant, Identity, OAuthSession, Permit
@@ -135,7 +135,7 @@ def test_a_path_is_escaped_so_that_it_adds_no_member_to_its_line(logged: Logged,
 def test_a_method_outside_the_known_ones_is_logged_as_sent(logged: Logged) -> None:
     one = ended()
     one.head = head_of()
-    one.head.line = dataclasses.replace(one.head.line, method=b'BREW"')
+    one.head.line = RequestLine(b'BREW"', b"/v1/x", b"/v1/x", 1, b'BREW" /v1/x HTTP/1.1')
     assert line_of(logged, one)["method"] == 'BREW"'
 
 
