@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import pytest
 
 from keyproxy.store.identities.identity_rows import identity_of
+from keyproxy.store.postgres.database import Row
 
 
-def row(key_id: str, *, lineage: str, tenant: str = "acme") -> dict[str, Any]:
+def row(key_id: str, *, lineage: str, tenant: str = "acme") -> Row:
     """A row with texts of its own, as those from the store have."""
-    return {
+    texts = {
         "key_id": key_id, "key_pool": "".join([*lineage]), "user_id": "u_42", "tenant_id": "".join([*tenant]),
         "scopes": ["jobs:write"], "is_test": False, "can_act": False, "expires_wall_seconds": None,
         "is_revoked": False, "is_suspended": False, "is_disabled": False, "is_retiring": False,
         "key_limits": None, "user_limits": None, "tenant_limits": None, "oauth_client": None,
     }  # fmt: skip
+    return cast("Row", texts)
 
 
 def test_identities_share_equal_texts() -> None:
