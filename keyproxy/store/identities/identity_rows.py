@@ -48,6 +48,8 @@ BY_ACCESS_TOKEN: Final[LookupQuery[AccessTokenDigest]] = LookupQuery(
     subject=lambda row: AccessTokenDigest(KeyDigest(row["digest"])),
     name=lambda row: f"session {row['key_id']}",
     groups=_groups_of,
+    # The feed reports a change of a token by its digest, as one of a key.
+    groups_of_subject=lambda token: (("key", token.digest),),
 )
 
 

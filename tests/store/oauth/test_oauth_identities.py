@@ -441,3 +441,39 @@ async def test_evicted_access_token_of_a_request_in_flight_is_looked_up_as_a_tok
         rig.cache.reviewed(access_token(1).digest(), before, rig.now())
     await caught.value.fetch_missing()
     assert rig.cache.reviewed(access_token(1).digest(), before, rig.now()).oauth is not None
+
+
+@pytest.mark.parametrize("is_refresh", [False, True])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM keyproxy.oauth_access_tokens",
+        "DELETE FROM keyproxy.oauth_sessions",
+        "UPDATE keyproxy.oauth_clients SET disabled_at = now()",
+    ],
+)
+async def test_lookup_of_an_access_token_that_a_change_overtakes_is_repeated(
+    rig: Rig, statement: str, *, is_refresh: bool
+) -> None:
+    await add_access_token(rig.sql)
+    await rig.feed.poll()
+    if is_refresh:
+        assert (await resolved(rig)).standing is None
+        rig.clock.advance(Cache().fresh_seconds)
+        await rig.feed.poll()
+    before = rig.door.queries["access_token_identities"]
+    hold = rig.door.hold("access_token_identities")
+    request = asyncio.create_task(rig.resolve(access_token(1)))
+    await hold.arrived.wait()
+    await rig.sql.execute(statement)
+    await rig.feed.poll()
+    hold.release()
+    # A request served from the stale entry was served before the change; the next one is not.
+    assert is_refresh or _is_refused(await request)
+    await rig.is_quiet()
+    assert _is_refused(await rig.resolve(access_token(1)))
+    assert rig.door.queries["access_token_identities"] == before + 2
+
+
+def _is_refused(found: Identity | Reason) -> bool:
+    return isinstance(found, Reason) or found.standing is not None
