@@ -158,6 +158,18 @@ async def test_a_chunk_that_can_never_be_taken_is_refused_before_anything_is_for
     assert wire.upstream.heads == []
 
 
+@pytest.mark.parametrize("rest", [b"bcdefghij\r\n0\r\n\r\n", b"bcdefghij", b"bcdefghij\r\n"])
+async def test_the_rest_of_a_chunk_counts_once_towards_the_largest_body(start: Start, rest: bytes) -> None:
+    wire = await start(listen={"body_bytes_max": 10})
+    async with wire.client() as client:
+        await client.send(request("POST", "/", "Transfer-Encoding: chunked") + b"a\r\na")
+        await asyncio.sleep(0.05)
+        await client.send(rest)
+        await asyncio.sleep(0.05)
+        await client.send(b"\r\n0\r\n\r\n"[len(rest.removeprefix(b"bcdefghij")) :])
+        assert (await client.answer()).status == 200
+
+
 # -- upstreams
 
 

@@ -223,6 +223,7 @@ class ChunkedBody(Body):
         end = self._at + self.remaining_bytes
         content.append(self._buffer[self._at : end])
         self._at = end
+        self.remaining_bytes = 0
         self._next = _AT_CONTENT_END
         return True
 
