@@ -64,8 +64,18 @@ _UNUSABLE: Final = (sockets.BindError, TlsError, PatternError, WatchedFileError)
 class Proxy:
     """A running data plane: the proxied port and the ops listener over one store."""
 
-    def __init__(self, settings: Settings, dsn: str, *, access_log_fd: int, keys: Sequence[SigningKey]) -> None:
-        """`keys`: to sign with, the oldest first. Raises TlsError, PatternError, WatchedFileError."""
+    def __init__(
+        self,
+        settings: Settings,
+        dsn: str,
+        *,
+        access_log_fd: int,
+        keys: Sequence[SigningKey],
+        has_siblings: bool = True,
+    ) -> None:
+        """`keys`: to sign with, the oldest first. `has_siblings`: other processes may write to the same access log; the
+        settings do not show that, since each worker has its own. Raises TlsError, PatternError, WatchedFileError.
+        """
         self._settings = settings
         self._dsn = dsn
         self._loop = asyncio.get_running_loop()
@@ -75,7 +85,6 @@ class Proxy:
         self.providers = ProxyProviders()
         self.providers.prepare(settings)
         self._patterns = compile_patterns(settings.categories)
-        has_siblings = settings.listen.workers != 1
         self._access_log = AccessLog(access_log_fd, wall_offset=clock.wall_offset, has_siblings=has_siblings)
         self._watcher = Watcher(clock.now)
         self._recorder = Recorder(None, self._note_usage)

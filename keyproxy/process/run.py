@@ -114,7 +114,8 @@ async def serve(
         control = None if private_ops is not None else Control(shutdown.begin)
         if control is not None:
             await stack.enter_async_context(control.open(startup_conflicts.of_proxy(settings, dsn)))
-        proxy = Proxy(settings, dsn, access_log_fd=access_log_fd, keys=changes.keys)
+        is_worker = private_ops is not None
+        proxy = Proxy(settings, dsn, access_log_fd=access_log_fd, keys=changes.keys, has_siblings=is_worker)
         proxy.control = control
         proxy.signing.drained = functools.partial(changes.end, proxy)
         proxy_socket = stack.enter_context(contextlib.closing(bound(settings.listen)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import json
 import os
 import resource
 import signal
@@ -202,6 +204,32 @@ async def test_a_rejected_reload_changes_nothing_and_logs_the_reason(site: Site)
         process.send_signal(signal.SIGHUP)
         # Logged at level info, which no rejected configuration has changed.
         await site.until_logged("configuration reloaded")
+
+
+async def test_lines_of_the_access_log_stay_whole_if_several_workers_write_to_one_pipe(
+    configure: Configure, dsn: str
+) -> None:
+    site = configure(dsn, listen={"workers": 2})
+    secret = (await site.key())["secret"]
+    reading, writing = os.pipe()
+    # So that a write of several lines is seldom made at once.
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    with Path(os.devnull).open("wb") as nowhere, os.fdopen(reading, "rb") as log:
+        process = await site.start("serve", out=writing, err=nowhere.fileno())
+        os.close(writing)
+        try:
+            await site.until_ready(process)
+            load = Load(site, secret)
+            async with load.running(connections=16):
+                await more(load, 800)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            # Not before: both workers have a backlog.
+            content, _ = await asyncio.gather(asyncio.to_thread(log.read), process.wait())
+    lines = [json.loads(line) for line in content.splitlines()]
+    assert [line["path"] for line in lines] == ["/"] * len(lines)
+    assert len(lines) == load.answered
+    assert not load.wrong
 
 
 async def test_all_workers_reload_or_none_and_later_workers_match_the_others(
