@@ -74,7 +74,8 @@ class LastUsed:
                 if is_paced and written:
                     await asyncio.sleep(_PAUSE_SECONDS)
                 notes = dict(items[written : written + portion])
-                await self._database.fetch("mark_used", list(notes), orjson.dumps(notes).decode())
+                times = orjson.dumps(notes, option=orjson.OPT_NON_STR_KEYS).decode()
+                await self._database.fetch("mark_used", list(notes), times)
                 written += len(notes)
         except (StoreUnavailable, StoreConflict) as error:
             _log.debug("last use of %d keys could not be written, retrying: %s", len(items) - written, error)

@@ -19,9 +19,9 @@ _ALIKE_MAX: Final = 256
 #: Identities whose groups are cached per batch; the cache is cleared when it is full.
 _CACHED_MAX: Final = 10_000
 
-#: A batch is divided into portions of about these sizes. The usage of half a second at 2,000 requests/s keeps a core of the
-#: server busy for 10 ms, which delays requests of proxies on the same machine; a portion of it for 1 ms. The number of
-#: portions is bounded, as each takes 0.2 ms of the proxy's CPU.
+#: A batch is divided into portions of about these sizes. The usage of half a second at 2,000 requests/s keeps a core of
+#: the server busy for 10 ms, which delays requests of proxies on the same machine; a portion of it for 1 ms. The number
+#: of portions is bounded, as each takes 0.2 ms of the proxy's CPU.
 _PORTION_GROUPS: Final = 64
 _PORTION_EVENT_BYTES: Final = 64 << 10
 _PORTIONS_MAX: Final = 8
