@@ -1,7 +1,7 @@
 """Usage by key: collected in memory from finished exchanges, written in batches, each of which counts once.
 
     take    sum finished exchanges by (day, key, mode, route, model), and keep each as an event
-    seal    turn what was collected into a numbered batch, which is resent unchanged until the write is confirmed
+    seal    turn what was collected into small numbered batches, each resent unchanged until its write is confirmed
     write   one statement, one transaction; the number of this process' last batch is stored with the sums
 
 A batch whose response is lost is sent again under its number, and counts once. While the store is unavailable, exchanges
@@ -33,7 +33,7 @@ from keyproxy.store.usage.usage_batch import UsageBatch, UsageGroup
 
 _log = logging.getLogger(__name__)
 
-#: A batch is sealed at either bound, so that writing one stays far below the statement timeout.
+#: What was collected is sealed at either bound, before it is due.
 _BATCH_GROUPS_MAX: Final = 5_000
 _BATCH_EVENT_BYTES_MAX: Final = 1 << 20
 
@@ -47,6 +47,11 @@ _TEND_RETRY_SECONDS: Final = 10.0
 _TEND_PORTION: Final = 2_000
 _WINDOWS_PORTION: Final = 1_000
 _RETRY_SECONDS: Final = 1.0
+
+#: The pause between two batches, in which the server's core serves others. With many batches the pauses are shorter.
+_PAUSE_SECONDS: Final = 0.005
+_PAUSES_SHARE: Final = 0.125
+
 _DAY_SECONDS: Final = 86_400
 
 #: An exchange with its labels: route, mode, code.
@@ -107,7 +112,7 @@ class UsageJournal:
     @property
     def pending_events(self) -> int:
         """The number of events that wait to be written."""
-        return self._batch.event_count + sum(batch.event_count for batch in self._sealed)
+        return len(self._batch.events) + sum(len(batch.events) for batch in self._sealed)
 
     def unwritten_seconds(self) -> float:
         """The maximum age of unwritten usage; 0.0 if nothing waits."""
@@ -126,7 +131,7 @@ class UsageJournal:
         by_key = self._batch.by_key
         records_events = self._usage.event_days > 0 and self._has_room_for(rows)
         wall_offset = now.wall_seconds - now.mono_seconds
-        events = []
+        events = self._batch.events
         for exchange, route, _, code in rows:
             identity = exchange.identity
             if identity is None:
@@ -142,9 +147,9 @@ class UsageJournal:
                     continue
             group.add(exchange)
             if records_events:
-                events.append(group.event(exchange, code, wall_offset))
-        if events:
-            self._keep(events)
+                event = group.event(exchange, code, wall_offset)
+                events.append(event)
+                self._batch.event_bytes += len(event)
         if len(self._batch.groups) >= _BATCH_GROUPS_MAX or self._batch.event_bytes >= _BATCH_EVENT_BYTES_MAX:
             self._seal()
 
@@ -161,24 +166,19 @@ class UsageJournal:
         self.dropped["events"] += sum(exchange.identity is not None for exchange, *_ in rows)
         return False
 
-    def _keep(self, events: Sequence[bytes]) -> None:
-        batch, encoded = self._batch, b",".join(events)
-        batch.events.append(encoded)
-        batch.event_bytes += len(encoded)
-        batch.event_count += len(events)
-
     def _seal(self) -> None:
         batch = self._batch
         if batch.groups:
-            self._sealed.append(batch)
+            portions = batch.portions()
+            self._sealed.extend(portions)
             self._sealed_groups += len(batch.groups)
             self._sealed_event_bytes += batch.event_bytes
-            self._batch = UsageBatch(batch.number + 1)
+            self._batch = UsageBatch(batch.number + len(portions))
 
     # -- writing
 
-    async def flush(self) -> None:
-        """Write everything that has been collected so far, if the store is available."""
+    async def flush(self, *, is_paced: bool = False) -> None:
+        """Write everything that has been collected so far, if the store is available. `is_paced`: pause in between."""
         for batch in self._to_write():
             try:
                 await self._database.fetch("record_usage", self._process, *batch.columns())
@@ -190,14 +190,17 @@ class UsageJournal:
                 requests = sum(group.requests + group.refusals for group in batch.groups)
                 _log.error("the store rejected the usage of %d requests, dropping it: %s", requests, conflict)
                 self.dropped["requests"] += requests
-                self.dropped["events"] += batch.event_count
+                self.dropped["events"] += len(batch.events)
             else:
                 self.counts["batches"] += 1
-                self.counts["events"] += batch.event_count
+                self.counts["events"] += len(batch.events)
                 self._note_success()
             self._sealed.popleft()
             self._sealed_groups -= len(batch.groups)
             self._sealed_event_bytes -= batch.event_bytes
+            if is_paced and self._sealed:
+                share = self._settle_seconds * _PAUSES_SHARE / len(self._sealed)
+                await asyncio.sleep(min(_PAUSE_SECONDS, share))
 
     def _to_write(self) -> Iterator[UsageBatch]:
         """The sealed batches, then the current one, sealed; each is repeated until the caller has removed it."""
@@ -222,7 +225,7 @@ class UsageJournal:
             if not (self._sealed or self._batch.groups):
                 self._written_mono = self._now().mono_seconds
                 continue
-            await self.flush()
+            await self.flush(is_paced=True)
 
     async def _tend_forever(self) -> None:
         """Prepare partitions for coming days, and delete expired ones."""

@@ -123,6 +123,39 @@ async def test_notes_of_many_keys_are_written_in_few_statements(rig: Rig, count:
     assert (await change_rows(rig.sql), await audit_rows(rig.sql)) == before
 
 
+@pytest.mark.parametrize(("count", "statements"), [(20, 1), (1_000, 50), (6_000, 100)])
+async def test_notes_are_written_in_small_portions_during_operation(rig: Rig, count: int, statements: int) -> None:
+    await add_user(rig.sql)
+    await rig.sql.execute(
+        "INSERT INTO keyproxy.api_keys (id, user_id, digest)"
+        " SELECT 'key_of_' || n, 'u_42', sha256(n::text::bytea) FROM generate_series(0, $1::int - 1) AS n",
+        count,
+    )
+    for entry in entries(count):
+        rig.last_used.mark(entry, rig.clock())
+    await rig.last_used.flush(is_paced=True)
+    assert await rig.sql.fetchval("SELECT count(*) FROM keyproxy.api_keys WHERE last_used_at IS NOT NULL") == count
+    assert rig.door.queries["mark_used"] == statements
+
+
+async def test_notes_that_a_cancelled_flush_has_not_written_are_written_by_the_next(rig: Rig) -> None:
+    await add_user(rig.sql)
+    await rig.sql.execute(
+        "INSERT INTO keyproxy.api_keys (id, user_id, digest)"
+        " SELECT 'key_of_' || n, 'u_42', sha256(n::text::bytea) FROM generate_series(0, 99) AS n"
+    )
+    for entry in entries(100):
+        rig.last_used.mark(entry, rig.clock())
+    flush = asyncio.create_task(rig.last_used.flush(is_paced=True))
+    while rig.door.queries["mark_used"] < 2:
+        await asyncio.sleep(0.001)
+    flush.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await flush
+    await rig.last_used.flush()
+    assert await rig.sql.fetchval("SELECT count(*) FROM keyproxy.api_keys WHERE last_used_at IS NOT NULL") == 100
+
+
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
 async def test_cost_of_a_note_does_not_grow_with_the_number_of_keys_with_outdated_statistics(
     sql: Sql, mode: str

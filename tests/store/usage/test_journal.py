@@ -302,6 +302,43 @@ async def test_usage_is_written_every_settle_seconds(database: Database, sql: Sq
     await journal.close()
 
 
+@pytest.mark.parametrize(("people", "requests", "batches"), [(64, 1, 1), (65, 1, 2), (640, 1, 8), (1, 2_000, 4)])
+async def test_usage_is_written_in_small_batches_that_count_every_request_and_event_once(
+    journal: UsageJournal, sql: Sql, people: int, requests: int, batches: int
+) -> None:
+    for number in range(people):
+        who = fakes.identity(f"u_{number}")
+        journal.take(rows(*(ended(who) for _ in range(requests))))
+    assert journal.pending_events == people * requests
+    await journal.flush()
+    assert journal.pending_events == 0
+    assert journal.counts == {"batches": batches, "events": people * requests, "failures": 0}
+    assert {row["requests"] for row in await usage(sql)} == {requests}
+    assert await total(sql) == people * requests
+    events = "SELECT count(*), count(DISTINCT request_id), count(DISTINCT id) FROM keyproxy.usage_events"
+    assert [tuple(row) for row in await sql.fetch(events)] == [(people * requests,) * 3]
+
+
+async def test_batch_among_several_whose_response_is_lost_counts_once(dsn: str, sql: Sql, clock: Clock) -> None:
+    runner = StatementRunner(dsn)
+    await runner.open()
+    journal = UsageJournal(runner, Usage(), clock, settle_seconds=0.5)
+
+    def lose(_rows: Sequence[Row]) -> Sequence[Row]:
+        if runner.queries["record_usage"] == 3:
+            raise StoreUnavailable("the response is lost")
+        return _rows
+
+    runner.edit["record_usage"] = lose
+    for turn in range(3):
+        journal.take(rows(*(ended(fakes.identity(f"u_{turn}_{number}")) for number in range(200))))
+        await journal.flush(is_paced=True)
+    await runner.close()
+    assert journal.counts["failures"] == 1
+    assert await total(sql) == 600
+    assert await sql.fetchval("SELECT count(*) FROM keyproxy.usage_events") == 600
+
+
 async def test_processes_that_write_the_same_rows_in_any_order_do_not_deadlock(
     database: Database, sql: Sql, clock: Clock
 ) -> None:
