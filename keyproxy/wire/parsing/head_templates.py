@@ -126,7 +126,8 @@ class Shape(Generic[_Fields]):
 
     def block(self, values: tuple[bytes, ...]) -> bytes:
         """Return the forwarded lines of a head with these values."""
-        block = self._first
+        parts = [self._first]
         for place, after in self._going:
-            block += values[place] + after
-        return block
+            parts.append(values[place])
+            parts.append(after)
+        return b"".join(parts)
