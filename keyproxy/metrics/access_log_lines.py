@@ -77,7 +77,7 @@ class AccessLogLines:
             self._second = second
             self._second_text = self._second_texts.get(second) or self._start(second)
         client = b"" if exchange.peer is None else exchange.peer.recorded_address(head)
-        trace = b"" if head is None or not head.fields.has_traceparent else trace_id(head.block)
+        trace = b"" if head is None or not head.fields.has_traceparent else trace_id(head.block, head.traceparent)
         about, session = self._about(identity, row[2])
         # mypyc concatenates at once what a format has as %b only.
         return b'%b%bZ","request_id":"%b%b%b%b%b%b%b%b,"duration_seconds":%b,"upstream_seconds":%b%b%b%b}\n' % (
