@@ -372,8 +372,8 @@ def phases(bench: Bench, raws: Sequence[bytes]) -> dict[str, Callable[[], object
     next_raw = itertools.cycle(raws).__next__
     return {
         "(an empty call)": lambda: None,
-        "1 read": lambda: reader.read(other_head, end + 1, head),
-        "1 read, repeated bytes": lambda: reader.read(head_bytes, end, head),
+        "1 read": lambda: reader.read_alike(other_head, head, len(other_head)),
+        "1 read, repeated bytes": lambda: reader.read_alike(head_bytes, head, len(head_bytes)),
         "2 present": lambda: present(head),
         "4 admit": lambda: authorization.admit(
             bench.identity, bench.routes.match(head.line.method, head.line.path), now
@@ -381,8 +381,8 @@ def phases(bench: Bench, raws: Sequence[bytes]) -> dict[str, Callable[[], object
         "6 dress": lambda: headers.build_upstream_head(
             head, head.block, permit, request_id=b"0123456789", forwarding=forwarding, host=b"u"
         ),
-        "7 read response": lambda: responses.read(other_response, response_end + 1, response),
-        "7 repeated bytes": lambda: responses.read(response_bytes, response_end, response),
+        "7 read response": lambda: responses.read_alike(other_response, response),
+        "7 repeated bytes": lambda: responses.read_alike(response_bytes, response),
         "the whole": lambda: bench.whole(next_raw()),
     }
 

@@ -140,7 +140,8 @@ class RequestHead:
     fields with names in lower case, trusted only from a trusted peer. `raw` is the head as received, empty if it must
     not be compared. `credentials` stores three values here: `digest`; `key_part`, the search pattern for other
     occurrences of the key; `is_free_of_key`, set once no other field contains it.
-    `act_for`: the value of the Act-For header, None without one.
+    `act_for`: the value of the Act-For header, None without one. `traceparent`: the value of the field, as received;
+    empty if it has to be looked for among the lines.
     """
 
     __slots__ = (
@@ -157,6 +158,7 @@ class RequestHead:
         "line",
         "raw",
         "request_id",
+        "traceparent",
     )
 
     def __init__(
@@ -177,6 +179,7 @@ class RequestHead:
         self.forwarded: tuple[tuple[bytes, bytes], ...] = ()
         self.request_id: bytes | None = None
         self.act_for: bytes | None = None
+        self.traceparent = b""
         self.raw = b""
         self.digest: KeyDigest | None = None
         self.key_part = b""

@@ -29,7 +29,7 @@ from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from keyproxy.auth import agent_token_format
-from keyproxy.auth.api_key import KeyFormat, SecretKey, digest_of
+from keyproxy.auth.api_key import CHECKSUM_DIGITS, RANDOM_DIGITS, KeyFormat, SecretKey, digest_of
 from keyproxy.http_messages import CredentialField, RequestFields, RequestHead, RequestLine
 from keyproxy.model import KeyDigest
 from keyproxy.reasons import Reason, Refusal
@@ -56,7 +56,11 @@ _LENGTH: Final = b"content-length"
 _BEARER: Final = b"bearer"
 _SCHEMES: Final = (b"api-key", _BEARER)
 #: How clients nearly always write the schemes. Any other spelling is parsed.
-_USUAL_SCHEMES: Final = (b"Api-Key", b"Bearer")
+_USUAL_API_KEY: Final = b"Api-Key "
+_USUAL_BEARER: Final = b"Bearer "
+_SPACE: Final = 0x20
+_TAB: Final = 0x09
+_UNDERSCORE: Final = 0x5F
 _OUR_SCHEME = re.compile(rb"(?:api-key|bearer)(?:[ \t]|$)", re.IGNORECASE)
 
 
@@ -152,11 +156,14 @@ def _plaintext(name: bytes, value: bytes) -> bytes:
         if not value:
             raise Refusal(Reason.KEY_INVALID, "X-Api-Key is empty")
         return value
-    at = value.rfind(b" ")
-    if at > 0 and value[:at] in _USUAL_SCHEMES and value.find(b"\t") < 0:
-        usual = value[at + 1 :]
-        if usual:
-            return usual
+    usual = b""
+    if value.startswith(_USUAL_API_KEY):
+        usual = value[len(_USUAL_API_KEY) :]
+    elif value.startswith(_USUAL_BEARER):
+        usual = value[len(_USUAL_BEARER) :]
+    # A byte as an integer is looked for in a quarter of the time that `find` takes.
+    if usual and _SPACE not in usual and _TAB not in usual:
+        return usual
     scheme, _, after = value.partition(b" ")
     if scheme.lower() in _SCHEMES:
         key = after.lstrip(b" ")
@@ -189,7 +196,10 @@ def _part(plaintext: bytes) -> bytes:
         random = _LONG_WORD.search(signature)
         return signature if random is None else random[0]
     # The digits of our own keys: longer than all that precedes them. An expression takes ten times as long.
-    word = plaintext[plaintext.rfind(b"_") + 1 :]
+    at = len(plaintext) - RANDOM_DIGITS - CHECKSUM_DIGITS
+    if at <= 0 or plaintext[at - 1] != _UNDERSCORE:
+        at = plaintext.rfind(b"_") + 1
+    word = plaintext[at:]
     if 2 * len(word) <= len(plaintext) or not word.isalnum():
         word = max(_WORD.findall(plaintext), key=len, default=b"")
     return word if len(word) >= _WORD_BYTES_MIN else plaintext

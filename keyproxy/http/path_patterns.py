@@ -8,6 +8,7 @@ value `a:run`.
 
 from __future__ import annotations
 
+import enum
 import re
 from typing import Final, NamedTuple
 
@@ -24,6 +25,17 @@ _PLACEHOLDER = re.compile(rf"\{{([a-z][a-z0-9_]*)(\.\.\.)?\}}({_TEXT}*)")
 
 class InvalidPatternError(ValueError):
     """A route pattern that cannot be compiled. The text names the fault."""
+
+
+class Rest(enum.Enum):
+    """What follows the constant start of the paths that a pattern matches. For most patterns no expression is needed."""
+
+    NOTHING = "nothing"
+    #: One segment that is not empty.
+    ONE_VALUE = "one value"
+    ANYTHING = "anything"
+    #: Only the expression matches these.
+    EXPRESSION = "expression"
 
 
 class Segment(NamedTuple):
@@ -80,6 +92,18 @@ class PathPattern(NamedTuple):
                 break
             start += segment.text
         return start.encode("ascii")
+
+    @property
+    def rest(self) -> Rest:
+        """What of a matching path follows `start`."""
+        if not self.has_placeholder:
+            return Rest.NOTHING
+        first = next(place for place, segment in enumerate(self.segments) if segment.name)
+        segment = self.segments[first]
+        if segment.is_rest:
+            return Rest.ANYTHING
+        is_last = first == len(self.segments) - 1
+        return Rest.ONE_VALUE if is_last and not segment.text else Rest.EXPRESSION
 
     def compiled(self, *, captured: str | None = "") -> re.Pattern[bytes]:
         """An expression that matches whole paths. `captured`: see `Segment.expression`; empty: no group."""

@@ -14,19 +14,22 @@ _SLASHES = re.compile(rb"/{2,}")
 _ENCODED_SLASH = re.compile(rb"%2f", re.IGNORECASE)
 _TWICE_ENCODED_SLASH: Final = b"%252F"
 
+_PERCENT: Final = 0x25
+_SEMICOLON: Final = 0x3B
+
 #: Segments that a server removes, or that lead elsewhere.
 _UNSTABLE: Final = (b"", b".", b"..")
 
 
 def is_folded_by_some(path: bytes) -> bool:
     """Whether any server reads the path differently from how it was sent."""
-    # `find` takes less time than `in`, which first tries its operand as an integer; `any` would make a generator.
-    return path.find(b"%") >= 0 or path.find(b"//") >= 0 or path.find(b";") >= 0
+    # A byte as an integer is looked for in a quarter of the time that `find` takes; `any` would make a generator.
+    return _PERCENT in path or path.find(b"//") >= 0 or _SEMICOLON in path
 
 
 def has_encoded_slash(path: bytes) -> bool:
     """Whether the path has `%2F`."""
-    return path.find(b"%") >= 0 and _ENCODED_SLASH.search(path) is not None
+    return _PERCENT in path and _ENCODED_SLASH.search(path) is not None
 
 
 def readings(path: bytes) -> set[bytes]:

@@ -39,6 +39,8 @@ _SECONDS_CACHED_MAX: Final = 512
 
 _to_json: Final = orjson.dumps
 
+_QUOTE: Final = 0x22
+
 _METHODS: Final = {method: b'"method":"%b","path":' % method for method in KNOWN_METHODS}
 _NO_LINE: Final = b'"method":"","path":""'
 _NO_SUBJECT: Final = b',"model":null,"category":null,"tool":null,"approval":null'
@@ -75,7 +77,7 @@ class AccessLogLines:
             self._second = second
             self._second_text = self._second_texts.get(second) or self._start(second)
         client = b"" if exchange.peer is None else exchange.peer.recorded_address(head)
-        trace = b"" if head is None or not head.fields.has_traceparent else trace_id(head.block)
+        trace = b"" if head is None or not head.fields.has_traceparent else trace_id(head.block, head.traceparent)
         about, session = self._about(identity, row[2])
         # mypyc concatenates at once what a format has as %b only.
         return b'%b%bZ","request_id":"%b%b%b%b%b%b%b%b,"duration_seconds":%b,"upstream_seconds":%b%b%b%b}\n' % (
@@ -157,10 +159,14 @@ def _request_line(exchange: Exchange, head: RequestHead | None) -> bytes:
     line = exchange.refused_line if head is None else head.line
     if line is None or line.holds_key:
         return _NO_LINE
-    path = line.path.decode("ascii", "replace")
+    start = _METHODS.get(line.method)
+    sent = line.path
+    if start is not None and line.is_plain and _QUOTE not in sent and len(sent) <= _PATH_CHARACTERS_MAX:
+        # Visible ASCII without a backslash, as every valid target: JSON has nothing to escape.
+        return b'%b"%b"' % (start, sent)
+    path = sent.decode("ascii", "replace")
     if len(path) > _PATH_CHARACTERS_MAX:
         path = path[:_PATH_CHARACTERS_MAX] + "…"
-    start = _METHODS.get(line.method)
     if start is None:
         start = b'"method":%b,"path":' % orjson.dumps(line.method.decode("ascii", "replace"))
     return start + _to_json(path)

@@ -10,6 +10,7 @@ from keyproxy.http import headers
 from keyproxy.http_messages import RequestHead
 
 _END_BYTES: Final = 4
+_SPACE: Final = 0x20
 
 
 class RequestIds:
@@ -37,7 +38,10 @@ def _shows_key(sent: bytes, head: RequestHead, key_format: KeyFormat) -> bool:
     for field in head.credentials:
         # The key, and so the signature of a token, is at the end of the value. If the last characters belong to it and
         # are not in the id, then neither is the key: nearly always, without finding the key first.
-        end = field.value[-_END_BYTES:]
+        value = field.value
+        if value and value[-1] > _SPACE and value[-1] not in sent:
+            continue
+        end = value[-_END_BYTES:]
         if end.isalnum() and sent.find(end) < 0:
             continue
         for key in field.value.split()[-1:]:

@@ -51,12 +51,19 @@ class RequestStream:
             # One empty line before a request is tolerated, RFC 9112 section 2.2; a second one is not.
             self._has_skipped_line = True
             buffer = self.buffer = buffer[2:]
-        end = buffer.find(HEAD_END)
-        if end < 0 or end > bytes_max:
-            self._check_unfinished(buffer, reader, bytes_max)
-            return None
-        head = self.last_head = reader.read(buffer, end, self.last_head)
-        content, rest = b"", buffer[end + 4 :]
+        last = self.last_head
+        head = None if last is None else reader.read_alike(buffer, last, bytes_max)
+        if head is not None:
+            head_bytes = len(head.raw)
+        else:
+            end = buffer.find(HEAD_END)
+            if end < 0 or end > bytes_max:
+                self._check_unfinished(buffer, reader, bytes_max)
+                return None
+            head = reader.read(buffer, end, last)
+            head_bytes = end + len(HEAD_END)
+        self.last_head = head
+        content, rest = b"", buffer[head_bytes:]
         if head.has_body:
             body = _chunked(reader) if head.fields.is_chunked else CountedBody(head.content_length)
             content, rest = body.feed(rest)

@@ -84,13 +84,19 @@ _VARYING_KINDS: Final = frozenset(
     }
 )  # fmt: skip
 
-#: The usual methods, and the end of a request line that is usual.
-_PLAIN_METHODS: Final = {one: one for one in (b"GET", b"POST", b"PUT", b"PATCH", b"DELETE", b"HEAD", b"OPTIONS")}
+#: The usual methods by the first bytes of a request line, and the end of a request line that is usual.
+_METHOD_START_BYTES: Final = 4
+_PLAIN_METHODS: Final = {
+    b"GET ": b"GET", b"POST": b"POST", b"PUT ": b"PUT", b"PATC": b"PATCH", b"DELE": b"DELETE", b"HEAD": b"HEAD",
+    b"OPTI": b"OPTIONS",
+}  # fmt: skip
 _PLAIN_VERSION: Final = b" HTTP/1.1"
 
 _PLAIN_REQUEST_LINE = re.compile(rb"(GET|POST|PUT|PATCH|DELETE|HEAD|OPTIONS) (/[!-~]*) HTTP/1\.([01])")
 
 _OWS: Final = b" \t"
+_SPACE: Final = 0x20
+_ZERO: Final = 0x30
 
 _Fields = TypeVar("_Fields")
 
@@ -187,31 +193,46 @@ class RequestReader(_Reader[RequestFields]):
         self._holds_key = holds_key
         self._start_lines: dict[bytes, RequestLine] = {}
 
+    def read_alike(self, buffer: bytes, like: RequestHead, bytes_max: int) -> RequestHead | None:
+        """Return the request head at the beginning of a buffer if it resembles the last one on this connection; it has
+        `raw`. None if it does not, is incomplete, or has more than `bytes_max` bytes before its empty line.
+
+        Its end need not be known: to search for it takes as long as to match the whole head.
+
+        Raises a Refusal, as `parse_request` does.
+        """
+        if self._is_again(like.raw, like.fields, buffer):
+            return like
+        shape = self._by_fields.get(like.fields)
+        if shape is None:
+            return None
+        values = shape.values(buffer, min(bytes_max, _RAW_BYTES_MAX) + 4)
+        if values is None:
+            return None
+        line = self._known_line(values[0])
+        if line is None or line.minor_version != shape.minor_version:
+            return None
+        head = _filled(line, shape, values)
+        if _are_equal(head.credentials, like.credentials):
+            head.digest, head.key_part = like.digest, like.key_part
+        head.raw = buffer[: shape.raw_bytes(values)]
+        return head
+
     def read(self, buffer: bytes, end: int, like: RequestHead | None = None) -> RequestHead:
         """Return the request head at the beginning of a buffer; its empty line begins at `end`.
 
-        `like`: the head that it probably resembles, the last one on this connection. Equal bytes are the same head.
+        `like`: the head that it may resemble, the last one on this connection. Equal bytes are the same head.
 
         Raises a Refusal, as `parse_request` does.
         """
         if like is not None and self._is_again(like.raw, like.fields, buffer):
             return like
-        at = buffer.find(CRLF)
-        start = buffer[:at]
-        line = self._start_lines.get(start)
+        lines = buffer[:end].split(CRLF)
+        line = self._known_line(lines[0])
         if line is None:
-            line = self._plain_line(start)
-            if line is None:
-                line = self._start_line(start)
-                if line is None:
-                    return self._parse(buffer[: end + 4])
-        shape = None if like is None else self._by_fields.get(like.fields)
-        values = (
-            shape.values(buffer, at, end) if shape is not None and shape.minor_version == line.minor_version else None
-        )
-        if values is None:
-            shape = self._recognised(buffer[:end].split(CRLF), line.minor_version)
-            values = shape.values(buffer, at, end) if shape is not None else None
+            return self._parse(buffer[: end + 4])
+        shape = self._recognised(lines, line.minor_version)
+        values = shape.values(buffer, end + 4) if shape is not None else None
         if shape is None or values is None:
             return self._parse(buffer[: end + 4], line)
         head = _filled(line, shape, values)
@@ -221,6 +242,15 @@ class RequestReader(_Reader[RequestFields]):
             head.raw = buffer[: end + 4]
         return head
 
+    def _known_line(self, text: bytes) -> RequestLine | None:
+        """Return the request line with this text, unless it must be parsed with the whole head."""
+        line = self._start_lines.get(text)
+        if line is None:
+            line = self._plain_line(text)
+            if line is None:
+                line = self._start_line(text)
+        return line
+
     def _plain_line(self, text: bytes) -> RequestLine | None:
         """Return a request line with a target that needs no further checks; None for any other. It is cached.
 
@@ -228,10 +258,12 @@ class RequestReader(_Reader[RequestFields]):
         """
         if len(text) > _LINE_BYTES_MAX or not text.endswith(_PLAIN_VERSION):
             return None
-        sent, _, target = text[: -len(_PLAIN_VERSION)].partition(b" ")
-        method = _PLAIN_METHODS.get(sent)
+        method = _PLAIN_METHODS.get(text[:_METHOD_START_BYTES])
+        if method is None or not text.startswith(method) or text[len(method)] != _SPACE:
+            return None
+        target = text[len(method) + 1 : -len(_PLAIN_VERSION)]
         plainness = request_target.plainness(target)
-        if method is None or plainness == request_target.NOT_PLAIN:
+        if plainness == request_target.NOT_PLAIN:
             return None
         # A key of ours has `_`, and an agent token is long.
         may_hold_key = plainness != request_target.PLAINEST or len(target) >= START_BYTES
@@ -287,30 +319,35 @@ class ResponseReader(_Reader[ResponseFields]):
         super().__init__(names)
         self._start_lines: dict[bytes, StatusLine] = {}
 
-    def read(self, buffer: bytes, end: int, like: ResponseHead | None = None) -> ResponseHead:
-        """Return the response head at the beginning of a buffer; its empty line begins at `end`. `like`: see requests.
+    def read_alike(self, buffer: bytes, like: ResponseHead) -> ResponseHead | None:
+        """Return the response head at the beginning of a buffer if it resembles the last one; see requests."""
+        if self._is_again(like.raw, like.fields, buffer):
+            return like
+        shape = self._by_fields.get(like.fields)
+        values = None if shape is None else shape.values(buffer, _RAW_BYTES_MAX + 4)
+        if shape is None or values is None:
+            return None
+        line = self._start_lines.get(values[0])
+        if line is None or line.minor_version != shape.minor_version:
+            return None
+        head = _filled_response(line, shape, values)
+        head.raw = buffer[: shape.raw_bytes(values)]
+        return head
+
+    def read(self, buffer: bytes, end: int) -> ResponseHead:
+        """Return the response head at the beginning of a buffer; its empty line begins at `end`.
 
         Raises a Refusal (UPSTREAM_INVALID).
         """
-        if like is not None and self._is_again(like.raw, like.fields, buffer):
-            return like
-        at = buffer.find(CRLF)
-        line = self._start_lines.get(buffer[:at])
+        lines = buffer[:end].split(CRLF)
+        line = self._start_lines.get(lines[0])
         if line is None:
             return self._parse(buffer[: end + 4])
-        shape = None if like is None else self._by_fields.get(like.fields)
-        values = (
-            shape.values(buffer, at, end) if shape is not None and shape.minor_version == line.minor_version else None
-        )
-        if values is None:
-            shape = self._recognised(buffer[:end].split(CRLF), line.minor_version)
-            values = shape.values(buffer, at, end) if shape is not None else None
+        shape = self._recognised(lines, line.minor_version)
+        values = shape.values(buffer, end + 4) if shape is not None else None
         if shape is None or values is None:
             return self._parse(buffer[: end + 4])
-        content_length = int(values[shape.content_length]) if shape.content_length >= 0 else 0
-        head = ResponseHead(line, shape.fields, shape.block(values), content_length)
-        if shape.usage_tokens >= 0:
-            head.usage_tokens = values[shape.usage_tokens].strip(_OWS)
+        head = _filled_response(line, shape, values)
         if end <= _RAW_BYTES_MAX:
             head.raw = buffer[: end + 4]
         return head
@@ -330,16 +367,42 @@ class ResponseReader(_Reader[ResponseFields]):
 
 def _filled(line: RequestLine, shape: Shape[RequestFields], values: tuple[bytes, ...]) -> RequestHead:
     """Build a request head of a known shape."""
-    credentials = [CredentialField(name, values[place].strip(_OWS)) for place, name in shape.credentials]
-    content_length = int(values[shape.content_length]) if shape.content_length >= 0 else 0
+    credentials = [CredentialField(name, _stripped(values[place])) for place, name in shape.credentials]
+    content_length = _number(values[shape.content_length]) if shape.content_length >= 0 else 0
     head = RequestHead(line, shape.fields, shape.block(values), tuple(credentials), content_length)
     if shape.request_id >= 0:
-        head.request_id = values[shape.request_id].strip(_OWS)
+        head.request_id = _stripped(values[shape.request_id])
     if shape.act_for >= 0:
         head.act_for = values[shape.act_for].strip(_OWS)
+    if shape.traceparent >= 0:
+        head.traceparent = values[shape.traceparent]
     if shape.forwarded:
         head.forwarded = tuple([(name, values[place].strip(_OWS)) for place, name in shape.forwarded])
     return head
+
+
+def _filled_response(line: StatusLine, shape: Shape[ResponseFields], values: tuple[bytes, ...]) -> ResponseHead:
+    """Build a response head of a known shape."""
+    content_length = _number(values[shape.content_length]) if shape.content_length >= 0 else 0
+    head = ResponseHead(line, shape.fields, shape.block(values), content_length)
+    if shape.usage_tokens >= 0:
+        head.usage_tokens = values[shape.usage_tokens].strip(_OWS)
+    return head
+
+
+def _stripped(value: bytes) -> bytes:
+    """The value without optional whitespace around it, which few have: the method copies all."""
+    if value and value[0] > _SPACE and value[-1] > _SPACE:
+        return value
+    return value.strip(_OWS)
+
+
+def _number(digits: bytes) -> int:
+    """The value of decimal digits. `int` takes eight times as many instructions for a short number."""
+    number = 0
+    for digit in digits:
+        number = number * 10 + digit - _ZERO
+    return number
 
 
 def _are_equal(credentials: tuple[CredentialField, ...], others: tuple[CredentialField, ...]) -> bool:

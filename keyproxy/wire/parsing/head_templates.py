@@ -22,6 +22,10 @@ CRLF: Final = b"\r\n"
 #: A value: visible, space, tab, obs-text. RFC 9110 section 5.5. The quantifier is possessive: no backtracking.
 _VALUE: Final = rb"([\t\x20-\x7e\x80-\xff]*+)"
 
+_START_LINE: Final = rb"([^\r\n]*+)"
+_HEAD_END: Final = rb"\r\n\r\n"
+_TRACEPARENT: Final = b"traceparent"
+
 #: A length in canonical form. Any other form is parsed each time, and rewritten.
 _NUMBER: Final = b"(0|[1-9][0-9]{0,%d})" % (CONTENT_LENGTH_DIGITS_MAX - 1)
 
@@ -46,11 +50,12 @@ class Meaning:
 class Shape(Generic[_Fields]):
     """A cached parse result: the constant lines, and the holes for values between them.
 
-    The indexes of significant holes count from 0, -1 for none; fields that may be repeated have the index and the name,
-    in lower case. `values` returns None until the shape was seen often enough.
+    The indexes of significant holes count from 1, because value 0 is the start line; -1 for none. Fields that may be
+    repeated have the index and the name, in lower case. `values` returns None until the shape was seen often enough.
     """
 
     __slots__ = (
+        "_constant_bytes",
         "_first",
         "_going",
         "_match",
@@ -63,6 +68,7 @@ class Shape(Generic[_Fields]):
         "forwarded",
         "minor_version",
         "request_id",
+        "traceparent",
         "usage_tokens",
     )
 
@@ -71,17 +77,19 @@ class Shape(Generic[_Fields]):
     ) -> None:
         self.minor_version = minor_version
         self.fields = fields
-        self.content_length = self.request_id = self.act_for = self.usage_tokens = -1
+        self.content_length = self.request_id = self.act_for = self.usage_tokens = self.traceparent = -1
         self.credentials: list[tuple[int, bytes]] = []
         self.forwarded: list[tuple[int, bytes]] = []
         self._sightings = 0
         self._match: Callable[[bytes, int, int], re.Match[bytes] | None] | None = None
-        pattern, going = b"", [b""]
+        pattern, going = _START_LINE, [b""]
         places = []
-        holes = 0
+        holes = 1
+        constant_bytes = 2 * len(CRLF)
         for line, is_forwarded, meaning in zip(lines, parsed.is_forwarded, meanings, strict=True):
             if meaning.is_whole_line:
                 pattern += re.escape(CRLF + line)
+                constant_bytes += len(CRLF + line)
                 going[-1] += line + CRLF if is_forwarded else b""
                 continue
             name = line.partition(b":")[0]
@@ -93,8 +101,10 @@ class Shape(Generic[_Fields]):
                 going[-1] += name + b": "
                 going.append(CRLF)
             pattern += re.escape(CRLF + name + b": ") + (_NUMBER if meaning.kind is Kind.CONTENT_LENGTH else _VALUE)
+            constant_bytes += len(CRLF + name + b": ")
             holes += 1
-        self._pattern = pattern
+        self._pattern = pattern + _HEAD_END
+        self._constant_bytes = constant_bytes
         #: The forwarded lines: the first constant part, then the index of each value and the constant part after it.
         self._first = going[0]
         self._going = list(zip(places, going[1:], strict=True))
@@ -110,23 +120,37 @@ class Shape(Generic[_Fields]):
             self.credentials.append((place, name))
         elif kind is Kind.FORWARDED:
             self.forwarded.append((place, name))
+        elif name == _TRACEPARENT:
+            self.traceparent = place
 
     def sighted(self) -> None:
         """Count a head of this shape. After enough of them, compile the expression."""
         self._sightings += 1
         if self._sightings == LEARNT_AFTER and len(self._pattern) <= _PATTERN_BYTES_MAX:
-            self._match = re.compile(self._pattern).fullmatch
+            self._match = re.compile(self._pattern).match
 
-    def values(self, buffer: bytes, at: int, end: int) -> tuple[bytes, ...] | None:
-        """Return the values in the holes, for a head with lines from `at` to `end`; None if it has another shape."""
+    def values(self, buffer: bytes, end: int) -> tuple[bytes, ...] | None:
+        """Return the start line and the values in the holes, of the head at the beginning of a buffer. None if it has
+        another shape, or does not end within `end` bytes.
+
+        No line of a shape is empty and no value has a line end, so that a match ends with the first empty line.
+        """
         if self._match is None:
             return None
-        match = self._match(buffer, at, end)
+        match = self._match(buffer, 0, end)
         return None if match is None else match.groups()
+
+    def raw_bytes(self, values: tuple[bytes, ...]) -> int:
+        """Return the length of a head with these values, with its empty line."""
+        total = self._constant_bytes
+        for value in values:
+            total += len(value)
+        return total
 
     def block(self, values: tuple[bytes, ...]) -> bytes:
         """Return the forwarded lines of a head with these values."""
-        block = self._first
+        parts = [self._first]
         for place, after in self._going:
-            block += values[place] + after
-        return block
+            parts.append(values[place])
+            parts.append(after)
+        return b"".join(parts)

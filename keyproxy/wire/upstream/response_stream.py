@@ -72,16 +72,19 @@ class ResponseStream:
         Raises a Refusal (UPSTREAM_INVALID).
         """
         buffer = self._buffer + data if self._buffer else data
-        end = buffer.find(HEAD_END)
-        if not 0 <= end <= HEAD_BYTES_MAX:
-            if len(buffer) > HEAD_BYTES_MAX:
-                raise Refusal(Reason.UPSTREAM_INVALID, f"the response head has more than {HEAD_BYTES_MAX} bytes")
-            check_response_beginning(buffer, self._checked_bytes)
-            self._buffer = buffer
-            self._checked_bytes = len(buffer)
-            return None
-        head = self._last_head = self._reader.read(buffer, end, self._last_head)
-        self._buffer = buffer[end + 4 :]
+        last = self._last_head
+        head = None if last is None else self._reader.read_alike(buffer, last)
+        if head is not None:
+            head_bytes = len(head.raw)
+        else:
+            end = buffer.find(HEAD_END)
+            if not 0 <= end <= HEAD_BYTES_MAX:
+                self._keep_unfinished(buffer)
+                return None
+            head = self._reader.read(buffer, end)
+            head_bytes = end + len(HEAD_END)
+        self._last_head = head
+        self._buffer = buffer[head_bytes:]
         self._checked_bytes = 0
         if head.line.ends_with_head and (head.fields.has_content_length or head.fields.is_chunked):
             # A bodiless response may announce content, and a faulty upstream may send it: no other user may get that.
@@ -98,6 +101,14 @@ class ResponseStream:
         else:
             self._interim += 1
         return head
+
+    def _keep_unfinished(self, buffer: bytes) -> None:
+        """Keep the bytes of an incomplete head. Raises a Refusal if they can never become one."""
+        if len(buffer) > HEAD_BYTES_MAX:
+            raise Refusal(Reason.UPSTREAM_INVALID, f"the response head has more than {HEAD_BYTES_MAX} bytes")
+        check_response_beginning(buffer, self._checked_bytes)
+        self._buffer = buffer
+        self._checked_bytes = len(buffer)
 
     def content(self, body: Body, data: bytes) -> bytes:
         """Take received bytes and return the next content of the response. Raises FramingError."""

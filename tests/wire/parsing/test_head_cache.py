@@ -24,6 +24,7 @@ KEY = fakes.key(7).reveal()
 #: So often that a shape is learnt, and recognised once more.
 OFTEN = head_templates.LEARNT_AFTER + 2
 LIKES_MAX = 3
+HEAD_BYTES_MAX = 32_768
 AFTER = b"GET /smuggled HTTP/1.1\r\nX-Keyproxy-User: evil\r\n\r\n"
 
 
@@ -96,7 +97,7 @@ def outcome(
     end = len(raw) - 4
     for like in (None, *likes):
         try:
-            head = reader.read(raw + after, end, like)
+            head = read_after(reader, raw + after, end, like)
         except Refusal as refusal:
             found.append(refusal.reason)
         else:
@@ -104,6 +105,23 @@ def outcome(
             likes += [head] if like is None else []
     assert found == found[:1] * len(found)
     return found[0]
+
+
+def read_after(
+    reader: RequestReader | ResponseReader, buffer: bytes, end: int, like: Any
+) -> RequestHead | ResponseHead:
+    """Read a head as the streams do, after another one on the same connection."""
+    alike: RequestHead | ResponseHead | None = None
+    if isinstance(reader, ResponseReader):
+        alike = None if like is None else reader.read_alike(buffer, like)
+        return reader.read(buffer, end) if alike is None else whole(alike, buffer, end)
+    alike = None if like is None else reader.read_alike(buffer, like, HEAD_BYTES_MAX)
+    return reader.read(buffer, end, like) if alike is None else whole(alike, buffer, end)
+
+
+def whole(head: RequestHead | ResponseHead, buffer: bytes, end: int) -> RequestHead | ResponseHead:
+    assert head.raw == buffer[: end + 4], "a head that is read without searching for its end is a whole one"
+    return head
 
 
 def everything_of(head: RequestHead | ResponseHead) -> tuple[Any, ...]:
