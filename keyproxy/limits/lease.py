@@ -57,14 +57,17 @@ class Lease:
     __slots__ = (
         "ahead", "ask_after_mono", "at_least", "begins_mono", "confirmed", "credited", "dry_until_mono", "due_mono",
         "empty_need", "empty_until_mono", "ends_mono", "free", "granted", "interval_seconds", "is_asked", "is_current",
-        "is_noted", "is_overdrawn", "is_resting", "is_wanted_until", "lapses", "limit", "low", "need", "number", "pace",
-        "paced_mono", "pause_seconds", "period_seconds", "piece", "policy", "rate", "replied_mono", "report_seconds",
-        "retry_mono", "returned", "review_mono", "rule", "seen_available", "sent", "spent_apart", "starts", "successor",
-        "taken_before", "touched_mono", "touched_taken", "used", "window",
+        "is_noted", "is_overdrawn", "is_resting", "is_wanted_until", "kept", "lapses", "limit", "low", "measure", "need",
+        "number", "pace", "paced_mono", "pause_seconds", "period_seconds", "piece", "policy", "pool", "rate",
+        "replied_mono", "report_seconds", "retry_mono", "returned", "review_mono", "rule", "seen_available", "selector",
+        "sent", "spent_apart", "starts", "successor", "taken_before", "touched_mono", "touched_taken", "used",
     )  # fmt: skip
 
     def __init__(self, window: Window, limit: Limit, now_mono: float) -> None:
-        self.window = window
+        # Not the window itself: measure and selector are shared by many users, and it would take 64 bytes.
+        self.pool: Final = window.pool
+        self.measure: Final = window.measure
+        self.selector: Final = window.selector
         self.limit = 0
         #: Added to the limit of the current window, as of the ledger's last reply, and when that arrived.
         self.credited = 0
@@ -124,6 +127,13 @@ class Lease:
         #: The lease of the next window, if requested already; of that, how long it lasts, and when it has surely begun.
         self.successor: Lease | None = None
         self.period_seconds = self.begins_mono = 0.0
+        #: The leases of its pool, while the ledger may hold units for it: otherwise they would be made anew meanwhile.
+        self.kept: object = None
+
+    @property
+    def window(self) -> Window:
+        """The window from which it was granted."""
+        return Window(self.pool, self.measure, self.selector)
 
     @property
     def is_rate(self) -> bool:
@@ -214,7 +224,7 @@ class Lease:
         message without a reply has reported: the ledger may have counted it. Only what was taken while the ledger was
         unavailable is reported in any case, since none of those messages arrived.
         """
-        if self.is_rate or self.window.measure == CONCURRENCY:
+        if self.is_rate or self.measure == CONCURRENCY:
             return None
         owed = -self.free if self.is_overdrawn else -self.free - max(0, self.sent - self.granted)
         if owed <= 0:
@@ -252,7 +262,7 @@ class Lease:
 
     def return_units(self, units: int, granted_at: float) -> None:
         """Return unused units of a token rate; negative: units that were used without having been granted."""
-        if self.window.measure == TOKEN_RATE and (granted_at or units < 0):
+        if self.measure == TOKEN_RATE and (granted_at or units < 0):
             if self.rate is NO_UNUSED_UNITS:
                 self.rate = UnusedUnits()
             self.rate.add(units, granted_at, self.interval_seconds)
