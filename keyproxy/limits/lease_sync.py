@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 
 from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.lease import IDLE_SECONDS, Lease
+from keyproxy.limits.ledger.lease_line import line_of
 from keyproxy.limits.ledger.report_pace import ReportPace
 from keyproxy.limits.ledger_protocol import CONCURRENCY, REPORTS_PER_SECOND, LeaseGrant, LeaseReport, Pool, Window
 from keyproxy.limits.pool_leases import PoolLeases
@@ -163,7 +164,7 @@ class LeaseSync:
             if lease.granted > 0 and not lease.is_rate:
                 self.reviews.not_urgent(lease)
                 self._open[lease.number] = lease
-                lines.append(lease.line(now_mono))
+                lines.append(line_of(lease, now_mono))
                 return
 
     def needs_sync(self, short: Short) -> bool:
@@ -217,7 +218,7 @@ class LeaseSync:
         else:
             return None
         lease.report_seconds = self.pace.pause_seconds(lease.window)
-        line = lease.line(now_mono)
+        line = line_of(lease, now_mono)
         self._open[line.lease] = lease
         return line
 
@@ -247,7 +248,7 @@ class LeaseSync:
         """Close a lease that was used or returned completely: the ledger may forget it. The next one begins at zero."""
         line = None
         if not lease.is_rate:
-            line = self._closing[lease.number] = lease.line(now_mono, is_closing=True)
+            line = self._closing[lease.number] = line_of(lease, now_mono, is_closing=True)
         self._active.pop(lease.number, None)
         lease.kept = None
         lease.reset()
