@@ -201,7 +201,7 @@ class Bundle:
     def __init__(self, pools: tuple[PoolLeases, ...], selection: Selection = NO_SELECTION) -> None:
         self.pools = pools
         self.selection = selection
-        leases = [lease for of_pool in pools for lease in of_pool.leases.values() if applies(lease.rule, selection)]
+        leases = [lease for of_pool in pools for lease in of_pool.all if applies(lease.rule, selection)]
         self.slots = tuple([lease for lease in leases if lease.measure == CONCURRENCY])
         self.counted = tuple([lease for lease in leases if lease.measure in _COUNTED])
         self.units = self.slots + self.counted
