@@ -201,20 +201,21 @@ class Bundle:
     def __init__(self, pools: tuple[PoolLeases, ...], selection: Selection = NO_SELECTION) -> None:
         self.pools = pools
         self.selection = selection
-        leases = [lease for of_pool in pools for lease in of_pool.leases.values() if applies(lease.rule, selection)]
-        self.slots = tuple([lease for lease in leases if lease.window.measure == CONCURRENCY])
-        self.counted = tuple([lease for lease in leases if lease.window.measure in _COUNTED])
+        leases = [lease for of_pool in pools for lease in of_pool.all if applies(lease.rule, selection)]
+        self.slots = tuple([lease for lease in leases if lease.measure == CONCURRENCY])
+        self.counted = tuple([lease for lease in leases if lease.measure in _COUNTED])
         self.units = self.slots + self.counted
-        paced = tuple([lease for lease in self.units if lease.window.measure in (RATE, CONCURRENCY)])
+        paced = tuple([lease for lease in self.units if lease.measure in (RATE, CONCURRENCY)])
         self.paced = self.slots if paced == self.slots else paced
-        self.token_windows = tuple([lease for lease in leases if lease.window.measure in TOKENS])
-        self.token_rates = tuple([lease for lease in leases if lease.window.measure == TOKEN_RATE])
+        self.token_windows = tuple([lease for lease in leases if lease.measure in TOKENS])
+        self.token_rates = tuple([lease for lease in leases if lease.measure == TOKEN_RATE])
         self.token_leases = self.token_windows + self.token_rates
-        self.spend_windows = tuple([lease for lease in leases if lease.window.measure in SPEND])
+        self.spend_windows = tuple([lease for lease in leases if lease.measure in SPEND])
         #: All of them, in the order in which they are reported to callers.
         self.leases = self.counted + self.slots + self.token_leases + self.spend_windows
         self.statement = RateLimitHeaders(self.leases)
-        self.hold = Hold(self)
+        #: Made for the first request that is not metered.
+        self.hold: Hold | None = None
         #: The lowest limits of tokens and money per request, and as numbers.
         self.tokens_per_request = _lowest(pools, selection, is_spend=False)
         self.spend_per_request = _lowest(pools, selection, is_spend=True)
@@ -222,6 +223,13 @@ class Bundle:
         self.spend_bound = _UNBOUNDED if self.spend_per_request is None else self.spend_per_request.remaining
         has_bounds = self.tokens_per_request is not None or self.spend_per_request is not None
         self.is_metered = bool(self.token_leases or self.spend_windows) or has_bounds
+
+    def shared_hold(self) -> Hold:
+        """The hold of every request that is not metered."""
+        hold = self.hold
+        if hold is None:
+            hold = self.hold = Hold(self)
+        return hold
 
     @property
     def limits_spend(self) -> bool:

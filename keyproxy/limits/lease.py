@@ -1,4 +1,4 @@
-"""A lease: the slice of one window that this process may spend without a ledger request, and how much to prefetch.
+"""A lease: the slice of one window that this process may spend without a ledger request.
 
     window:   limit >= spent + held, always, in the ledger
     lease:    granted = free + in use + used + returned; held for it in the ledger: granted - used - returned
@@ -12,7 +12,7 @@ import math
 from typing import Final
 
 from keyproxy.limits.gcra import NO_UNUSED_UNITS, UnusedUnits
-from keyproxy.limits.ledger.report_pace import longer_slice, spread
+from keyproxy.limits.ledger.report_pace import spread
 from keyproxy.limits.ledger_protocol import CONCURRENCY, TOKEN_RATE, LeaseGrant, LeaseReport, Window, policy_of
 from keyproxy.limits.plan import Limit
 
@@ -21,21 +21,11 @@ from keyproxy.limits.plan import Limit
 RATE_SECONDS: Final = 1.0
 
 #: How long a lease should last at its current pace. When half of it is used, more is requested.
-_LASTS_SECONDS: Final = 2.0
-
-#: The most of a rate that is prefetched, as refill time: unused units are lost.
-_RATE_LASTS_SECONDS: Final = 0.4
+LASTS_SECONDS: Final = 2.0
 
 #: Units that stay unused for this long are returned. No lease ends sooner, so a ledger that lost less history than this
 #: receives every lease again.
 IDLE_SECONDS: Final = 1.0
-
-#: The shortest interval over which the pace is measured. A shorter burst does not predict future use.
-_PACE_SECONDS_MIN: Final = 0.05
-
-#: The first prefetch, beyond the immediate need, while the pace is unknown. After that the prefetch at most doubles
-#: from one message to the next.
-_FIRST_UNITS: Final = 4
 
 #: Units of a rate granted within this time of earlier ones lapse together with them.
 _RATE_STEP_SECONDS: Final = 0.0625
@@ -57,43 +47,36 @@ class Lease:
     __slots__ = (
         "ahead", "ask_after_mono", "at_least", "begins_mono", "confirmed", "credited", "dry_until_mono", "due_mono",
         "empty_need", "empty_until_mono", "ends_mono", "free", "granted", "interval_seconds", "is_asked", "is_current",
-        "is_noted", "is_overdrawn", "is_resting", "is_wanted_until", "lapses", "limit", "low", "need", "number", "pace",
-        "paced_mono", "pause_seconds", "period_seconds", "piece", "policy", "rate", "replied_mono", "report_seconds",
-        "retry_mono", "returned", "review_mono", "rule", "seen_available", "sent", "spent_apart", "starts", "successor",
-        "taken_before", "touched_mono", "touched_taken", "used", "window",
+        "is_noted", "is_overdrawn", "is_resting", "is_wanted_until", "kept", "lapses", "limit", "low", "measure", "need",
+        "number", "pace", "paced_mono", "pause_seconds", "period_seconds", "piece", "policy", "pool", "rate",
+        "replied_mono", "report_seconds", "retry_mono", "returned", "review_mono", "rule", "seen_available", "selector",
+        "sent", "spent_apart", "starts", "successor", "taken_before", "touched_mono", "touched_taken", "used",
     )  # fmt: skip
 
     def __init__(self, window: Window, limit: Limit, now_mono: float) -> None:
-        self.window = window
-        self.limit = 0
-        #: Added to the limit of the current window, as of the ledger's last reply, and when that arrived.
-        self.credited = 0
-        self.replied_mono = -math.inf
-        self.interval_seconds = 0.0
-        #: What the ledger could still grant, as of its last reply.
-        self.seen_available = 0
-        self.replan(limit)
-        #: Unique within this holder's life; 0: nothing was requested yet.
-        self.number = 0
-        self.starts = 0
-        self.free = self.granted = self.used = self.returned = 0
-        #: The part of `used + returned` that the ledger has confirmed, and the part that the latest line reported.
-        self.confirmed = self.sent = 0
-        #: Whether units were taken beyond the grants because the ledger was unavailable.
-        self.is_overdrawn = False
+        # What every request reads and writes comes first, in two cache lines of the compiled build: with thousands of
+        # leases, memory is what taking waits for. No method is called before all is set: the compiled build would check
+        # at each access whether it is.
+        self.free = self.used = 0
+        #: Units are requested below the level `low`. `piece`: the largest amount that one request has recently taken.
+        self.low, self.piece = 0, 1
         #: When the free units expire, or the first of them.
         self.ends_mono = math.inf
-        #: For a rate: expiry times, each with the cumulative grant up to which it applies and the ledger's time of it.
-        self.lapses: list[tuple[float, int, float]] = _NO_LAPSES
-        #: For a token rate: the units to return.
-        self.rate = NO_UNUSED_UNITS
-        #: How many units to keep ahead, and the level below which more are requested.
-        self.ahead = self.low = 0
-        #: The largest amount that one request has recently taken.
-        self.piece = 1
-        #: What all waiting requests can use together, and the least that satisfies one of them.
-        self.need = 0
-        self.at_least = 0
+        #: What the ledger could still grant, as of its last reply.
+        self.seen_available = max(0, limit.quota)
+        self.limit = limit.quota
+        #: Added to the limit of the current window, as of the ledger's last reply.
+        self.credited = 0
+        self.interval_seconds = limit.interval_seconds
+        self.policy = policy_of(window, limit, max(0, limit.quota))
+        #: Unique within this holder's life; 0: nothing was requested yet.
+        self.number = 0
+        #: Whether a review is due because it changed, and for when one is scheduled; `is_resting`: not before that.
+        self.is_noted = self.is_resting = False
+        #: False: its window is over, or its holder has ended. Units in use are still settled here.
+        self.is_current = True
+        #: Whether units were taken beyond the grants because the ledger was unavailable.
+        self.is_overdrawn = False
         #: Whether a request waits for the state of the window only.
         self.is_asked = False
         #: The amount that the ledger could not grant, remembered for a moment.
@@ -101,8 +84,25 @@ class Lease:
         self.empty_until_mono = 0.0
         #: Until when the ledger is taken to have nothing more to grant.
         self.dry_until_mono = 0.0
-        self.retry_mono = 0.0
-        self.is_wanted_until = 0.0
+        #: For a token rate: the units to return.
+        self.rate = NO_UNUSED_UNITS
+        # Not the window itself: measure and selector are shared by many users, and it would take 64 bytes.
+        self.measure: Final = window.measure
+        self.selector: Final = window.selector
+        self.pool: Final = window.pool
+        self.rule = limit
+        #: When the ledger's last reply arrived.
+        self.replied_mono = -math.inf
+        self.starts = self.granted = self.returned = 0
+        #: The part of `used + returned` that the ledger has confirmed, and the part that the latest line reported.
+        self.confirmed = self.sent = 0
+        #: For a rate: expiry times, each with the cumulative grant up to which it applies and the ledger's time of it.
+        self.lapses: list[tuple[float, int, float]] = _NO_LAPSES
+        #: How many units to keep ahead.
+        self.ahead = 0
+        #: What all waiting requests can use together, and the least that satisfies one of them.
+        self.need = self.at_least = 0
+        self.retry_mono = self.is_wanted_until = 0.0
         #: What the window has spent besides `used`, as of the ledger's last reply: by other holders and earlier leases.
         self.spent_apart = 0
         #: Units per second, and the time and count at which the measurement began.
@@ -116,14 +116,17 @@ class Lease:
         self.pause_seconds = self.due_mono = self.ask_after_mono = 0.0
         #: The same because this process has many leases; but a lease that runs low does not wait for it.
         self.report_seconds = 0.0
-        #: Whether a review is due because it changed, and for when one is scheduled; `is_resting`: not before that.
-        self.is_noted = self.is_resting = False
         self.review_mono = math.inf
-        #: False: its window is over, or its holder has ended. Units in use are still settled here.
-        self.is_current = True
         #: The lease of the next window, if requested already; of that, how long it lasts, and when it has surely begun.
         self.successor: Lease | None = None
         self.period_seconds = self.begins_mono = 0.0
+        #: The leases of its pool, while the ledger may hold units for it: otherwise they would be made anew meanwhile.
+        self.kept: object = None
+
+    @property
+    def window(self) -> Window:
+        """The window from which it was granted."""
+        return Window(self.pool, self.measure, self.selector)
 
     @property
     def is_rate(self) -> bool:
@@ -214,7 +217,7 @@ class Lease:
         message without a reply has reported: the ledger may have counted it. Only what was taken while the ledger was
         unavailable is reported in any case, since none of those messages arrived.
         """
-        if self.is_rate or self.window.measure == CONCURRENCY:
+        if self.is_rate or self.measure == CONCURRENCY:
             return None
         owed = -self.free if self.is_overdrawn else -self.free - max(0, self.sent - self.granted)
         if owed <= 0:
@@ -252,7 +255,7 @@ class Lease:
 
     def return_units(self, units: int, granted_at: float) -> None:
         """Return unused units of a token rate; negative: units that were used without having been granted."""
-        if self.window.measure == TOKEN_RATE and (granted_at or units < 0):
+        if self.measure == TOKEN_RATE and (granted_at or units < 0):
             if self.rate is NO_UNUSED_UNITS:
                 self.rate = UnusedUnits()
             self.rate.add(units, granted_at, self.interval_seconds)
@@ -282,58 +285,6 @@ class Lease:
         if most:
             self.at_least = min(least, self.at_least) if self.need else least
             self.need += most
-
-    def line(self, now_mono: float, *, is_closing: bool = False) -> LeaseReport:
-        """Build the line to send to the ledger: changes, and a request for more. Pass the reply to `apply`."""
-        want, at_least = self._wanted(now_mono) if self.is_current and not is_closing else (0, 0)
-        most = max(at_least, min(self.need - max(self.free, 0), want)) if self.need else 0
-        returned, granted_at = self.rate.taken() if self.is_rate else (self.returned, 0.0)
-        line = LeaseReport(
-            self.number, self.window, self.starts, self.limit, self.interval_seconds, self.granted, self.used, returned,
-            want, at_least, most, is_closing, granted_at,
-        )  # fmt: skip
-        if self.is_asked and self.pause_seconds:
-            self.touched_mono = now_mono
-        self._report_after(now_mono, max(self.pause_seconds, self.report_seconds))
-        self.need = self.at_least = 0
-        self.is_asked = False
-        self.sent = self.used + self.returned
-        return line
-
-    def _wanted(self, now_mono: float) -> tuple[int, int]:
-        """Return how much to request, and the least that is useful."""
-        elapsed = now_mono - self.paced_mono
-        if elapsed >= _PACE_SECONDS_MIN:
-            taken = self.taken
-            # The pace rises immediately and halves within a second: a gap between requests does not mean that they
-            # ended.
-            self.pace = max((taken - self.taken_before) / elapsed, self.pace * 0.5**elapsed)
-            self.taken_before, self.paced_mono = taken, now_mono
-        is_quiet = now_mono < self.is_wanted_until or not (self.need or self.is_busy(now_mono))
-        self.ahead = 0 if is_quiet else self._wanted_ahead()
-        self.low = self.ahead // 2
-        if self.need and not self.is_rate and self.at_least > self.quota - self.spent:
-            # Not even the smallest waiting request fits. The ledger writes an alert for a refusal, which it recognizes
-            # only if it is asked for the whole amount.
-            self.give_back()
-        want = max(max(self.ahead, self.need) - self.free, 0)
-        # A waiting request needs this amount in one piece; the free units count towards it.
-        short = max(1, self.at_least - max(self.free, 0)) if self.need else 1
-        return want, min(short, want)
-
-    def _wanted_ahead(self) -> int:
-        """Return the amount that lasts for a while at the current pace, and at least what two requests take."""
-        if self.is_rate:
-            lasts = min(self.pace, 1.0 / self.interval_seconds) * _RATE_LASTS_SECONDS
-            return math.ceil(lasts) if self.interval_seconds < _RATE_LASTS_SECONDS else 0
-        first = max(_FIRST_UNITS, 2 * self.piece)
-        if not self.granted and not self.period_seconds:
-            return self.need + first if self.need else 0
-        growth = 2 + math.ceil(max(2.0 * self.pause_seconds, self.report_seconds / 2.0))
-        ahead = math.ceil(self.pace * max(_LASTS_SECONDS, 2.0 * self.pause_seconds))
-        ahead = max(ahead, longer_slice(self.pace, self.report_seconds, self.seen_available))
-        ahead = min(ahead, growth * self.ahead + first) if self.granted else max(ahead, self.piece)
-        return max(ahead, 2 * self.piece) if self.pace > 0.0 and self.piece > 1 else ahead
 
     def apply(self, line: LeaseReport, reply: LeaseGrant, *, sent_mono: float, received_mono: float) -> None:
         """Apply the ledger's reply. `sent_mono`: when the line was sent."""
@@ -371,10 +322,11 @@ class Lease:
     def pace_reports(self, pause_seconds: float, sent_mono: float) -> None:
         """Report at most every `pause_seconds`. A longer pause applies to the last report, too, if units last."""
         if pause_seconds > self.pause_seconds and self.due_mono and self.free >= self.pace * pause_seconds:
-            self._report_after(sent_mono, pause_seconds)
+            self.report_after(sent_mono, pause_seconds)
         self.pause_seconds = pause_seconds if self.is_current else max(self.pause_seconds, pause_seconds)
 
-    def _report_after(self, sent_mono: float, pause_seconds: float) -> None:
+    def report_after(self, sent_mono: float, pause_seconds: float) -> None:
+        """Report again after this pause, unless a request waits for units."""
         # Up to two fifths later, which spreads the reports of processes that began at the same time.
         self.due_mono = sent_mono + pause_seconds * (1.0 + 0.4 * spread(sent_mono))
 
@@ -385,7 +337,7 @@ class Lease:
 
     def note_wanted(self, now_mono: float) -> None:
         """Another holder is short: for a while, return idle units instead of requesting more."""
-        self.is_wanted_until = now_mono + _LASTS_SECONDS
+        self.is_wanted_until = now_mono + LASTS_SECONDS
         self.due_mono = 0.0
 
     def _note_lapse(self, got: int, sent_mono: float, granted_at: float) -> None:

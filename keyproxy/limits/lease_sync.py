@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 
 from keyproxy.limits.calendar_windows import span
 from keyproxy.limits.lease import IDLE_SECONDS, Lease
+from keyproxy.limits.ledger.lease_line import line_of
 from keyproxy.limits.ledger.report_pace import ReportPace
 from keyproxy.limits.ledger_protocol import CONCURRENCY, REPORTS_PER_SECOND, LeaseGrant, LeaseReport, Pool, Window
 from keyproxy.limits.pool_leases import PoolLeases
@@ -66,10 +67,9 @@ class LeaseSync:
         self.valid_until_mono = 0.0
         self.reviews = ReviewQueue(wake, wake_soon)
         self._pools: WeakValueDictionary[Pool, PoolLeases] = WeakValueDictionary()
-        #: The leases that have a grant from the ledger, or a pending request. Each keeps its pool's leases: one lease of
-        #: a window is enough.
-        self._active: dict[Lease, PoolLeases | None] = {}
-        self._numbered: dict[int, Lease] = {}
+        #: The leases that have a grant from the ledger, or a pending request, by their numbers. Each keeps its pool's
+        #: leases: one lease of a window is enough.
+        self._active: dict[int, Lease] = {}
         #: The leases in the message in flight.
         self._open: dict[int, Lease] = {}
         self._closing: dict[int, LeaseReport] = {}
@@ -97,7 +97,7 @@ class LeaseSync:
     def recall(self, numbers: Sequence[int], now_mono: float) -> None:
         """Return the idle units of these leases with the next message: another holder is short of them."""
         for number in numbers:
-            lease = self._numbered.get(number)
+            lease = self._active.get(number)
             if lease is not None:
                 lease.note_wanted(now_mono)
                 self.reviews.make_urgent(lease)
@@ -117,7 +117,7 @@ class LeaseSync:
     @property
     def has_news(self) -> bool:
         """Whether the ledger has not confirmed everything. Checks every lease: for metrics."""
-        return bool(self._closing) or any(lease.has_news for lease in self._active)
+        return bool(self._closing) or any(lease.has_news for lease in self._active.values())
 
     @property
     def outstanding(self) -> int:
@@ -129,7 +129,7 @@ class LeaseSync:
         self.pace.note_leases(len(self._active))
         self.reviews.gather(now_mono)
         if is_last:
-            for lease in self._active:
+            for lease in self._active.values():
                 self._touch(lease, now_mono)
                 self._tidy(lease, now_mono)
                 lease.touched_mono = -math.inf
@@ -155,16 +155,16 @@ class LeaseSync:
         while len(lines) < first and (lease := reviews.next_urgent()) is not None:
             self._review(lease, now_mono, lines)
         while len(lines) < at_most and (lease := reviews.next_due()) is not None:
-            if lease in self._active:
+            if lease.number in self._active:
                 self._review(lease, now_mono, lines)
         return lines
 
     def _claim(self, now_mono: float, lines: list[LeaseReport]) -> None:
-        for lease in self._active:
+        for lease in self._active.values():
             if lease.granted > 0 and not lease.is_rate:
                 self.reviews.not_urgent(lease)
                 self._open[lease.number] = lease
-                lines.append(lease.line(now_mono))
+                lines.append(line_of(lease, now_mono))
                 return
 
     def needs_sync(self, short: Short) -> bool:
@@ -218,7 +218,7 @@ class LeaseSync:
         else:
             return None
         lease.report_seconds = self.pace.pause_seconds(lease.window)
-        line = lease.line(now_mono)
+        line = line_of(lease, now_mono)
         self._open[line.lease] = lease
         return line
 
@@ -228,8 +228,8 @@ class LeaseSync:
         if not lease.starts or not lease.is_current or successor is not None or not lease.is_busy(now_mono):
             return
         successor = lease.successor = Lease(lease.window, lease.rule, now_mono)
-        next_starts = span(lease.window.measure, lease.starts)[1]
-        successor.starts, next_ends = span(lease.window.measure, next_starts)
+        next_starts = span(lease.measure, lease.starts)[1]
+        successor.starts, next_ends = span(lease.measure, next_starts)
         # The reply states the exact time. If that is lost, the units are returned when they are idle.
         successor.begins_mono, successor.period_seconds = lease.ends_mono + _LOST_SECONDS, next_ends - next_starts
         successor.pace, successor.piece, successor.pause_seconds = lease.pace, lease.piece, lease.pause_seconds
@@ -241,16 +241,16 @@ class LeaseSync:
         """Number a lease that has not been requested yet, and report it from now on."""
         self._numbers += 1
         lease.number = self._numbers
-        self._active[lease] = self._pools.get(lease.window.pool)
-        self._numbered[lease.number] = lease
+        lease.kept = self._pools.get(lease.pool)
+        self._active[lease.number] = lease
 
     def _close(self, lease: Lease, now_mono: float) -> LeaseReport | None:
         """Close a lease that was used or returned completely: the ledger may forget it. The next one begins at zero."""
         line = None
         if not lease.is_rate:
-            line = self._closing[lease.number] = lease.line(now_mono, is_closing=True)
-        self._active.pop(lease, None)
-        self._numbered.pop(lease.number, None)
+            line = self._closing[lease.number] = line_of(lease, now_mono, is_closing=True)
+        self._active.pop(lease.number, None)
+        lease.kept = None
         lease.reset()
         return line
 
@@ -313,7 +313,7 @@ class LeaseSync:
 
     def resend_all(self) -> None:
         """Report every lease again, closed ones too: the ledger has lost its latest history."""
-        for lease in self._active:
+        for lease in self._active.values():
             lease.confirmed = -1
             lease.due_mono = 0.0
             self.reviews.note_change(lease)
@@ -333,7 +333,7 @@ class LeaseSync:
         if not line.want:
             return
         need = line.at_least + max(0, lease.free)
-        if lease.window.measure == CONCURRENCY:
+        if lease.measure == CONCURRENCY:
             if reply.held > reply.granted - line.used - line.returned:
                 return
         elif not lease.is_rate and lease.spent + need <= lease.quota:
@@ -356,12 +356,12 @@ class LeaseSync:
         Units taken beyond the leases, if the policy allows that while the ledger is unavailable, are reported by the
         next holder.
         """
-        owed = [rest for lease in self._active if (rest := lease.owed()) is not None]
-        for lease in self._active:
+        owed = [rest for lease in self._active.values() if (rest := lease.owed()) is not None]
+        for lease in self._active.values():
             lease.is_current = False
             lease.free = 0
+            lease.kept = None
         self._active.clear()
-        self._numbered.clear()
         self.reviews.clear_urgent()
         self._open.clear()
         self._closing.clear()

@@ -52,7 +52,7 @@ class LeaseTable:
         if need is None or not bundle.is_metered:
             if not self._take_each(bundle.units, 1, now_mono):
                 return self._take_carefully(allowance, now_mono, need)
-            return bundle.hold
+            return bundle.shared_hold()
         tokens, spend = need.tokens_most, need.spend_most
         if tokens > bundle.tokens_bound or spend > bundle.spend_bound or not need.is_priced:
             return self._take_carefully(allowance, now_mono, need)
@@ -260,7 +260,7 @@ class LeaseTable:
         for lease in bundle.units:
             self._take_units(lease, 1)
         if need is None or not bundle.is_metered:
-            return bundle.hold
+            return bundle.shared_hold()
         return self._holding(bundle, tokens, spend, None)
 
     def _holding(self, bundle: Bundle, tokens: int, spend: int, paid: int | None) -> Hold:
@@ -320,7 +320,7 @@ class LeaseTable:
             most_here = min(most, lease.limit) if lease.is_rate else most
             free = lease.free if is_valid else -1
             if least > lease.quota:
-                if lease.window.measure in BUDGETS:
+                if lease.measure in BUDGETS:
                     # A budget that is too small is refused as a spent one: its window never begins again.
                     raise refusals.refusal(lease, least, now_mono, bundle.leases)
                 if lease.is_fresh(now_mono):
@@ -367,7 +367,7 @@ def _held_of(lease: Lease, extended: Hold | None) -> int:
     """What an extended hold has of a lease: part of what it needs, so that its own reservation does not refuse it."""
     if extended is None or lease.is_rate:
         return 0
-    return extended.spend if lease.window.measure in SPEND else extended.tokens
+    return extended.spend if lease.measure in SPEND else extended.tokens
 
 
 def _put_back(leases: Sequence[Lease], amount: int) -> None:

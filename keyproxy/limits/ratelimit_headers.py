@@ -14,6 +14,7 @@ from typing import Final
 from keyproxy import limit_state
 from keyproxy.limit_state import LimitPolicy, LimitState
 from keyproxy.limits.lease import Lease
+from keyproxy.mypyc_compat import mypyc_attr
 
 #: Formatting costs more than deciding: with limits of key, user and tenant there may be fifteen.
 REPORTED_MAX: Final = 3
@@ -42,6 +43,7 @@ class _Beginning:
         return not number
 
 
+@mypyc_attr(acyclic=True)
 class RateLimitHeaders:
     """The header lines for one set of leases."""
 

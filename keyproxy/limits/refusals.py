@@ -40,7 +40,7 @@ def refusal(lease: Lease, need: int, now_mono: float, leases: Sequence[Lease] = 
     """Build the refusal of a request that needs more than a lease has left. `leases`: all that apply to it."""
     exceeded = state(lease, now_mono)
     applied = [state(other, now_mono) for other in leases or (lease,)]
-    measure = lease.window.measure
+    measure = lease.measure
     if lease.is_rate:
         return Refusal(
             Reason.RATE_LIMITED,
@@ -67,7 +67,7 @@ def refusal(lease: Lease, need: int, now_mono: float, leases: Sequence[Lease] = 
 
 def wait_order(lease: Lease, need: int) -> tuple[bool, float]:
     """The order of exceeded limits by how long they refuse the request: a spent budget always does."""
-    is_spent_budget = lease.window.measure in BUDGETS and lease.spent + need > lease.quota
+    is_spent_budget = lease.measure in BUDGETS and lease.spent + need > lease.quota
     return is_spent_budget, lease.retry_mono
 
 
@@ -75,7 +75,7 @@ def never_fits(lease: Lease, need: int, now_mono: float, leases: Sequence[Lease]
     """Build the refusal of a request that needs more than the whole window has, or than the burst of a token rate."""
     whole = f"the burst is {lease.limit}" if lease.is_rate else f"the whole window has {max(0, lease.quota)}"
     return Refusal(
-        Reason.SPEND_LIMIT_PER_REQUEST if lease.window.measure in SPEND else Reason.TOKEN_LIMIT_PER_REQUEST,
+        Reason.SPEND_LIMIT_PER_REQUEST if lease.measure in SPEND else Reason.TOKEN_LIMIT_PER_REQUEST,
         limit=state(lease, now_mono),
         applied=[state(other, now_mono) for other in leases],
         caller_text=f"The request needs {_amount(need, _unit(lease))}; {whole}.",
@@ -97,7 +97,7 @@ def exceeds_limit_per_request(bound: LimitState, need: int, now_mono: float, lea
 
 
 def _unit(lease: Lease) -> str:
-    return limit_state.MONEY if lease.window.measure in SPEND else limit_state.TOKENS
+    return limit_state.MONEY if lease.measure in SPEND else limit_state.TOKENS
 
 
 def _amount(number: int, unit: str) -> str:

@@ -10,8 +10,13 @@ import math
 from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
+from typing import Final
 
 from keyproxy.limits.lease import Lease
+
+#: Reviews that are scheduled within such a slice of a second share an entry of the heap: an entry of its own takes 130
+#: bytes for each lease.
+_SLICES_PER_SECOND: Final = 8.0
 
 
 class ReviewQueue:
@@ -27,8 +32,10 @@ class ReviewQueue:
         #: Leases that changed; `gather` makes them due, in this order.
         self._changed: list[Lease] = []
         self._due: deque[Lease] = deque()
-        #: A heap of review times. An entry counts if it is still the lease's `review_mono`.
-        self._scheduled: list[tuple[float, int, Lease]] = []
+        #: Leases by the slice of time of their review; one whose `review_mono` has changed since does not count. And a
+        #: heap of these slices.
+        self._scheduled: dict[int, list[Lease]] = {}
+        self._slices: list[int] = []
 
     @property
     def due(self) -> list[Lease]:
@@ -83,17 +90,35 @@ class ReviewQueue:
         """Review a lease at a time, unless a review is scheduled for an earlier one."""
         if when_mono < lease.review_mono:
             lease.review_mono = when_mono
-            heappush(self._scheduled, (when_mono, lease.number, lease))
+            self._schedule(lease, _slice_of(when_mono))
+
+    def _schedule(self, lease: Lease, at: int) -> None:
+        leases = self._scheduled.get(at)
+        if leases is None:
+            self._scheduled[at] = [lease]
+            heappush(self._slices, at)
+        else:
+            leases.append(lease)
 
     def gather(self, now_mono: float) -> None:
         """Make all leases due that changed or whose review is scheduled for now."""
         self._due.extend(self._changed)
         self._changed.clear()
-        while self._scheduled and self._scheduled[0][0] <= now_mono:
-            when_mono, _, lease = heappop(self._scheduled)
-            if when_mono == lease.review_mono:
-                lease.review_mono = math.inf
-                self.make_due(lease)
+        latest = _slice_of(now_mono)
+        while self._slices and self._slices[0] <= latest:
+            at = heappop(self._slices)
+            later = []
+            for lease in self._scheduled.pop(at):
+                if lease.review_mono <= now_mono:
+                    lease.review_mono = math.inf
+                    self.make_due(lease)
+                elif lease.review_mono < math.inf and _slice_of(lease.review_mono) == at:
+                    later.append(lease)
+            if later:
+                # The rest of the current slice.
+                self._scheduled[at] = later
+                heappush(self._slices, at)
+                return
 
     def rearm(self) -> None:
         """Call `wake` again for the next urgent lease, and `wake_soon` for the next one that runs low."""
@@ -126,3 +151,7 @@ class ReviewQueue:
     def clear_urgent(self) -> None:
         """No lease is urgent any more."""
         self._urgent.clear()
+
+
+def _slice_of(when_mono: float) -> int:
+    return math.floor(when_mono * _SLICES_PER_SECOND)

@@ -57,3 +57,32 @@ def test_lease_in_use_is_reviewed_when_it_has_been_idle(leases: list[Lease]) -> 
     assert not queue.due
     queue.gather(10.0 + IDLE_SECONDS)
     assert queue.due == [busy]
+
+
+def test_scheduled_review_is_never_early_and_happens_once_however_many_share_its_time(leases: list[Lease]) -> None:
+    queue, (first, second, third) = ReviewQueue(lambda: None), leases
+    queue.review_at(first, 20.06)
+    queue.review_at(second, 20.02)
+    queue.review_at(third, 29.0)
+    # Earlier ones: within the same slice of time, and in another.
+    queue.review_at(first, 20.04)
+    queue.review_at(third, 20.05)
+    queue.review_at(third, 25.0)
+    found = []
+    for hundredth in range(1_990, 3_000):
+        queue.gather(hundredth / 100)
+        while (lease := queue.next_due()) is not None:
+            found.append((hundredth, lease))
+    assert found == [(2_002, second), (2_004, first), (2_005, third)]
+
+
+def test_lease_can_be_scheduled_again_after_its_review(leases: list[Lease]) -> None:
+    queue, (lease, _, _) = ReviewQueue(lambda: None), leases
+    queue.review_at(lease, 20.01)
+    queue.gather(20.01)
+    assert queue.next_due() is lease
+    queue.review_at(lease, 20.02)
+    queue.gather(20.01)
+    assert queue.next_due() is None
+    queue.gather(20.02)
+    assert queue.next_due() is lease

@@ -195,7 +195,7 @@ class Watcher:
         )  # fmt: skip
 
     def _report_velocity(self, exchange: Exchange, key_id: str, lease: Lease, now: Moment) -> None:
-        start, end = span(lease.window.measure, now.wall_seconds)
+        start, end = span(lease.measure, now.wall_seconds)
         observed = {
             "spent_share": round(lease.spent / lease.quota, 3),
             "elapsed_share": round((now.wall_seconds - start) / (end - start), 3),
@@ -203,7 +203,7 @@ class Watcher:
         self._signals.report(
             Signal(
                 VELOCITY, key_id, "", lease.window.policy, _client(exchange, exchange.head), observed,
-                may_suspend=lease.window.pool.kind == KEY_POOL, shared_since=float(start),
+                may_suspend=lease.pool.kind == KEY_POOL, shared_since=float(start),
             )
         )  # fmt: skip
 
@@ -257,6 +257,6 @@ def _is_fast(lease: Lease, now: Moment) -> bool:
     share = lease.spent / quota
     if share < _SPENT_SHARE:
         return False
-    start, end = span(lease.window.measure, now.wall_seconds)
+    start, end = span(lease.measure, now.wall_seconds)
     # A total has no end, of which no share has elapsed.
     return start > 0 and share * (end - start) >= _TIMES_EVEN * (now.wall_seconds - start)
