@@ -45,6 +45,8 @@ _LINES_MAX: Final = 2048
 _SHAPES_MAX: Final = 2048
 _START_LINES_MAX: Final = 4096
 _LINE_BYTES_MAX: Final = 512
+_TAGS_COUNT: Final = 1 << 14
+_TAG_SHIFT: Final = 24
 
 #: A longer name may be a key, which must not be cached.
 _NAME_BYTES_MAX: Final = 48
@@ -192,6 +194,8 @@ class RequestReader(_Reader[RequestFields]):
         self.accepts_encoded_slash: Final = accepts_encoded_slash
         self._holds_key = holds_key
         self._start_lines: dict[bytes, RequestLine] = {}
+        #: One byte of the hash of the line that came last, by other bits of it.
+        self._tags = bytearray(_TAGS_COUNT)
 
     def read_alike(self, buffer: bytes, like: RequestHead, bytes_max: int) -> RequestHead | None:
         """Return the request head at the beginning of a buffer if it resembles the last one on this connection; it has
@@ -290,6 +294,12 @@ class RequestReader(_Reader[RequestFields]):
         return line
 
     def _cache_line(self, text: bytes, line: RequestLine) -> None:
+        """Cache a line at its second occurrence. Most lines with an id never come again, and would displace others."""
+        number = hash(text)
+        place, tag = number & (_TAGS_COUNT - 1), (number >> _TAG_SHIFT) & 0xFF
+        if self._tags[place] != tag:
+            self._tags[place] = tag
+            return
         if len(self._start_lines) >= _START_LINES_MAX:
             self._start_lines.clear()
         self._start_lines[text] = line
