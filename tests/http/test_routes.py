@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from keyproxy.http import path_readings
 from keyproxy.http.headers import FieldNames
-from keyproxy.http.path_patterns import InvalidPatternError
-from keyproxy.http.routes import ANY_ROUTE, KNOWN_METHODS, RouteTable
+from keyproxy.http.path_patterns import InvalidPatternError, parse_pattern
+from keyproxy.http.routes import ANY_ROUTE, KNOWN_METHODS, RouteTable, _Row
 from keyproxy.http_messages import RequestLine
 from keyproxy.model import Route
 from keyproxy.reasons import Reason, Refusal
@@ -357,3 +357,13 @@ def test_other_spellings_of_routes_that_call_no_tools_are_matched_as_before() ->
         found = table("GET /jobs", "* /{rest...}").match(b"GET", path)
         assert found is not None
         assert found.name == "* /{rest...}"
+
+
+@given(
+    st.sampled_from(["/", "/a", "/a/b", "/a/{id}", "/{id}", "/a/{rest...}", "/{rest...}", "/{id}/b", "/a/{id}:run"]),
+    st.text("ab/:\n%run", max_size=8),
+)
+def test_a_pattern_without_an_expression_matches_as_its_expression_does(pattern: str, path: str) -> None:
+    raw = b"/" + path.encode()
+    row = _Row(parse_pattern(f"GET {pattern}"), ANY_ROUTE)
+    assert row.matches(b"GET", raw) == (parse_pattern(f"GET {pattern}").compiled().fullmatch(raw) is not None)

@@ -27,7 +27,6 @@ from keyproxy.http import request_target
 from keyproxy.http.headers import FieldNames, Kind
 from keyproxy.http.routes import KNOWN_METHODS
 from keyproxy.http_messages import (
-    CredentialField,
     RequestFields,
     RequestHead,
     RequestLine,
@@ -36,6 +35,7 @@ from keyproxy.http_messages import (
     StatusLine,
 )
 from keyproxy.reasons import Refusal
+from keyproxy.wire.parsing.head_filling import are_equal, filled_request, filled_response, forwarded_block
 from keyproxy.wire.parsing.head_parser import parse_request, parse_response, request_line
 from keyproxy.wire.parsing.head_templates import CRLF, Meaning, Shape
 from keyproxy.wire.parsing.header_fields import ParsedFields
@@ -45,6 +45,8 @@ _LINES_MAX: Final = 2048
 _SHAPES_MAX: Final = 2048
 _START_LINES_MAX: Final = 4096
 _LINE_BYTES_MAX: Final = 512
+_TAGS_COUNT: Final = 1 << 14
+_TAG_SHIFT: Final = 24
 
 #: A longer name may be a key, which must not be cached.
 _NAME_BYTES_MAX: Final = 48
@@ -94,9 +96,7 @@ _PLAIN_VERSION: Final = b" HTTP/1.1"
 
 _PLAIN_REQUEST_LINE = re.compile(rb"(GET|POST|PUT|PATCH|DELETE|HEAD|OPTIONS) (/[!-~]*) HTTP/1\.([01])")
 
-_OWS: Final = b" \t"
 _SPACE: Final = 0x20
-_ZERO: Final = 0x30
 
 _Fields = TypeVar("_Fields")
 
@@ -192,6 +192,8 @@ class RequestReader(_Reader[RequestFields]):
         self.accepts_encoded_slash: Final = accepts_encoded_slash
         self._holds_key = holds_key
         self._start_lines: dict[bytes, RequestLine] = {}
+        #: One byte of the hash of the line that came last, by other bits of it.
+        self._tags = bytearray(_TAGS_COUNT)
 
     def read_alike(self, buffer: bytes, like: RequestHead, bytes_max: int) -> RequestHead | None:
         """Return the request head at the beginning of a buffer if it resembles the last one on this connection; it has
@@ -212,8 +214,8 @@ class RequestReader(_Reader[RequestFields]):
         line = self._known_line(values[0])
         if line is None or line.minor_version != shape.minor_version:
             return None
-        head = _filled(line, shape, values)
-        if _are_equal(head.credentials, like.credentials):
+        head = filled_request(line, shape, values)
+        if are_equal(head.credentials, like.credentials):
             head.digest, head.key_part = like.digest, like.key_part
         head.raw = buffer[: shape.raw_bytes(values)]
         return head
@@ -235,8 +237,8 @@ class RequestReader(_Reader[RequestFields]):
         values = shape.values(buffer, end + 4) if shape is not None else None
         if shape is None or values is None:
             return self._parse(buffer[: end + 4], line)
-        head = _filled(line, shape, values)
-        if like is not None and _are_equal(head.credentials, like.credentials):
+        head = filled_request(line, shape, values)
+        if like is not None and are_equal(head.credentials, like.credentials):
             head.digest, head.key_part = like.digest, like.key_part
         if end <= _RAW_BYTES_MAX:
             head.raw = buffer[: end + 4]
@@ -290,6 +292,12 @@ class RequestReader(_Reader[RequestFields]):
         return line
 
     def _cache_line(self, text: bytes, line: RequestLine) -> None:
+        """Cache a line at its second occurrence. Most lines with an id never come again, and would displace others."""
+        number = hash(text)
+        place, tag = number & (_TAGS_COUNT - 1), (number >> _TAG_SHIFT) & 0xFF
+        if self._tags[place] != tag:
+            self._tags[place] = tag
+            return
         if len(self._start_lines) >= _START_LINES_MAX:
             self._start_lines.clear()
         self._start_lines[text] = line
@@ -303,7 +311,9 @@ class RequestReader(_Reader[RequestFields]):
         # Handshakes are parsed each time: their completeness depends on the method and on values.
         if not fields.opens_tunnel:
             self._remember(line.minor_version, fields, lines, parsed)
-        head = RequestHead(line, fields, _block(lines, parsed), tuple(parsed.credentials), parsed.content_length or 0)
+        head = RequestHead(
+            line, fields, forwarded_block(lines, parsed), tuple(parsed.credentials), parsed.content_length or 0
+        )
         head.request_id = parsed.request_id
         head.act_for = parsed.act_for
         head.forwarded = tuple(parsed.forwarded)
@@ -330,7 +340,7 @@ class ResponseReader(_Reader[ResponseFields]):
         line = self._start_lines.get(values[0])
         if line is None or line.minor_version != shape.minor_version:
             return None
-        head = _filled_response(line, shape, values)
+        head = filled_response(line, shape, values)
         head.raw = buffer[: shape.raw_bytes(values)]
         return head
 
@@ -347,7 +357,7 @@ class ResponseReader(_Reader[ResponseFields]):
         values = shape.values(buffer, end + 4) if shape is not None else None
         if shape is None or values is None:
             return self._parse(buffer[: end + 4])
-        head = _filled_response(line, shape, values)
+        head = filled_response(line, shape, values)
         if end <= _RAW_BYTES_MAX:
             head.raw = buffer[: end + 4]
         return head
@@ -360,61 +370,6 @@ class ResponseReader(_Reader[ResponseFields]):
         if len(start) <= _LINE_BYTES_MAX:
             self._start_lines[start] = line
         self._remember(line.minor_version, fields, lines, parsed)
-        head = ResponseHead(line, fields, _block(lines, parsed), parsed.content_length or 0)
+        head = ResponseHead(line, fields, forwarded_block(lines, parsed), parsed.content_length or 0)
         head.usage_tokens = parsed.usage_tokens
         return head
-
-
-def _filled(line: RequestLine, shape: Shape[RequestFields], values: tuple[bytes, ...]) -> RequestHead:
-    """Build a request head of a known shape."""
-    credentials = [CredentialField(name, _stripped(values[place])) for place, name in shape.credentials]
-    content_length = _number(values[shape.content_length]) if shape.content_length >= 0 else 0
-    head = RequestHead(line, shape.fields, shape.block(values), tuple(credentials), content_length)
-    if shape.request_id >= 0:
-        head.request_id = _stripped(values[shape.request_id])
-    if shape.act_for >= 0:
-        head.act_for = values[shape.act_for].strip(_OWS)
-    if shape.traceparent >= 0:
-        head.traceparent = values[shape.traceparent]
-    if shape.forwarded:
-        head.forwarded = tuple([(name, values[place].strip(_OWS)) for place, name in shape.forwarded])
-    return head
-
-
-def _filled_response(line: StatusLine, shape: Shape[ResponseFields], values: tuple[bytes, ...]) -> ResponseHead:
-    """Build a response head of a known shape."""
-    content_length = _number(values[shape.content_length]) if shape.content_length >= 0 else 0
-    head = ResponseHead(line, shape.fields, shape.block(values), content_length)
-    if shape.usage_tokens >= 0:
-        head.usage_tokens = values[shape.usage_tokens].strip(_OWS)
-    return head
-
-
-def _stripped(value: bytes) -> bytes:
-    """The value without optional whitespace around it, which few have: the method copies all."""
-    if value and value[0] > _SPACE and value[-1] > _SPACE:
-        return value
-    return value.strip(_OWS)
-
-
-def _number(digits: bytes) -> int:
-    """The value of decimal digits. `int` takes eight times as many instructions for a short number."""
-    number = 0
-    for digit in digits:
-        number = number * 10 + digit - _ZERO
-    return number
-
-
-def _are_equal(credentials: tuple[CredentialField, ...], others: tuple[CredentialField, ...]) -> bool:
-    if len(credentials) == 1 and len(others) == 1:
-        return credentials[0].value == others[0].value and credentials[0].name == others[0].name
-    return credentials == others
-
-
-def _block(lines: list[bytes], parsed: ParsedFields) -> bytes:
-    """Return the forwarded lines of a head that was just parsed, with Content-Length in canonical form."""
-    place = parsed.content_length_place
-    if place >= 0:
-        lines = [*lines]
-        lines[place] = b"%b: %d" % (lines[place].partition(b":")[0], parsed.content_length or 0)
-    return b"".join([line + CRLF for line, goes_on in zip(lines, parsed.is_forwarded, strict=True) if goes_on])

@@ -77,9 +77,18 @@ def test_path_under_a_known_shape_is_parsed_once() -> None:
     lines = b" HTTP/1.1\r\nHost: a\r\nX-Request-Id: %d\r\n\r\n"
     for number in range(OFTEN):
         read(reader, b"GET /a" + lines % number)
-    heads = [read(reader, b"GET " + path + lines % number) for path in (b"/b", b"/b?c=d") for number in range(2)]
-    assert heads[0].line is heads[1].line
-    assert heads[2].line is not heads[3].line
+    heads = [read(reader, b"GET " + path + lines % number) for path in (b"/b", b"/b?c=d") for number in range(3)]
+    assert heads[1].line is heads[2].line, "a line is cached at its second occurrence"
+    assert heads[4].line is not heads[5].line
+
+
+def test_lines_that_never_come_again_displace_none_that_does() -> None:
+    reader = requests()
+    lines = b" HTTP/1.1\r\nHost: a\r\n\r\n"
+    known = [read(reader, b"GET /known" + lines).line for _ in range(3)]
+    for number in range(2 * head_cache._START_LINES_MAX):
+        read(reader, b"GET /%d" % number + lines)
+    assert read(reader, b"GET /known" + lines).line is known[-1]
 
 
 Likes = list[Any]
