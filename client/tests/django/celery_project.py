@@ -45,8 +45,10 @@ suspended: list[Any] = []
 
 
 def noted(name: str, project: Celery = app) -> Any:
-    """What a task without a result has noted; None if it has noted nothing."""
-    found = project.backend.get(f"noted {name}")
+    """What a task without a result has noted, within ten seconds: the result of the failed task may be stored earlier."""
+    deadline = time.monotonic() + 10.0
+    while (found := project.backend.get(f"noted {name}")) is None and time.monotonic() < deadline:
+        time.sleep(0.002)
     return None if found is None else json.loads(found)
 
 
