@@ -25,6 +25,8 @@ REPEATED = ", best case: one request repeated"
 
 _KEYS = 1_000
 _LIMITED_WARM_SECONDS = 4
+#: Between two turns the assertions of the users expire.
+_SIGNED_WARM_SECONDS = 1
 
 
 def everything(ours: Site, builds: Mapping[str, tuple[str, str]], envoy: Path) -> list[Row]:
@@ -54,7 +56,7 @@ def everything(ours: Site, builds: Mapping[str, tuple[str, str]], envoy: Path) -
             Row(name + WINDOWS, plain, windows, name, _LIMITED_WARM_SECONDS),
             Row(name + ACTING, plain, functools.partial(jobs, credentials=acting), name),
             Row(name + TOKEN, plain, bearing, name),
-            Row(name + ASSERTION, signing, jobs, name),
+            Row(name + ASSERTION, signing, jobs, name, _SIGNED_WARM_SECONDS),
             Row(name + CHAT, plain, functools.partial(chat, credentials=known, to=CHAT_PATH), name),
             Row(name + METERED_CHAT, plain, metered, name + CHAT, _LIMITED_WARM_SECONDS),
             Row(name + REFUSALS, terse, jobs, name),
