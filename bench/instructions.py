@@ -26,11 +26,9 @@ _WARMING: Final = 3_000
 #: Parts of the table, by the C name of the function without `CPyDef_`.
 _PARTS: Final = {
     "read the head of the request": "request_stream___RequestStream___begin",
-    "of it: a request line that is new": "head_cache___RequestReader____start_line",
     "choose the request id": "request_ids___RequestIds___choose",
     "decide": "gateway___Gateway___decide",
     "of it: find the key, hash it, look it up": "identification___identify",
-    "of it: match the route": "routes___RouteTable___match",
     "take an upstream connection, write the head": "wire___exchange___Exchange____go",
     "read the head of the response": "response_stream___ResponseStream___next_head",
     "begin the response": "wire___exchange___Exchange___response_begins",
