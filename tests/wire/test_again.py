@@ -91,4 +91,7 @@ def _keys_in(server: object) -> int:
         seen.add(id(thing))
         found += isinstance(thing, bytes) and KEY in thing
         reachable += gc.get_referents(thing)
+        # Compiled objects that are never part of a cycle do not report their referents.
+        names = [name for kind in type(thing).__mro__ for name in getattr(kind, "__mypyc_attrs__", ())]
+        reachable += [getattr(thing, name, None) for name in names]
     return found
