@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 import types
 
@@ -14,6 +13,7 @@ from keyproxy.reasons import Reason
 from keyproxy.wire.parsing.head_templates import LEARNT_AFTER
 from tests import fakes
 from tests.rawhttp import Client
+from tests.referents import referents
 from tests.wire.conftest import KEY, Wire, request
 
 #: Enough repetitions for a head to be cached, and sent again.
@@ -90,8 +90,5 @@ def _keys_in(server: object) -> int:
             continue
         seen.add(id(thing))
         found += isinstance(thing, bytes) and KEY in thing
-        reachable += gc.get_referents(thing)
-        # Compiled objects that are never part of a cycle do not report their referents.
-        names = [name for kind in type(thing).__mro__ for name in getattr(kind, "__mypyc_attrs__", ())]
-        reachable += [getattr(thing, name, None) for name in names]
+        reachable += referents(thing)
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import types
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from keyproxy.reasons import Reason, Refusal
 from keyproxy.wire.parsing import head_cache, head_templates
 from keyproxy.wire.parsing.head_cache import RequestReader, ResponseReader
 from tests import fakes, header_strategies
+from tests.referents import referents
 
 KEY = fakes.key(7).reveal()
 #: So often that a shape is learnt, and recognised once more.
@@ -266,7 +266,7 @@ def remembered(reader: RequestReader | ResponseReader) -> list[bytes]:
         seen.add(id(thing))
         if isinstance(thing, bytes):
             found.append(thing)
-        reachable += gc.get_referents(thing)
+        reachable += referents(thing)
     return found
 
 
