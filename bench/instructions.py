@@ -1,7 +1,7 @@
 """Where a request's instructions go: machine instructions by part, counted by valgrind, without noise and sockets.
 
 Run as `python -m bench.instructions [varied] [path] [repeated] [--compiled DIR]`. Each part includes what it calls, other
-parts of the table excepted. Needs valgrind; only the compiled build has functions that it can tell apart.
+parts of the table excepted. Needs valgrind; it can distinguish the functions of the compiled build only.
 """
 
 from __future__ import annotations

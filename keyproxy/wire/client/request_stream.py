@@ -15,13 +15,13 @@ from typing import Final
 from keyproxy.http.headers import NOT_IN_TRAILERS
 from keyproxy.http_messages import RequestHead
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.wire.parsing.framing import Body, ChunkedBody, CountedBody, EndlessBody, NoBody
+from keyproxy.wire.parsing.framing import Body, ChunkedBody, CountedBody, EmptyBody, EndlessBody
 from keyproxy.wire.parsing.head_beginnings import HEAD_END, check_beginning
 from keyproxy.wire.parsing.head_cache import RequestReader
 
 _SURPLUS_CHECKED_BYTES: Final = 2_048
 
-_NO_BODY: Final = NoBody()
+_NO_BODY: Final = EmptyBody()
 
 
 class RequestStream:

@@ -71,7 +71,7 @@ class Body:
         return self.is_complete
 
 
-class NoBody(Body):
+class EmptyBody(Body):
     """A message that ends with its head."""
 
     __slots__ = ()

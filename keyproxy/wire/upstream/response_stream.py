@@ -10,7 +10,7 @@ from typing import Final
 from keyproxy.http.headers import Kind
 from keyproxy.http_messages import RequestHead, ResponseHead
 from keyproxy.reasons import Reason, Refusal
-from keyproxy.wire.parsing.framing import Body, ChunkedBody, CountedBody, EndlessBody, NoBody
+from keyproxy.wire.parsing.framing import Body, ChunkedBody, CountedBody, EmptyBody, EndlessBody
 from keyproxy.wire.parsing.head_beginnings import HEAD_END, check_response_beginning
 from keyproxy.wire.parsing.head_cache import ResponseReader
 from keyproxy.wire.parsing.head_parser import SWITCHING_PROTOCOLS, has_no_body, without_length
@@ -121,7 +121,7 @@ class ResponseStream:
 
     def _body_of(self, head: ResponseHead) -> Body:
         if has_no_body(self._method, head.line):
-            return NoBody()
+            return EmptyBody()
         if head.fields.is_chunked:
             return ChunkedBody(self._is_forbidden_trailer)
         if head.fields.has_content_length:

@@ -18,9 +18,9 @@ from keyproxy.wire.parsing.framing import (
     Body,
     ChunkedBody,
     CountedBody,
+    EmptyBody,
     EndlessBody,
     FramingError,
-    NoBody,
     chunk,
 )
 
@@ -66,14 +66,14 @@ def test_a_counted_body_is_its_first_bytes_however_they_arrive(expected: bytes, 
 
 @pytest.mark.parametrize("data", [b"", b"a", b"a\r\n\r\n"])
 def test_no_body_takes_nothing_and_an_endless_one_takes_all(data: bytes) -> None:
-    assert fed(NoBody(), [data, data]) == (b"", data + data, True)
+    assert fed(EmptyBody(), [data, data]) == (b"", data + data, True)
     assert fed(EndlessBody(), [data, data]) == (data + data, b"", False)
 
 
 @pytest.mark.parametrize(
     ("make", "data", "is_end"),
     [
-        (NoBody, b"", True),
+        (EmptyBody, b"", True),
         (EndlessBody, b"", True),
         (EndlessBody, b"a", True),
         (lambda: CountedBody(0), b"", True),

@@ -138,8 +138,8 @@ def everything_of(head: RequestHead | ResponseHead) -> tuple[Any, ...]:
     if isinstance(head, ResponseHead):
         return (dataclasses.astuple(head.line), *shared)
     line = head.line
-    said = (line.method, line.target, line.path, line.minor_version, line.start, line.holds_key, line.is_plain)
-    return (said, *shared, head.credentials, head.forwarded, head.request_id, head.act_for, head.has_body)
+    stated = (line.method, line.target, line.path, line.minor_version, line.start, line.holds_key, line.is_plain)
+    return (stated, *shared, head.credentials, head.forwarded, head.request_id, head.act_for, head.has_body)
 
 
 def head(*lines: bytes, start: bytes = b"POST /a HTTP/1.1") -> bytes:
